@@ -1,0 +1,25 @@
+"""GRACE coreset selection (arXiv 2604.11810) as a DeepSpeed data-efficiency plugin.
+
+    engine, optimizer, loader, scheduler = grace_ds.initialize(...)   # in the place of deepspeed.initialize
+    handle = grace_ds.attach(engine, dataset)                         # for jobs that build their own loader
+
+Importing this package imports neither DeepSpeed nor MPI nor any GPU library.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grace_ds.integrations.deepspeed import Grace, attach, initialize
+
+__version__ = "0.1.0"
+__all__ = ["Grace", "__version__", "attach", "initialize"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Grace", "attach", "initialize"):
+        from grace_ds.integrations import deepspeed
+
+        return getattr(deepspeed, name)
+    raise AttributeError(f"module 'grace_ds' has no attribute {name!r}")

@@ -1,0 +1,50 @@
+"""Publishing a schedule: from rank 0 to every data-parallel rank, then the agreement on where it takes over."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from grace_ds.comm.base import Comm
+from grace_ds.errors import TransportError
+from grace_ds.records import Schedule
+
+
+def broadcast_schedule(comm: Comm, schedule: Schedule | None, root: int = 0) -> Schedule:
+    """``root``'s schedule on every rank, checked by its digest.
+
+    Raises:
+        TransportError: what arrived on some rank is not what was sent; raised on every rank.
+    """
+    facts = b""
+    if comm.rank == root:
+        assert schedule is not None
+        facts = json.dumps(
+            {"version": schedule.version, "start": schedule.start, "seed": schedule.seed, "meta": dict(schedule.meta)}
+        ).encode()
+    header = json.loads(comm.broadcast(np.frombuffer(facts, np.uint8), root).tobytes())
+    received = Schedule(
+        version=header["version"],
+        start=header["start"],
+        ids=comm.broadcast(schedule.ids if schedule else None, root),
+        roles=comm.broadcast(schedule.roles if schedule else None, root),
+        weights=comm.broadcast(schedule.weights if schedule else None, root),
+        seed=header["seed"],
+        meta=header["meta"],
+    )
+    digests = [d.tobytes().decode() for d in comm.allgather(np.frombuffer(received.digest().encode(), np.uint8))]
+    if len(set(digests)) != 1:
+        raise TransportError(f"schedule {received.version} differs between ranks after the broadcast: {digests}")
+    return received
+
+
+def activation(comm: Comm, issued: int, batch: int) -> int:
+    """Position of the next global batch that no rank's loader has been given samples of.
+
+    Args:
+        issued: samples (over all ranks) that this rank's sampler has handed out, prefetch included.
+        batch: samples of one optimizer step over all ranks.
+    """
+    latest = int(comm.allreduce(np.array([issued], np.int64), "max")[0])
+    return -(-latest // batch) * batch

@@ -1,0 +1,37 @@
+"""Where a sample lives: its virtual bucket, and the rank that owns the bucket.
+
+The bucket depends on the sample's id alone; only the owner of a bucket depends on the number of ranks.  So a change of
+the world size re-assigns whole buckets and never looks into one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from grace_ds.records import Array, IntArray
+
+N_BUCKETS = 4096
+
+
+def splitmix64(x: Array) -> np.ndarray[tuple[int, ...], np.dtype[np.uint64]]:
+    """First output of the splitmix64 generator seeded with each element of ``x`` (any shape, integers); uint64."""
+    with np.errstate(over="ignore"):
+        z = np.asarray(x).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return np.asarray(z ^ (z >> np.uint64(31)))
+
+
+def bucket_of(ids: Array) -> IntArray:
+    """The bucket of each id: (n,) int64 in [0, N_BUCKETS)."""
+    return np.asarray(splitmix64(ids) & np.uint64(N_BUCKETS - 1), np.int64)
+
+
+def owner_of(ids: Array, world: int) -> IntArray:
+    """The rank that owns each id among ``world`` ranks: (n,) int64."""
+    return bucket_of(ids) * world // N_BUCKETS
+
+
+def buckets_of(rank: int, world: int) -> range:
+    """The consecutive buckets that ``rank`` of ``world`` owns; empty for some ranks beyond N_BUCKETS of them."""
+    return range(-(-rank * N_BUCKETS // world), -(-(rank + 1) * N_BUCKETS // world))

@@ -1,0 +1,201 @@
+"""Which transport a job gets: decided by all ranks together, never by one alone, and logged with the reason.
+
+MPI is taken only where its world is torch's, rank for rank.  The launcher's environment is looked at before mpi4py is
+imported, because initialising MPI in a process that no MPI launcher started gives a world of one at best and hangs at
+worst.  After every step the ranks share their findings, so that all of them take the same branch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from grace_ds.comm.base import Comm
+from grace_ds.comm.local import LocalComm
+from grace_ds.errors import ConfigError, TransportError
+
+logger = logging.getLogger("grace_ds")
+
+KINDS = ("auto", "mpi", "torch", "local")
+UNKNOWN = -1
+_CURE = "start the job with mpirun (or deepspeed --launcher openmpi), or set comm: auto"
+# (rank, size) of the launchers' environments.  A PMI or PMIx rank without a size comes from a resource manager's step.
+_LAUNCHERS = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("PMIX_RANK", "SLURM_STEP_NUM_TASKS"),
+    ("PMI_RANK", "SLURM_STEP_NUM_TASKS"),
+    ("PMIX_RANK", ""),
+    ("PMI_RANK", ""),
+)
+
+
+class Facts(NamedTuple):
+    """What one rank knows before MPI is touched."""
+
+    kind: str
+    rank: int
+    group: tuple[int, ...]  # torch ranks of its data-parallel group
+    mpi_rank: int  # from the launcher's environment; UNKNOWN without one
+    mpi_size: int  # 1 without a launcher, UNKNOWN where it does not tell
+    launched: bool
+    installed: bool  # mpi4py can be imported
+    token: int  # rank 0's names the job in the handshake
+
+
+def launcher_world(env: Mapping[str, str]) -> tuple[int, int] | None:
+    """(rank, size) that an MPI launcher has put into ``env``; size UNKNOWN where it says none; None without one."""
+    for rank, size in _LAUNCHERS:
+        told = [env.get(key, "") for key in (rank, size) if key]
+        if all(word.isdigit() for word in told):
+            return int(told[0]), int(told[1]) if size else UNKNOWN
+    return None
+
+
+def choose(kind: str, *, dp_group: Any = None, timeout: float) -> Comm:
+    """The transport for ``comm: kind``.  Called by every rank of torch's world, with its own data-parallel group.
+
+    Args:
+        kind: auto | mpi | torch | local, the same on all ranks.
+        dp_group: torch ProcessGroup of this rank's data-parallel peers, ranks ascending; None: torch's whole world.
+        timeout: seconds, limit of every wait on the transport.
+
+    Returns:
+        A transport whose rank and size are those of the data-parallel group.
+
+    Raises:
+        ConfigError: ``kind`` is not known.
+        TransportError: what was asked for cannot be had; on every rank alike.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"comm: {kind!r} is not one of {', '.join(KINDS)}")
+    if not _torch_ready():
+        return _alone(kind, timeout)
+    everyone = _share(_facts(kind, dp_group))
+    if len({f.kind for f in everyone}) > 1:
+        raise TransportError(f"comm differs between the ranks: {[f.kind for f in everyone]}; use one configuration")
+    me = everyone[_torch_rank()]
+    single = all(len(f.group) == 1 for f in everyone)
+    if kind == "local" and not single:
+        raise TransportError(f"comm: local is for one data-parallel rank, this job has {len(me.group)}; set comm: auto")
+    if kind == "local" or (kind == "auto" and single):
+        return _told(LocalComm(timeout), "one data-parallel rank")
+    why = f"comm: {kind}"
+    if kind in ("auto", "mpi"):
+        comm, reason = _try_mpi(everyone, me, timeout)
+        if comm is not None:
+            return _told(comm, "MPI's world is torch's, rank for rank")
+        if kind == "mpi":
+            raise TransportError(f"comm: mpi cannot be used: {reason}")
+        why = f"not MPI: {reason}"
+    from grace_ds.comm.torch_dist import TorchComm
+
+    return _told(TorchComm(sorted({f.group for f in everyone}), timeout), why)
+
+
+def _alone(kind: str, timeout: float) -> Comm:
+    """Without torch.distributed there is one process, unless the environment says that there should be more."""
+    launched = launcher_world(os.environ)
+    sizes = [int(os.environ.get("WORLD_SIZE", "1") or 1), launched[1] if launched else 1]
+    if max(sizes) > 1 or kind in ("mpi", "torch"):
+        raise TransportError(
+            f"comm: {kind} with {max(sizes)} process(es) needs torch.distributed: call deepspeed.init_distributed() "
+            "before grace_ds, or run one process with comm: auto"
+        )
+    return _told(LocalComm(timeout), "torch.distributed is not initialised")
+
+
+def _facts(kind: str, dp_group: Any) -> Facts:
+    import torch.distributed as dist
+
+    launched = launcher_world(os.environ)
+    rank, size = launched or (UNKNOWN, 1)
+    group = tuple(dist.get_process_group_ranks(dp_group if dp_group is not None else dist.group.WORLD))
+    installed = importlib.util.find_spec("mpi4py") is not None
+    token = int.from_bytes(os.urandom(7), "little")
+    return Facts(kind, dist.get_rank(), group, rank, size, launched is not None, installed, token)
+
+
+def _no_launch(everyone: list[Facts]) -> str:
+    """Why MPI must not even be initialised; empty where it may.  The same on all ranks: of shared facts only."""
+    size = len(everyone)
+    if not all(f.installed for f in everyone):
+        lacking = [f.rank for f in everyone if not f.installed]
+        return f"mpi4py is not installed on rank(s) {lacking[:8]}: pip install grace_ds[mpi], or set comm: auto"
+    idle = [f.rank for f in everyone if not f.launched]
+    if idle:
+        return f"MPI's world has 1 rank, torch's has {size}: no MPI launcher has started rank(s) {str(idle[:8])[1:-1]}; {_CURE}"
+    sizes = {f.mpi_size for f in everyone} - {UNKNOWN, size}
+    if sizes:
+        return f"MPI's world has {sorted(sizes)[0]} rank(s), torch's has {size}; {_CURE}"
+    if [f.mpi_rank for f in everyone] != list(range(size)):
+        return f"torch's ranks 0..{size - 1} have the MPI ranks {[f.mpi_rank for f in everyone][:16]}; {_CURE}"
+    return ""
+
+
+def _try_mpi(everyone: list[Facts], me: Facts, timeout: float) -> tuple[Comm | None, str]:
+    """The MPI transport on all ranks, or None and the reason on all ranks."""
+    reason = _no_launch(everyone)
+    if reason:
+        return None, reason
+    from grace_ds.comm import mpi
+
+    comm: Comm | None = None
+    found = ""
+    try:
+        size = mpi.world()[1]
+        if size != len(everyone):
+            found = f"MPI's world has {size} rank(s), torch's has {len(everyone)}; {_CURE}"
+    except Exception as error:  # a broken MPI installation raises anything from ImportError to RuntimeError
+        found = f"MPI does not start on rank {me.rank}: {type(error).__name__}: {error}"
+    reason = _first(found)
+    if not reason:
+        try:
+            found = mpi.Handshake(timeout).check(me.rank, everyone[0].token)
+        except TransportError as error:
+            found = str(error)
+        reason = _first(found)
+    if not reason:
+        try:
+            comm = mpi.MpiComm(me.group, timeout)
+        except Exception as error:
+            found = f"no communicator on rank {me.rank}: {error}"
+        reason = _first(found)
+        if reason and comm is not None:
+            comm.close()
+    return (None, reason) if reason else (comm, "")
+
+
+def _told(comm: Comm, why: str) -> Comm:
+    if not _torch_ready() or _torch_rank() == 0:
+        logger.info("transport: %s, %d data-parallel rank(s) (%s)", comm.name, comm.size, why)
+    return comm
+
+
+def _torch_ready() -> bool:
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized()
+
+
+def _torch_rank() -> int:
+    import torch.distributed as dist
+
+    return dist.get_rank()
+
+
+def _share(mine: Any) -> list[Any]:
+    """Everybody's value in torch's rank order, whatever the backend of the job."""
+    import torch.distributed as dist
+
+    got: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(got, mine)
+    return got
+
+
+def _first(found: str) -> str:
+    """The findings of all ranks, joined into one answer: empty only where every rank found nothing."""
+    return next((f for f in _share(found) if f), "")

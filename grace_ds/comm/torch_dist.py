@@ -1,0 +1,92 @@
+"""The transport over torch.distributed: a gloo group of its own, so that nothing meets the job's own collectives."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from grace_ds.comm._framing import Bytes, FramedComm
+from grace_ds.errors import TransportError
+from grace_ds.records import Array, IntArray
+
+
+class TorchComm(FramedComm):
+    """A gloo group over the data-parallel ranks of this process, whatever backend the job itself uses.
+
+    Args:
+        groups: every data-parallel group of the job, as ascending global ranks.  All ranks of torch's world construct
+            this together with the same list, because ``new_group`` is collective over the world; afterwards only the
+            members of a group meet each other.
+        timeout: seconds, limit of every wait.
+
+    Raises:
+        TransportError: this rank is in none of the groups, or in several.
+    """
+
+    name = "torch"
+
+    def __init__(self, groups: Sequence[Sequence[int]], timeout: float) -> None:
+        import torch.distributed as dist
+
+        me = dist.get_rank()
+        mine = [g for g in groups if me in g]
+        if len(mine) != 1 or any(list(g) != sorted(set(g)) for g in groups):
+            raise TransportError(f"rank {me} must be in one ascending group of {[list(g) for g in groups]}")
+        super().__init__(rank=mine[0].index(me), size=len(mine[0]), timeout=timeout)
+        self._ranks = list(mine[0])
+        # Not use_local_synchronization: its group names repeat once a group is destroyed, and gloo then hangs on the
+        # stale addresses in the store.
+        limit = datetime.timedelta(seconds=timeout)
+        made = [dist.new_group(list(g), backend="gloo", timeout=limit) for g in groups]
+        self._group: Any = made[list(groups).index(mine[0])]
+
+    def _finish(self, work: Any) -> None:
+        """Waits for gloo's own thread; its time limit and ours are equal, whichever speaks first."""
+        self._wait(work.is_completed)
+        try:
+            work.wait()
+        except RuntimeError as error:
+            if "timed out" in str(error).lower():
+                raise self._late() from error
+            raise
+
+    def _alltoall(self, send: IntArray) -> IntArray:
+        import torch
+        import torch.distributed as dist
+
+        got = np.empty_like(send)
+        pair = torch.from_numpy(got.reshape(-1)), torch.from_numpy(send.reshape(-1))
+        self._finish(dist.all_to_all_single(*pair, group=self._group, async_op=True))
+        return got
+
+    def _alltoallv(self, send: Bytes, out_counts: list[int], in_counts: list[int]) -> Bytes:
+        import torch
+        import torch.distributed as dist
+
+        got = np.empty(sum(in_counts), np.uint8)
+        pair = torch.from_numpy(got), torch.from_numpy(send)
+        self._finish(dist.all_to_all_single(*pair, in_counts, out_counts, group=self._group, async_op=True))
+        return got
+
+    def _reduce(self, x: Array, op: str) -> None:
+        import torch
+        import torch.distributed as dist
+
+        known = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+        self._finish(dist.all_reduce(torch.from_numpy(x), known[op], group=self._group, async_op=True))
+
+    def _spread(self, x: Bytes, root: int) -> None:
+        import torch
+        import torch.distributed as dist
+
+        self._finish(dist.broadcast(torch.from_numpy(x), self._ranks[root], group=self._group, async_op=True))
+
+    def _release(self) -> None:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group(self._group)
+        self._group = None

@@ -1,0 +1,249 @@
+"""From a DeepSpeed config to a checked :class:`GraceConfig`: defaults ← file ← ds_config block ← dotlist.
+
+Everything that can be wrong is said before training, with the path of the key, its value, the nearest known name and
+the cure.  All ranks read the same config, so all ranks raise the same error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from grace_ds.config import schema
+from grace_ds.config.schema import GraceConfig, Plain
+from grace_ds.errors import ConfigError
+
+HOME = "data_efficiency.data_sampling.grace"
+ALIAS = "grace_ds"
+
+
+def read_ds_config(config: str | Path | Mapping[str, Any]) -> Plain:
+    """A DeepSpeed config as a dict: the mapping itself (not copied), or the JSON file that it names.
+
+    Raises:
+        ConfigError: the file is missing or no JSON object.
+    """
+    if isinstance(config, Mapping):
+        return cast(Plain, config)
+    try:
+        loaded = json.loads(Path(config).read_text())
+    except OSError as e:
+        raise ConfigError(f"DeepSpeed config {str(config)!r} cannot be read ({e.strerror}); give an existing file") from e
+    except json.JSONDecodeError as e:
+        raise ConfigError(f"DeepSpeed config {str(config)!r} is no JSON: line {e.lineno}: {e.msg}") from e
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"DeepSpeed config {str(config)!r} holds a {type(loaded).__name__}; it must be a JSON object")
+    return loaded
+
+
+def find_block(ds_config: Mapping[str, Any]) -> tuple[str, Plain] | None:
+    """The grace block of a DeepSpeed config and its path; None where there is none.
+
+    Raises:
+        ConfigError: a block at a wrong place, two blocks, or ``data_efficiency``/``data_sampling`` not enabled.
+    """
+    found = [path for path in _paths_of_blocks(ds_config) if path not in (HOME, ALIAS)]
+    if found:
+        raise ConfigError(
+            f"a grace block stands at {found[0]!r}, where DeepSpeed ignores it; move it to {HOME!r} (or top-level {ALIAS!r})"
+        )
+    home = _get(ds_config, HOME)
+    alias = ds_config.get(ALIAS)
+    if home is not None and alias is not None:
+        raise ConfigError(f"both {HOME!r} and {ALIAS!r} are given; keep one")
+    if home is None and alias is None:
+        return None
+    path, block = (HOME, home) if home is not None else (ALIAS, alias)
+    if not isinstance(block, Mapping):
+        raise ConfigError(f'{path} is {block!r}; it must be an object, such as {{"enabled": true, "budget": 0.2}}')
+    if path == HOME and block.get("enabled", True):
+        for parent in ("data_efficiency", "data_efficiency.data_sampling"):
+            if not _enabled(ds_config, parent):
+                raise ConfigError(f"{HOME} is on but {parent}.enabled is not true; set it to true, or grace.enabled to false")
+    return path, dict(block)
+
+
+def load_config(block: Mapping[str, Any], path: str = HOME, dotlist: Sequence[str] = ()) -> GraceConfig:
+    """The checked configuration from a block, over the defaults; ``dotlist`` (``a.b=c``) goes last.
+
+    Args:
+        block: the user's keys.  The key ``file``, where given, names a YAML file that lies under the block.
+        path: where the block stands, for messages.
+
+    Raises:
+        ConfigError: unknown key, wrong type or impossible combination.
+    """
+    given = dict(block)
+    layers: list[Any] = []
+    file = given.pop("file", None)
+    if file is not None:
+        try:
+            layers.append(OmegaConf.load(str(file)))
+        except (OSError, OmegaConfBaseException, ValueError) as e:
+            raise ConfigError(f"{path}.file = {file!r} cannot be read: {e}") from e
+    layers += [OmegaConf.create(given), OmegaConf.from_dotlist(list(dotlist))]
+    merged = OmegaConf.structured(GraceConfig)
+    for layer in layers:
+        _check_sections(layer, path)
+        try:
+            merged = OmegaConf.merge(merged, layer)
+            config = cast(GraceConfig, OmegaConf.to_object(merged))
+        except OmegaConfBaseException as e:
+            raise _explain(e, layer, path) from None
+    validate(config, path)
+    return config
+
+
+def validate(c: GraceConfig, path: str = HOME) -> None:
+    """Every rule that a type cannot say.
+
+    Raises:
+        ConfigError: naming the key, its value and what is allowed.
+    """
+    choices = [
+        ("mode", c.mode, schema.MODES),
+        ("comm", c.comm, schema.TRANSPORTS),
+        ("refresh.cadence", c.refresh.cadence, schema.CADENCES),
+        ("harvest.reduction", c.harvest.reduction, schema.REDUCTIONS),
+        ("graph.leaf", c.graph.leaf, schema.LEAVES),
+        ("selection.objective", c.selection.objective, schema.OBJECTIVES),
+        ("checkpoint.on_missing_state", c.checkpoint.on_missing_state, schema.MISSING_STATE),
+    ]
+    for key, value, allowed in choices:
+        if value not in allowed:
+            near = difflib.get_close_matches(str(value), allowed, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{path}.{key} = {value!r}; it must be one of {', '.join(allowed)}{hint}")
+    numbers: list[tuple[str, float, bool, str]] = [
+        ("budget", c.budget, 0 < c.budget <= 1, "in (0, 1]"),
+        ("window", c.window, c.window >= 0, "0 (automatic) or a number of samples"),
+        ("max_repeats", c.max_repeats, c.max_repeats > 0, "above 0"),
+        ("start_step", c.start_step, c.start_step >= 0, "0 or more"),
+        ("total_steps", c.total_steps, c.total_steps >= 0, "0 (unknown) or more"),
+        ("refresh.interval_steps", c.refresh.interval_steps, c.refresh.interval_steps >= 1, "1 or more"),
+        ("refresh.max_overhead", c.refresh.max_overhead, 0 < c.refresh.max_overhead <= 1, "in (0, 1]"),
+        ("refresh.slack_steps", c.refresh.slack_steps, c.refresh.slack_steps >= -1, "-1 (automatic) or more"),
+        ("refresh.timeout_seconds", c.refresh.timeout_seconds, c.refresh.timeout_seconds > 0, "above 0"),
+        ("harvest.every", c.harvest.every, c.harvest.every >= 1, "1 or more"),
+        ("harvest.dim", c.harvest.dim, 8 <= c.harvest.dim <= 8192, "between 8 and 8192"),
+        ("harvest.rank", c.harvest.rank, 1 <= c.harvest.rank <= 64, "between 1 and 64"),
+        ("features.dim", c.features.dim, 8 <= c.features.dim <= 4096, "between 8 and 4096"),
+        ("features.max_tokens", c.features.max_tokens, c.features.max_tokens >= 8, "8 or more"),
+        ("graph.k", c.graph.k, 1 <= c.graph.k <= 256, "between 1 and 256"),
+        ("graph.recall", c.graph.recall, 0 < c.graph.recall <= 1, "in (0, 1]"),
+        ("graph.shrink", c.graph.shrink, c.graph.shrink > 0, "above 0, so that one weak neighbour does not decide"),
+        ("graph.decay", c.graph.decay, 0 < c.graph.decay <= 1, "in (0, 1]"),
+        ("selection.explore", c.selection.explore, 0 <= c.selection.explore < 1, "in [0, 1)"),
+        ("selection.audit", c.selection.audit, 0 <= c.selection.audit < 1, "in [0, 1)"),
+    ]
+    for key, number, ok, allowed_range in numbers:
+        if not ok:
+            raise ConfigError(f"{path}.{key} = {number}; it must be {allowed_range}")
+    _validate_combinations(c, path)
+
+
+def _validate_combinations(c: GraceConfig, path: str) -> None:
+    if c.stop_step and c.stop_step <= c.start_step:
+        raise ConfigError(f"{path}.stop_step = {c.stop_step} is not after start_step = {c.start_step}; raise it, or 0 for never")
+    if c.selection.explore + c.selection.audit >= 1:
+        total = c.selection.explore + c.selection.audit
+        raise ConfigError(f"{path}.selection: explore + audit = {total:g} leaves no slot for the coreset; keep it below 1")
+    if c.selection.objective == "facility_location" and not c.features.enabled:
+        raise ConfigError(f"{path}.selection.objective = 'facility_location' needs the content graph; set features.enabled: true")
+    if c.replay is not None and c.mode == "shadow":
+        raise ConfigError(f"{path}: replay and mode: shadow exclude each other (shadow leaves the batches alone); drop one")
+    if not c.harvest.layers:
+        raise ConfigError(f"{path}.harvest.layers is empty; name at least one pattern, or ['auto']")
+
+
+def refuse_curriculum(ds_config: Mapping[str, Any]) -> None:
+    """DeepSpeed's curriculum sampler overwrites every other sampler: refuse to run beside it.
+
+    Raises:
+        ConfigError: curriculum learning is enabled.
+    """
+    for path in ("data_efficiency.data_sampling.curriculum_learning", "curriculum_learning"):
+        if _enabled(ds_config, path):
+            raise ConfigError(
+                f"{path}.enabled is true: DeepSpeed's curriculum replaces the data sampler, so a coreset would never be "
+                f"trained on; turn one of the two off"
+            )
+
+
+def write_resolved(config: GraceConfig, directory: str | Path) -> Path:
+    """Writes ``grace_resolved.yaml`` into ``directory`` (made if missing); returns its path.  For one rank only."""
+    target = Path(directory) / "grace_resolved.yaml"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    return target
+
+
+def _get(tree: Mapping[str, Any], path: str) -> Any:
+    node: Any = tree
+    for key in path.split("."):
+        if not isinstance(node, Mapping) or key not in node:
+            return None
+        node = node[key]
+    return node
+
+
+def _enabled(ds_config: Mapping[str, Any], path: str) -> bool:
+    section = _get(ds_config, path)
+    return isinstance(section, Mapping) and bool(section.get("enabled", False))
+
+
+def _paths_of_blocks(node: Any, prefix: str = "") -> list[str]:
+    """Paths of every key that can only be ours, at whatever depth."""
+    found: list[str] = []
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            path = f"{prefix}{key}"
+            if key in ("grace", "grace_ds"):
+                found.append(path)
+            else:
+                found += _paths_of_blocks(value, path + ".")
+    return found
+
+
+def _check_sections(layer: Any, path: str) -> None:
+    """OmegaConf's own message for a scalar in a section's place names no key; this one does."""
+    if not isinstance(layer, DictConfig):
+        raise ConfigError(f"{path}.file holds no mapping of keys to values; write it as YAML keys")
+    for f in dataclasses.fields(GraceConfig):
+        value = layer._get_node(f.name)
+        if (
+            isinstance(f.default_factory, type)
+            and f.default_factory is not list
+            and value is not None
+            and not isinstance(value, DictConfig)
+        ):
+            known = ", ".join(_known_keys(f.name))
+            raise ConfigError(f"{path}.{f.name} = {layer[f.name]!r} must be an object with keys among: {known}")
+
+
+def _known_keys(prefix: str) -> list[str]:
+    """Names of the keys below a dotted prefix of the schema ('' = the top)."""
+    node: Any = GraceConfig()
+    for key in filter(None, prefix.split(".")):
+        node = getattr(node, key, None)
+    return [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+
+
+def _explain(error: OmegaConfBaseException, layer: Any, path: str) -> ConfigError:
+    key = error.full_key or "?"
+    value = _get(cast(Plain, OmegaConf.to_container(layer, resolve=False)), key)
+    parent, _, name = key.rpartition(".")
+    if isinstance(error, ConfigKeyError):
+        known = _known_keys(parent)
+        near = difflib.get_close_matches(name, known, 1)
+        cure = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return ConfigError(f"{path}.{key} = {value!r} is no key of grace_ds; {cure}")
+    reason = str(error).splitlines()[0]
+    return ConfigError(f"{path}.{key} = {value!r} has the wrong type: {reason}")

@@ -1,0 +1,114 @@
+"""The configuration, typed and closed: every key that grace_ds knows, its default, and what it means.
+
+Plain dataclasses used as OmegaConf structured configs.  An unknown key or a wrong type is an error with the key's path;
+rules that span several keys are in :func:`grace_ds.config.load.validate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+MODES = ("train", "shadow")
+TRANSPORTS = ("auto", "mpi", "torch", "local")
+OBJECTIVES = ("sample", "facility_location", "topk", "rs2", "uniform")
+CADENCES = ("adaptive", "fixed")
+LEAVES = ("auto", "torch", "faiss")
+REDUCTIONS = ("mean", "sum")
+MISSING_STATE = ("rebuild", "error")
+
+
+@dataclass
+class RefreshConfig:
+    """When the coreset is chosen anew."""
+
+    interval_steps: int = 500  # optimizer steps between two refreshes
+    cadence: str = "adaptive"  # adaptive: stretched to stay below max_overhead; fixed: exactly interval_steps
+    max_overhead: float = 0.05  # adaptive only: share of wall time that refreshes may take
+    slack_steps: int = -1  # steps a schedule lasts beyond the interval; -1: a quarter of the interval
+    timeout_seconds: float = 600.0  # limit of every wait inside a refresh
+
+
+@dataclass
+class HarvestConfig:
+    """What is read from the job's own backward."""
+
+    layers: list[str] = field(default_factory=lambda: ["auto"])  # name patterns; auto: the last half of the blocks
+    exclude: list[str] = field(default_factory=lambda: ["*lm_head*", "*expert*", "*router*"])  # never hooked
+    every: int = 1  # harvest each n-th optimizer step
+    dim: int = 256  # width of the folded sketch
+    rank: int = 8  # rows of the random projections of a layer's two sides
+    reduction: str = "mean"  # how the job's loss joins the samples of a micro-batch: mean | sum
+
+
+@dataclass
+class FeaturesConfig:
+    """Content statistics of the token ids; no gradients, no model."""
+
+    enabled: bool = True
+    tokens_key: str = "auto"  # key (or tuple position) of the token ids in a dataset item
+    dim: int = 128  # width of the projected TF-IDF vectors
+    max_tokens: int = 4096  # tokens of a sample that are looked at
+    cache_dir: str | None = None  # where the statistics are kept between runs; null: not kept
+
+
+@dataclass
+class GraphConfig:
+    """The k-NN graph that carries scores from harvested samples to the others."""
+
+    leaf: str = "auto"  # torch: exact; faiss: flat, then IVF tuned to the recall; auto: faiss above 30,000 rows a rank
+    k: int = 15
+    recall: float = 0.99  # sampled recall that an approximate leaf must reach
+    shrink: float = 1.0  # lambda of the propagation: neighbour evidence that counts as much as no evidence
+    decay: float = 0.7  # confidence of a harvested value per refresh of age
+
+
+@dataclass
+class SelectionConfig:
+    """How the coreset is drawn from the window."""
+
+    objective: str = "sample"  # sample | facility_location | topk | rs2 | uniform
+    prior: bool = True  # use the trusted n-gram model, where there is a trusted set
+    density: bool = True  # thin out near-duplicates
+    alignment: bool = True  # use the alignment with the trusted gradient, where there is a trusted set
+    loss_tilt: bool = True  # prefer samples of higher loss among those that pass the filters
+    explore: float = 0.05  # share of slots for the samples whose scores are most in doubt
+    audit: float = 0.01  # share of slots drawn uniformly from the window
+    include: str | None = None  # file of ids (one a line, or .npy) that every coreset holds
+    exclude: str | None = None  # file of ids that no coreset holds
+
+
+@dataclass
+class CheckpointConfig:
+    """What to do with our own state in a checkpoint."""
+
+    on_missing_state: str = "rebuild"  # rebuild: start afresh at the checkpoint's step; error
+
+
+@dataclass
+class GraceConfig:
+    """The block ``data_efficiency.data_sampling.grace`` of a DeepSpeed config (alias: top-level ``grace_ds``)."""
+
+    enabled: bool = True
+    mode: str = "train"  # train | shadow: harvest, refresh and log, but leave the job's batches alone
+    budget: float = 0.2  # share of the window that one coreset may hold
+    window: int = 0  # samples in the rolling window; 0: so that a refresh harvests at least 5 % of it
+    seed: int = 1234
+    total_steps: int = 0  # optimizer steps of the whole run, to check max_repeats; 0: not known
+    max_repeats: float = 4.0  # implied repeats of a sample above which the run is refused
+    start_step: int = 0  # first optimizer step on a coreset; uniform before
+    stop_step: int = 0  # optimizer step at which selection ends and uniform goes on; 0: never
+    trusted: str | None = None  # trusted samples: .jsonl with input_ids, or .npy (n, tokens)
+    comm: str = "auto"  # auto | mpi | torch | local
+    run_dir: str | None = None  # where the resolved config and every schedule are kept; null: nowhere
+    replay: str | None = None  # folder of schedules of an earlier run: feed those, choose nothing
+    debug: bool = False  # full tracebacks
+    refresh: RefreshConfig = field(default_factory=RefreshConfig)
+    harvest: HarvestConfig = field(default_factory=HarvestConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    graph: GraphConfig = field(default_factory=GraphConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+Plain = dict[str, Any]

@@ -1,0 +1,226 @@
+"""Content features: what the token ids alone tell about a sample, with no gradients and no model.
+
+Two sweeps over this rank's samples.  The first counts (6-grams, terms) and scores by the trusted model; the counts are
+summed over the ranks; the second reads densities and TF-IDF vectors off the sums.  Tokens of the first sweep are kept
+in memory up to a limit, so most items are read once and none more than twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from grace_ds.features import cache
+from grace_ds.features.density import Allreduce, NgramCounts, ngram_bins
+from grace_ds.features.tfidf import TfIdf
+from grace_ds.features.tokens import TokenBlock, TokenReader, fingerprint, tokens_of
+from grace_ds.records import Array, FloatArray, IntArray
+
+__all__ = ["ContentFeatures", "TokenReader", "TokenScorer", "content_features", "fingerprint", "tokens_of"]
+
+RECIPE = 1  # goes into the cache key: raise it when a formula below changes
+MEMORY_BYTES = 256 << 20  # limit of the tokens kept between the two sweeps
+
+
+class TokenScorer(Protocol):
+    """A model of the trusted samples that scores others by their tokens."""
+
+    def keep(self, flat: IntArray, offsets: IntArray) -> npt.NDArray[np.float64]:
+        """(n,) float64 in (0, 1]: how well sample i, ``flat[offsets[i]:offsets[i + 1]]``, passes the trusted filter."""
+        ...
+
+    def digest(self) -> str:
+        """Hex digits that name the fitted model."""
+        ...
+
+
+@dataclass(frozen=True)
+class ContentFeatures:
+    """Content statistics of n samples on this rank.
+
+    Attributes:
+        ids: (n,) int64, as asked for.
+        density: (n,) float32, copies in the pool beyond the sample itself; all 0 if not wanted.
+        keep: (n,) float32 in (0, 1], pass of the trusted filter; None without a trusted model.
+        vectors: (n, dim) float32, unit norm; None if not wanted.
+        seconds: by part: read, prior, density, tfidf; all zero when they came from the cache.
+    """
+
+    ids: IntArray
+    density: FloatArray
+    keep: FloatArray | None
+    vectors: FloatArray | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Sweeps:
+    """The two sweeps over one rank's samples, with their clocks."""
+
+    counts: NgramCounts | None
+    terms: TfIdf | None
+    scorer: TokenScorer | None
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "prior", "density", "tfidf"), 0.0))
+
+    def first(self, block: TokenBlock) -> npt.NDArray[np.float64]:
+        """Counts one block; returns its (n,) float64 pass of the trusted filter (empty without one)."""
+        began = time.perf_counter()
+        if self.counts is not None:
+            self.counts.add(ngram_bins(block)[0])
+        counted = time.perf_counter()
+        if self.terms is not None:
+            self.terms.add(block)
+        indexed = time.perf_counter()
+        keep = np.empty(0) if self.scorer is None else self.scorer.keep(block.flat, block.offsets)
+        self._clock(density=counted - began, tfidf=indexed - counted, prior=time.perf_counter() - indexed)
+        return keep
+
+    def second(self, block: TokenBlock) -> tuple[npt.NDArray[np.float64], FloatArray]:
+        """Densities and vectors of one block, once the counts are summed."""
+        began = time.perf_counter()
+        density = np.zeros(len(block)) if self.counts is None else self.counts.degree(block)
+        between = time.perf_counter()
+        vectors = np.empty((0, 1), np.float32) if self.terms is None else self.terms.vectors(block)
+        self._clock(density=between - began, tfidf=time.perf_counter() - between)
+        return density, vectors
+
+    def _clock(self, **seconds: float) -> None:
+        for name, value in seconds.items():
+            self.seconds[name] += value
+
+
+class _TokenMemory:
+    """Tokens of the first sweep, in the smallest integer type that holds them, until the limit is reached."""
+
+    def __init__(self, reader: TokenReader, ids: IntArray, limit: int) -> None:
+        self.reader, self.ids, self.limit = reader, ids, limit
+        self.kept: list[tuple[IntArray, Array, IntArray]] = []
+        self.rows = self.bytes = 0
+
+    def record(self) -> Iterator[TokenBlock]:
+        """Reads every sample, keeping the first blocks, as many as there is room for."""
+        room = True
+        for block in self.reader.blocks(self.ids):
+            yield block
+            flat = _narrow(block.flat)
+            size = flat.nbytes + block.offsets.nbytes
+            room = room and self.bytes + size <= self.limit
+            if room:
+                self.kept.append((block.ids, flat, block.offsets))
+                self.rows += len(block)
+                self.bytes += size
+
+    def replay(self) -> Iterator[TokenBlock]:
+        """The same samples again: from memory, then (beyond the limit) from the dataset."""
+        for ids, flat, offsets in self.kept:
+            yield TokenBlock(ids, flat.astype(np.int64), offsets)
+        yield from self.reader.blocks(self.ids[self.rows :])
+
+
+def _narrow(flat: IntArray) -> Array:
+    """``flat`` in the smallest of a few integer types, with the same values."""
+    low, high = int(flat.min(initial=0)), int(flat.max(initial=0))
+    for kind in (np.uint16, np.int32):
+        if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
+            return flat.astype(kind)
+    return flat
+
+
+def content_features(
+    reader: TokenReader,
+    ids_here: IntArray,
+    *,
+    dim: int,
+    seed: int,
+    allreduce: Allreduce,
+    trusted: TokenScorer | None = None,
+    want_density: bool = True,
+    want_tfidf: bool = True,
+    cache_dir: str | os.PathLike[str] | None = None,
+    fingerprint: str | None = None,
+    memory_bytes: int = MEMORY_BYTES,
+) -> ContentFeatures:
+    """Content statistics of this rank's share of the pool (collective: all ranks call it, a share may be empty).
+
+    Args:
+        reader: of the job's dataset.
+        ids_here: (n,) int64, this rank's samples; the pool is the union over the ranks.
+        dim: width of the TF-IDF vectors.
+        seed: of their projection.
+        allreduce: sums an int64 array over the ranks, element by element.
+        trusted: model of the trusted samples, the same on all ranks.
+        want_density: False leaves the 6-gram counts out.
+        want_tfidf: False leaves the vectors out.
+        cache_dir: where results are kept between runs, set on all ranks or on none.
+        fingerprint: of the dataset, for the cache; computed where it is needed and not given.
+        memory_bytes: limit of the tokens that this rank keeps between the two sweeps.
+    """
+    ids = np.asarray(ids_here, np.int64)
+    key = ""
+    if cache_dir is not None:
+        name = reader.fingerprint() if fingerprint is None else fingerprint
+        model = "" if trusted is None else trusted.digest()
+        facts = [RECIPE, name, dim, seed, want_density, want_tfidf, model, *_pool_digest(ids, allreduce)]
+        key = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+        arrays = cache.load(cache_dir, key)
+        # one rank's miss is everybody's: a hit skips the sums over ranks that a miss takes part in
+        if int(allreduce(np.array([arrays is None], np.int64))[0]) == 0 and arrays is not None:
+            return ContentFeatures(
+                ids, arrays["density"], arrays.get("keep"), arrays.get("vectors"), _Sweeps(None, None, None).seconds
+            )
+    sweeps = _Sweeps(NgramCounts() if want_density else None, TfIdf(dim, seed) if want_tfidf else None, trusted)
+    out = _compute(sweeps, reader, ids, allreduce, dim, memory_bytes)
+    if cache_dir is not None:
+        found = {"density": out.density, "keep": out.keep, "vectors": out.vectors}
+        cache.store(cache_dir, key, {name: array for name, array in found.items() if array is not None})
+    return out
+
+
+def _compute(
+    sweeps: _Sweeps, reader: TokenReader, ids: IntArray, allreduce: Allreduce, dim: int, memory_bytes: int
+) -> ContentFeatures:
+    """Both sweeps, with the sums over the ranks between them."""
+    n = len(ids)
+    keep = np.empty(n if sweeps.scorer is not None else 0, np.float32)
+    density = np.zeros(n, np.float32)
+    vectors = np.empty((n if sweeps.terms is not None else 0, dim), np.float32)
+    read_before = reader.seconds
+    memory = _TokenMemory(reader, ids, memory_bytes)
+    at = 0
+    for block in memory.record():
+        keep[at : at + len(block)] = sweeps.first(block)
+        at += len(block)
+    if sweeps.counts is not None:
+        sweeps.counts.reduce(allreduce)
+    if sweeps.terms is not None:
+        sweeps.terms.reduce(allreduce)
+    if sweeps.counts is not None or sweeps.terms is not None:
+        at = 0
+        for block in memory.replay():
+            density[at : at + len(block)], vectors[at : at + len(block)] = sweeps.second(block)
+            at += len(block)
+    sweeps.seconds["read"] = reader.seconds - read_before
+    return ContentFeatures(
+        ids,
+        density,
+        keep if sweeps.scorer is not None else None,
+        vectors if sweeps.terms is not None else None,
+        sweeps.seconds,
+    )
+
+
+def _pool_digest(ids: IntArray, allreduce: Allreduce) -> list[str | int]:
+    """What names this rank's samples and the pool: a digest of the one, order-free sums over the other."""
+    code = ids.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    code = (code ^ (code >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+    low, high = code & np.uint64(0xFFFFFFFF), code >> np.uint64(32)  # halves: their sums cannot overflow
+    sums = allreduce(np.array([len(ids), low.sum(), high.sum()]).astype(np.int64))
+    return [hashlib.blake2b(ids.astype("<i8").tobytes(), digest_size=16).hexdigest(), *map(int, sums)]

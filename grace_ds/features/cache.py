@@ -1,0 +1,71 @@
+"""Keeps computed arrays between runs: a .npz without pickle per key, written atomically, with a digest inside."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grace_ds.records import Array
+
+log = logging.getLogger(__name__)
+
+
+def _digest(key: str, arrays: Mapping[str, Array]) -> Array:
+    h = hashlib.blake2b(key.encode(), digest_size=16)
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        h.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        h.update(array.tobytes())
+    return np.frombuffer(h.digest(), np.uint8)
+
+
+def path_of(folder: str | os.PathLike[str], key: str) -> Path:
+    """The file of ``key`` (hex digits) in ``folder``."""
+    return Path(folder) / f"features-{key}.npz"
+
+
+def load(folder: str | os.PathLike[str], key: str) -> dict[str, Array] | None:
+    """The arrays stored under ``key``; None if there are none, or (with a warning) if the file is torn."""
+    path = path_of(folder, key)
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        if not np.array_equal(arrays.pop("digest"), _digest(key, arrays)):
+            raise ValueError("its digest does not match")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        log.warning("feature cache %s is ignored and computed anew: %s", path, error)
+        return None
+    return arrays
+
+
+def store(folder: str | os.PathLike[str], key: str, arrays: Mapping[str, Array]) -> None:
+    """Writes the arrays under ``key``; readers see the old file or the new one, never half of one.
+
+    A folder that cannot be written costs a warning, not the run: the cache only saves time.
+    """
+    path = path_of(folder, key)
+    buffer = io.BytesIO()
+    contents: dict[str, Any] = {"digest": _digest(key, arrays), **arrays}
+    np.savez(buffer, allow_pickle=False, **contents)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+        with os.fdopen(handle, "wb") as file:
+            file.write(buffer.getbuffer())
+        os.replace(temporary, path)
+    except OSError as error:
+        log.warning("feature cache %s was not written: %s (set features.cache_dir to a writable folder)", path, error)
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)

@@ -1,0 +1,121 @@
+"""k-NN leaves: what searches the index rows of one shard, behind one small interface.
+
+A leaf only proposes candidates.  :mod:`grace_ds.graph.ring` asks for a few more than it needs and computes their
+similarity anew in exact arithmetic, so two exact leaves give the same graph bit for bit.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from grace_ds.errors import ConfigError
+from grace_ds.records import Array, FloatArray, IntArray
+
+log = logging.getLogger(__name__)
+
+FLAT_ROWS = 30_000  # below this an exact search costs less than training and tuning an approximate index
+
+
+class Leaf(Protocol):
+    """A nearest-neighbour library on the rows of one shard; similarity is the inner product of unit vectors.
+
+    Attributes:
+        name: as asked for in the configuration.
+    """
+
+    name: str
+
+    def build(self, X: FloatArray, ids: IntArray) -> Any:
+        """Index of ``X`` (m, d) float32, unit norm, whose rows are called ``ids`` (m,) int64, on this rank."""
+        ...
+
+    def search(self, index: Any, Q: FloatArray, k: int) -> tuple[IntArray, FloatArray]:
+        """The k index rows nearest to each query.
+
+        Args:
+            index: what :meth:`build` returned.
+            Q: (n, d) float32, unit norm.
+            k: neighbours asked for; may exceed m.
+
+        Returns:
+            ids (n, k) int64 and similarity (n, k) float32, nearest first, padded by -1 and -inf.
+        """
+        ...
+
+
+LeafFactory = Callable[[float], Leaf]
+_FACTORIES: dict[str, LeafFactory] = {}
+
+
+def register(name: str) -> Callable[[LeafFactory], LeafFactory]:
+    """Decorator: makes ``factory(recall) -> Leaf`` available under ``name``."""
+
+    def add(factory: LeafFactory) -> LeafFactory:
+        _FACTORIES[name] = factory
+        return factory
+
+    return add
+
+
+@register("torch")
+def _torch(recall: float) -> Leaf:
+    from grace_ds.graph.leaves.torch_leaf import TorchLeaf
+
+    return TorchLeaf()
+
+
+@register("faiss")
+def _faiss(recall: float) -> Leaf:
+    if importlib.util.find_spec("faiss") is None:
+        raise ConfigError(
+            "graph.leaf is 'faiss', but faiss is not installed: pip install grace_ds[cpu], or set graph.leaf to torch"
+        )
+    from grace_ds.graph.leaves.faiss_leaf import FaissLeaf
+
+    return FaissLeaf(recall)
+
+
+def choose(name: str, rows: int, recall: float = 0.99) -> Leaf:
+    """The leaf called ``name``; ``auto`` decides by size and by what is installed, and logs it.
+
+    Args:
+        name: a registered leaf, or ``auto``.
+        rows: index rows of the *largest* shard over all ranks, so that all ranks decide alike.
+        recall: what an approximate leaf must reach, in (0, 1]; 1 keeps the search exact.
+
+    Raises:
+        ConfigError: the name is unknown, its library is missing, or ``recall`` is out of range.
+    """
+    if not 0.0 < recall <= 1.0:
+        raise ConfigError(f"graph.recall is {recall}; it is a share of true neighbours: set it above 0 and at most 1")
+    if name == "auto":
+        name = _decide(rows)
+    if name not in _FACTORIES:
+        raise ConfigError(f"graph.leaf is {name!r}; known leaves: auto, {', '.join(sorted(_FACTORIES))}")
+    return _FACTORIES[name](recall)
+
+
+def _decide(rows: int) -> str:
+    if rows < FLAT_ROWS:
+        name, why = "torch", f"{rows} index rows in the largest shard, exact below {FLAT_ROWS}"
+    elif importlib.util.find_spec("faiss") is None:
+        name, why = "torch", f"{rows} index rows, but faiss is not installed (pip install grace_ds[cpu]); this is slow"
+    else:
+        name, why = "faiss", f"{rows} index rows in the largest shard, approximate from {FLAT_ROWS}"
+    log.info("graph.leaf auto: %s (%s)", name, why)
+    return name
+
+
+def padded(ids: Array, similarity: Array, k: int) -> tuple[IntArray, FloatArray]:
+    """``ids`` and ``similarity`` (n, j), j <= k, widened to k columns by -1 and -inf."""
+    n, j = ids.shape
+    out_ids = np.full((n, k), -1, np.int64)
+    out_sim = np.full((n, k), -np.inf, np.float32)
+    out_ids[:, :j] = ids
+    out_sim[:, :j] = similarity
+    return out_ids, out_sim

@@ -1,0 +1,85 @@
+"""Neighbours as sortable integers, so that merging is sorting and its result does not depend on the order of merging.
+
+A neighbour is packed into one int64: its distance (how far its similarity is below the largest possible, in grid steps)
+above its id.  Ascending keys are thus nearest first with ties by the lower id, and equal keys are the same neighbour.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from grace_ds.errors import DataError
+from grace_ds.records import Array, IntArray, Neighbours
+
+GRID = 1 << 20  # steps of similarity in a unit: below float32's own resolution near 1 it would not survive the record
+ID_BITS = 40
+_TOP = 2 * GRID  # similarity 2: above what rows of nearly unit norm can reach, so that no distance is negative
+PAD = np.iinfo(np.int64).max
+
+
+def pack(similarity: Array, ids: Array) -> IntArray:
+    """Keys of neighbours.
+
+    Args:
+        similarity: float64, any shape, within [-2, 2]; -inf for padding.
+        ids: int64, broadcastable against it, in [0, 2**40); negative for padding.
+
+    Raises:
+        DataError: an id is 2**40 or above.
+    """
+    if ids.size and int(ids.max()) >> ID_BITS:
+        raise DataError(f"dataset id {int(ids.max())} is too large for the graph: ids must be below 2**{ID_BITS}")
+    empty = np.isneginf(similarity) | (ids < 0)
+    distance = _TOP - np.rint(np.where(empty, 0.0, similarity) * GRID).astype(np.int64)
+    return np.where(empty, PAD, (distance << ID_BITS) | np.where(empty, 0, ids))
+
+
+def merge(a: IntArray, b: IntArray, k: int) -> IntArray:
+    """The k nearest of two sets of neighbours of the same queries.
+
+    Args:
+        a: (n, j) int64 keys, this rank; in any order.
+        b: (n, l) int64 keys.
+        k: columns wanted.
+
+    Returns:
+        (n, k) int64 keys, ascending in a row, each neighbour once, padded by :data:`PAD`.
+    """
+    keys = np.concatenate([a, b], axis=1)
+    keys.sort(axis=1)
+    repeated = keys[:, 1:] == keys[:, :-1]
+    if repeated[keys[:, 1:] != PAD].any():
+        keys[:, 1:][repeated] = PAD
+        keys.sort(axis=1)
+    return _columns(keys, k)
+
+
+def without_self(keys: IntArray, ids: IntArray, k: int) -> IntArray:
+    """(n, k) keys with each row's own id dropped, wherever it stands.
+
+    Args:
+        keys: (n, j) int64.
+        ids: (n,) int64, the queries' own ids.
+        k: columns wanted.
+    """
+    own = (keys & ((1 << ID_BITS) - 1)) == ids[:, None]
+    keys = np.where(own & (keys != PAD), PAD, keys)
+    keys.sort(axis=1)
+    return _columns(keys, k)
+
+
+def unpack(keys: IntArray) -> Neighbours:
+    """The record behind (n, k) keys that are ascending in each row."""
+    empty = keys == PAD
+    similarity = (_TOP - (keys >> ID_BITS)) / GRID
+    return Neighbours(
+        ids=np.where(empty, -1, keys & ((1 << ID_BITS) - 1)),
+        similarity=np.where(empty, -np.inf, similarity).astype(np.float32),
+    )
+
+
+def _columns(keys: IntArray, k: int) -> IntArray:
+    missing = k - keys.shape[1]
+    if missing > 0:
+        keys = np.concatenate([keys, np.full((len(keys), missing), PAD)], axis=1)
+    return np.ascontiguousarray(keys[:, :k])

@@ -1,0 +1,122 @@
+"""Rows from the job's own steps: bindings in, committed rows out, with losses centred on the run's running mean."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from grace_ds.comm.base import Comm
+from grace_ds.config.schema import HarvestConfig
+from grace_ds.records import FloatArray, Rows
+from grace_ds.sketch.binding import Binding
+from grace_ds.sketch.sketcher import Sketcher
+
+_MEMORY = 0.98  # of the running mean of the loss, per optimizer step
+
+
+class Harvester:
+    """What the sketcher saw, kept until a refresh takes it.
+
+    Args:
+        sketcher: attached to the job's module.
+        config: of the harvest.
+    """
+
+    def __init__(self, sketcher: Sketcher, config: HarvestConfig) -> None:
+        self.sketcher, self.config = sketcher, config
+        self.running_mean: float | None = None  # nats per token, all ranks alike, up to the last drained step
+        self.rows_dropped = 0  # of steps before the layer scale was frozen, or without a finite gradient
+        self.seconds = 0.0  # spent here and not in the hooks
+        self._inbox: list[Rows] = []
+        self._steps: list[int] = []
+        self._sums: list[tuple[float, int]] = []
+
+    def wanted(self, step: int) -> bool:
+        """Whether the optimizer step with number ``step`` (from 1) is harvested."""
+        return step % self.config.every == 0
+
+    def commit(self, bindings: Sequence[Binding], step: int, grad_scale: float, comm: Comm) -> None:
+        """Keeps the rows of an optimizer step that was applied.
+
+        The first step that is harvested gives the frozen scale of the layers and no rows; that is the one collective.
+
+        Args:
+            bindings: of the step's micro-batches, on this rank.
+            step: number of the optimizer step.
+            grad_scale: accumulation steps divided by the loss scale.
+            comm: asked only while the scale is not frozen.
+        """
+        started = time.perf_counter()
+        harvested = [self.sketcher.finish(b, grad_scale, self.config.reduction) for b in bindings]
+        if not self.sketcher.scale.frozen:
+            self._freeze(comm)
+            self.rows_dropped += sum(len(h.ids) for h in harvested if h is not None)
+        else:
+            parts = [h.rows(step) for h in harvested if h is not None]
+            self.rows_dropped += sum(len(h.ids) for h in harvested if h is not None) - sum(map(len, parts))
+            self._inbox += parts
+            losses = np.concatenate([p.loss for p in parts]) if parts else np.empty(0, np.float32)
+            finite = losses[np.isfinite(losses)]
+            self._steps.append(step)
+            self._sums.append((float(finite.sum(dtype=np.float64)), len(finite)))
+        self.seconds += time.perf_counter() - started
+
+    def discard(self, bindings: Sequence[Binding]) -> None:
+        """Drops bindings of a step that was not applied."""
+        for binding in bindings:
+            self.sketcher.discard(binding)
+
+    def pending(self, comm: Comm) -> tuple[Rows, float | None]:
+        """The rows kept so far, centred, and the running mean that :meth:`drained` will take over.  Collective.
+
+        Nothing is removed yet, so that a refresh that fails loses nothing.
+        """
+        rows = Rows.concat(self._inbox) if self._inbox else Rows.empty(self.sketcher.dim)
+        first = int(comm.allreduce(np.array([min(self._steps, default=2**62)], np.int64), "min")[0])
+        last = int(comm.allreduce(np.array([max(self._steps, default=-1)], np.int64), "max")[0])
+        if last < first:
+            return rows, self.running_mean
+        sums = np.zeros((last - first + 1, 2), np.float64)
+        for step, (total, count) in zip(self._steps, self._sums, strict=True):
+            sums[step - first] += total, count
+        means, final = _running_means(comm.allreduce(sums), self.running_mean)
+        return replace(rows, loss=rows.loss - means[rows.step - first]), final
+
+    def drained(self, running_mean: float | None) -> None:
+        """Forgets what :meth:`pending` gave, which has found its place in the table."""
+        self.running_mean = running_mean
+        self._inbox, self._steps, self._sums = [], [], []
+
+    @property
+    def total_seconds(self) -> float:
+        """Wall seconds of harvesting on this rank so far: the hooks and the rows (on a GPU: of launching them)."""
+        return self.seconds + self.sketcher.seconds
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able; equal on all ranks when taken right after :meth:`drained` (and once the layer scale is frozen)."""
+        return {"sketcher": self.sketcher.state_dict(), "running_mean": self.running_mean}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` gave; rows not drained are forgotten."""
+        self.sketcher.load_state_dict(state["sketcher"])
+        self.drained(state["running_mean"])
+
+    def _freeze(self, comm: Comm) -> None:
+        total = comm.allreduce(self.sketcher.scale.sums())
+        if total[-1] > 0:
+            self.sketcher.scale.freeze(total)
+
+
+def _running_means(sums: FloatArray, mean: float | None) -> tuple[FloatArray, float | None]:
+    """(steps,) float32 exponential mean up to and including each step, from (steps, 2) sums and counts; and the last."""
+    out = np.zeros(len(sums), np.float32)
+    for i, (total, count) in enumerate(sums):
+        if count > 0:
+            here = total / count
+            mean = here if mean is None else _MEMORY * mean + (1 - _MEMORY) * here
+        out[i] = 0.0 if mean is None else mean
+    return out, mean

@@ -1,0 +1,177 @@
+"""Puts a controller together for an engine: transport, window, features, hooks, trusted set."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from grace_ds.comm.base import Comm
+from grace_ds.comm.choose import choose
+from grace_ds.config.schema import GraceConfig
+from grace_ds.errors import ConfigError, DataError
+from grace_ds.features import ContentFeatures, TokenReader, content_features
+from grace_ds.harvest import Harvester
+from grace_ds.integrations.checkpoint import together
+from grace_ds.integrations.controller import Controller
+from grace_ds.integrations.trust import TrustedProbe
+from grace_ds.integrations.verdict import Verdict, job_store
+from grace_ds.pool import Pool, check_repeats, read_ids
+from grace_ds.records import IntArray
+from grace_ds.sampler import Geometry
+from grace_ds.selection.prior import BigramPrior
+from grace_ds.signals import Pipeline
+from grace_ds.sketch.layers import select_layers
+from grace_ds.sketch.probe import LossFn
+from grace_ds.sketch.sketcher import Sketcher
+from grace_ds.trusted import load_trusted, split_trusted
+
+log = logging.getLogger("grace_ds")
+
+
+def build_controller(
+    engine: Any,
+    dataset: Any,
+    config: GraceConfig,
+    geometry: Geometry,
+    collate: Callable[[list[Any]], Any],
+    trusted_data: Any,
+    loss_fn: LossFn | None,
+) -> Controller:
+    """The controller of an engine; nothing of the engine is changed yet.  Collective.
+
+    Args:
+        dataset: the job's own, map-style.
+        collate: the job's, for the trusted probe.
+        trusted_data: map-style dataset in the place of ``config.trusted``, or None.
+
+    Raises:
+        ConfigError, DataError: what is asked for cannot be had; on every rank.
+    """
+    n = len(dataset)
+    if config.total_steps:
+        repeats = check_repeats(config.total_steps, geometry.batch, config.budget, n, config.max_repeats)
+        log.info("implied repeats of a chosen sample: %.2f", repeats)
+    comm = choose(config.comm, dp_group=engine.data_parallel_group, timeout=config.refresh.timeout_seconds)
+    parts: Parts = together(comm, lambda: prepare(dataset, config, geometry, trusted_data))
+    pipeline = Pipeline(
+        comm=comm,
+        config=config,
+        pool=parts.pool,
+        batch=geometry.batch,
+        contents=Contents(comm, config, parts),
+        include=parts.include,
+        exclude=parts.exclude,
+    )
+    harvester = None
+    if config.replay is None and needs_harvest(config):
+        layers = select_layers(engine.module, config.harvest.layers, config.harvest.exclude)
+        sketcher = Sketcher(layers, config.seed, config.harvest.dim, config.harvest.rank).attach()
+        harvester = Harvester(sketcher, config.harvest)
+        log.info("sketching %d layers: %s … %s", len(layers), layers[0].name, layers[-1].name)
+    trust = None
+    if harvester is not None and parts.trusted is not None and config.selection.alignment:
+        trust = TrustedProbe(
+            engine.module,
+            harvester.sketcher,
+            parts.trusted,
+            split_trusted(len(parts.trusted), config.seed),
+            collate,
+            geometry.rows,
+            torch.device(engine.device),
+            loss_fn,
+            comm,
+            config.seed,
+        )
+    return Controller(config, geometry, pipeline, harvester, Verdict(job_store(comm.size)), trust, _monitor(engine))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What can be read before any collective.
+
+    Attributes:
+        pool: the windows.
+        reader: of the dataset's tokens; None without content features.
+        trusted: map-style dataset of trusted samples; None without.
+        prior: the trusted n-gram model; None without.
+        include, exclude: sorted ids.
+    """
+
+    pool: Pool
+    reader: TokenReader | None
+    trusted: Any
+    prior: BigramPrior | None
+    include: IntArray
+    exclude: IntArray
+
+
+def prepare(dataset: Any, config: GraceConfig, geometry: Geometry, trusted_data: Any) -> Parts:
+    """Opens and checks everything that the config names."""
+    n = len(dataset)
+    pool = Pool(n, config.window, config.budget, config.refresh.interval_steps, geometry.batch, config.seed)
+    c = config.selection
+    include, exclude = (read_ids(path, n) if path else np.empty(0, np.int64) for path in (c.include, c.exclude))
+    both = np.intersect1d(include, exclude)
+    if len(both):
+        raise ConfigError(f"sample {int(both[0])} is in selection.include and in selection.exclude; drop it from one")
+    reader = None
+    if config.features.enabled and config.replay is None:
+        reader = TokenReader(dataset, config.features.tokens_key, config.features.max_tokens)
+    trusted = trusted_data
+    if trusted is None and config.trusted is not None:
+        trusted = load_trusted(config.trusted, dataset[0])
+    if trusted is not None and len(trusted) < 4:
+        raise DataError(f"the trusted set holds {len(trusted)} samples; give at least 4 (64 or more to be of use)")
+    prior = None
+    if trusted is not None and reader is not None and c.prior:
+        tokens = TokenReader(trusted, config.features.tokens_key, config.features.max_tokens)
+        rows = [tokens.row(i) for i in range(len(trusted))]
+        offsets = np.cumsum([0, *map(len, rows)]).astype(np.int64)
+        prior = BigramPrior.fit(np.concatenate(rows), offsets)
+    return Parts(pool, reader, trusted, prior, include, exclude)
+
+
+class Contents:
+    """Content features of the window's samples; those of the last window are kept."""
+
+    def __init__(self, comm: Comm, config: GraceConfig, parts: Parts) -> None:
+        self.comm, self.config, self.parts = comm, config, parts
+        self._last: ContentFeatures | None = None
+
+    def __call__(self, ids: IntArray) -> ContentFeatures:
+        reader, c = self.parts.reader, self.config
+        if reader is None:
+            return ContentFeatures(ids, np.zeros(len(ids), np.float32), None, None)
+        # A window that has not moved has not moved on any rank: then nobody takes part in a collective.
+        if self._last is None or not np.array_equal(self._last.ids, ids) or self.parts.pool.advance:
+            self._last = content_features(
+                reader,
+                ids,
+                dim=c.features.dim,
+                seed=c.seed,
+                allreduce=self.comm.allreduce,
+                trusted=self.parts.prior,
+                want_density=c.selection.density,
+                want_tfidf=True,
+                cache_dir=c.features.cache_dir,
+            )
+        return self._last
+
+
+def needs_harvest(config: GraceConfig) -> bool:
+    """Whether any decision of this run, or a shadow run's report, asks for gradients."""
+    return config.mode == "shadow" or config.selection.objective not in ("uniform", "rs2")
+
+
+def _monitor(engine: Any) -> Callable[[dict[str, float], int], None]:
+    def write(events: dict[str, float], samples: int) -> None:
+        monitor = getattr(engine, "monitor", None)
+        if monitor is not None and monitor.enabled:
+            monitor.write_events([(name, value, samples) for name, value in events.items()])
+
+    return write

@@ -1,0 +1,297 @@
+"""DeepSpeed's engine and GRACE: ``initialize`` in the place of ``deepspeed.initialize``, ``attach`` for own loaders.
+
+Nothing of the engine is subclassed or wrapped as an object: five of its methods are replaced on the instance by ones that
+call the original and then the controller, and two hooks watch the module; ``detach`` takes all of it off again.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+from grace_ds.config.load import ALIAS, HOME, find_block, load_config, read_ds_config, refuse_curriculum, write_resolved
+from grace_ds.config.schema import GraceConfig
+from grace_ds.errors import ConfigError
+from grace_ds.integrations import checkpoint
+from grace_ds.integrations.build import build_controller
+from grace_ds.integrations.controller import Controller
+from grace_ds.sampler import Geometry, StreamSampler, TicketedCollate, TicketedDataset, TicketedLoader
+from grace_ds.sketch.probe import LossFn
+
+log = logging.getLogger("grace_ds")
+
+# Kept before anybody (``grace_ds.run``) puts our function in the place of DeepSpeed's.
+_original: Callable[..., Any] | None = None
+
+
+def initialize(*args: Any, trusted_data: Any = None, loss_fn: LossFn | None = None, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+    """``deepspeed.initialize`` with GRACE where the config asks for it: same arguments, same four results.
+
+    Without a grace block, or with ``enabled: false``, this is ``deepspeed.initialize`` and nothing else.  With one,
+    the returned loader feeds the coreset's schedule (``mode: shadow``: the job's own batches), and ``engine.grace_ds``
+    is the :class:`Grace` handle.
+
+    Args:
+        trusted_data: a map-style dataset of trusted samples, items like those of ``training_data``; in the place of
+            the config's ``trusted`` file.
+        loss_fn: (module, batch) → scalar mean loss, for the trusted probe; needed only where the module's output
+            holds no loss.
+
+    Raises:
+        ConfigError: the block is wrong, or it is on and no ``training_data`` is given.
+        DataError: the training or the trusted data cannot be used.
+    """
+    import deepspeed
+
+    original = _original or deepspeed.initialize
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    config = _config_of(bound.arguments)
+    found = find_block(read_ds_config(config)) if config is not None else None
+    grace = load_config(found[1], found[0]) if found is not None else None
+    if grace is None or not grace.enabled:
+        result: tuple[Any, Any, Any, Any] = original(*args, **kwargs)
+        return result
+    refuse_curriculum(read_ds_config(config))
+    data = bound.arguments.get("training_data")
+    if data is None:
+        raise ConfigError(
+            "grace is on but deepspeed.initialize got no training_data; pass the dataset, or call deepspeed.initialize as "
+            "before and grace_ds.attach(engine, dataset) for a loader of your own"
+        )
+    TicketedDataset(data)  # says what is wrong with the dataset before an engine is built
+    bound.arguments["training_data"] = None
+    if isinstance(bound.arguments.get("config"), dict):
+        bound.arguments["config"] = copy.deepcopy(bound.arguments["config"])  # DeepSpeed writes into it
+    engine, optimizer, _, scheduler = original(*bound.args, **bound.kwargs)
+    handle = Grace(engine, data, grace, bound.arguments.get("collate_fn"), trusted_data, loss_fn)
+    engine.training_data = data
+    engine.training_dataloader = handle.deepspeed_loader()
+    return engine, optimizer, engine.training_dataloader, scheduler
+
+
+def replace_initialize(module: Any) -> None:
+    """Puts :func:`initialize` in the place of ``deepspeed.initialize`` in the ``deepspeed`` module, for unchanged scripts."""
+    global _original
+    if _original is None:
+        _original = module.initialize
+        module.initialize = initialize
+
+
+def attach(
+    engine: Any,
+    dataset: Any,
+    config: dict[str, Any] | None = None,
+    *,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    trusted_data: Any = None,
+    loss_fn: LossFn | None = None,
+) -> Grace:
+    """GRACE for a job that builds its own loader; the engine comes from plain ``deepspeed.initialize``.
+
+    Args:
+        engine: a DeepSpeed engine.
+        dataset: the job's map-style training dataset.
+        config: the grace block; default: the one in the engine's own config.
+        collate_fn: the job's, default torch's.
+        trusted_data, loss_fn: as for :func:`initialize`.
+
+    Returns:
+        The handle; its ``loader(...)`` makes the data loader.
+    """
+    if config is None:
+        found = find_block(engine.config if isinstance(engine.config, dict) else {})
+        if found is None:
+            raise ConfigError(f"the engine's config holds no block {HOME!r} or {ALIAS!r}; add one, or pass config={{...}}")
+        grace = load_config(found[1], found[0])
+        refuse_curriculum(engine.config)
+    else:
+        grace = load_config(config, "config")
+    if getattr(engine, "grace_ds", None) is not None:
+        raise ConfigError("GRACE is attached to this engine already; call engine.grace_ds.detach() first")
+    return Grace(engine, dataset, grace, collate_fn, trusted_data, loss_fn)
+
+
+class Grace:
+    """The handle ``engine.grace_ds``: the controller tied to one engine.
+
+    Attributes:
+        controller: the state; ``controller.book`` is what the sampler reads.
+        config: as resolved.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        dataset: Any,
+        config: GraceConfig,
+        collate_fn: Callable[[list[Any]], Any] | None,
+        trusted_data: Any,
+        loss_fn: LossFn | None,
+    ) -> None:
+        self.engine, self.config = engine, config
+        self.dataset = TicketedDataset(dataset)
+        self._job_collate = collate_fn or getattr(engine, "collate_fn", None)
+        self.collate = TicketedCollate(self._job_collate)
+        geometry = geometry_of(engine)
+        self.controller: Controller = build_controller(
+            engine, dataset, config, geometry, self.collate.collate, trusted_data, loss_fn
+        )
+        if config.run_dir is not None and geometry.rank == 0:
+            write_resolved(config, config.run_dir)
+        if config.mode == "train":
+            self.controller.sampler = self._stream_sampler(geometry, len(dataset))
+        self._restore: list[Callable[[], None]] = []
+        self.attach_hooks()
+        self.controller.start()
+        engine.grace_ds = self
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Totals of the run on this rank; see :class:`~grace_ds.integrations.controller.Metrics`."""
+        return self.controller.snapshot()
+
+    def deepspeed_loader(self, num_local_io_workers: int | None = None) -> TicketedLoader:
+        """The engine's own kind of loader (``engine.deepspeed_io``) over the schedule, or the job's order in shadow mode."""
+        sampler: Any = self.controller.sampler
+        if sampler is None and _dp_rank(self.engine) != self.engine.global_rank:
+            sampler = self._job_sampler()
+        inner = self.engine.deepspeed_io(
+            self.dataset, data_sampler=sampler, collate_fn=self.collate, num_local_io_workers=num_local_io_workers
+        )
+        return TicketedLoader(inner, self.controller.outstanding)
+
+    def loader(self, sampler: Any = None, **options: Any) -> TicketedLoader:
+        """A torch ``DataLoader`` of micro-batches for a job that builds its own.
+
+        Args:
+            sampler: the job's sampler; used in shadow mode only.
+            options: of ``torch.utils.data.DataLoader``, without dataset, sampler, batch_size and collate_fn.
+        """
+        for key in ("dataset", "batch_size", "batch_sampler", "shuffle", "collate_fn"):
+            if key in options:
+                raise ConfigError(
+                    f"loader({key}=...) is decided by GRACE and the engine; leave it out (collate_fn goes to attach)"
+                )
+        stream: Any = self.controller.sampler or sampler or self._job_sampler()
+        rows = self.engine.train_micro_batch_size_per_gpu()
+        inner: Any = DataLoader(self.dataset, batch_size=rows, sampler=stream, collate_fn=self.collate, **options)
+        return TicketedLoader(inner, self.controller.outstanding)
+
+    def _job_sampler(self) -> DistributedSampler[Any]:
+        g = self.controller.geometry
+        return DistributedSampler(self.dataset, num_replicas=g.ranks, rank=g.rank)
+
+    def _stream_sampler(self, g: Geometry, samples: int) -> StreamSampler:
+        length = -(-samples // g.ranks)
+        micro = length // g.rows if self.engine.dataloader_drop_last() else -(-length // g.rows)
+        return StreamSampler(self.controller.book, g, micro, length)
+
+    # -- hooks ---------------------------------------------------------------------------------------------------------
+
+    def attach_hooks(self) -> None:
+        """Ties the controller to the engine; undone by :meth:`detach`."""
+        module, controller = self.engine.module, self.controller
+        pre = module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        post = module.register_forward_hook(self._after_forward)
+        self._restore += [pre.remove, post.remove]
+        self._replace("backward", self._backward)
+        self._replace("step", self._step)
+        self._replace("save_checkpoint", functools.partial(checkpoint.save, controller, self.engine))
+        self._replace("load_checkpoint", functools.partial(checkpoint.load, controller, self.engine))
+
+    def detach(self) -> None:
+        """Takes GRACE off the engine: hooks and methods are as before, the transport is closed.  A second call does nothing."""
+        while self._restore:
+            self._restore.pop()()
+        self.controller.close()
+        if getattr(self.engine, "grace_ds", None) is self:
+            self.engine.grace_ds = None
+
+    def _replace(self, name: str, ours: Callable[..., Any]) -> None:
+        original = getattr(self.engine, name)
+        had = name in vars(self.engine)
+
+        @functools.wraps(original)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return ours(original, *args, **kwargs)
+
+        setattr(self.engine, name, method)
+        self._restore.append(lambda: setattr(self.engine, name, original) if had else delattr(self.engine, name))
+
+    def _before_forward(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled() and module.training:
+            if self.controller.trust is not None:
+                self.controller.trust.observe(args, kwargs)
+            self.controller.before_forward((args, kwargs))
+
+    def _after_forward(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        current = self.controller.after_forward(output)
+        if current is None:
+            return
+        for tensor in _outputs(output):
+            if tensor.requires_grad:
+                tensor.register_hook(lambda _: self.controller.on_backward(current))  # type: ignore[no-untyped-call]
+
+    def _backward(self, original: Callable[..., Any], loss: Any, *args: Any, **kwargs: Any) -> Any:
+        self.controller.observe_loss(loss)
+        return original(loss, *args, **kwargs)
+
+    def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        boundary = self.engine.is_gradient_accumulation_boundary()
+        scale = self.controller.geometry.accumulation / float(self.engine._get_optimizer_loss_scale() or 1.0)
+        result = original(*args, **kwargs)
+        if boundary:
+            self.controller.after_step(self.engine.global_steps, self.engine.was_step_applied(), scale)
+        return result
+
+
+def geometry_of(engine: Any) -> Geometry:
+    """How the engine's batches map to positions.
+
+    Raises:
+        ConfigError: the batch does not divide into micro-batches of the data-parallel ranks.
+    """
+    ranks, rows, accumulation = (
+        engine.dp_world_size,
+        engine.train_micro_batch_size_per_gpu(),
+        engine.gradient_accumulation_steps(),
+    )
+    if engine.train_batch_size() != ranks * rows * accumulation:
+        raise ConfigError(
+            f"train_batch_size = {engine.train_batch_size()} is not ranks × micro-batch × accumulation = "
+            f"{ranks} × {rows} × {accumulation}; positions of samples would not be defined: make them agree"
+        )
+    return Geometry(ranks, _dp_rank(engine), rows, accumulation)
+
+
+def _dp_rank(engine: Any) -> int:
+    import torch.distributed as dist
+
+    return dist.get_rank(engine.data_parallel_group) if dist.is_initialized() else 0
+
+
+def _config_of(arguments: dict[str, Any]) -> Any:
+    """The DeepSpeed config where ``deepspeed.initialize`` looks for it."""
+    for key in ("config", "config_params"):
+        if arguments.get(key) is not None:
+            return arguments[key]
+    args = arguments.get("args")
+    return getattr(args, "deepspeed_config", None) or getattr(args, "deepscale_config", None)
+
+
+def _outputs(tree: Any) -> Sequence[torch.Tensor]:
+    """Every tensor in a module's output."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    values = tree.values() if hasattr(tree, "values") else tree if isinstance(tree, (list, tuple)) else []
+    return [t for value in values for t in _outputs(value)]
+
+
+__all__ = ["Grace", "attach", "geometry_of", "initialize", "replace_initialize"]

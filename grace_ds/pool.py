@@ -1,0 +1,187 @@
+"""The pool: which ids of the corpus are looked at, version by version, and how often a run will repeat a sample.
+
+A corpus that fits is one window.  A larger one is walked in a seeded random order by a rolling window, so that a
+refresh always has harvested a fair share of what it chooses from, and every sample comes by.  The order is a bijection
+computed from the position: nothing of the corpus' size is stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from grace_ds.errors import ConfigError, DataError
+from grace_ds.records import Array, IntArray
+
+ROUNDS = 6
+HARVESTED_SHARE = 20  # an automatic window holds 20 refreshes' worth of samples: each harvests 5 % of it
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+class Permutation:
+    """A seeded random order of [0, n), in constant memory: a Feistel network, walked until it lands inside.
+
+    Args:
+        n: number of ids.
+        seed: of the order.
+    """
+
+    def __init__(self, n: int, seed: int) -> None:
+        self.n = n
+        self._half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))  # bits of each half; 4^half >= n
+        self._mask = np.uint64((1 << int(self._half)) - 1)
+        self._keys = [np.uint64((seed * 0xD1342543DE82EF95 + (r + 1) * _GOLDEN) % 2**64) for r in range(ROUNDS)]
+
+    def __call__(self, positions: Array) -> IntArray:
+        """(m,) int64: the ids at ``positions`` (m,), each in [0, n)."""
+        out = np.asarray(positions, np.int64).astype(np.uint64)
+        todo = np.arange(len(out))
+        while len(todo):  # at most 4 walks on the mean, as the domain is less than 4 n
+            out[todo] = self._once(out[todo])
+            todo = todo[out[todo] >= np.uint64(self.n)]
+        return out.astype(np.int64)
+
+    def _once(self, x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        left, right = x >> self._half, x & self._mask
+        for key in self._keys:
+            mixed = (right + key) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            mixed ^= mixed >> np.uint64(31)
+            left, right = right, left ^ (mixed & self._mask)
+        joined: npt.NDArray[np.uint64] = (left << self._half) | right
+        return joined
+
+
+@dataclass(frozen=True)
+class Window:
+    """Positions [start, start + size) of the corpus' random order, modulo n."""
+
+    start: int
+    size: int
+    n: int
+
+    def positions(self) -> IntArray:
+        """(size,) int64."""
+        return (self.start + np.arange(self.size, dtype=np.int64)) % self.n
+
+
+class Pool:
+    """The rolling window over a corpus of n samples; a pure function of its arguments, equal on all ranks.
+
+    Args:
+        n: size of the corpus.
+        window: its samples; 0: so that a refresh harvests at least 5 % of it.
+        budget: share of the window that one coreset holds.
+        interval_steps: optimizer steps between two refreshes.
+        batch: samples of an optimizer step, over all ranks.
+        seed: of the order.
+
+    Attributes:
+        size: samples of a window; n where the corpus is one window.
+        advance: samples by which the window moves on from one version to the next; 0 where it does not move.
+    """
+
+    def __init__(self, n: int, window: int, budget: float, interval_steps: int, batch: int, seed: int) -> None:
+        if n < 1:
+            raise DataError("the dataset is empty: there is nothing to select from")
+        if window < 0:
+            raise ConfigError(f"window is {window}: give a number of samples, or 0 to have it chosen")
+        if not 0 < budget <= 1:
+            raise ConfigError(f"budget is {budget}: give a share of the window above 0 and at most 1")
+        if interval_steps < 1 or batch < 1:
+            raise ConfigError(f"refresh.interval_steps is {interval_steps} and the batch {batch}: both must be at least 1")
+        self.n = n
+        self.size = min(n, window or HARVESTED_SHARE * interval_steps * batch)
+        self.advance = 0 if self.size == n else max(1, min(self.size, round(interval_steps * batch / budget)))
+        self._order = Permutation(n, seed)
+
+    def window(self, version: int) -> Window:
+        """The window of a schedule's version, as positions of the order."""
+        return Window(version * self.advance % self.n, self.size, self.n)
+
+    def window_at(self, version: int) -> IntArray:
+        """(size,) int64, sorted: the ids in the window of ``version``."""
+        if self.size == self.n:
+            return np.arange(self.n, dtype=np.int64)
+        return np.sort(self._order(self.window(version).positions()))
+
+
+def implied_repeats(total_steps: int, batch: int, budget: float, n: int) -> float:
+    """How often a run trains on a sample of its coresets, on average: steps * B / (budget * N)."""
+    return total_steps * batch / (budget * n)
+
+
+def check_repeats(total_steps: int, batch: int, budget: float, n: int, max_repeats: float) -> float:
+    """The implied repeats of a run.
+
+    Raises:
+        ConfigError: they are above ``max_repeats``.
+    """
+    repeats = implied_repeats(total_steps, batch, budget, n)
+    if repeats > max_repeats:
+        enough = total_steps * batch / (max_repeats * n)
+        cure = f"raise budget to at least {enough:.3g}, " if enough <= 1 else ""
+        raise ConfigError(
+            f"{total_steps} steps of {batch} samples on a budget of {budget} of {n} samples train on each chosen "
+            f"sample {repeats:.3g} times, above max_repeats {max_repeats}: {cure}"
+            "use more data or fewer steps, or raise max_repeats"
+        )
+    return repeats
+
+
+def read_ids(path: str | Path, n: int) -> IntArray:
+    """The ids of an include or exclude file: text with one a line, or .npy.
+
+    Args:
+        path: of the file; blank lines and what follows a # are skipped.
+        n: size of the dataset; every id must be in [0, n).
+
+    Returns:
+        (m,) int64, sorted, unique.
+
+    Raises:
+        DataError: the file is missing, holds anything but integers, or an id outside of the dataset.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise DataError(f"id file {file} does not exist: correct selection.include or selection.exclude")
+    ids = _npy_ids(file) if file.suffix == ".npy" else _text_ids(file)
+    bad = ids[(ids < 0) | (ids >= n)]
+    if len(bad):
+        raise DataError(f"{file}: id {bad[0]} is outside of the dataset's [0, {n}) ({len(bad)} such): was the file made for it?")
+    unique: IntArray = np.unique(ids)
+    return unique
+
+
+def _npy_ids(file: Path) -> IntArray:
+    try:
+        array = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{file} cannot be read as .npy: {error}") from error
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise DataError(f"{file} holds {array.dtype} of shape {array.shape}: a 1-D array of integer ids is needed")
+    ids: IntArray = array.astype(np.int64)
+    return ids
+
+
+def _text_ids(file: Path) -> IntArray:
+    ids: list[int] = []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read as text: {error}; give one id a line, or a .npy file") from error
+    for number, line in enumerate(lines, 1):
+        entry = line.split("#")[0].strip()
+        if not entry:
+            continue
+        try:
+            value = int(entry)
+        except ValueError:
+            raise DataError(f"{file}:{number}: {entry!r} is not an integer id; give one id a line") from None
+        if abs(value) >= 2**63:
+            raise DataError(f"{file}:{number}: id {value} does not fit 64 bits")
+        ids.append(value)
+    return np.array(ids, np.int64)

@@ -1,0 +1,161 @@
+"""Scores spread from harvested samples (anchors) to the others along the k-NN graph, and say how much they are worth.
+
+    value_i = (c_i v_i + sum_j w_ij c_j v_j) / (shrink + c_i + sum_j w_ij c_j),   w = max(cosine, 0)^4,   c = decay^age
+
+over the anchors j among i's neighbours.  It minimises, over v, the confidence-weighted squared distance to the row's own
+old value, to its neighbours' values and (by ``shrink``) to zero, the mean of a centred signal.  So one weak anchor does
+not carry its whole value over, and a sample that nothing is known of gets the mean.
+
+Shapes: n = rows of this rank, k = neighbours, s = signals.  Pure functions of arrays; a row's result depends on that row
+only, bit for bit, however rows are spread over ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from grace_ds.errors import ConfigError, DataError
+from grace_ds.records import Array, FloatArray
+
+FloatRows = npt.NDArray[np.float64]
+LEAST_DISAGREEMENT = 1e-3  # of the largest: where neighbours agree, staleness alone still orders the re-scoring
+
+
+@dataclass(frozen=True)
+class Propagated:
+    """What is believed of this rank's n samples.
+
+    Attributes:
+        values: (n, s) float32, the centred signals; a fresh row's own values where it has them.
+        confidence: (n,) float32 in [0, 1), evidence / (shrink + evidence) of signal 0; 1 where its own value is fresh.
+        disagreement: (n,) float32, weighted standard deviation of signal 0 among the neighbours, in its unit; NaN where
+            no neighbour has a value.
+    """
+
+    values: FloatArray
+    confidence: FloatArray
+    disagreement: FloatArray
+
+
+def propagate(
+    own: FloatArray,
+    own_age: Array,
+    nbr_values: FloatArray,
+    nbr_age: Array,
+    similarity: FloatArray,
+    shrink: float,
+    decay: float,
+) -> Propagated:
+    """Values of this rank's rows from their own old ones and from their neighbours'.
+
+    Args:
+        own: (n, s) float32, centred signals; NaN where unknown.
+        own_age: (n,) float, refreshes since the row's harvest; 0 for this window's anchors, inf when never harvested.
+        nbr_values: (n, k, s) float32, the neighbours' centred signals; NaN where unknown, at padding too.
+        nbr_age: (n, k) float, the neighbours' ages in refreshes; anything at padding.
+        similarity: (n, k) float32, cosines; -inf at padding.
+        shrink: evidence that counts as much as no evidence, above 0.
+        decay: confidence kept per refresh of age, in (0, 1].
+
+    Raises:
+        ConfigError: ``shrink`` or ``decay`` is out of range.
+        DataError: the shapes do not fit together.
+    """
+    _check(own, own_age, nbr_values, nbr_age, similarity, shrink, decay)
+    weight = _confidence(nbr_age, decay) * _closeness(similarity)
+    known = ~np.isnan(own)
+    evidence = np.where(known, _confidence(own_age, decay)[:, None], 0.0)
+    total = evidence * np.where(known, own, 0.0)
+    # Neighbour by neighbour: a sum along an axis may be split differently for other shapes, this one cannot.
+    for j in range(similarity.shape[1]):
+        value, usable = _column(nbr_values, weight, j)
+        total += usable * value
+        evidence += usable
+    values = total / (shrink + evidence)
+    fresh = known & (np.asarray(own_age) == 0)[:, None]
+    values = np.where(fresh, own, values)
+    confidence = np.where(fresh[:, 0], 1.0, evidence[:, 0] / (shrink + evidence[:, 0]))
+    disagreement = _spread(nbr_values[:, :, :1], weight)
+    return Propagated(values.astype(np.float32), confidence.astype(np.float32), disagreement.astype(np.float32))
+
+
+def priority(staleness: Array, disagreement: FloatArray) -> FloatRows:
+    """Re-scoring priority = staleness x disagreement, for the rows of *all* ranks at once (it is relative to their top).
+
+    Args:
+        staleness: (n,) float, optimizer steps since the harvest, 0 when just harvested; inf when never harvested, which
+            counts as one step more than the stalest of the others.
+        disagreement: (n,) float32, from :func:`propagate`; NaN, nothing known around, counts as the largest.
+
+    Returns:
+        (n,) float64, finite, not negative; 0 for just harvested rows, and the higher the sooner to be re-scored.
+    """
+    age = np.asarray(staleness, np.float64)
+    never = ~np.isfinite(age)
+    age = np.where(never, np.max(age, where=~never, initial=0.0) + 1.0, np.maximum(age, 0.0))
+    doubt = np.asarray(disagreement, np.float64)
+    unknown = ~np.isfinite(doubt)
+    largest = float(np.max(doubt, where=~unknown, initial=0.0)) or 1.0
+    doubt = np.where(unknown, largest, np.maximum(doubt, LEAST_DISAGREEMENT * largest))
+    result: FloatRows = age * doubt
+    return result
+
+
+def _confidence(age: Array, decay: float) -> FloatRows:
+    """Decay ** age; 0 for a row that was never harvested, also where decay is 1."""
+    age = np.ascontiguousarray(age, np.float64)
+    result: FloatRows = np.where(np.isfinite(age), np.power(decay, np.where(np.isfinite(age), age, 0.0)), 0.0)
+    return result
+
+
+def _closeness(similarity: FloatArray) -> FloatRows:
+    """max(cosine, 0) ** 4, by products: they round alike everywhere."""
+    square = np.square(np.maximum(similarity.astype(np.float64), 0.0))
+    result: FloatRows = np.square(square)
+    return result
+
+
+def _column(nbr_values: FloatArray, weight: FloatRows, j: int) -> tuple[FloatRows, FloatRows]:
+    """Neighbour j's values and weights, both (n, s) float64; 0 and 0 where a value is unknown."""
+    value = nbr_values[:, j, :].astype(np.float64)
+    unknown = np.isnan(value)
+    value[unknown] = 0.0
+    return value, np.where(unknown, 0.0, weight[:, j, None])
+
+
+def _spread(nbr_values: FloatArray, weight: FloatRows) -> FloatRows:
+    """(n,) weighted standard deviation over the neighbours of the one signal in ``nbr_values`` (n, k, 1)."""
+    evidence, total, squares = (np.zeros((len(weight), 1)) for _ in range(3))
+    for j in range(weight.shape[1]):
+        value, usable = _column(nbr_values, weight, j)
+        evidence += usable
+        total += usable * value
+    seen = evidence > 0
+    mean = np.divide(total, evidence, out=np.zeros_like(total), where=seen)
+    for j in range(weight.shape[1]):
+        value, usable = _column(nbr_values, weight, j)
+        squares += usable * np.square(value - mean)
+    variance = np.divide(squares, evidence, out=np.full_like(squares, np.nan), where=seen)
+    result: FloatRows = np.sqrt(variance)[:, 0]
+    return result
+
+
+def _check(own: Array, own_age: Array, nbr_values: Array, nbr_age: Array, similarity: Array, shrink: float, decay: float) -> None:
+    if not shrink > 0:
+        raise ConfigError(f"graph.shrink is {shrink}: it must be above 0, or a row without evidence has no value")
+    if not 0 < decay <= 1:
+        raise ConfigError(f"graph.decay is {decay}: it is the confidence kept per refresh, above 0 and at most 1")
+    n, s = own.shape
+    k = similarity.shape[-1]
+    want = {"own_age": (n,), "nbr_values": (n, k, s), "nbr_age": (n, k), "similarity": (n, k)}
+    have = {
+        "own_age": np.shape(own_age),
+        "nbr_values": nbr_values.shape,
+        "nbr_age": np.shape(nbr_age),
+        "similarity": similarity.shape,
+    }
+    if want != have or s == 0:
+        raise DataError(f"propagate: own is {own.shape}, so shapes must be {want}, not {have}")

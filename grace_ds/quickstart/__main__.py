@@ -1,0 +1,126 @@
+"""``python -m grace_ds.quickstart``: build the data, train with the flag off and on, compare."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from grace_ds.errors import GraceError
+from grace_ds.quickstart.corpus import POOLS, Corpus, CorpusSpec, prepare
+from grace_ds.quickstart.launch import Arm, ArmFailed, deepspeed_command, environment, run_arm
+from grace_ds.quickstart.summary import summarise, table, write
+
+ARMS = ("uniform", "grace")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the quickstart; 0 when every arm ended well, 1 when one did not, 130 after Ctrl-C."""
+    args = parse(argv)
+    console = Console(soft_wrap=not sys.stdout.isatty())
+    # A terminated quickstart must end its launches as Ctrl-C does.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return compare(args, console)
+    except ArmFailed as error:
+        for line in error.tail:
+            console.print("  " + line, markup=False, highlight=False)
+        console.print(f"[red]{error}[/red]")
+        return 1
+    except GraceError as error:
+        console.print(f"[red]{error}[/red]")
+        return 1
+    except KeyboardInterrupt:
+        console.print("[red]interrupted; no process is left behind[/red]")
+        return 130
+
+
+def compare(args: argparse.Namespace, console: Console) -> int:
+    """Data, one launch an arm, the table and the files."""
+    with console.status("reading the standard library, training the tokeniser"):
+        corpus = prepare(CorpusSpec(pool=args.pool, pool_size=args.pool_size), args.out / "data")
+    describe(corpus, args.pool, console)
+    results: dict[str, dict[str, Any]] = {}
+    wall: dict[str, float] = {}
+    env = environment((args.out / "torch_extensions").absolute())
+    for name in args.arms:
+        folder = (args.out / name).absolute()
+        # Else a run that writes nothing would be taken for the one before it.
+        shutil.rmtree(folder, ignore_errors=True)
+        arm = Arm(
+            name=name,
+            command=deepspeed_command("grace_ds.quickstart.train", _train_arguments(args, name, folder), args.ranks),
+            log=folder / "log.txt",
+            steps=args.steps,
+            limit_seconds=args.timeout,
+        )
+        wall[name] = run_arm(arm, env, console)
+        results[name] = json.loads((folder / "result.json").read_text("utf-8"))
+    summary = summarise(args.pool, corpus.manifest, results, wall)
+    write(summary, args.arms, args.out)
+    console.print(table(summary, args.arms))
+    console.print(f"written: {args.out / 'summary.json'}, {args.out / 'loss_curves.png'}")
+    return 0
+
+
+def describe(corpus: Corpus, pool: str, console: Console) -> None:
+    """Say on the screen what the pool is made of."""
+    rows, kinds = corpus.manifest["rows"], corpus.manifest["kinds"]
+    origin = "reused" if corpus.reused else "built"
+    console.print(
+        f"data {origin}: Python {corpus.manifest['key']['python']} standard library, {rows['train']:,} training,"
+        f" {rows['trusted']:,} trusted, {rows['validation']:,} validation sequences, split by package"
+    )
+    if pool == "crawl":
+        console.print(
+            f"pool crawl, polluted on purpose as a crawl is: {kinds['unique']:,} unique, {kinds['duplicate']:,}"
+            f" near-duplicates, {kinds['junk']:,} junk (random bytes, base64, shuffled tokens); validation is clean"
+        )
+    else:
+        console.print("pool natural: the text as it is")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m grace_ds.quickstart", description=__doc__)
+    parser.add_argument("--pool", choices=POOLS, default="crawl")
+    parser.add_argument("--pool-size", type=int, default=CorpusSpec.pool_size, help="training sequences")
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of each arm")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the samples")
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--arms", type=_arms, default=list(ARMS), help="comma-separated: uniform,grace")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds that one arm may take")
+    args = parser.parse_args(argv)
+    if min(args.steps, args.ranks, args.pool_size) < 1 or args.timeout <= 0:
+        parser.error("--steps, --ranks, --pool-size and --timeout must be positive")
+    return args
+
+
+def _arms(text: str) -> list[str]:
+    names = text.split(",")
+    if set(names) - set(ARMS) or len(set(names)) != len(names):
+        raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(ARMS)}, each once")
+    return names
+
+
+def _train_arguments(args: argparse.Namespace, arm: str, folder: Path) -> list[str]:
+    # DeepSpeed starts the ranks in the working directory, but absolute paths read better in the log.
+    values = ["--data", str((args.out / "data").absolute()), "--out", str(folder)]
+    values += ["--steps", str(args.steps), "--seed", str(args.seed)]
+    return [*values, "--grace"] if arm == "grace" else values
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""The values that travel between the stages: frozen, array-valued, with ids instead of batch positions.
+
+Shape legend: n = rows on this rank, d = sketch width, k = neighbours, L = slots of a schedule, N = dataset size.
+A sample *is* its index in the job's dataset (int64).  Rows on a rank are sorted by id and unique unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+
+class Role(IntEnum):
+    """Why a sample stands in a schedule."""
+
+    CORE = 0
+    EXPLORE = 1
+    AUDIT = 2
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Harvested rows: what one training backward told about each of its samples.
+
+    Attributes:
+        ids: (n,) int64, dataset ids; before ``gather`` they may repeat and be unsorted, after it sorted and unique.
+        sketch: (n, d) float16, folded gradient sketch, scaled to unit norm (its length is in ``norm``).
+        norm: (n,) float32, length of the unscaled sketch: the sampled layers' gradient norm of the sample's mean loss.
+        loss: (n,) float32, nats per token minus the running mean at its step; NaN where the job's loss was not seen.
+        align: (n,) float32, cosine with the trusted gradient; NaN where there was no trusted basis.
+        step: (n,) int64, optimizer step (``engine.global_steps``) whose backward produced the row.
+        basis: (n,) int32, version of the trusted basis behind ``align``; -1 without one.
+    """
+
+    ids: IntArray
+    sketch: npt.NDArray[np.float16]
+    norm: FloatArray
+    loss: FloatArray
+    align: FloatArray
+    step: IntArray
+    basis: npt.NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @staticmethod
+    def empty(dim: int) -> Rows:
+        """No rows, with sketches ``dim`` wide."""
+        return Rows(
+            ids=np.empty(0, np.int64),
+            sketch=np.empty((0, dim), np.float16),
+            norm=np.empty(0, np.float32),
+            loss=np.empty(0, np.float32),
+            align=np.empty(0, np.float32),
+            step=np.empty(0, np.int64),
+            basis=np.empty(0, np.int32),
+        )
+
+    def take(self, index: Array) -> Rows:
+        """The rows at ``index`` (positions or a mask), in that order."""
+        return Rows(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    @staticmethod
+    def concat(parts: list[Rows]) -> Rows:
+        """All rows of ``parts`` (at least one part), one after another."""
+        return Rows(**{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Rows)})
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """For each of this rank's n queries, its k nearest index rows, nearest first.
+
+    Attributes:
+        ids: (n, k) int64, dataset ids of the neighbours; -1 where there were fewer than k candidates.
+        similarity: (n, k) float32, cosine in the space of the graph; -inf at the padding.
+    """
+
+    ids: IntArray
+    similarity: FloatArray
+
+
+@dataclass(frozen=True)
+class Coreset:
+    """What a selection decided, on the root rank.
+
+    Attributes:
+        ids: (m,) int64, sorted, unique.
+        weights: (m,) float32, inverse-probability or cluster weights, mean 1 over the coreset.
+    """
+
+    ids: IntArray
+    weights: FloatArray
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The one artefact of a refresh: the ids to train on next, in their final order.
+
+    Slot s of the schedule holds the sample of stream position ``start + s``.  Identical on every rank.
+
+    Attributes:
+        version: 0 for the first schedule of a run, then counting up.
+        start: stream position (in samples, over all data-parallel ranks) of slot 0.
+        ids: (L,) int64.
+        roles: (L,) uint8, :class:`Role`.
+        weights: (L,) float32.
+        seed: of the reshuffles once the schedule is exhausted (laps).
+        meta: JSON-able facts of the refresh that decided it (objective, counts, next refresh step).
+    """
+
+    version: int
+    start: int
+    ids: IntArray
+    roles: npt.NDArray[np.uint8]
+    weights: FloatArray
+    seed: int
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def digest(self) -> str:
+        """32 hex digits over version, start, seed, ids, roles and weights."""
+        h = hashlib.blake2b(digest_size=16)
+        h.update(np.array([self.version, self.start, self.seed, len(self)], "<i8").tobytes())
+        h.update(np.ascontiguousarray(self.ids, "<i8").tobytes())
+        h.update(np.ascontiguousarray(self.roles, "u1").tobytes())
+        h.update(np.ascontiguousarray(self.weights, "<f4").tobytes())
+        return h.hexdigest()

@@ -1,0 +1,122 @@
+"""The straight line: harvested rows in, the next schedule out, one statement a stage, the same on every rank.
+
+    gather → table → features → graph → propagate → select → broadcast
+
+A refresh is a function of its inputs: it changes nothing outside.  If any rank raises, every rank leaves with an
+exception and the caller keeps the old table and the old schedule.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from grace_ds.broadcast import activation, broadcast_schedule
+from grace_ds.choice import choose, uniform_schedule
+from grace_ds.features import ContentFeatures
+from grace_ds.gather import gather_rows
+from grace_ds.graph import leaves
+from grace_ds.graph.ring import nearest
+from grace_ds.records import FloatArray, IntArray, Neighbours, Schedule
+from grace_ds.signals import Inputs, Pipeline, collect, spread
+from grace_ds.table import Table, owner_of
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a refresh made: the schedule (all ranks alike), this rank's new table, seconds by stage, counts."""
+
+    schedule: Schedule
+    table: Table
+    seconds: dict[str, float]
+    counts: dict[str, float]
+
+
+class Stopwatch:
+    """Seconds by stage, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def refresh(p: Pipeline, x: Inputs) -> Outcome:
+    """Chooses and publishes the next schedule.  Collective.
+
+    Raises:
+        PeerFailed: another rank failed; nothing has changed.
+        TransportTimeout: a peer did not come in time.
+        Exception: this rank failed; the caller must tell the others by ``comm.abort()``.
+    """
+    clock = Stopwatch()
+    with clock("gather"):
+        start = activation(p.comm, x.issued, p.batch)
+        received, dropped = gather_rows(p.comm, x.rows, p.pool.n)
+    with clock("table"):
+        window = p.pool.window_at(x.version)
+        own = window[owner_of(window, p.comm.size) == p.comm.rank]
+        table = x.table.merge(received).keep(window)
+    if x.uniform:
+        with clock("select"):
+            schedule = uniform_schedule(p, x, start) if p.comm.rank == 0 else None
+    else:
+        with clock("features"):
+            content = p.contents(own)
+        with clock("graph"):
+            graph = anchors_of(p, own, content, table)
+        with clock("propagate"):
+            local = spread(p, x, own, content, table, graph)
+        with clock("select"):
+            edges = window_graph(p, own, content) if p.config.selection.objective == "facility_location" else None
+            signals = collect(p.comm, local)
+            schedule = choose(p, x, start, signals, edges) if signals is not None else None
+    with clock("broadcast"):
+        schedule = broadcast_schedule(p.comm, schedule)
+    counts = {
+        "anchors": float(len(table)),
+        "received": float(len(received)),
+        "padding_dropped": float(dropped.out_of_range),
+        "nonfinite_dropped": float(dropped.not_finite),
+    }
+    return Outcome(schedule, table, clock.seconds, counts)
+
+
+def anchors_of(p: Pipeline, own: IntArray, content: ContentFeatures, table: Table) -> Neighbours | None:
+    """For every sample of this rank its k nearest harvested samples of all ranks; None where nothing is harvested yet."""
+    if content.vectors is None:
+        return None
+    anchor = table.lookup(own) >= 0
+    return _search(p, own, content.vectors, own[anchor], content.vectors[anchor])
+
+
+def window_graph(p: Pipeline, own: IntArray, content: ContentFeatures) -> Neighbours | None:
+    """The k-NN graph over all samples of the window, rows in order of id; on root only, None elsewhere."""
+    assert content.vectors is not None  # the config check asks for features
+    local = _search(p, own, content.vectors, own, content.vectors)
+    assert local is not None
+    parts = [p.comm.gather(a) for a in (own, local.ids, local.similarity)]
+    if p.comm.rank != 0:
+        return None
+    ids, neighbours, similarity = (np.concatenate(part) for part in parts if part is not None)
+    order = np.argsort(ids, kind="stable")
+    return Neighbours(neighbours[order], similarity[order])
+
+
+def _search(p: Pipeline, own: IntArray, queries: FloatArray, ids: IntArray, rows: FloatArray) -> Neighbours | None:
+    """k-NN with the configured leaf, chosen by the largest shard of all ranks; None where no rank has an index row."""
+    g = p.config.graph
+    largest = int(p.comm.allreduce(np.array([len(ids)], np.int64), "max")[0])
+    if largest == 0:
+        return None
+    return nearest(p.comm, own, queries, ids, rows, g.k, leaves.choose(g.leaf, largest, g.recall))

@@ -1,0 +1,43 @@
+"""Runs an unchanged training script with GRACE: ``deepspeed --module grace_ds.run train.py …``.
+
+Inside the script ``deepspeed.initialize`` is :func:`grace_ds.initialize`; whether GRACE is on is still decided by the
+script's own DeepSpeed config.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+
+def run_script(script: str, arguments: list[str]) -> None:
+    """Runs ``script`` as ``__main__`` with ``deepspeed.initialize`` replaced.
+
+    Raises:
+        SystemExit: the script does not exist, or exits itself.
+    """
+    if not Path(script).is_file():
+        raise SystemExit(f"grace_ds.run: no script {script!r}; usage: deepspeed --module grace_ds.run train.py [arguments]")
+    import deepspeed
+
+    from grace_ds.integrations import deepspeed as integration
+
+    integration.replace_initialize(deepspeed)
+    sys.argv = [script, *arguments]
+    # As ``python train.py`` would have it: the script's own folder first.
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    runpy.run_path(script, run_name="__main__")
+
+
+def main() -> None:
+    """Entry of ``python -m grace_ds.run``.  The launcher puts ``--local_rank=N`` before or after the script's arguments."""
+    arguments = sys.argv[1:]
+    at = next((i for i, a in enumerate(arguments) if not a.startswith("-")), None)
+    if at is None:
+        raise SystemExit("usage: deepspeed --module grace_ds.run train.py [arguments]")
+    run_script(arguments[at], arguments[:at] + arguments[at + 1 :])
+
+
+if __name__ == "__main__":
+    main()

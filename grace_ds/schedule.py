@@ -1,0 +1,225 @@
+"""The schedule: how a coreset becomes an order of samples, and the book that says which sample stands where.
+
+Positions count samples over the whole run and over all data-parallel ranks.  Which sample stands at a position is a pure
+function of the schedules in the book, so sampler, resume, ``trace`` and ``replay`` all ask the same few functions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from grace_ds.errors import CheckpointError
+from grace_ds.files import write_atomic
+from grace_ds.records import Array, Coreset, IntArray, Role, Schedule
+
+_PREFIX = "schedule-"
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The samples of a range of positions, one entry a position.
+
+    Attributes:
+        ids: (n,) int64.
+        roles: (n,) uint8, :class:`~grace_ds.records.Role`.
+        weights: (n,) float32.
+        versions: (n,) int64, of the schedule that each came from.
+    """
+
+    ids: IntArray
+    roles: Array
+    weights: Array
+    versions: IntArray
+
+
+def compose(
+    coreset: Coreset,
+    length: int,
+    *,
+    visits: IntArray,
+    explore: IntArray,
+    audit: IntArray,
+    seed: int,
+    version: int,
+    start: int,
+    meta: Mapping[str, Any] | None = None,
+) -> Schedule:
+    """Puts a coreset, exploration and audit samples into one shuffled order of ``length`` slots.
+
+    The core is walked least-visited first, so members that an earlier schedule held but did not get to come first; a
+    core smaller than its slots is walked again and again, each pass in an order of its own.
+
+    Args:
+        coreset: at least one sample.
+        length: slots L of the schedule.
+        visits: (m,) int64, for each coreset member how often the run has trained on it.
+        explore: ids for exploration slots, disjoint from the coreset; all are placed.
+        audit: ids for audit slots; all are placed.
+        seed: of the run.
+        version: of the new schedule.
+        start: stream position of its slot 0.
+        meta: kept with the schedule.
+    """
+    rng = np.random.Generator(np.random.Philox(key=[seed, version]))
+    n_core = length - len(explore) - len(audit)
+    if len(coreset.ids) == 0 or n_core < 1:
+        raise ValueError(f"a schedule of {length} slots with {len(coreset.ids)} core samples leaves no slot for the core")
+    order = np.empty(0, np.int64)
+    while len(order) < n_core:
+        tie_break = rng.permutation(len(coreset.ids))
+        one_pass = np.lexsort((tie_break, visits)) if len(order) == 0 else tie_break
+        take = one_pass[: n_core - len(order)]
+        # Which members a pass holds is decided by visits, their order within it is not: consecutive batches must not
+        # run from little-visited to much-visited samples.
+        order = np.concatenate([order, rng.permutation(take)])
+    guests = np.concatenate([explore, audit]).astype(np.int64)
+    guest_roles = np.repeat(np.array([Role.EXPLORE, Role.AUDIT], np.uint8), [len(explore), len(audit)])
+    shuffle = rng.permutation(len(guests))
+    places = np.zeros(length, bool)
+    places[rng.choice(length, len(guests), replace=False)] = True
+    ids = np.empty(length, np.int64)
+    roles = np.full(length, Role.CORE, np.uint8)
+    weights = np.ones(length, np.float32)
+    ids[~places], weights[~places] = coreset.ids[order], coreset.weights[order]
+    ids[places], roles[places] = guests[shuffle], guest_roles[shuffle]
+    return Schedule(version, start, ids, roles, weights, seed, dict(meta or {}))
+
+
+def lap_order(schedule: Schedule, lap: int) -> IntArray:
+    """Order of the slots in lap ``lap`` of a schedule: lap 0 as published, later ones reshuffled by its seed."""
+    if lap == 0:
+        return np.arange(len(schedule), dtype=np.int64)
+    key = [schedule.seed, (schedule.version << 20) + lap]
+    return np.random.Generator(np.random.Philox(key=key)).permutation(len(schedule)).astype(np.int64)
+
+
+class ScheduleBook:
+    """The published schedules that positions still need, in order of their start."""
+
+    def __init__(self, schedules: list[Schedule] | None = None) -> None:
+        self.schedules = sorted(schedules or [], key=lambda s: (s.start, s.version))
+        self._laps: dict[tuple[int, int], IntArray] = {}
+
+    def publish(self, schedule: Schedule) -> None:
+        """Adds a schedule; from its start on it ends the one before."""
+        if self.schedules and schedule.start < self.schedules[-1].start:
+            raise ValueError(f"schedule {schedule.version} would start at {schedule.start}, before its predecessor")
+        self.schedules.append(schedule)
+
+    def at(self, position: int) -> Schedule | None:
+        """The schedule that a position belongs to; None before the first."""
+        i = sum(s.start <= position for s in self.schedules) - 1
+        return self.schedules[i] if i >= 0 else None
+
+    def prune(self, cursor: int) -> None:
+        """Forgets the schedules that no position from ``cursor`` on refers to."""
+        last = sum(s.start <= cursor for s in self.schedules) - 1
+        self.schedules = self.schedules[max(last, 0) :]
+        versions = {s.version for s in self.schedules}
+        self._laps = {key: value for key, value in self._laps.items() if key[0] in versions}
+
+    def slots(self, start: int, count: int) -> Slots:
+        """The samples of positions ``start … start + count - 1``."""
+        parts: list[Slots] = []
+        while count > 0:
+            i = sum(s.start <= start for s in self.schedules) - 1
+            if i < 0:
+                first = self.schedules[0].start if self.schedules else None
+                raise ValueError(f"position {start} lies before the first schedule (which starts at {first})")
+            schedule = self.schedules[i]
+            lap, offset = divmod(start - schedule.start, len(schedule))
+            n = min(count, len(schedule) - offset)
+            if i + 1 < len(self.schedules):
+                n = min(n, self.schedules[i + 1].start - start)
+            index = self._lap(schedule, lap)[offset : offset + n]
+            versions = np.full(n, schedule.version, np.int64)
+            parts.append(Slots(schedule.ids[index], schedule.roles[index], schedule.weights[index], versions))
+            start, count = start + n, count - n
+        if len(parts) == 1:
+            return parts[0]
+        return Slots(*(np.concatenate([getattr(p, f) for p in parts]) for f in ("ids", "roles", "weights", "versions")))
+
+    def _lap(self, schedule: Schedule, lap: int) -> IntArray:
+        key = (schedule.version, lap)
+        if key not in self._laps:
+            self._laps = {k: v for k, v in self._laps.items() if k[0] != schedule.version or k[1] >= lap - 1}
+            self._laps[key] = lap_order(schedule, lap)
+        return self._laps[key]
+
+
+class Ledger:
+    """How often the run has trained on each sample so far; identical on every rank, 12 bytes for each sample met."""
+
+    def __init__(self, ids: IntArray | None = None, counts: Array | None = None) -> None:
+        self.ids = np.empty(0, np.int64) if ids is None else ids
+        self.counts = np.empty(0, np.int32) if counts is None else counts
+
+    def add(self, ids: IntArray) -> None:
+        """Counts one use for every entry of ``ids``."""
+        new, times = np.unique(ids, return_counts=True)
+        merged, where = np.unique(np.concatenate([self.ids, new]), return_inverse=True)
+        counts = np.zeros(len(merged), np.int32)
+        np.add.at(counts, where, np.concatenate([self.counts, times.astype(np.int32)]))
+        self.ids, self.counts = merged, counts
+
+    def of(self, ids: IntArray) -> IntArray:
+        """(n,) int64, the uses of each id."""
+        if len(self.ids) == 0:
+            return np.zeros(len(ids), np.int64)
+        at = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        return np.where(self.ids[at] == ids, self.counts[at], 0).astype(np.int64)
+
+
+def save_schedule(schedule: Schedule, directory: str | Path) -> Path:
+    """Writes ``schedule-VERSION.safetensors`` into a directory, atomically; returns its path."""
+    target = Path(directory) / f"{_PREFIX}{schedule.version:06d}.safetensors"
+    facts = {"version": schedule.version, "start": schedule.start, "seed": schedule.seed, "digest": schedule.digest()}
+    header = {"schedule": json.dumps(facts), "meta": json.dumps(dict(schedule.meta))}
+    arrays: dict[str, Array] = {"ids": schedule.ids, "roles": schedule.roles, "weights": schedule.weights}
+    write_atomic(target, save(arrays, metadata=header))
+    return target
+
+
+def load_schedule(path: str | Path) -> Schedule:
+    """Reads one schedule back and checks its digest.
+
+    Raises:
+        CheckpointError: missing, torn, or altered; names the file.
+    """
+    from safetensors import safe_open
+
+    try:
+        arrays = load_file(str(path))
+        with safe_open(str(path), framework="np") as f:
+            header = f.metadata() or {}
+        facts, meta = json.loads(header["schedule"]), json.loads(header["meta"])
+        version, start, seed = int(facts["version"]), int(facts["start"]), int(facts["seed"])
+        schedule = Schedule(version, start, arrays["ids"], arrays["roles"], arrays["weights"], seed, meta)
+        intact = schedule.digest() == facts["digest"] and schedule.start >= 0
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, OverflowError) as e:
+        raise CheckpointError(
+            f"schedule {path} cannot be read ({type(e).__name__}: {e}); restore it or choose an older one"
+        ) from e
+    if not intact:
+        raise CheckpointError(f"schedule {path} does not match its digest: it was altered or torn; restore it")
+    return schedule
+
+
+def load_book(directory: str | Path) -> ScheduleBook:
+    """Every schedule in ``directory``.
+
+    Raises:
+        CheckpointError: none there, or one of them is damaged.
+    """
+    paths = sorted(Path(directory).glob(f"{_PREFIX}*.safetensors"))
+    if not paths:
+        raise CheckpointError(f"no {_PREFIX}*.safetensors in {directory}; give the folder 'schedules' of a run's run_dir")
+    return ScheduleBook([load_schedule(p) for p in paths])

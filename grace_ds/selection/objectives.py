@@ -1,0 +1,169 @@
+"""How a coreset is drawn, by name.  Every objective is a pure function of its arguments, on root."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from grace_ds.errors import ConfigError
+from grace_ds.records import Array, Coreset, IntArray, Neighbours
+from grace_ds.selection.greedy import coverage, lazy_greedy
+from grace_ds.selection.sample import check_log_p, largest, mean_one, random_words, sample_without_replacement
+
+_RS2 = 2  # purpose of its random words; 1 is the Gumbel noise
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an objective draws from.
+
+    Attributes:
+        ids: (n,) int64, sorted: who may be chosen.
+        log_p: (n,) float64, unnormalised.
+        k: ids wanted.
+        seed, version: of the run and of the coreset.
+        first: sorted ids among ``ids`` that must be chosen; objectives other than ``facility_location`` may ignore it.
+        window: (w,) int64, sorted: all samples of the window, which ``neighbours`` has a row for.
+        neighbours: k-NN graph of the window; None unless the objective needs it.
+        weights: (w,) float64 importance of each sample of the window.
+    """
+
+    ids: IntArray
+    log_p: Array
+    k: int
+    seed: int
+    version: int
+    first: IntArray
+    window: IntArray
+    neighbours: Neighbours | None
+    weights: Array
+
+
+Objective = Callable[[Request], Coreset]
+_OBJECTIVES: dict[str, Objective] = {}
+
+
+def register(name: str) -> Callable[[Objective], Objective]:
+    """Decorator: makes an objective available under ``name``."""
+
+    def add(objective: Objective) -> Objective:
+        _OBJECTIVES[name] = objective
+        return objective
+
+    return add
+
+
+def select(
+    name: str,
+    ids: IntArray,
+    log_p: Array,
+    k: int,
+    *,
+    seed: int,
+    version: int,
+    neighbours: Neighbours | None = None,
+    include: IntArray | None = None,
+    exclude: IntArray | None = None,
+) -> Coreset:
+    """Draws a coreset of ``k`` samples of the window.
+
+    Args:
+        name: sample | facility_location | topk | rs2 | uniform, or a registered one.
+        ids: (n,) int64, sorted, unique, the whole window.
+        log_p: (n,) float64, unnormalised log-probabilities; -inf for never.
+        k: its size; fewer where fewer can be chosen.
+        seed, version: of the run and of the coreset.
+        neighbours: k-NN graph over ``ids``, in their order; for facility_location.
+        include: sorted ids that are always in (those outside of the window are not meant); they count towards ``k``.
+        exclude: sorted ids that are never in.
+
+    Raises:
+        ConfigError: the name is unknown, or more ids must be in than ``k``.
+        DataError: ids or log-probabilities are malformed.
+    """
+    if name not in _OBJECTIVES:
+        raise ConfigError(f"selection.objective = {name!r}; known: {', '.join(sorted(_OBJECTIVES))}")
+    log_p = check_log_p(ids, log_p)
+    first = np.intersect1d(ids, include) if include is not None else np.empty(0, np.int64)
+    if len(first) > k:
+        raise ConfigError(
+            f"selection.include holds {len(first)} samples of the window, the coreset {k}; raise budget, or list fewer"
+        )
+    may = np.isfinite(log_p)
+    if exclude is not None:
+        may &= ~np.isin(ids, exclude)
+    whole = name == "facility_location"
+    if not whole:
+        may &= ~np.isin(ids, first)
+    weights = np.exp(log_p - log_p[may].max()) if may.any() else np.zeros(len(ids))
+    wanted = k if whole else k - len(first)
+    drawn = _OBJECTIVES[name](Request(ids[may], log_p[may], wanted, seed, version, first, ids, neighbours, weights))
+    if whole or not len(first):
+        return drawn
+    joined = np.concatenate([first, drawn.ids])
+    order = np.argsort(joined)
+    weight = np.concatenate([np.ones(len(first), np.float32), drawn.weights])
+    return Coreset(joined[order], mean_one(weight[order]))
+
+
+def known() -> list[str]:
+    """The names that :func:`select` takes."""
+    return sorted(_OBJECTIVES)
+
+
+def _flat(ids: IntArray) -> Coreset:
+    return Coreset(np.sort(ids), np.ones(len(ids), np.float32))
+
+
+@register("sample")
+def _sample(r: Request) -> Coreset:
+    """Gumbel top-k: without replacement, in proportion to p; inverse-probability weights."""
+    return sample_without_replacement(r.ids, r.log_p, r.k, r.seed, r.version).coreset
+
+
+@register("uniform")
+def _uniform(r: Request) -> Coreset:
+    """Every sample alike, drawn anew for each version."""
+    return sample_without_replacement(r.ids, np.zeros(len(r.ids)), r.k, r.seed, r.version).coreset
+
+
+@register("topk")
+def _topk(r: Request) -> Coreset:
+    """The most probable ones; of equals the lower ids."""
+    return _flat(r.ids[largest(np.asarray(r.log_p), r.k)])
+
+
+@register("rs2")
+def _rs2(r: Request) -> Coreset:
+    """Repeated random subsets (arXiv 2305.18424): a seeded order walked k at a time, a new order once it is used up."""
+    n = len(r.ids)
+    k = min(r.k, n)
+    chosen = np.empty(0, np.int64)
+    lap, offset = divmod(r.version * k, n) if n else (0, 0)
+    while len(chosen) < k:
+        order = np.argsort(random_words(r.seed, lap, _RS2, r.ids), kind="stable")
+        rest = order[~np.isin(order, chosen)] if len(chosen) else order[offset:]
+        chosen = np.concatenate([chosen, rest[: k - len(chosen)]])
+        lap += 1
+    return _flat(r.ids[chosen])
+
+
+@register("facility_location")
+def _facility_location(r: Request) -> Coreset:
+    """Greedy cover of the window's importance along the graph; a member's weight is the importance that it stands for."""
+    if r.neighbours is None:
+        raise ConfigError("selection.objective = 'facility_location' needs the content graph; set features.enabled: true")
+    graph = coverage(r.window, r.neighbours)
+    candidates = np.isin(r.window, r.ids)
+    order = lazy_greedy(graph, r.weights, r.k, candidates, np.searchsorted(r.window, r.first))
+    best, owner = np.zeros(len(r.window)), np.full(len(r.window), -1, np.int64)
+    for j in order:
+        part = slice(graph.start[j], graph.start[j + 1])
+        rows, sim = graph.rows[part], graph.sim[part]
+        better = sim > best[rows]
+        best[rows[better]], owner[rows[better]] = sim[better], j
+    share = np.bincount(owner[owner >= 0], r.weights[owner >= 0], len(r.window))[order]
+    by_id = np.argsort(order)
+    return Coreset(r.window[order][by_id], mean_one(share[by_id]))

@@ -1,0 +1,156 @@
+"""Drawing without replacement by the Gumbel top-k trick, with randomness that is a function of (seed, version, id).
+
+Adding independent Gumbel noise to log-probabilities and keeping the k largest draws k items one after another, each in
+proportion to its probability among those left.  The noise of an id depends on nothing else, so the draw does not
+depend on the number of ranks, on other ids or on any generator of the job.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from grace_ds.errors import DataError
+from grace_ds.records import Array, Coreset, FloatArray, IntArray
+
+Floats = npt.NDArray[np.float64]
+Words = npt.NDArray[np.uint64]
+CHUNK = 1 << 16  # ids hashed at once: the scratch arrays stay in the cache
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A sample without replacement.
+
+    Attributes:
+        coreset: the ids, sorted, with inverse-probability weights of mean 1.
+        threshold: kappa, the (k+1)-th largest perturbed log-probability; -inf when nothing was left over.
+        short: how many fewer than asked for there were to choose from.
+    """
+
+    coreset: Coreset
+    threshold: float
+    short: int
+
+
+def random_words(seed: int, version: int, purpose: int, ids: IntArray) -> Words:
+    """(n,) uint64, one pseudo-random word for each of ``ids`` (n,) int64: splitmix64 keyed by the other arguments.
+
+    Uses 8 bytes an id and a constant.
+    """
+    key = 0
+    for part in (seed, version, purpose):
+        key = _mix_one((key ^ (part & _MASK)) + _GOLDEN)
+    out = np.asarray(ids, np.int64).astype(np.uint64)
+    for lo in range(0, len(out), CHUNK):
+        z = out[lo : lo + CHUNK]
+        z *= np.uint64(_GOLDEN)
+        z += np.uint64(key)
+        _mix(z)
+        z ^= np.uint64(_mix_one(key + _GOLDEN))  # twice mixed, so that neighbouring keys share no sequence
+        _mix(z)
+    return out
+
+
+def gumbel(seed: int, version: int, ids: IntArray) -> Floats:
+    """(n,) float64, standard Gumbel noise of ``ids`` (n,) int64; 16 bytes an id."""
+    out = np.empty(len(ids))
+    for lo in range(0, len(out), CHUNK):
+        words = random_words(seed, version, 1, ids[lo : lo + CHUNK])
+        words >>= np.uint64(11)
+        u = out[lo : lo + CHUNK]
+        u[:] = words
+        u += 0.5
+        u *= 2.0**-53  # in (0, 1), both ends excluded
+        np.log(u, out=u)
+        np.negative(u, out=u)
+        np.log(u, out=u)
+        np.negative(u, out=u)
+    return out
+
+
+def largest(values: Array, k: int) -> IntArray:
+    """Positions of the k largest of ``values`` (n,) float64 without NaN, ascending; of equals the first ones."""
+    n = len(values)
+    if k >= n:
+        return np.arange(n)
+    if k <= 0:
+        return np.empty(0, np.int64)
+    bar = np.partition(values, n - k)[n - k]
+    above = np.flatnonzero(values > bar)
+    level = np.flatnonzero(values == bar)[: k - len(above)]
+    return np.sort(np.concatenate([above, level]))
+
+
+def check_log_p(ids: IntArray, log_p: Array) -> Floats:
+    """``log_p`` (n,) as float64, after making sure that it fits ``ids`` and that those are sorted and unique.
+
+    Raises:
+        DataError: lengths differ, ids are unsorted or repeat, or a value is NaN or +inf.
+    """
+    if log_p.shape != ids.shape:
+        raise DataError(f"{len(ids)} ids came with log-probabilities of shape {log_p.shape}: give one for each id")
+    if (np.diff(ids) <= 0).any():
+        at = int(np.argmax(np.diff(ids) <= 0))
+        raise DataError(f"ids must be sorted and unique, but {ids[at]} is followed by {ids[at + 1]}")
+    bad = np.isnan(log_p) | np.isposinf(log_p)
+    if bad.any():
+        at = int(np.argmax(bad))
+        raise DataError(f"log-probability of sample {ids[at]} is {log_p[at]}: scores must be finite, or -inf for never")
+    return np.asarray(log_p, np.float64)
+
+
+def sample_without_replacement(ids: IntArray, log_p: Array, k: int, seed: int, version: int) -> Drawn:
+    """Draws k of ``ids`` with probabilities in proportion to exp(log_p), successively without replacement.
+
+    Args:
+        ids: (n,) int64, sorted, unique, the whole window, on the root.
+        log_p: (n,) float, unnormalised; -inf for an id that must never be chosen.
+        k: ids wanted; with fewer finite ``log_p`` all of those are taken, and ``short`` says how many are missing.
+        seed: of the run.
+        version: of the coreset.
+
+    Returns:
+        Ids with weights 1 / P(perturbed log-probability above the threshold), which make weighted means over the sample
+        consistent for means over the window; scaled to mean 1.
+    """
+    log_p = check_log_p(ids, log_p)
+    possible = np.flatnonzero(np.isfinite(log_p))
+    ids, log_p = ids[possible], log_p[possible]
+    if len(ids):
+        top = log_p.max()
+        log_p = log_p - (top + np.log(np.exp(log_p - top).sum()))
+    perturbed = gumbel(seed, version, ids)
+    perturbed += log_p
+    chosen = largest(perturbed, k)
+    threshold = -np.inf
+    if 0 <= k < len(ids):
+        threshold = float(np.partition(perturbed, len(ids) - k - 1)[len(ids) - k - 1])
+    with np.errstate(over="ignore"):
+        weights = -1.0 / np.expm1(-np.exp(log_p[chosen] - threshold))
+    return Drawn(Coreset(ids[chosen], mean_one(weights)), threshold, max(0, k - len(chosen)))
+
+
+def mean_one(weights: Array) -> FloatArray:
+    """``weights`` (m,) scaled to mean 1, float32; m may be 0."""
+    total = float(np.sum(weights, dtype=np.float64))
+    return (np.asarray(weights, np.float64) * (len(weights) / total if total > 0 else 1.0)).astype(np.float32)
+
+
+def _mix(z: Words) -> None:
+    """splitmix64's finaliser, in place."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z ^= z >> np.uint64(shift)
+        z *= np.uint64(factor)
+    z ^= z >> np.uint64(31)
+
+
+def _mix_one(z: int) -> int:
+    z &= _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)

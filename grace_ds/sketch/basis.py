@@ -1,0 +1,161 @@
+"""The trusted basis: a few factors of each layer's trusted gradient G = Σ a gᵀ, fitted without ever forming G.
+
+Single-view randomised SVD (Tropp, Yurtsever, Udell, Cevher 2017, algorithms 4 and 7): the range sketch Y = G Ω and the
+co-range sketch W = Ψ G are plain sums over tokens, so over micro-batches and ranks too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from grace_ds.errors import CheckpointError, DataError
+from grace_ds.records import FloatArray
+from grace_ds.sketch.binding import Meter, Receiver, Target
+from grace_ds.sketch.layers import Layer
+from grace_ds.sketch.project import Side, signs
+
+Factors = tuple[FloatArray, FloatArray, FloatArray]
+Matrix = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class TrustedBasis:
+    """Factors G_l ≈ U diag(s) Vᵀ of the trusted gradient of each sketched layer; equal on all ranks.
+
+    Attributes:
+        version: counts the fits of a run; stored beside every alignment.
+        factors: layer name → U (inputs, q), s (q,), V (outputs, q), all float32; columns of U and of V orthonormal.
+    """
+
+    version: int
+    factors: Mapping[str, Factors]
+
+    def to_arrays(self) -> dict[str, FloatArray]:
+        """Flat mapping for a checkpoint's file: "layer/U", "layer/s", "layer/V"."""
+        return {f"{n}/{k}": a for n, factors in self.factors.items() for k, a in zip("UsV", factors, strict=True)}
+
+    @staticmethod
+    def from_arrays(version: int, arrays: Mapping[str, FloatArray]) -> TrustedBasis:
+        """Inverse of :meth:`to_arrays`."""
+        names = [key[:-2] for key in arrays if key.endswith("/s")]
+        try:
+            factors = {n: (arrays[f"{n}/U"], arrays[f"{n}/s"], arrays[f"{n}/V"]) for n in names}
+        except KeyError as error:
+            raise CheckpointError(
+                f"the saved trusted basis lacks {error}; delete it, and the next refresh fits a new one"
+            ) from error
+        return TrustedBasis(version, factors)
+
+
+class BasisAccumulator(Target):
+    """Collects Y and W of every layer from the backwards routed to it (``Sketcher.route``), on this rank.
+
+    Unlike a binding it keeps each layer's input alive until its gradient comes: for probes, not for training.
+
+    Args:
+        layers: the sketcher's layers.
+        seed: of the test matrices; equal on all ranks.
+        rank: factors to be kept (q).
+        meter: counts the bytes held; ``Sketcher.accumulator`` passes the sketcher's own.
+    """
+
+    def __init__(self, layers: Sequence[Layer], seed: int, rank: int = 8, meter: Meter | None = None) -> None:
+        super().__init__(meter or Meter())
+        self._layers = list(layers)
+        self._seed, self._rank = seed, rank
+        self._columns = 2 * rank + 1  # the paper's sizes: k = 2r + 1 and l = 2k + 1
+        self._rows = 2 * self._columns + 1
+        self._sides: dict[int, tuple[Side, Side]] = {}
+        self._y: dict[int, torch.Tensor] = {}  # (k, inputs) float32: Yᵀ
+        self._w: dict[int, torch.Tensor] = {}  # (l, outputs) float32
+
+    def capture(self, index: int, x: torch.Tensor) -> Receiver | None:
+        """Keeps the input of layer ``index``; the receiver adds the call's share of Y and W."""
+        flat = x.detach().reshape(-1, x.shape[-1])
+        psi, omega = self._pair(index)
+        held = [(flat, psi.project(flat))]
+        nbytes = sum(t.numel() * t.element_size() for t in held[0])
+        self.hold(nbytes)
+
+        def receive(grad: torch.Tensor) -> None:
+            if self.closed or not held:
+                return
+            a, psi_a = held.pop()
+            g = grad.detach().reshape(-1, grad.shape[-1])
+            self._add(self._y, index, torch.mm(omega.project(g), a))
+            self._add(self._w, index, torch.mm(psi_a.to(g.dtype), g))
+            self.seen.add(index)
+            self.backward_seen = True
+            self.hold(-nbytes)
+
+        return receive
+
+    def _pair(self, index: int) -> tuple[Side, Side]:
+        if index not in self._sides:
+            layer = self._layers[index]
+            psi = signs(layer.name, self._seed, "psi", (self._rows, layer.inputs))
+            omega = signs(layer.name, self._seed, "omega", (self._columns, layer.outputs))
+            self._sides[index] = Side(psi), Side(omega)
+        return self._sides[index]
+
+    def _add(self, sums: dict[int, torch.Tensor], index: int, part: torch.Tensor) -> None:
+        if index in sums:
+            sums[index] += part
+        else:
+            sums[index] = part.float()
+            self.hold(part.numel() * 4)
+
+    def pack(self) -> npt.NDArray[np.float64]:
+        """1-D float64: this rank's Y and W of all layers in order; summed over ranks, the whole trusted set's."""
+        parts = []
+        for index, layer in enumerate(self._layers):
+            for sums, shape in zip((self._y, self._w), self._shapes(layer), strict=True):
+                found = sums.get(index)
+                parts.append(np.zeros(shape[0] * shape[1]) if found is None else found.double().cpu().numpy().ravel())
+        return np.concatenate(parts)
+
+    def _shapes(self, layer: Layer) -> tuple[tuple[int, int], tuple[int, int]]:
+        return (self._columns, layer.inputs), (self._rows, layer.outputs)
+
+    def fit(self, packed: npt.NDArray[np.float64], version: int) -> TrustedBasis:
+        """The factors from ``packed``, :meth:`pack` summed over all ranks; equal where the input and the library are.
+
+        Raises:
+            DataError: it is not finite or has another length, or no layer received a gradient.
+        """
+        expected = sum(a * b for layer in self._layers for a, b in self._shapes(layer))
+        if len(packed) != expected or not np.isfinite(packed).all() or not packed.any():
+            raise DataError(
+                f"no trusted basis can be fitted from {len(packed)} numbers ({expected} expected, all finite; "
+                f"{np.count_nonzero(packed)} are not zero): check that the trusted samples give a finite loss, or set "
+                "trusted: null"
+            )
+        factors: dict[str, Factors] = {}
+        start = 0
+        for layer in self._layers:
+            arrays = []
+            for shape in self._shapes(layer):
+                size = shape[0] * shape[1]
+                arrays.append(packed[start : start + size].reshape(shape))
+                start += size
+            psi = signs(layer.name, self._seed, "psi", (self._rows, layer.inputs)).astype(np.float64)
+            factors[layer.name] = _factorise(arrays[0].T, arrays[1], psi, self._rank)
+        return TrustedBasis(version, factors)
+
+
+def _factorise(y: Matrix, w: Matrix, psi: Matrix, rank: int) -> Factors:
+    """``rank`` factors from Y (inputs, k), W (l, outputs) and Ψ (l, inputs); padded with zeros in a small layer."""
+    q, _ = np.linalg.qr(y)
+    x = np.linalg.lstsq(psi @ q, w, rcond=None)[0]
+    left, s, right = np.linalg.svd(x, full_matrices=False)
+    keep = min(rank, len(s))
+    u = np.zeros((y.shape[0], rank), np.float32)
+    v = np.zeros((w.shape[1], rank), np.float32)
+    strength = np.zeros(rank, np.float32)
+    u[:, :keep], strength[:keep], v[:, :keep] = (q @ left)[:, :keep], s[:keep], right[:keep].T
+    return u, strength, v

@@ -1,0 +1,132 @@
+"""Probe passes: forward and backward over given samples that leave no trace in the job.
+
+The parameters are switched off and the embeddings' outputs become the graph's leaves, so that no parameter's gradient
+exists and no reduction of the engine is triggered; the engine itself is never called.  All of it is restored on exit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from grace_ds.errors import DataError
+from grace_ds.records import IntArray
+from grace_ds.sketch.basis import BasisAccumulator
+from grace_ds.sketch.binding import Harvested
+from grace_ds.sketch.sketcher import Sketcher
+
+LossFn = Callable[[nn.Module, Any], torch.Tensor]
+Batches = Iterable[tuple[IntArray, Any]]
+
+
+def _as_leaf(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.detach().requires_grad_()
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Within it ``module`` can be run forwards and backwards, in evaluation mode, without a trace in the job.
+
+    Restored on exit, exceptions included: training flags of every submodule, requires_grad of every parameter, and
+    torch's random state on the CPU and on the module's devices.
+
+    Raises:
+        DataError: the model has no nn.Embedding to start a graph from.
+    """
+    embeddings = [m for m in module.modules() if isinstance(m, nn.Embedding)]
+    if not embeddings:
+        raise DataError(
+            f"{type(module).__name__} has no nn.Embedding, where a probe of the trusted samples would begin; set "
+            "trusted: null, or selection.alignment: false"
+        )
+    training = {m: m.training for m in module.modules()}
+    learning = [p for p in module.parameters() if p.requires_grad]
+    devices = sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
+    handles = []
+    try:
+        module.eval()
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        handles = [m.register_forward_hook(_as_leaf) for m in embeddings]
+        with torch.random.fork_rng(devices=devices), torch.enable_grad(), _eager(module):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        for m, flag in training.items():
+            m.training = flag
+
+
+def _eager(module: nn.Module) -> Any:
+    """Hooks added to a compiled model may never fire; the eager stance runs the same numbers without new graphs."""
+    for m in module.modules():
+        if getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod"):
+            return torch.compiler.set_stance("force_eager")
+    return nullcontext()
+
+
+def probe_basis(module: nn.Module, batches: Batches, loss_fn: LossFn, sketcher: Sketcher, target: BasisAccumulator) -> None:
+    """Adds the gradient of every sample of ``batches`` to ``target``, each sample with weight 1.
+
+    Args:
+        module: the model itself (``engine.module``), never the engine.  Under ZeRO-3 every rank must pass
+            equally many batches.
+        batches: (ids (n,) int64, batch) pairs; the ids only say how many samples there are.
+        loss_fn: (module, batch) → the batch's scalar mean loss.
+        sketcher: attached; its hooks feed ``target``.
+        target: from ``sketcher``'s layers.
+
+    Raises:
+        DataError: the model has no embedding, or a hook failed.
+    """
+    with untouched(module):
+        for ids, batch in batches:
+            sketcher.route(target)
+            try:
+                loss = loss_fn(module, batch) * len(ids)
+            finally:
+                sketcher.end()
+            loss.backward()  # type: ignore[no-untyped-call]
+    if target.spoiled:
+        raise DataError(
+            "a hook failed during the probe of the trusted samples (its warning is in the log); nothing can be fitted"
+        )
+
+
+def probe_rows(
+    module: nn.Module, batches: Batches, loss_fn: LossFn, sketcher: Sketcher, loss_scale: float = 1.0
+) -> list[Harvested]:
+    """Sketches, losses and alignments of the samples of ``batches``, as the training backward would give them.
+
+    Args:
+        module: as for :func:`probe_basis`.
+        batches: (ids (n,) int64, batch) pairs.
+        loss_fn: (module, batch) → the batch's scalar mean loss.
+        sketcher: attached; with a trusted basis for alignments.
+        loss_scale: multiplies the loss before the backward and is undone; for float16 models.
+
+    Returns:
+        One record a batch; a batch whose loss reached no sketched layer gives none.
+    """
+    harvested = []
+    with untouched(module):
+        for ids, batch in batches:
+            binding = sketcher.begin(ids)
+            try:
+                loss = loss_fn(module, batch)
+                sketcher.observe_loss(loss)
+                sketcher.end()
+                (loss * loss_scale).backward()  # type: ignore[no-untyped-call]
+                found = sketcher.finish(binding, grad_scale=1.0 / loss_scale)
+            finally:
+                sketcher.end()
+                sketcher.discard(binding)
+            if found is not None:
+                harvested.append(found)
+    return harvested

@@ -1,0 +1,79 @@
+"""The per-layer scale: measured over the first harvested batches, then frozen, so that old and new sketches compare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from grace_ds.errors import CheckpointError, ConfigError
+
+
+class LayerScale:
+    """sigma of each layer, 1 until frozen, and the sums it is frozen from.
+
+    Attributes:
+        sigma: (layers,) float64, equal on all ranks.
+        frozen: whether ``sigma`` is final.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self.sigma = np.ones(len(self.names))
+        self.frozen = False
+        self._sums: npt.NDArray[np.float64] = np.zeros(len(self.names) + 1)
+
+    def by_name(self) -> dict[str, float]:
+        """The scale keyed by the layer's global name."""
+        return dict(zip(self.names, self.sigma.tolist(), strict=True))
+
+    def add(self, squares: npt.NDArray[np.float64]) -> None:
+        """Counts the squared layer lengths (n, layers) of n samples; ignores samples without a finite gradient."""
+        if not self.frozen:
+            good = np.isfinite(squares).all(1) & (squares.sum(1) > 0)
+            self._sums += np.append(squares[good].sum(0), good.sum())
+
+    def sums(self) -> npt.NDArray[np.float64]:
+        """(layers + 1,) float64: this rank's sums of squared layer lengths, then its samples."""
+        return np.array(self._sums)
+
+    def freeze(self, sums: npt.NDArray[np.float64]) -> None:
+        """Fixes sigma from ``sums`` (layers + 1,), already summed over the ranks.
+
+        A layer whose gradient was zero throughout (such as one before a zero-initialised layer) takes the median sigma.
+        """
+        count = float(sums[-1]) if len(sums) else 0.0
+        if len(sums) != len(self.names) + 1 or count < 1:
+            raise ConfigError(
+                f"a scale for {len(self.names)} layers needs a sum for each and at least one sample; got "
+                f"{len(sums) - 1} sums and {count:g} samples: harvest some batches before freezing"
+            )
+        rms = np.sqrt(np.asarray(sums[:-1], np.float64) / count)
+        usable = np.isfinite(rms) & (rms > 0)
+        fallback = float(np.median(rms[usable])) if usable.any() else 1.0
+        self.sigma = np.where(usable, rms, fallback)
+        self.frozen = True
+        self._sums = np.array(sums, np.float64)  # equal on all ranks, as a checkpoint's shared part must be
+
+    def state_dict(self) -> dict[str, Any]:
+        """Primitives only (JSON-able); equal on all ranks once frozen, before that the sums are this rank's."""
+        return {"sigma": self.by_name(), "frozen": self.frozen, "sums": self.sums().tolist()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over a saved scale.
+
+        Raises:
+            CheckpointError: it belongs to other layers.
+        """
+        if sorted(state["sigma"]) != sorted(self.names):
+            odd = sorted(set(state["sigma"]) ^ set(self.names))
+            raise CheckpointError(
+                f"the checkpoint sketched other layers than this run ({len(odd)} differ, e.g. {odd[0]}); restore the "
+                "old harvest.layers, or start without the old GRACE state"
+            )
+        self.sigma = np.array([float(state["sigma"][name]) for name in self.names])
+        self.frozen = bool(state["frozen"])
+        saved = dict(zip(state["sigma"], state["sums"], strict=False))
+        self._sums = np.array([saved[name] for name in self.names] + [float(state["sums"][-1])])

@@ -1,0 +1,137 @@
+"""Loading the trusted set: a few hundred samples known to be good, in the form of the job's own dataset items."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grace_ds.errors import DataError
+from grace_ds.records import Array, IntArray
+
+PASS_DATASET = "pass a dataset whose items look like the job's as trusted_data to grace_ds.initialize"
+
+
+class TrustedDataset:
+    """Trusted samples in memory, map-style."""
+
+    def __init__(self, items: list[Any]) -> None:
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._items[index]
+
+
+def load_trusted(path: str | Path, like: Any) -> TrustedDataset:
+    """The trusted samples of a file, as items like the job's own.
+
+    Args:
+        path: .jsonl, each line an object with ``input_ids`` (and any other entries that the job's items have); or .npy,
+            integers of shape (n, T).
+        like: an item of the job's dataset: a tensor, an array, a list of ints, or a dict of such.
+
+    Raises:
+        DataError: the file is missing, empty or malformed (with file:line), or its rows do not fit ``like``.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise DataError(f"trusted file {file} does not exist: correct trusted, or leave it null")
+    if isinstance(like, tuple):
+        raise DataError(f"{file}: the job's items are tuples, whose entries a file cannot name; {PASS_DATASET}")
+    if file.suffix == ".jsonl":
+        rows = _jsonl_rows(file)
+    elif file.suffix == ".npy":
+        rows = _npy_rows(file)
+    else:
+        raise DataError(f"trusted file {file}: suffix {file.suffix!r} is not known; give .jsonl or .npy")
+    if not rows:
+        raise DataError(f"trusted file {file} holds no samples: add some, or set trusted to null")
+    return TrustedDataset([_shaped(row, like, where) for where, row in rows])
+
+
+def split_trusted(n: int, seed: int) -> tuple[IntArray, IntArray]:
+    """Two disjoint halves of [0, n): one to fit the recipe on, one to judge it by.
+
+    Returns:
+        fit (ceil(n / 2),) and calibrate (floor(n / 2),), both int64 and sorted.
+
+    Raises:
+        DataError: fewer than 2 samples.
+    """
+    if n < 2:
+        raise DataError(f"{n} trusted sample(s) cannot be split into two halves: give at least 2, better 128 or more")
+    order = np.random.Generator(np.random.Philox(key=seed % 2**128)).permutation(n).astype(np.int64)
+    return np.sort(order[: (n + 1) // 2]), np.sort(order[(n + 1) // 2 :])
+
+
+def _jsonl_rows(file: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(file:line, object) of every line that is not blank."""
+    rows: list[tuple[str, dict[str, Any]]] = []
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines would cut inside of strings
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"trusted file {file} cannot be read as text: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{file}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+        if not isinstance(row, dict) or "input_ids" not in row:
+            found = f"keys {sorted(row)}" if isinstance(row, dict) else type(row).__name__
+            raise DataError(f"{where}: an object with input_ids is needed, found {found}; tokenize the text first")
+        tokens = row["input_ids"]
+        if not isinstance(tokens, list) or not tokens or not all(type(token) is int for token in tokens):
+            raise DataError(f"{where}: input_ids must be a non-empty list of integers, found {str(tokens)[:60]}")
+        rows.append((where, row))
+    return rows
+
+
+def _npy_rows(file: Path) -> list[tuple[str, dict[str, Any]]]:
+    try:
+        array = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"trusted file {file} cannot be read as .npy: {error}") from error
+    if array.ndim != 2 or array.dtype.kind not in "iu" or not array.shape[1]:
+        raise DataError(f"trusted file {file} holds {array.dtype} of shape {array.shape}: integers (n, T) are needed")
+    return [(f"{file}[{i}]", {"input_ids": row.astype(np.int64)}) for i, row in enumerate(array)]
+
+
+def _shaped(row: dict[str, Any], like: Any, where: str) -> Any:
+    """``row`` in the form of ``like``."""
+    if isinstance(like, Mapping):
+        missing = [key for key in like if key not in row]
+        if missing:
+            names = sorted(map(str, like))
+            raise DataError(f"{where}: the job's items have {names}, this row lacks {missing}; {PASS_DATASET}")
+        return {key: _value(row[key], like[key], f"{where}: {key}") for key in like}
+    return _value(row["input_ids"], like, f"{where}: input_ids")
+
+
+def _value(value: Any, like: Any, where: str) -> Any:
+    """``value`` as the kind of ``like``: a tensor or an array of its dtype, a list, or as it is."""
+    import torch
+
+    if not isinstance(like, (torch.Tensor, np.ndarray)):
+        if isinstance(value, np.ndarray):
+            value = value.tolist()
+        if isinstance(like, list) and not isinstance(value, list):
+            raise DataError(f"{where}: a list like the job's is needed, found {type(value).__name__}")
+        return value
+    try:
+        array: Array = np.asarray(value)
+    except ValueError as error:
+        raise DataError(f"{where}: not a regular array ({error})") from None
+    if array.dtype.kind not in "iufb" or array.ndim != like.ndim:
+        raise DataError(f"{where}: {like.ndim}-D numbers as in the job are needed, found {array.ndim}-D {array.dtype}")
+    if isinstance(like, np.ndarray):
+        return array.astype(like.dtype)
+    return torch.from_numpy(array.copy()).to(like.dtype)

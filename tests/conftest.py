@@ -1,0 +1,38 @@
+"""The environment of all tests: one thread a process, DeepSpeed on the CPU, nothing compiled into a shared cache."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+# Before any test module imports torch or deepspeed: both read these once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes of the multi-rank tests share the cores
+os.environ["DS_ACCELERATOR"] = "cpu"
+# A killed rank leaves a lock in the extensions cache on which every later job would wait for ever.
+_EXTENSIONS = tempfile.mkdtemp(prefix="grace_ds_extensions_")
+os.environ["TORCH_EXTENSIONS_DIR"] = _EXTENSIONS
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark by place what starts several processes, and skip what needs a GPU where there is none."""
+    for item in items:
+        if "multirank" in item.path.parts:
+            item.add_marker(pytest.mark.multirank)
+        if item.get_closest_marker("gpu") and not _has_gpu():
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _private_extensions() -> Iterator[None]:
+    yield
+    shutil.rmtree(_EXTENSIONS, ignore_errors=True)

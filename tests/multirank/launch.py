@@ -1,0 +1,53 @@
+"""Starts ``zero_job.py`` under the real launchers and reads its records back."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.multirank.harness import mpirun, run_command
+
+SCRIPT = Path(__file__).with_name("zero_job.py")
+Records = dict[str, list[dict[str, Any]]]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+def environment(folder: Path) -> dict[str, str]:
+    root = str(SCRIPT.parents[2])
+    return {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(folder / "ext"), "PYTHONPATH": root, "PYTHONUNBUFFERED": "1"}
+
+
+def run_jobs(
+    folder: Path, jobs: dict[str, Any], ranks: int = 2, *, launcher: str = "deepspeed", timeout: float = 240.0
+) -> tuple[Records, str]:
+    """Runs ``jobs`` on ``ranks`` ranks; returns each job's records by rank, and the output."""
+    folder.mkdir(parents=True, exist_ok=True)
+    specs = folder / "specs.json"
+    specs.write_text(json.dumps({"out": str(folder), "jobs": jobs}))
+    if launcher == "deepspeed":
+        command = [
+            str(Path(sys.executable).with_name("deepspeed")),
+            "--num_accelerators",
+            str(ranks),
+            "--master_port",
+            str(free_port()),
+        ]
+    else:
+        command = [*mpirun(), "-n", str(ranks), "-x", f"MASTER_PORT={free_port()}", sys.executable]
+    output = run_command([*command, str(SCRIPT), str(specs)], timeout=timeout, env=environment(folder))
+    records = {name: [json.loads((folder / f"{name}-{r}.json").read_text()) for r in range(ranks)] for name in jobs}
+    return records, output
+
+
+def stream(records: list[dict[str, Any]], first: int = 0) -> list[list[int]]:
+    """The ids of each optimizer step over all ranks, sorted within the step, from step ``first`` of the records on."""
+    return [sorted(i for rank in step for i in rank) for step in zip(*(r["steps"][first:] for r in records), strict=True)]

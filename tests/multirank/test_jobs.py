@@ -1,0 +1,239 @@
+"""Real ZeRO-2 jobs under the deepspeed launcher: pass-through, shadow, ids, resume, roles, faults."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.multirank.launch import Records, run_jobs, stream
+from tests.multirank.zero_job import LENGTH, SAMPLES, Corpus
+
+pytestmark = [pytest.mark.multirank, pytest.mark.timeout(400)]
+
+STEPS = 20
+REFRESH = {"interval_steps": 4, "cadence": "fixed", "timeout_seconds": 30}
+GRACE: dict[str, Any] = {"budget": 0.3, "refresh": REFRESH}
+SAVES = [2, 4, 5, 7, 8, 12]
+
+FAULTS = {
+    "gather": ("grace_ds.refresh", "gather_rows"),
+    "table": ("grace_ds.refresh", "owner_of"),
+    "features": ("grace_ds.integrations.build", "content_features"),
+    "graph": ("grace_ds.refresh", "nearest"),
+    "propagate": ("grace_ds.signals", "propagate"),
+    "select": ("grace_ds.refresh", "collect"),
+    "broadcast": ("grace_ds.refresh", "broadcast_schedule"),
+    "pending": ("grace_ds.harvest", "_running_means"),
+}
+
+
+def grace(**more: Any) -> dict[str, Any]:
+    return {**GRACE, **more}
+
+
+def jobs(folder: Path) -> dict[str, Any]:
+    trusted = folder / "trusted.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"input_ids": row.tolist(), "sid": [i]}) for i, row in enumerate(Corpus(160, salt=3).tokens[::2])]
+    trusted.write_text("\n".join(lines))
+    saved, plain = str(folder / "saved"), str(folder / "plain-saved")
+    base = {"steps": STEPS, "grace": grace()}
+    out: dict[str, Any] = {
+        "plain": {"steps": 12, "via": "deepspeed", "save": plain, "save_at": [6]},
+        "disabled": {"steps": 12, "grace": {"enabled": False}},
+        "absent": {"steps": 12},
+        "shadow": {"steps": 12, "grace": grace(mode="shadow")},
+        "base": {**base, "save": saved, "save_at": SAVES},
+        "undisturbed": base,
+        "peek": {**base, "peek": True},
+        "skip": {**base, "skip": True},
+        "evaluate": {**base, "evaluate": True},
+        "filter": {**base, "filter": True},
+        "workers0": {**base, "workers": 0},
+        "gas4": {**base, "batch": 16, "gas": 4, "steps": 10},
+        "overflow": {**base, "overflow": 5},
+        "late": {"steps": 12, "grace": grace(), "load": plain},
+        "late_refused": {"grace": grace(checkpoint={"on_missing_state": "error"}), "load": plain},
+        "window": {"steps": 18, "grace": grace(start_step=6, stop_step=14, run_dir=str(folder / "run"))},
+        "trusted": {**base, "grace": grace(trusted=str(trusted))},
+        "replay_source": {**base, "grace": grace(run_dir=str(folder / "source"))},
+        "replay": {**base, "grace": grace(replay=str(folder / "source" / "schedules"))},
+        "wrong_layers": {"grace": grace(harvest={"layers": ["nowhere.*"]})},
+    }
+    out |= {f"resume{k}": {**base, "load": saved, "load_tag": f"global_step{k}"} for k in SAVES}
+    out |= {o: {"steps": 10, "grace": grace(selection={"objective": o})} for o in ("topk", "uniform", "rs2", "facility_location")}
+    for stage, (module, name) in FAULTS.items():
+        after = 1 if stage not in ("graph", "features") else 0
+        more = {"features": {"enabled": True}} if stage != "features" else {}
+        out[f"fault_{stage}"] = {
+            "steps": 14,
+            "grace": grace(**more, **({"window": 150} if stage == "features" else {})),
+            "fault": {"module": module, "name": name, "rank": 1, "after": max(after, 1)},
+        }
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("jobs")
+
+
+@pytest.fixture(scope="module")
+def records(folder: Path) -> Records:
+    return run_jobs(folder, jobs(folder), timeout=380)[0]
+
+
+@pytest.mark.parametrize("name", ["disabled", "absent", "shadow"])
+def test_same_batches_and_parameters_as_without_grace(records: Records, name: str) -> None:
+    for with_us, without in zip(records[name], records["plain"], strict=True):
+        for key in ("steps", "losses", "params"):
+            assert with_us[key] == without[key]
+
+
+def test_shadow_harvests_and_refreshes(records: Records) -> None:
+    metrics = records["shadow"][0]["metrics"]
+    assert metrics["refreshes"] == 4
+    assert sum(len(r["table"]) for r in records["shadow"]) > 20
+
+
+def test_all_ranks_hold_the_same_schedules_and_parameters(records: Records) -> None:
+    for name, (a, b) in records.items():
+        if "error" not in a:
+            assert a["params"] == b["params"], name
+            assert a.get("schedules") == b.get("schedules"), name
+
+
+def test_the_coreset_is_fresh_and_within_its_budget(records: Records) -> None:
+    metrics = records["base"][0]["metrics"]
+    assert metrics["refreshes"] == 6
+    assert metrics["coreset_size"] == round(0.3 * SAMPLES)
+    assert all(0 < c <= 1 for c in metrics["churn"])
+
+
+def committed(records: list[dict[str, Any]]) -> dict[int, int]:
+    """Uses of each sample that the table has counted, over all ranks."""
+    return {int(i): v for r in records for i, v in r["table"].items()}
+
+
+@pytest.mark.parametrize("name", ["base", "peek", "skip", "evaluate", "filter", "workers0", "gas4"])
+def test_what_is_committed_is_what_was_trained_on(records: Records, name: str) -> None:
+    # The table holds what the last refresh has seen; the first step only sets the scale of the layers.
+    last = records[name][0]["metrics"]["step"] // 4 * 4
+    uses: dict[int, int] = {}
+    for step in stream(records[name])[1:last]:
+        for i in step:
+            uses[i] = uses.get(i, 0) + 1
+    assert committed(records[name]) == uses
+
+
+def test_filtered_samples_are_never_trained_on(records: Records) -> None:
+    assert all(i % 16 for step in stream(records["filter"]) for i in step)
+
+
+@pytest.mark.parametrize("name", ["peek", "evaluate", "workers0", "undisturbed"])
+def test_peeks_evaluation_workers_and_saving_do_not_change_the_first_schedule(records: Records, name: str) -> None:
+    assert stream(records[name])[:4] == stream(records["base"])[:4]
+
+
+@pytest.mark.parametrize("name", ["peek", "evaluate", "undisturbed"])
+def test_nor_the_run(records: Records, name: str) -> None:
+    assert stream(records[name]) == stream(records["base"])
+    assert records[name][0]["params"] == records["base"][0]["params"]
+
+
+def test_an_overflow_moves_the_cursor_and_commits_no_rows(records: Records) -> None:
+    steps = stream(records["overflow"])
+    assert records["overflow"][0]["metrics"]["cursor"] == STEPS * 8
+    uses: dict[int, int] = {}
+    for k, step in enumerate(steps[:20]):
+        if k not in (0, 5):
+            for i in step:
+                uses[i] = uses.get(i, 0) + 1
+    assert committed(records["overflow"]) == uses
+
+
+@pytest.mark.parametrize("step", SAVES)
+def test_resume_at_the_same_size_repeats_nothing_and_skips_nothing(records: Records, step: int) -> None:
+    resumed, base = records[f"resume{step}"], records["base"]
+    assert stream(resumed) == stream(base)[step:]
+    assert resumed[0]["params"] == base[0]["params"]
+    assert resumed[0]["schedules"] == base[0]["schedules"]
+
+
+def test_grace_takes_over_a_checkpoint_without_its_state(records: Records) -> None:
+    assert records["late"][0]["metrics"]["cursor"] == 12 * 8
+    assert records["late"][0]["metrics"]["refreshes"] >= 2
+    for rank in records["late_refused"]:
+        assert "CheckpointError" in rank["error"]
+        assert "on_missing_state" in rank["error"]
+
+
+def test_uniform_outside_of_start_and_stop(records: Records, folder: Path) -> None:
+    lines = [json.loads(line) for line in (folder / "run" / "refreshes.jsonl").read_text().splitlines()]
+    kinds = [(line["step"], line["objective"]) for line in lines]
+    assert kinds[0] == (0, "uniform")
+    assert kinds[1] == (6, "sample")
+    assert kinds[-1][1] == "uniform"
+    assert kinds[-1][0] >= 14
+    assert (folder / "run" / "grace_resolved.yaml").exists()
+
+
+def test_trace_reads_back_what_was_trained_on(records: Records, folder: Path) -> None:
+    from grace_ds.cli.trace import trace
+
+    steps = stream(records["replay_source"])
+    for step in (0, 7, 19):
+        told = json.loads(trace(str(folder / "source"), step, as_json=True))
+        assert sorted(s["id"] for s in told["samples"]) == steps[step]
+    assert "explore" in "".join(trace(str(folder / "source"), s) for s in range(20))
+
+
+def test_replay_feeds_the_recorded_stream(records: Records) -> None:
+    assert stream(records["replay"]) == stream(records["replay_source"])
+    assert records["replay"][0]["params"] == records["replay_source"][0]["params"]
+
+
+def test_trusted_set_gives_alignments_and_a_unit(records: Records) -> None:
+    for rank in records["trusted"]:
+        assert rank["align"] > 0.3
+        assert rank["reference"]
+        assert all(0 < v <= 1 for v in rank["reference"].values())
+
+
+def test_a_pattern_without_layers_is_an_error_on_every_rank(records: Records) -> None:
+    for rank in records["wrong_layers"]:
+        assert "nowhere" in rank["error"]
+
+
+@pytest.mark.parametrize("objective", ["topk", "uniform", "rs2", "facility_location"])
+def test_every_objective_trains(records: Records, objective: str) -> None:
+    metrics = records[objective][0]["metrics"]
+    assert metrics["refresh_failures"] == 0
+    assert metrics["refreshes"] == 3
+
+
+@pytest.mark.parametrize("stage", list(FAULTS))
+def test_a_fault_on_one_rank_keeps_the_old_schedule_and_the_job(records: Records, stage: str) -> None:
+    a, b = records[f"fault_{stage}"]
+    assert "error" not in a
+    for rank in (a, b):
+        assert rank["metrics"]["refresh_failures"] == 1
+        assert rank["metrics"]["refreshes"] == 3  # at steps 0, 8 and 12
+        assert not rank["metrics"]["frozen"]
+    assert a["schedules"] == b["schedules"]
+    assert len(stream([a, b])) == 14
+
+
+def test_nothing_is_lost_by_a_failed_refresh(records: Records) -> None:
+    uses: dict[int, int] = {}
+    for step in stream(records["fault_gather"])[1:12]:
+        for i in step:
+            uses[i] = uses.get(i, 0) + 1
+    assert committed(records["fault_gather"]) == uses
+
+
+def test_corpus_is_as_the_job_says() -> None:
+    assert Corpus()[5]["input_ids"].shape == (LENGTH,)

@@ -1,0 +1,25 @@
+"""The hooks inside real ZeRO jobs: the job's numbers stay what they were, and the rows are right."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from grace_ds.quickstart.launch import deepspeed_command
+from tests.multirank.harness import run_command
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_zero_job_is_bit_identical_and_its_rows_match_the_oracle(stage, tmp_path):
+    said = run_command(deepspeed_command("tests.multirank.sketch_job", [str(stage), str(tmp_path)], 2), timeout=90)
+    for rank in range(2):
+        results = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        assert {(r["recompute"], r["gas"]) for r in results} == {
+            (kind, gas) for kind in ("none", "nonreentrant", "reentrant") for gas in (1, 4)
+        }
+        for result in results:
+            assert result["identical"] and result["hooks_left"] == 0 and result["failures"] == 0, (result, said)
+            assert result["cosine"] > 0.99 and 0.95 < result["length"][0] <= result["length"][1] < 1.05, (result, said)
+            assert result["align"], result

@@ -1,0 +1,133 @@
+"""The configuration is closed: what is wrong is said before training, with path, value and cure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grace_ds.config.load import HOME, find_block, load_config, read_ds_config, refuse_curriculum, write_resolved
+from grace_ds.config.schema import GraceConfig
+from grace_ds.errors import ConfigError
+
+
+def ds(grace: Any, **more: Any) -> dict[str, Any]:
+    return {"data_efficiency": {"enabled": True, "data_sampling": {"enabled": True, "grace": grace}}, **more}
+
+
+def test_defaults_load() -> None:
+    assert load_config({}) == GraceConfig()
+
+
+def test_layers_override_in_order(tmp_path: Path) -> None:
+    file = tmp_path / "g.yaml"
+    file.write_text("budget: 0.1\nseed: 5\nharvest:\n  dim: 64\n")
+    config = load_config({"file": str(file), "seed": 6}, dotlist=["harvest.rank=4", "budget=0.4"])
+    assert (config.budget, config.seed, config.harvest.dim, config.harvest.rank) == (0.4, 6, 64, 4)
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        ({"budjet": 0.3}, ["budjet", "0.3", "'budget'"]),
+        ({"refresh": {"interval": 3}}, [f"{HOME}.refresh.interval", "interval_steps"]),
+        ({"budget": "lots"}, ["budget", "lots"]),
+        ({"budget": None}, ["budget", "None"]),
+        ({"budget": 1.5}, ["budget", "1.5", "(0, 1]"]),
+        ({"mode": "shadwo"}, ["mode", "shadwo", "'shadow'"]),
+        ({"harvest": 3}, ["harvest", "3", "layers"]),
+        ({"harvest": {"layers": []}}, ["harvest.layers", "auto"]),
+        ({"refresh": {"interval_steps": 0}}, ["interval_steps", "0", "1 or more"]),
+        ({"start_step": 10, "stop_step": 10}, ["stop_step", "10"]),
+        ({"selection": {"explore": 0.6, "audit": 0.5}}, ["explore + audit", "1.1"]),
+        ({"selection": {"objective": "facility_location"}, "features": {"enabled": False}}, ["facility_location", "features"]),
+        ({"replay": "x", "mode": "shadow"}, ["replay", "shadow"]),
+        ({"budget": "${nowhere}"}, ["budget", "nowhere"]),
+        ({"file": "/does/not/exist.yaml"}, ["file", "exist.yaml"]),
+    ],
+)
+def test_wrong_block_says_where_what_and_how(block: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(block)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_block_is_found_at_home_and_at_the_alias() -> None:
+    assert find_block(ds({"budget": 0.3})) == (HOME, {"budget": 0.3})
+    assert find_block({"grace_ds": {"budget": 0.3}}) == ("grace_ds", {"budget": 0.3})
+    assert find_block({"zero_optimization": {"stage": 2}}) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        ({"grace": {}}, "stands at 'grace'"),
+        ({"data_efficiency": {"enabled": True, "grace": {}}}, "'data_efficiency.grace'"),
+        ({"zero_optimization": {"grace_ds": {}}}, "zero_optimization.grace_ds"),
+        (ds({"budget": 0.1}, grace_ds={}), "keep one"),
+        ({"data_efficiency": {"data_sampling": {"grace": {}}}}, "enabled is not true"),
+        (ds(7), "must be an object"),
+    ],
+)
+def test_misplaced_block_is_an_error(config: dict[str, Any], word: str) -> None:
+    with pytest.raises(ConfigError, match=".*"):
+        try:
+            find_block(config)
+        except ConfigError as error:
+            assert word in str(error)
+            raise
+
+
+def test_disabled_block_needs_no_enabled_parents() -> None:
+    found = find_block({"data_efficiency": {"data_sampling": {"grace": {"enabled": False}}}})
+    assert found is not None
+    assert found[1] == {"enabled": False}
+
+
+def test_curriculum_is_refused() -> None:
+    config = ds({})
+    refuse_curriculum(config)
+    config["data_efficiency"]["data_sampling"]["curriculum_learning"] = {"enabled": True}
+    with pytest.raises(ConfigError, match="curriculum"):
+        refuse_curriculum(config)
+
+
+def test_ds_config_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(ds({})))
+    assert read_ds_config(path) == ds({})
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="line 1"):
+        read_ds_config(path)
+    with pytest.raises(ConfigError, match=r"no\.json"):
+        read_ds_config(tmp_path / "no.json")
+
+
+def test_resolved_config_loads_back(tmp_path: Path) -> None:
+    config = load_config({"budget": 0.33, "harvest": {"layers": ["a.*"]}})
+    path = write_resolved(config, tmp_path / "run")
+    assert load_config({"file": str(path)}) == config
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = st.sampled_from([*GraceConfig.__dataclass_fields__, "budjet", "", "a.b", "file"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(KEYS, JUNK, max_size=3))
+def test_any_block_loads_or_fails_with_our_error(block: dict[str, Any]) -> None:
+    try:
+        config = load_config(block)
+    except ConfigError as error:
+        assert HOME in str(error)
+    else:
+        assert isinstance(config, GraceConfig)

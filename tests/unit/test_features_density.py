@@ -1,0 +1,109 @@
+"""6-gram density against exact counts of tuples."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grace_ds.features import density
+from grace_ds.features.density import NgramCounts, ngram_bins, row_quantile
+from grace_ds.features.tokens import TokenBlock
+
+
+def block_of(rows):
+    return TokenBlock.of(np.arange(len(rows)), [np.asarray(r, np.int64) for r in rows])
+
+
+def exact_density(rows):
+    """The definition, with tuples in a Counter and NumPy's percentile, a sample at a time."""
+    grams = [[tuple(row[i : i + 6]) for i in range(len(row) - 5)] for row in rows]
+    counts = Counter(g for row in grams for g in row)
+    return [float(np.percentile([counts[g] - 1 for g in row], 40)) if row else 0.0 for row in grams]
+
+
+def measured(rows, cuts=()):
+    """Density of ``rows`` processed in blocks that end at ``cuts``."""
+    edges = [0, *sorted(cuts), len(rows)]
+    blocks = [block_of(rows[a:b]) for a, b in itertools.pairwise(edges)]
+    counts = NgramCounts()
+    for block in blocks:
+        counts.add(ngram_bins(block)[0])
+    counts.reduce(lambda x: x)
+    return np.concatenate([counts.degree(block) for block in blocks])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), max_size=16), max_size=12), st.data())
+def test_equals_exact_counts(rows, data):
+    cuts = data.draw(st.lists(st.integers(0, len(rows)), max_size=3))
+    np.testing.assert_allclose(measured(rows, cuts), exact_density(rows), rtol=1e-12)
+
+
+def test_equal_lengths_equal_exact_counts():
+    rows = np.random.default_rng(0).integers(0, 2, (40, 20)).tolist()
+    expected = exact_density(rows)
+    assert max(expected) > 3
+    np.testing.assert_allclose(measured(rows), expected, rtol=1e-12)
+
+
+def test_copies_with_edits_are_dense_and_originals_are_not():
+    rng = np.random.default_rng(1)
+    unique = rng.integers(0, 5000, (50, 64))
+    copies = np.repeat(rng.integers(0, 5000, (1, 64)), 20, axis=0)
+    copies[np.arange(20), rng.integers(0, 64, 20)] = 4999
+    dense = measured([*unique.tolist(), *copies.tolist()])
+    assert dense[:50].max() == 0
+    assert dense[50:].min() >= 10
+
+
+def test_grams_do_not_cross_samples():
+    assert ngram_bins(block_of([[1, 2, 3], [4, 5, 6]]))[0].tolist() == []
+    bins, sizes = ngram_bins(block_of([[1], list(range(7)), [2, 3], list(range(6))]))
+    assert sizes.tolist() == [0, 2, 0, 1]
+    assert len(bins) == 3
+    assert bins[0] == bins[2] != bins[1]
+
+
+def test_bins_are_spread():
+    bins, _ = ngram_bins(block_of([np.arange(200_000)]))
+    expected = (1 << 22) * (1 - np.exp(-len(bins) / (1 << 22)))  # of a uniformly random hash
+    assert abs(len(np.unique(bins)) - expected) < 0.01 * expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 2**30), max_size=9), max_size=6))
+def test_row_quantile_equals_percentile(rows):
+    values = np.array([v for row in rows for v in row], np.int32)
+    found = row_quantile(values, np.array([len(r) for r in rows], np.int64), 0.4, minus=1)
+    np.testing.assert_allclose(found, [np.percentile(r, 40) - 1 if r else 0 for r in rows], rtol=1e-9)
+
+
+def test_counts_saturate_alike_on_one_and_three_ranks(monkeypatch):
+    monkeypatch.setattr(density, "SATURATION", 8)
+    gram = block_of([[1, 2, 3, 4, 5, 6]])
+
+    def total(share):
+        ranks = []
+        for copies in share:
+            counts = NgramCounts()
+            for _ in range(copies):
+                counts.add(ngram_bins(gram)[0])
+            ranks.append(counts)
+        sent = []
+        for counts in ranks:
+            counts.reduce(lambda x: sent.append(x) or x)
+        ranks[0].reduce(lambda _: np.sum(sent, axis=0))
+        return ranks[0].degree(gram)[0]
+
+    assert total([20]) == total([9, 1, 10]) == total([5, 5, 5]) == 7
+    assert total([3]) == total([1, 1, 1]) == 2
+
+
+@pytest.mark.parametrize("rows", [[], [[]], [[1], []]])
+def test_nothing_to_count(rows):
+    assert measured(rows).tolist() == [0.0] * len(rows)

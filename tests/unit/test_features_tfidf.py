@@ -1,0 +1,86 @@
+"""TF-IDF vectors: against a dictionary oracle with an exact (unprojected) space, and their use for near-duplicates."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grace_ds.features.tfidf import TfIdf, term_counts
+from grace_ds.features.tokens import TokenBlock
+
+
+def block_of(rows):
+    return TokenBlock.of(np.arange(len(rows)), [np.asarray(r, np.int64) for r in rows])
+
+
+def vectors_of(rows, dim=128, seed=0):
+    model = TfIdf(dim, seed)
+    block = block_of(rows)
+    model.add(block)
+    model.reduce(lambda x: x)
+    return model.vectors(block)
+
+
+def exact_cosines(rows):
+    """Cosines of the unprojected vectors, with terms as tuples in dictionaries."""
+    terms = [Counter([(t,) for t in row] + list(itertools.pairwise(row))) for row in rows]
+    documents = Counter(t for counts in terms for t in counts)
+    weights = [
+        {t: math.log(1 + c) * (math.log((1 + len(rows)) / (1 + documents[t])) + 1) for t, c in counts.items()} for counts in terms
+    ]
+    norms = [math.sqrt(sum(w * w for w in row.values())) for row in weights]
+    return np.array(
+        [
+            [sum(w * b.get(t, 0.0) for t, w in a.items()) / (na * nb) for b, nb in zip(weights, norms, strict=True)]
+            for a, na in zip(weights, norms, strict=True)
+        ]
+    )
+
+
+def test_cosines_equal_the_exact_ones_when_wide():
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 12, rng.integers(4, 20)).tolist() for _ in range(12)]
+    found = vectors_of(rows, dim=1 << 20)  # wide enough that hardly two terms share a place
+    np.testing.assert_allclose(found @ found.T, exact_cosines(rows), atol=1e-4)
+
+
+def test_near_duplicates_stand_out_from_random_pairs():
+    rng = np.random.default_rng(1)
+    zipf = np.minimum(rng.zipf(1.3, (200, 64)), 4000)  # common tokens are shared by all, as in text
+    edited = zipf.copy()
+    for row in edited:
+        places = rng.choice(64, rng.integers(1, 5), replace=False)
+        row[places] = rng.integers(0, 4000, len(places))
+    both = vectors_of([*zipf.tolist(), *edited.tolist()])
+    cosines = both[:200] @ both[200:].T
+    own = np.diagonal(cosines)
+    other = cosines[~np.eye(200, dtype=bool)]
+    assert np.median(own) > 0.85
+    assert np.median(other) < 0.4
+    assert (own > np.quantile(other, 0.999)).mean() > 0.99
+    assert (cosines.argmax(axis=1) == np.arange(200)).mean() > 0.99
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 3), max_size=8), max_size=6))
+def test_term_counts_equal_a_counter(rows):
+    row, _, count = term_counts(block_of(rows))
+    for i, tokens in enumerate(rows):
+        terms = Counter([(t,) for t in tokens] + list(itertools.pairwise(tokens)))
+        assert sorted(count[row == i].tolist()) == sorted(terms.values())
+    assert (np.diff(row) >= 0).all()
+
+
+def test_unit_norm_seed_and_empty_rows():
+    rows = [[1, 2, 3], [], [4]]
+    found = vectors_of(rows)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), [1, 0, 1], atol=1e-6)
+    assert np.array_equal(found, vectors_of(rows))
+    assert not np.array_equal(found, vectors_of(rows, seed=1))
+    assert vectors_of([]).shape == (0, 128)

@@ -1,0 +1,107 @@
+"""Sampling against enumerated probabilities, greedy against naive greedy and the exhaustive optimum, the other objectives."""
+
+from __future__ import annotations
+
+from itertools import combinations, permutations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grace_ds.errors import ConfigError
+from grace_ds.records import Neighbours
+from grace_ds.selection.greedy import coverage, lazy_greedy
+from grace_ds.selection.objectives import known, select
+
+
+def test_inclusion_frequencies_are_those_of_successive_sampling() -> None:
+    p, k, draws = np.array([0.5, 0.25, 0.15, 0.1]), 2, 20000
+    expected = np.zeros(4)
+    for order in permutations(range(4), k):
+        left, chance = 1.0, 1.0
+        for i in order:
+            chance *= p[i] / left
+            left -= p[i]
+        expected[list(order)] += chance
+    seen = np.zeros(4)
+    for version in range(draws):
+        seen[select("sample", np.arange(4), np.log(p) + 3, k, seed=5, version=version).ids] += 1
+    assert np.abs(seen / draws - expected).max() < 4 * np.sqrt(0.25 / draws)
+
+
+def test_weights_make_the_sample_stand_for_the_window() -> None:
+    rng = np.random.default_rng(0)
+    log_p, value = rng.normal(size=400), rng.normal(size=400) + np.linspace(0, 3, 400)
+    estimates = []
+    for version in range(300):
+        c = select("sample", np.arange(400), log_p, 80, seed=1, version=version)
+        estimates.append((value[c.ids] * c.weights).sum() / c.weights.sum())
+    assert abs(np.mean(estimates) - value.mean()) < 4 * np.std(estimates) / np.sqrt(300) + 0.02
+
+
+def random_graph(rng: np.random.Generator, n: int, k: int) -> tuple[np.ndarray, Neighbours]:
+    ids = np.sort(rng.choice(1000, n, replace=False)).astype(np.int64)
+    nbr = np.stack([rng.choice(np.delete(ids, i), k, replace=False) for i in range(n)])
+    return ids, Neighbours(nbr, np.sort(rng.random((n, k)).astype(np.float32), 1)[:, ::-1].copy())
+
+
+def dense(ids: np.ndarray, g: Neighbours) -> np.ndarray:
+    sim = np.eye(len(ids))
+    for i in range(len(ids)):
+        for j, s in zip(g.ids[i], g.similarity[i], strict=True):
+            at = int(np.searchsorted(ids, j))
+            sim[i, at] = max(sim[i, at], s)
+            sim[at, i] = max(sim[at, i], s)
+    return sim
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_greedy_is_greedy_and_within_its_bound(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    ids, graph = random_graph(rng, 10, 3)
+    weights, sim = rng.random(10), dense(ids, graph)
+
+    def value(chosen: tuple[int, ...]) -> float:
+        return float((sim[:, list(chosen)].max(1) * weights).sum()) if chosen else 0.0
+
+    got = lazy_greedy(coverage(ids, graph), weights, 4, np.ones(10, bool), np.empty(0, np.int64))
+    naive: tuple[int, ...] = ()
+    for _ in range(4):
+        naive += (max((j for j in range(10) if j not in naive), key=lambda j: value((*naive, j))),)
+    best = max(value(c) for c in combinations(range(10), 4))
+    assert value(tuple(got)) == pytest.approx(value(naive), rel=1e-6)
+    assert value(tuple(got)) >= (1 - 1 / np.e) * best
+
+
+def test_rs2_takes_everything_once_a_lap() -> None:
+    ids = np.arange(0, 300, 3)
+    rounds = [select("rs2", ids, np.zeros(100), 25, seed=3, version=v).ids for v in range(8)]
+    for lap in (rounds[:4], rounds[4:]):
+        assert sorted(np.concatenate(lap)) == list(ids)
+    assert list(rounds[0]) != list(rounds[4])
+
+
+def test_topk_takes_the_most_probable_and_the_lower_ids() -> None:
+    assert list(select("topk", np.arange(5), np.array([0.0, 2, 1, 2, 1]), 3, seed=0, version=0).ids) == [1, 2, 3]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(known()), st.integers(1, 12), st.integers(0, 5), st.integers(0, 3))
+def test_every_objective_obeys_size_include_and_exclude(name: str, k: int, version: int, forced: int) -> None:
+    rng = np.random.default_rng(k)
+    ids, graph = random_graph(rng, 20, 4)
+    include, exclude = ids[: min(forced, k)], ids[-3:]
+    got = select(name, ids, rng.normal(size=20), k, seed=1, version=version, neighbours=graph, include=include, exclude=exclude)
+    assert len(got.ids) == k == len(set(got.ids.tolist()))
+    assert list(got.ids) == sorted(got.ids)
+    assert set(include) <= set(got.ids)
+    assert not set(exclude) & set(got.ids)
+    assert got.weights.mean() == pytest.approx(1, abs=1e-4)
+
+
+def test_wrong_names_and_too_many_includes_are_errors() -> None:
+    with pytest.raises(ConfigError, match="rs2"):
+        select("rs3", np.arange(3), np.zeros(3), 1, seed=0, version=0)
+    with pytest.raises(ConfigError, match="include"):
+        select("sample", np.arange(3), np.zeros(3), 1, seed=0, version=0, include=np.arange(2))

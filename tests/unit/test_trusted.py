@@ -1,0 +1,147 @@
+"""Trusted files become items like the job's own."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import default_collate
+
+from grace_ds.errors import DataError
+from grace_ds.trusted import load_trusted, split_trusted
+
+ROWS = [[5, 6, 7], [8, 9, 1]]
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    def write(*lines):
+        file = tmp_path / "trusted.jsonl"
+        file.write_text("\n".join(x if isinstance(x, str) else json.dumps(x, ensure_ascii=False) for x in lines))
+        return file
+
+    return write
+
+
+@pytest.fixture
+def npy(tmp_path):
+    def write(array):
+        file = tmp_path / "trusted.npy"
+        np.save(file, np.asarray(array))
+        return file
+
+    return write
+
+
+@pytest.mark.parametrize("like", [torch.tensor([1, 2]), torch.tensor([1], dtype=torch.int32)])
+def test_tensor_items(jsonl, npy, like):
+    for file in (jsonl(*({"input_ids": r, "source": "x"} for r in ROWS)), npy(np.array(ROWS, np.uint16))):
+        data = load_trusted(file, like)
+        assert len(data) == 2
+        assert [row.tolist() for row in data] == ROWS
+        assert data[0].dtype == like.dtype
+
+
+def test_array_and_list_items(jsonl, npy):
+    for file in (jsonl(*({"input_ids": r} for r in ROWS)), npy(ROWS)):
+        assert load_trusted(file, [1, 2])[1] == ROWS[1]
+        array = load_trusted(file, np.array([1], np.uint16))[1]
+        assert array.dtype == np.uint16
+        assert array.tolist() == ROWS[1]
+
+
+def test_dict_items_have_the_jobs_keys_and_collate_with_them(jsonl):
+    like = {"input_ids": torch.tensor([1, 2, 3]), "weight": torch.tensor(0.5), "source": "web", "n": 3}
+    file = jsonl(*({"input_ids": r, "weight": 1, "source": "book", "n": 3, "extra": []} for r in ROWS))
+    data = load_trusted(file, like)
+    assert list(data[0]) == list(like)
+    batch = default_collate([like, data[0], data[1]])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], *ROWS]
+    assert batch["weight"].tolist() == [0.5, 1.0, 1.0]
+    assert batch["source"] == ["web", "book", "book"]
+
+
+def test_missing_keys_are_named(jsonl, npy):
+    like = {"input_ids": torch.tensor([1]), "labels": torch.tensor([1])}
+    with pytest.raises(DataError, match=r"trusted.jsonl:2: .*lacks \['labels'\]"):
+        load_trusted(jsonl({"input_ids": [1], "labels": [1]}, {"input_ids": [1]}), like)
+    with pytest.raises(DataError, match=r"trusted.npy\[0\]: .*lacks \['labels'\]"):
+        load_trusted(npy(ROWS), like)
+
+
+def test_tuples_name_the_way_out(jsonl):
+    with pytest.raises(DataError, match=r"tuples.*trusted_data"):
+        load_trusted(jsonl({"input_ids": [1]}), (torch.tensor([1]), torch.tensor([1])))
+
+
+@pytest.mark.parametrize(
+    ("second", "says"),
+    [
+        ("{broken", "not JSON"),
+        ("[1, 2]", "found list"),
+        ({"text": "raw"}, r"found keys \['text'\]"),
+        ({"input_ids": []}, "non-empty list"),
+        ({"input_ids": [1, 2.5]}, "non-empty list of integers"),
+        ({"input_ids": [True, False]}, "non-empty list of integers"),
+        ({"input_ids": "1 2"}, "non-empty list of integers"),
+    ],
+)
+def test_bad_lines_are_named(jsonl, second, says):
+    with pytest.raises(DataError, match=rf"trusted\.jsonl:3: .*{says}"):
+        load_trusted(jsonl({"input_ids": [1]}, "", second), torch.tensor([1]))
+
+
+def test_values_that_do_not_fit(jsonl):
+    like = {"input_ids": torch.tensor([1]), "mask": torch.tensor([1])}
+    with pytest.raises(DataError, match=r"mask: 1-D numbers as in the job"):
+        load_trusted(jsonl({"input_ids": [1], "mask": 3}), like)
+    with pytest.raises(DataError, match=r"mask: not a regular array"):
+        load_trusted(jsonl({"input_ids": [1], "mask": [[1], [1, 2]]}), like)
+    with pytest.raises(DataError, match="a list like the job's"):
+        load_trusted(jsonl({"input_ids": [1], "mask": 3}), {"input_ids": torch.tensor([1]), "mask": [1]})
+
+
+def test_line_separators_inside_of_strings_do_not_split_a_row(jsonl):
+    data = load_trusted(jsonl({"input_ids": [1], "text": "a\u2028b\x85c"}), {"input_ids": [1], "text": ""})
+    assert data[0]["text"] == "a\u2028b\x85c"
+
+
+def test_bad_files(tmp_path, jsonl, npy):
+    like = torch.tensor([1])
+    with pytest.raises(DataError, match="does not exist"):
+        load_trusted(tmp_path / "none.jsonl", like)
+    with pytest.raises(DataError, match="no samples"):
+        load_trusted(jsonl("", ""), like)
+    with pytest.raises(DataError, match="no samples"):
+        load_trusted(npy(np.zeros((0, 4), np.int64)), like)
+    for bad in (np.zeros((2, 2)), np.zeros(3, np.int64), np.zeros((2, 0), np.int64)):
+        with pytest.raises(DataError, match=r"integers \(n, T\) are needed"):
+            load_trusted(npy(bad), like)
+    (tmp_path / "torn.npy").write_bytes(b"torn")
+    with pytest.raises(DataError, match="cannot be read as"):
+        load_trusted(tmp_path / "torn.npy", like)
+    (tmp_path / "x.csv").write_text("1,2")
+    with pytest.raises(DataError, match=r"'\.csv' is not known"):
+        load_trusted(tmp_path / "x.csv", like)
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="cannot be read as text"):
+        load_trusted(tmp_path / "bytes.jsonl", like)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 300), st.integers(0, 2**40))
+def test_halves_are_disjoint_and_complete(n, seed):
+    fit, calibrate = split_trusted(n, seed)
+    assert len(fit) - len(calibrate) in (0, 1)
+    assert np.array_equal(np.sort(np.concatenate([fit, calibrate])), np.arange(n))
+    assert np.array_equal(fit, split_trusted(n, seed)[0])
+
+
+def test_halves_depend_on_the_seed_and_need_two():
+    assert not np.array_equal(split_trusted(100, 0)[0], split_trusted(100, 1)[0])
+    with pytest.raises(DataError, match=r"1 trusted sample\(s\)"):
+        split_trusted(1, 0)
