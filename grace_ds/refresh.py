@@ -44,6 +44,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        """Counts the seconds of the block under ``stage``."""
         start = time.perf_counter()
         try:
             yield

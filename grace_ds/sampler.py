@@ -102,6 +102,7 @@ class TicketedCollate:
         self.collate = collate or default_collate
 
     def __call__(self, items: list[tuple[int, int, Any]]) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Collates ``items`` of a :class:`TicketedDataset`."""
         batch = self.collate([item for _, _, item in items])
         positions = torch.tensor([position for position, _, _ in items], dtype=torch.int64)
         ids = torch.tensor([sample for _, sample, _ in items], dtype=torch.int64)

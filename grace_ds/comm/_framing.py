@@ -256,7 +256,7 @@ class FramedComm:
         out, step = x.copy(), max(self.round_bytes // x.dtype.itemsize, 1)
         for lo in range(0, len(out), step):
             self._reduce(out[lo : lo + step], op)
-        return out
+        return np.asarray(out)
 
     def _reduce_in_rank_order(self, x: Array, op: str) -> Array:
         """Each rank adds up one slice, in rank order, and shares it: floats agree to the last bit everywhere."""

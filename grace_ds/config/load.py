@@ -216,14 +216,10 @@ def _check_sections(layer: Any, path: str) -> None:
     """OmegaConf's own message for a scalar in a section's place names no key; this one does."""
     if not isinstance(layer, DictConfig):
         raise ConfigError(f"{path}.file holds no mapping of keys to values; write it as YAML keys")
+    defaults = GraceConfig()
     for f in dataclasses.fields(GraceConfig):
-        value = layer._get_node(f.name)
-        if (
-            isinstance(f.default_factory, type)
-            and f.default_factory is not list
-            and value is not None
-            and not isinstance(value, DictConfig)
-        ):
+        value: Any = layer._get_node(f.name)
+        if dataclasses.is_dataclass(getattr(defaults, f.name)) and value is not None and not isinstance(value, DictConfig):
             known = ", ".join(_known_keys(f.name))
             raise ConfigError(f"{path}.{f.name} = {layer[f.name]!r} must be an object with keys among: {known}")
 

@@ -97,7 +97,7 @@ def _rounded(ids: IntArray, X: FloatArray) -> FloatArray:
     np.rint(rows, out=rows)
     rows *= np.float32(1 / ROW_GRID)
     rows += np.float32(0)
-    return rows
+    return np.asarray(rows)
 
 
 def _order(ids: IntArray, X: FloatArray) -> tuple[IntArray, IntArray]:

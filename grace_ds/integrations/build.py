@@ -144,6 +144,7 @@ class Contents:
         self._last: ContentFeatures | None = None
 
     def __call__(self, ids: IntArray) -> ContentFeatures:
+        """Features of ``ids`` (n,), this rank's share of the window.  Collective when the window has moved."""
         reader, c = self.parts.reader, self.config
         if reader is None:
             return ContentFeatures(ids, np.zeros(len(ids), np.float32), None, None)

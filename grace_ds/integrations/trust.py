@@ -59,6 +59,7 @@ class TrustedProbe:
         self.style = "keywords" if kwargs and not args else "positional" if len(args) > 1 else "whole"
 
     def __call__(self, version: int) -> tuple[TrustedBasis, float]:
+        """The basis of number ``version`` and its unit, equal on all ranks.  Collective."""
         fit, calibrate = (self._draw(half, version) for half in self.halves)
         target = self.sketcher.accumulator(self.sketcher.rank)
         probe_basis(self.module, self._batches(fit), self.loss_fn, self.sketcher, target)

@@ -1,0 +1,1 @@
+"""How a coreset is chosen: prior, sampling, objectives."""

@@ -51,7 +51,9 @@ def random_words(seed: int, version: int, purpose: int, ids: IntArray) -> Words:
         z *= np.uint64(_GOLDEN)
         z += np.uint64(key)
         _mix(z)
-        z ^= np.uint64(_mix_one(key + _GOLDEN))  # twice mixed, so that neighbouring keys share no sequence
+        # Twice mixed, so that neighbouring keys share no sequence.  The word mixed in is that of id -1, which no sample has:
+        # that of a real id would cancel to 0 there and give it the same noise in every version.
+        z ^= np.uint64(_mix_one(key - _GOLDEN))
         _mix(z)
     return out
 

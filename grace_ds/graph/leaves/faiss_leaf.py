@@ -59,7 +59,7 @@ class FaissLeaf:
         X = np.ascontiguousarray(X, np.float32)
         rows, dim = X.shape
         if rows < FLAT_ROWS or self.recall >= 1.0:
-            core = faiss.IndexFlatIP(dim)
+            core: Any = faiss.IndexFlatIP(dim)
         else:
             nlist = 2 ** round(math.log2(4 * math.sqrt(rows)))
             core = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, nlist, faiss.METRIC_INNER_PRODUCT)
