@@ -61,11 +61,13 @@ class IssuedBatch:
         ids: (rows,) int64, dataset ids of its rows; -1 where the collate function hid which sample a row is.
         end: number of the micro-batch plus one; 0 for batches of the job's own sampler.
         leaves: its tensors, kept until it is trained on or replaced.
+        batch: as the user has it.
     """
 
     ids: IntArray
     end: int
     leaves: list[torch.Tensor] = field(repr=False)
+    batch: Any = field(repr=False, default=None)
 
 
 class TicketedDataset(Dataset[Any]):
@@ -170,7 +172,7 @@ class Outstanding:
                 len(ids),
                 len(positions),
             )
-        self._batches.append(IssuedBatch(ids.numpy().copy(), end, list(_leaves(batch))))
+        self._batches.append(IssuedBatch(ids.numpy().copy(), end, list(_leaves(batch)), batch))
 
     def match(self, inputs: Any) -> IssuedBatch | None:
         """The outstanding batch whose tensors (or views, or copies of them) are among a forward's ``inputs``."""

@@ -248,7 +248,9 @@ class FramedComm:
         if op not in REDUCE_OPS or x.dtype == np.bool_:
             raise ValueError(f"cannot reduce {x.dtype} by {op!r}; use a numeric dtype and one of {', '.join(REDUCE_OPS)}")
         self._meet(Op.ALLREDUCE, x, None, REDUCE_OPS.index(op))
-        reduce = self._reduce_native if x.dtype in (np.int32, np.int64) else self._reduce_in_rank_order
+        reduce: Callable[[Array, str], Array] = (
+            self._reduce_native if x.dtype in (np.int32, np.int64) else self._reduce_in_rank_order
+        )
         total: Array = self._guard(reduce, x.reshape(-1), op)
         return total.reshape(x.shape)
 

@@ -91,6 +91,8 @@ class Controller:
         self.frozen = False
         self.basis: TrustedBasis | None = None
         self._attempts = 0
+        self._steps_timed = 0  # optimizer steps behind metrics.train_seconds
+        self._last_seconds = 0.0
         self.metrics = Metrics()
         self._current: tuple[IssuedBatch, Binding | None] | None = None
         self._trained: list[tuple[IssuedBatch, Binding | None]] = []
@@ -147,11 +149,14 @@ class Controller:
 
     # -- the micro-batch -----------------------------------------------------------------------------------------------
 
-    def before_forward(self, inputs: Any) -> None:
+    def before_forward(self, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
         """At the start of a grad-enabled training forward: recognises the batch and opens the hooks for it."""
         issued = self.outstanding.match(inputs)
         if issued is None:
             return
+        if self.trust is not None and not self.trust.call.known:
+            args, kwargs = inputs
+            self.trust.call.learn(args, kwargs, issued.batch)
         binding = None
         if self.harvesting and len(issued.ids) and issued.ids.min() >= 0:
             assert self.harvester is not None
@@ -212,6 +217,7 @@ class Controller:
                 self.harvester.discard(bindings)
         g = self.geometry
         self.step = step
+        self._steps_timed += 1
         self.cursor = self.sampler.frontier * g.micro if self.sampler is not None else self.cursor + g.batch
         if self.next_refresh <= step and not self.frozen and self.config.replay is None:
             self.refresh()
@@ -253,6 +259,7 @@ class Controller:
                 )
         seconds = time.perf_counter() - started
         self.metrics.refresh_seconds += seconds
+        self._last_seconds = seconds
         self._report(seconds, outcome)
         self._clock = time.perf_counter()
 
@@ -326,9 +333,10 @@ class Controller:
         """Steps until the refresh after this one: as configured, or stretched to stay below the overhead.  Collective."""
         c, m = self.config.refresh, self.metrics
         steps = self.configured_interval()
-        if c.cadence == "adaptive" and self.step >= self.config.start_step and m.refreshes and m.train_seconds > 0:
-            cost = m.refresh_seconds / m.refreshes
-            steps = max(steps, int(np.ceil(cost / (c.max_overhead * m.train_seconds / max(self.step, 1)))))
+        # The first refresh reads the whole window's content, later ones do not: its cost says nothing about theirs.
+        if c.cadence == "adaptive" and self.step >= self.config.start_step and m.refreshes > 1 and m.train_seconds > 0:
+            a_step = m.train_seconds / max(self._steps_timed, 1)
+            steps = max(steps, int(np.ceil(self._last_seconds / (c.max_overhead * a_step))))
         # Every rank has its own clock; rank 0's decides.
         return int(self.comm.broadcast(np.array([steps], np.int64))[0])
 

@@ -227,8 +227,6 @@ class Grace:
 
     def _before_forward(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled() and module.training:
-            if self.controller.trust is not None:
-                self.controller.trust.observe(args, kwargs)
             self.controller.before_forward((args, kwargs))
 
     def _after_forward(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:

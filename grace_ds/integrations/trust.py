@@ -51,12 +51,8 @@ class TrustedProbe:
     ) -> None:
         self.module, self.sketcher, self.dataset, self.halves = module, sketcher, dataset, halves
         self.collate, self.rows, self.device, self.comm, self.seed = collate, rows, device, comm, seed
-        self.style = "whole"  # how the job calls its module; kept up to date by observe()
-        self.loss_fn: LossFn = loss_fn or (lambda m, batch: loss_as_called(m, batch, self.style))
-
-    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Learns from one of the job's own calls how a batch goes into the module."""
-        self.style = "keywords" if kwargs and not args else "positional" if len(args) > 1 else "whole"
+        self.call = Call()
+        self.loss_fn: LossFn = loss_fn or self.call.loss
 
     def __call__(self, version: int) -> tuple[TrustedBasis, float]:
         """The basis of number ``version`` and its unit, equal on all ranks.  Collective."""
@@ -93,25 +89,55 @@ class TrustedProbe:
             yield part, _to(batch, self.device)
 
 
-def loss_as_called(module: torch.nn.Module, batch: Any, style: str) -> torch.Tensor:
-    """The loss of one batch, the module called as the job calls it: "keywords", "positional" or "whole".
+class Call:
+    """How the job puts a batch into its module, learned from one of its own calls; until then the batch goes in whole."""
 
-    Raises:
-        DataError: the output holds no scalar loss.
-    """
-    if style == "keywords" and isinstance(batch, Mapping):
-        output = module(**batch)
-    elif style == "positional" and isinstance(batch, (list, tuple)):
-        output = module(*batch)
-    else:
-        output = module(batch)
-    loss = scalar_loss(output)
-    if loss is None:
-        raise DataError(
-            f"the model's output ({type(output).__name__}) holds no scalar loss, which the trusted probe needs; pass "
-            f"loss_fn=lambda module, batch: ... to grace_ds.initialize, or set selection.alignment: false"
-        )
-    return loss
+    def __init__(self) -> None:
+        self.known = False
+        self._args: list[tuple[str, Any]] = [("whole", None)]
+        self._kwargs: dict[str, tuple[str, Any]] = {}
+
+    def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any) -> None:
+        """Takes over a call of the module with ``batch``, parts of it, or copies of either on another device."""
+        self._args = [_source(x, batch) for x in args]
+        self._kwargs = {name: _source(x, batch) for name, x in kwargs.items()}
+        self.known = True
+
+    def loss(self, module: torch.nn.Module, batch: Any) -> torch.Tensor:
+        """The module's loss on another batch of the same form.
+
+        Raises:
+            DataError: the output holds no scalar loss.
+        """
+        args = [_fetch(source, batch) for source in self._args]
+        output = module(*args, **{name: _fetch(source, batch) for name, source in self._kwargs.items()})
+        loss = scalar_loss(output)
+        if loss is None:
+            raise DataError(
+                f"the model's output ({type(output).__name__}) holds no scalar loss, which the trusted probe needs; pass "
+                f"loss_fn=lambda module, batch: ... to grace_ds.initialize, or set selection.alignment: false"
+            )
+        return loss
+
+
+def _source(x: Any, batch: Any) -> tuple[str, Any]:
+    """Where an argument of the module comes from: the whole batch, one of its entries, or neither."""
+    if x is batch or type(x) is type(batch):
+        return "whole", None
+    entries = batch.items() if isinstance(batch, Mapping) else enumerate(batch) if isinstance(batch, (list, tuple)) else ()
+    for key, value in entries:
+        if x is value or (isinstance(x, torch.Tensor) and isinstance(value, torch.Tensor) and _same(x, value)):
+            return "entry", key
+    return "constant", x
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.detach().cpu(), b.detach().cpu())
+
+
+def _fetch(source: tuple[str, Any], batch: Any) -> Any:
+    kind, what = source
+    return batch if kind == "whole" else batch[what] if kind == "entry" else what
 
 
 def _to(tree: Any, device: torch.device) -> Any:

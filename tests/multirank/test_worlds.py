@@ -1,0 +1,80 @@
+"""ZeRO stages, launchers, numbers of ranks, and a rank that does not come: each a real launch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.multirank.launch import run_jobs, stream
+
+pytestmark = [pytest.mark.multirank, pytest.mark.timeout(240)]
+
+GRACE: dict[str, Any] = {"budget": 0.3, "refresh": {"interval_steps": 4, "cadence": "fixed", "timeout_seconds": 30}}
+CHECKPOINTING = ("none", "reentrant", "nonreentrant")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_every_zero_stage_trains_bit_for_bit_under_shadow_and_refreshes(tmp_path: Path, stage: int) -> None:
+    base = {"steps": 9, "stage": stage, "batch": 16}
+    jobs: dict[str, Any] = {"live": {**base, "grace": GRACE}}
+    for kind in CHECKPOINTING:
+        for gas in (1, 4):
+            some = {**base, "checkpointing": kind, "gas": gas}
+            jobs[f"plain_{kind}_{gas}"] = {**some, "via": "deepspeed"}
+            jobs[f"shadow_{kind}_{gas}"] = {**some, "grace": {**GRACE, "mode": "shadow"}}
+    records, _ = run_jobs(tmp_path, jobs, timeout=200)
+    for name in jobs:
+        if name.startswith("shadow"):
+            for ours, theirs in zip(records[name], records[name.replace("shadow", "plain")], strict=True):
+                assert (ours["params"], ours["steps"], ours["losses"]) == (theirs["params"], theirs["steps"], theirs["losses"])
+                assert ours["metrics"]["events"]["hook_failures"] == 0
+            assert sum(len(r["table"]) for r in records[name]) > 40
+    a, b = records["live"]
+    assert a["schedules"] == b["schedules"]
+    assert a["metrics"]["refreshes"] == 3
+
+
+def test_mpirun_carries_the_same_run_by_mpi(tmp_path: Path) -> None:
+    jobs = {"job": {"steps": 10, "grace": GRACE}, "asked": {"steps": 5, "grace": {**GRACE, "comm": "mpi"}}}
+    by_mpi, _ = run_jobs(tmp_path / "mpi", jobs, launcher="mpirun", timeout=100)
+    by_torch, output = run_jobs(tmp_path / "torch", jobs, timeout=100)
+    assert {r["comm"] for r in by_mpi["job"] + by_mpi["asked"]} == {"mpi"}
+    assert {r["comm"] for r in by_torch["job"]} == {"torch"}
+    assert by_mpi["job"][0]["schedules"] == by_torch["job"][0]["schedules"]
+    assert stream(by_mpi["job"]) == stream(by_torch["job"])
+    assert "transport: torch" in output
+    for rank in by_torch["asked"]:  # no MPI world under the plain launcher
+        assert "TransportError" in rank["error"]
+        assert "mpirun" in rank["error"]
+
+
+def test_another_number_of_ranks_takes_over_the_published_schedules(tmp_path: Path) -> None:
+    saved = str(tmp_path / "saved")
+    base = {"steps": 12, "stage": 0, "bf16": False, "grace": {**GRACE, "run_dir": str(tmp_path / "run")}}
+    two, _ = run_jobs(tmp_path / "two", {"base": {**base, "save": saved, "save_at": [5, 6]}}, 2, timeout=100)
+    replay = {**GRACE, "replay": str(tmp_path / "run" / "schedules")}
+    jobs = {
+        "resumed": {**base, "steps": 10, "load": saved, "load_tag": "global_step6", "grace": GRACE},
+        "replayed": {**base, "load": saved, "load_tag": "global_step5", "grace": replay},
+    }
+    one, _ = run_jobs(tmp_path / "one", jobs, 1, timeout=100)
+    assert one["replayed"][0]["comm"] == "local"
+    assert stream(one["replayed"]) == stream(two["base"])[5:]
+    # Beyond what was published at the save (the schedule of step 4) another number of ranks may choose differently.
+    assert stream(one["resumed"])[:2] == stream(two["base"])[6:8]
+
+
+def test_a_rank_that_does_not_come_freezes_grace_and_not_the_job(tmp_path: Path) -> None:
+    grace = {**GRACE, "refresh": {**GRACE["refresh"], "timeout_seconds": 3}}
+    fault = {"module": "grace_ds.refresh", "name": "gather_rows", "rank": 1, "after": 1, "hang": 8}
+    records, output = run_jobs(tmp_path, {"late": {"steps": 12, "grace": grace, "fault": fault}}, timeout=100)
+    a, b = records["late"]
+    assert len(stream([a, b])) == 12
+    assert a["params"] == b["params"]
+    assert a["schedules"] == b["schedules"]
+    for rank in (a, b):
+        assert rank["metrics"]["frozen"]
+        assert rank["metrics"]["refreshes"] == 1
+    assert "GRACE is frozen" in output
