@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import socket
 import sys
 import threading
@@ -78,6 +79,8 @@ def test_the_limit_ends_even_a_rank_that_ignores_sigterm(tmp_path):
 
 
 def test_an_interrupt_leaves_no_process_behind(tmp_path):
+    # A run in the background of a shell inherits an ignored SIGINT; pytest would never see ours.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     pid_file = tmp_path / "pid"
 
     def interrupt() -> None:
