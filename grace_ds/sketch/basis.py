@@ -17,7 +17,7 @@ from grace_ds.errors import CheckpointError, DataError
 from grace_ds.records import FloatArray
 from grace_ds.sketch.binding import Meter, Receiver, Target
 from grace_ds.sketch.layers import Layer
-from grace_ds.sketch.project import Side, signs
+from grace_ds.sketch.project import Side, product_dtype, signs
 
 Factors = tuple[FloatArray, FloatArray, FloatArray]
 Matrix = npt.NDArray[np.float64]
@@ -87,8 +87,9 @@ class BasisAccumulator(Target):
                 return
             a, psi_a = held.pop()
             g = grad.detach().reshape(-1, grad.shape[-1])
-            self._add(self._y, index, torch.mm(omega.project(g), a))
-            self._add(self._w, index, torch.mm(psi_a.to(g.dtype), g))
+            omega_g = omega.project(g)
+            self._add(self._y, index, torch.mm(omega_g, a.to(omega_g.dtype)))
+            self._add(self._w, index, torch.mm(psi_a.to(product_dtype(g)), g.to(product_dtype(g))))
             self.seen.add(index)
             self.backward_seen = True
             self.hold(-nbytes)

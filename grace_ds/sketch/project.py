@@ -6,6 +6,7 @@ equal on all ranks, devices and releases, and no global random state is touched.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 
@@ -89,6 +90,19 @@ class Fold:
         return (padded.index_select(1, self._source) * self._sign).view(n, -1, self.dim).sum(1)
 
 
+@functools.cache
+def _narrow_is_native() -> bool:
+    """Whether this CPU multiplies bfloat16; where it does not, torch falls back to loops 10 to 30 times slower than float32."""
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """What ``x`` is to be multiplied in: its own dtype, or float32 on a CPU without instructions for that."""
+    if x.device.type != "cpu" or x.dtype == torch.float64 or _narrow_is_native():
+        return x.dtype
+    return torch.float32
+
+
 class Side:
     """One side of a layer's projection, kept ready in the dtypes and on the devices it is asked for.
 
@@ -101,10 +115,11 @@ class Side:
         self._ready: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
     def project(self, flat: torch.Tensor) -> torch.Tensor:
-        """(width, rows) in the dtype of ``flat`` (rows, features).
+        """(width, rows) in the :func:`product_dtype` of ``flat`` (rows, features).
 
         Written ``B xᵀ``: with a small width this product is several times faster on a CPU than ``x Bᵀ``.
         """
+        flat = flat.to(product_dtype(flat))
         key = (flat.dtype, flat.device)
         base = self._ready.get(key)
         if base is None:
