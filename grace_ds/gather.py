@@ -42,8 +42,8 @@ def gather_rows(comm: Comm, rows: Rows, n_dataset: int) -> tuple[Rows, Dropped]:
         n_dataset: samples in the dataset; other ids are dropped.
 
     Returns:
-        The rows that this rank owns, from all ranks: sorted by id, repeats kept (of equal ids those of the lower rank
-        first, then in the order they were harvested); and what this rank has dropped.
+        The rows that this rank owns, from all ranks: sorted by id, repeats kept (of equal ids by step, and of equal
+        steps by what the rows say, never by who harvested them); and what this rank has dropped.
     """
     inside = (rows.ids >= 0) & (rows.ids < n_dataset)
     finite = np.isfinite(rows.sketch).all(axis=1) & np.isfinite(rows.norm)
@@ -55,7 +55,9 @@ def gather_rows(comm: Comm, rows: Rows, n_dataset: int) -> tuple[Rows, Dropped]:
         packed[f.name] = getattr(rows, f.name)[kept]
     got = np.concatenate(comm.exchange(_by_owner(_flat(packed), owner_of(rows.ids[kept], comm.size), comm.size)[0]))
     back = got.reshape(-1).view(kind)
-    back = back[np.argsort(back["ids"], kind="stable")]
+    # A sample that stands twice in a batch may come from two ranks with two rows (dropout), of which the table keeps the
+    # last: which one that is must not depend on the number of ranks.
+    back = back[np.lexsort([back[name] for name in ("align", "loss", "norm", "step", "ids")])]
     return Rows(**{f.name: np.ascontiguousarray(back[f.name]) for f in fields(Rows)}), dropped
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,8 +13,10 @@ import numpy as np
 from grace_ds.comm.base import Comm
 from grace_ds.config.schema import HarvestConfig
 from grace_ds.records import FloatArray, Rows
-from grace_ds.sketch.binding import Binding
+from grace_ds.sketch.binding import Binding, Harvested
 from grace_ds.sketch.sketcher import Sketcher
+
+log = logging.getLogger("grace_ds")
 
 _MEMORY = 0.98  # of the running mean of the loss, per optimizer step
 
@@ -51,7 +54,7 @@ class Harvester:
             comm: asked only while the scale is not frozen.
         """
         started = time.perf_counter()
-        harvested = [self.sketcher.finish(b, grad_scale, self.config.reduction) for b in bindings]
+        harvested = [self._finish(b, grad_scale) for b in bindings]
         if not self.sketcher.scale.frozen:
             self._freeze(comm)
             self.rows_dropped += sum(len(h.ids) for h in harvested if h is not None)
@@ -104,6 +107,16 @@ class Harvester:
         """Takes over what :meth:`state_dict` gave; rows not drained are forgotten."""
         self.sketcher.load_state_dict(state["sketcher"])
         self.drained(state["running_mean"])
+
+    def _finish(self, binding: Binding, grad_scale: float) -> Harvested | None:
+        """A binding's rows; None where there are none.  An error (such as no memory) costs the rows, not the step."""
+        try:
+            return self.sketcher.finish(binding, grad_scale, self.config.reduction)
+        except Exception as error:
+            if not self.sketcher.failures:
+                log.warning("a micro-batch gives no rows (%s: %s); training goes on", type(error).__name__, error)
+            self.sketcher.failures += 1
+            return None
 
     def _freeze(self, comm: Comm) -> None:
         total = comm.allreduce(self.sketcher.scale.sums())

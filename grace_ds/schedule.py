@@ -105,7 +105,11 @@ class ScheduleBook:
     """The published schedules that positions still need, in order of their start."""
 
     def __init__(self, schedules: list[Schedule] | None = None) -> None:
-        self.schedules = sorted(schedules or [], key=lambda s: (s.start, s.version))
+        self.replace(schedules or [])
+
+    def replace(self, schedules: list[Schedule]) -> None:
+        """Takes ``schedules`` in the place of those it holds."""
+        self.schedules = sorted(schedules, key=lambda s: (s.start, s.version))
         self._laps: dict[tuple[int, int], IntArray] = {}
 
     def publish(self, schedule: Schedule) -> None:

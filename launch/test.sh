@@ -9,7 +9,7 @@ export OMP_NUM_THREADS=1
 say ruff
 "$PYTHON" -m ruff check .
 say mypy
-"$PYTHON" -m mypy --strict -p grace_ds
+"$PYTHON" -m mypy --strict -p grace_ds -p benchmarks
 say import-linter
 "$VENV/bin/lint-imports"
 say pytest

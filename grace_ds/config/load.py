@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -30,13 +29,15 @@ def read_ds_config(config: str | Path | Mapping[str, Any]) -> Plain:
     Raises:
         ConfigError: the file is missing or no JSON object.
     """
+    import hjson  # DeepSpeed's own reader: a config with comments that it takes must not fail here
+
     if isinstance(config, Mapping):
         return cast(Plain, config)
     try:
-        loaded = json.loads(Path(config).read_text())
+        loaded = hjson.loads(Path(config).read_text())
     except OSError as e:
         raise ConfigError(f"DeepSpeed config {str(config)!r} cannot be read ({e.strerror}); give an existing file") from e
-    except json.JSONDecodeError as e:
+    except hjson.HjsonDecodeError as e:
         raise ConfigError(f"DeepSpeed config {str(config)!r} is no JSON: line {e.lineno}: {e.msg}") from e
     if not isinstance(loaded, dict):
         raise ConfigError(f"DeepSpeed config {str(config)!r} holds a {type(loaded).__name__}; it must be a JSON object")
@@ -130,6 +131,7 @@ def validate(c: GraceConfig, path: str = HOME) -> None:
         ("refresh.interval_steps", c.refresh.interval_steps, c.refresh.interval_steps >= 1, "1 or more"),
         ("refresh.max_overhead", c.refresh.max_overhead, 0 < c.refresh.max_overhead <= 1, "in (0, 1]"),
         ("refresh.slack_steps", c.refresh.slack_steps, c.refresh.slack_steps >= -1, "-1 (automatic) or more"),
+        ("refresh.probe_share", c.refresh.probe_share, 0 < c.refresh.probe_share <= 1, "in (0, 1]"),
         ("refresh.timeout_seconds", c.refresh.timeout_seconds, c.refresh.timeout_seconds > 0, "above 0"),
         ("harvest.every", c.harvest.every, c.harvest.every >= 1, "1 or more"),
         ("harvest.dim", c.harvest.dim, 8 <= c.harvest.dim <= 8192, "between 8 and 8192"),

@@ -26,6 +26,7 @@ class RefreshConfig:
     cadence: str = "adaptive"  # adaptive: stretched to stay below max_overhead; fixed: exactly interval_steps
     max_overhead: float = 0.05  # adaptive only: share of wall time that refreshes may take
     slack_steps: int = -1  # steps a schedule lasts beyond the interval; -1: a quarter of the interval
+    probe_share: float = 0.03  # trusted samples run through the model at a refresh, of those trained on in between
     timeout_seconds: float = 600.0  # limit of every wait inside a refresh
 
 
@@ -56,7 +57,7 @@ class FeaturesConfig:
 class GraphConfig:
     """The k-NN graph that carries scores from harvested samples to the others."""
 
-    leaf: str = "auto"  # torch: exact; faiss: flat, then IVF tuned to the recall; auto: faiss above 30,000 rows a rank
+    leaf: str = "auto"  # torch: exact; faiss: exact below 30,000 rows a rank, then tuned to the recall; auto: faiss, else torch
     k: int = 15
     recall: float = 0.99  # sampled recall that an approximate leaf must reach
     shrink: float = 1.0  # lambda of the propagation: neighbour evidence that counts as much as no evidence

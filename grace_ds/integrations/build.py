@@ -16,9 +16,10 @@ from grace_ds.config.schema import GraceConfig
 from grace_ds.errors import ConfigError, DataError
 from grace_ds.features import ContentFeatures, TokenReader, content_features
 from grace_ds.harvest import Harvester
-from grace_ds.integrations.checkpoint import together
 from grace_ds.integrations.controller import Controller
-from grace_ds.integrations.trust import TrustedProbe
+from grace_ds.integrations.record import monitor_of
+from grace_ds.integrations.together import together
+from grace_ds.integrations.trust import TrustedProbe, probed
 from grace_ds.integrations.verdict import Verdict, job_store
 from grace_ds.pool import Pool, check_repeats, read_ids
 from grace_ds.records import IntArray
@@ -86,8 +87,9 @@ def build_controller(
             loss_fn,
             comm,
             config.seed,
+            probed(config.refresh.probe_share, config.refresh.interval_steps, geometry.batch),
         )
-    return Controller(config, geometry, pipeline, harvester, Verdict(job_store(comm.size)), trust, _monitor(engine))
+    return Controller(config, geometry, pipeline, harvester, Verdict(job_store(comm.size)), trust, monitor_of(engine))
 
 
 @dataclass(frozen=True)
@@ -167,12 +169,3 @@ class Contents:
 def needs_harvest(config: GraceConfig) -> bool:
     """Whether any decision of this run, or a shadow run's report, asks for gradients."""
     return config.mode == "shadow" or config.selection.objective not in ("uniform", "rs2")
-
-
-def _monitor(engine: Any) -> Callable[[dict[str, float], int], None]:
-    def write(events: dict[str, float], samples: int) -> None:
-        monitor = getattr(engine, "monitor", None)
-        if monitor is not None and monitor.enabled:
-            monitor.write_events([(name, value, samples) for name, value in events.items()])
-
-    return write

@@ -19,13 +19,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
-from grace_ds.comm.base import Comm
-from grace_ds.errors import CheckpointError, TransportError
+from grace_ds.errors import CheckpointError
 from grace_ds.files import digest, write_atomic
 from grace_ds.gather import gather_rows
 from grace_ds.integrations.controller import Controller
+from grace_ds.integrations.together import together
 from grace_ds.records import Array
-from grace_ds.schedule import Ledger, ScheduleBook, load_schedule, save_schedule
+from grace_ds.schedule import Ledger, load_schedule, save_schedule
 from grace_ds.sketch.basis import TrustedBasis
 from grace_ds.table import Table
 
@@ -76,20 +76,7 @@ def load(controller: Controller, engine: Any, original: Callable[..., Any], *arg
         )
     else:
         log.info("checkpoint %s holds no GRACE state: a coreset is started at step %d", path, engine.global_steps)
-        controller.begin_at(engine.global_steps)
-    return result
-
-
-def together(comm: Comm, work: Callable[[], Any]) -> Any:
-    """Runs ``work`` on all ranks; an exception on one becomes an exception on all."""
-    try:
-        result = work()
-    except TransportError:
-        raise
-    except Exception:
-        comm.abort()
-        raise
-    comm.agree()
+        controller.begin_at(engine.global_steps, engine.global_steps * controller.geometry.batch)
     return result
 
 
@@ -109,6 +96,7 @@ def write(c: Controller, folder: Path) -> dict[str, Any]:
             mine |= _write_shared(c, folder)
     except OSError as error:
         raise CheckpointError(f"GRACE state cannot be written to {folder} ({error}); free space or mend the path") from error
+    c.lead = int(c.comm.allreduce(np.array([c.lead], np.int64), "max")[0])
     parts = c.comm.allgather(np.frombuffer(json.dumps(mine).encode(), np.uint8))
     files = {name: named for part in parts for name, named in json.loads(part.tobytes()).items()}
     manifest = json.dumps({"schema": SCHEMA, "files": files, **scalars(c)}, indent=1, sort_keys=True).encode()
@@ -150,18 +138,22 @@ def read(c: Controller, folder: Path, state: dict[str, Any], step: int) -> None:
     if c.harvester is not None and manifest["harvest"] is not None:
         c.harvester.load_state_dict(manifest["harvest"])
     if c.config.replay is None:
-        c.book.schedules = ScheduleBook(schedules).schedules
+        c.book.replace(schedules)
         c.next_refresh = manifest["next_refresh"]
     c.table = table
     ledger = arrays["ledger.safetensors"]
     c.ledger = Ledger(ledger["ids"], ledger["counts"])
     c.reference = {int(k): float(v) for k, v in manifest["reference"].items()}
-    if manifest["basis"] is not None and c.harvester is not None:
-        basis = TrustedBasis.from_arrays(manifest["basis"], arrays["basis.safetensors"])
-        c.take_basis(basis, c.reference[basis.version])
+    if c.harvester is not None:
+        saved = manifest["basis"]
+        c.take_basis(None if saved is None else TrustedBasis.from_arrays(saved, arrays["basis.safetensors"]))
     c.counted = manifest["counted"]
     c.metrics.version, c.metrics.refreshes = manifest["version"], manifest["refreshes"]
+    c.lead = manifest["lead"]
     c.stand_at(step, manifest["cursor"])
+    if c.config.replay is None and not schedules:
+        log.info("%s was saved under replay and holds no schedule: a coreset is started at step %d", folder, step)
+        c.begin_at(step, manifest["cursor"])
 
 
 def scalars(c: Controller) -> dict[str, Any]:
@@ -173,6 +165,7 @@ def scalars(c: Controller) -> dict[str, Any]:
         "cursor": c.cursor,
         "counted": c.counted,
         "next_refresh": c.next_refresh,
+        "lead": c.lead,
         "version": c.metrics.version,
         "refreshes": c.metrics.refreshes,
         "reference": {str(k): v for k, v in c.reference.items()},

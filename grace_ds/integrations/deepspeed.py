@@ -10,18 +10,20 @@ import copy
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from grace_ds.config.load import ALIAS, HOME, find_block, load_config, read_ds_config, refuse_curriculum, write_resolved
+from grace_ds.config.load import ALIAS, HOME, find_block, load_config, read_ds_config, refuse_curriculum
 from grace_ds.config.schema import GraceConfig
 from grace_ds.errors import ConfigError
 from grace_ds.integrations import checkpoint
 from grace_ds.integrations.build import build_controller
 from grace_ds.integrations.controller import Controller
+from grace_ds.integrations.engine import config_of, dp_rank, geometry_of, outputs
+from grace_ds.integrations.record import keep_config
 from grace_ds.sampler import Geometry, StreamSampler, TicketedCollate, TicketedDataset, TicketedLoader
 from grace_ds.sketch.probe import LossFn
 
@@ -52,7 +54,7 @@ def initialize(*args: Any, trusted_data: Any = None, loss_fn: LossFn | None = No
 
     original = _original or deepspeed.initialize
     bound = inspect.signature(original).bind(*args, **kwargs)
-    config = _config_of(bound.arguments)
+    config = config_of(bound.arguments)
     found = find_block(read_ds_config(config)) if config is not None else None
     grace = load_config(found[1], found[0]) if found is not None else None
     if grace is None or not grace.enabled:
@@ -106,13 +108,16 @@ def attach(
         The handle; its ``loader(...)`` makes the data loader.
     """
     if config is None:
-        found = find_block(engine.config if isinstance(engine.config, dict) else {})
+        ds_config = read_ds_config(engine.config)
+        found = find_block(ds_config)
         if found is None:
             raise ConfigError(f"the engine's config holds no block {HOME!r} or {ALIAS!r}; add one, or pass config={{...}}")
         grace = load_config(found[1], found[0])
-        refuse_curriculum(engine.config)
+        refuse_curriculum(ds_config)
     else:
         grace = load_config(config, "config")
+    if not grace.enabled:
+        raise ConfigError("grace is not enabled in this config; set enabled: true, or leave attach out and use your own loader")
     if getattr(engine, "grace_ds", None) is not None:
         raise ConfigError("GRACE is attached to this engine already; call engine.grace_ds.detach() first")
     return Grace(engine, dataset, grace, collate_fn, trusted_data, loss_fn)
@@ -136,6 +141,7 @@ class Grace:
         loss_fn: LossFn | None,
     ) -> None:
         self.engine, self.config = engine, config
+        _speak_up()
         self.dataset = TicketedDataset(dataset)
         self._job_collate = collate_fn or getattr(engine, "collate_fn", None)
         self.collate = TicketedCollate(self._job_collate)
@@ -144,7 +150,7 @@ class Grace:
             engine, dataset, config, geometry, self.collate.collate, trusted_data, loss_fn
         )
         if config.run_dir is not None and geometry.rank == 0:
-            write_resolved(config, config.run_dir)
+            keep_config(config)
         if config.mode == "train":
             self.controller.sampler = self._stream_sampler(geometry, len(dataset))
         self._restore: list[Callable[[], None]] = []
@@ -160,7 +166,7 @@ class Grace:
     def deepspeed_loader(self, num_local_io_workers: int | None = None) -> TicketedLoader:
         """The engine's own kind of loader (``engine.deepspeed_io``) over the schedule, or the job's order in shadow mode."""
         sampler: Any = self.controller.sampler
-        if sampler is None and _dp_rank(self.engine) != self.engine.global_rank:
+        if sampler is None and dp_rank(self.engine) != self.engine.global_rank:
             sampler = self._job_sampler()
         inner = self.engine.deepspeed_io(
             self.dataset, data_sampler=sampler, collate_fn=self.collate, num_local_io_workers=num_local_io_workers
@@ -233,7 +239,7 @@ class Grace:
         current = self.controller.after_forward(output)
         if current is None:
             return
-        for tensor in _outputs(output):
+        for tensor in outputs(output):
             if tensor.requires_grad:
                 tensor.register_hook(lambda _: self.controller.on_backward(current))  # type: ignore[no-untyped-call]
 
@@ -250,46 +256,14 @@ class Grace:
         return result
 
 
-def geometry_of(engine: Any) -> Geometry:
-    """How the engine's batches map to positions.
+def _speak_up() -> None:
+    """Where the job has set up no logging, ours goes where DeepSpeed's goes: what GRACE chose must not be silent."""
+    from deepspeed.utils import logger as theirs
 
-    Raises:
-        ConfigError: the batch does not divide into micro-batches of the data-parallel ranks.
-    """
-    ranks, rows, accumulation = (
-        engine.dp_world_size,
-        engine.train_micro_batch_size_per_gpu(),
-        engine.gradient_accumulation_steps(),
-    )
-    if engine.train_batch_size() != ranks * rows * accumulation:
-        raise ConfigError(
-            f"train_batch_size = {engine.train_batch_size()} is not ranks × micro-batch × accumulation = "
-            f"{ranks} × {rows} × {accumulation}; positions of samples would not be defined: make them agree"
-        )
-    return Geometry(ranks, _dp_rank(engine), rows, accumulation)
-
-
-def _dp_rank(engine: Any) -> int:
-    import torch.distributed as dist
-
-    return dist.get_rank(engine.data_parallel_group) if dist.is_initialized() else 0
-
-
-def _config_of(arguments: dict[str, Any]) -> Any:
-    """The DeepSpeed config where ``deepspeed.initialize`` looks for it."""
-    for key in ("config", "config_params"):
-        if arguments.get(key) is not None:
-            return arguments[key]
-    args = arguments.get("args")
-    return getattr(args, "deepspeed_config", None) or getattr(args, "deepscale_config", None)
-
-
-def _outputs(tree: Any) -> Sequence[torch.Tensor]:
-    """Every tensor in a module's output."""
-    if isinstance(tree, torch.Tensor):
-        return [tree]
-    values = tree.values() if hasattr(tree, "values") else tree if isinstance(tree, (list, tuple)) else []
-    return [t for value in values for t in _outputs(value)]
+    if not log.hasHandlers():
+        for handler in theirs.handlers:
+            log.addHandler(handler)
+        log.setLevel(theirs.level)
 
 
 __all__ = ["Grace", "attach", "geometry_of", "initialize", "replace_initialize"]

@@ -94,6 +94,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pool-size", type=int, default=CorpusSpec.pool_size, help="training sequences")
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps of each arm")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the samples")
+    parser.add_argument("--order-seed", type=int, help="of the order alone; default: --seed")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--arms", type=_arms, default=list(ARMS), help="comma-separated: uniform,grace")
     parser.add_argument("--ranks", type=int, default=2)
@@ -115,6 +116,8 @@ def _train_arguments(args: argparse.Namespace, arm: str, folder: Path) -> list[s
     # DeepSpeed starts the ranks in the working directory, but absolute paths read better in the log.
     values = ["--data", str((args.out / "data").absolute()), "--out", str(folder)]
     values += ["--steps", str(args.steps), "--seed", str(args.seed)]
+    if args.order_seed is not None:
+        values += ["--order-seed", str(args.order_seed)]
     return [*values, "--grace"] if arm == "grace" else values
 
 

@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 STEP = re.compile(r"^step (\d+)/(\d+) (.*)")
-SHOWN = re.compile(r"\bgrace\b", re.IGNORECASE)  # of a launch's many lines, those that tell what GRACE chose
+# Of a launch's many lines, those that tell what GRACE chose.
+SHOWN = re.compile(r"\bgrace\b|transport: |sketching |alignment with |implied repeats", re.IGNORECASE)
 NOISE = re.compile(r"launch\.py|runner\.py")
 TAIL = 30
 

@@ -30,8 +30,8 @@ def multiplies(x: Tensor) -> torch.dtype:
     """
     if x.device.type != "cpu" or x.dtype == torch.float32:
         return x.dtype
-    native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return x.dtype if native else torch.float32
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return x.dtype if available and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
 class Linear(nn.Linear):

@@ -67,7 +67,7 @@ def ds_config(args: argparse.Namespace, samples: int) -> dict[str, Any]:
                     "enabled": args.grace,
                     # A fifth of the pool; more where so many steps would repeat each sample more than four times.
                     "budget": min(1.0, max(0.2, args.steps * args.batch / (4 * samples))),
-                    "seed": args.seed,
+                    "seed": args.order_seed,
                     "total_steps": args.steps,
                     "refresh": {"interval_steps": max(1, args.steps // 5), "cadence": "fixed"},
                     "trusted": str(args.data / "trusted.npy"),
@@ -128,7 +128,7 @@ def main() -> None:
 
     curve: list[dict[str, float]] = []
     training = time.perf_counter() - start
-    batches = epochs(loader, args.seed)
+    batches = epochs(loader, args.order_seed)
     for step in range(1, args.steps + 1):
         start = time.perf_counter()
         loss = engine(next(batches)["input_ids"].to(engine.device))
@@ -183,11 +183,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32, help="global batch, over all ranks")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--order-seed", type=int, help="of the order of the samples alone; default: --seed")
     parser.add_argument("--zero", type=int, default=2, choices=(0, 1, 2, 3))
     parser.add_argument("--eval-every", type=int, default=50)
     parser.add_argument("--log-every", type=int, default=10)
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     args = parser.parse_args()
+    args.order_seed = args.seed if args.order_seed is None else args.order_seed
     args.out.mkdir(parents=True, exist_ok=True)
     return args
 

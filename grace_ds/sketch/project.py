@@ -93,7 +93,8 @@ class Fold:
 @functools.cache
 def _narrow_is_native() -> bool:
     """Whether this CPU multiplies bfloat16; where it does not, torch falls back to loops 10 to 30 times slower than float32."""
-    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(available and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:

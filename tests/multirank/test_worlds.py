@@ -1,4 +1,4 @@
-"""ZeRO stages, launchers, numbers of ranks, and a rank that does not come: each a real launch."""
+"""ZeRO stages, launchers and numbers of ranks: each a real launch."""
 
 from __future__ import annotations
 
@@ -64,17 +64,3 @@ def test_another_number_of_ranks_takes_over_the_published_schedules(tmp_path: Pa
     assert stream(one["replayed"]) == stream(two["base"])[5:]
     # Beyond what was published at the save (the schedule of step 4) another number of ranks may choose differently.
     assert stream(one["resumed"])[:2] == stream(two["base"])[6:8]
-
-
-def test_a_rank_that_does_not_come_freezes_grace_and_not_the_job(tmp_path: Path) -> None:
-    grace = {**GRACE, "refresh": {**GRACE["refresh"], "timeout_seconds": 3}}
-    fault = {"module": "grace_ds.refresh", "name": "gather_rows", "rank": 1, "after": 1, "hang": 8}
-    records, output = run_jobs(tmp_path, {"late": {"steps": 12, "grace": grace, "fault": fault}}, timeout=100)
-    a, b = records["late"]
-    assert len(stream([a, b])) == 12
-    assert a["params"] == b["params"]
-    assert a["schedules"] == b["schedules"]
-    for rank in (a, b):
-        assert rank["metrics"]["frozen"]
-        assert rank["metrics"]["refreshes"] == 1
-    assert "GRACE is frozen" in output

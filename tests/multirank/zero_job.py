@@ -6,12 +6,15 @@ index beside the tokens, so what was trained on is known without asking grace_ds
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import json
 import logging
+import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,73 +22,16 @@ from typing import Any
 import deepspeed
 import numpy as np
 import torch
-import torch.nn.functional as F
 from deepspeed.ops import __compatible_ops__
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import grace_ds
 from grace_ds.errors import GraceError
+from tests.multirank.toy import SAMPLES, Corpus, Model, drop_multiples_of_sixteen
 
 # It would be compiled first, for a minute, under a lock that a killed rank leaves behind.
 __compatible_ops__["deepspeed_shm_comm"] = False
-
-VOCAB, LENGTH, SAMPLES = 61, 17, 192
-
-
-class Corpus(Dataset[dict[str, torch.Tensor]]):
-    """Item i: LENGTH tokens that depend on i, and i itself.  Every fourth is a near copy of its predecessor."""
-
-    def __init__(self, n: int = SAMPLES, salt: int = 0) -> None:
-        rng = np.random.default_rng(salt)
-        self.tokens = rng.integers(0, VOCAB, (n, LENGTH))
-        self.tokens[::2] = np.arange(LENGTH) * 3 % VOCAB + self.tokens[::2] % 7
-        self.tokens[3::4] = self.tokens[2::4]
-        self.tokens[3::4, 5] = 1
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": torch.from_numpy(self.tokens[i]), "sid": torch.tensor([i])}
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = x + self.down(F.gelu(self.up(x)))
-        return out
-
-
-class Model(nn.Module):
-    """Embedding, blocks with a causal mean between them, head; returns the mean cross-entropy."""
-
-    def __init__(self, checkpointing: str = "none", width: int = 32) -> None:
-        super().__init__()
-        self.checkpointing = checkpointing
-        self.embed = nn.Embedding(VOCAB, width)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(4))
-        self.head = nn.Linear(width, VOCAB, bias=False)
-
-    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        ids = batch["input_ids"]
-        x = self.embed(ids[:, :-1])
-        x = x.cumsum(1) / torch.arange(1, x.shape[1] + 1, dtype=x.dtype, device=x.device)[:, None]
-        for block in self.blocks:
-            if self.checkpointing == "none" or not self.training:
-                x = block(x)
-            else:
-                x = checkpoint(block, x, use_reentrant=self.checkpointing == "reentrant")
-        return F.cross_entropy(self.head(x).float().flatten(0, 1), ids[:, 1:].flatten())
-
-
-def drop_multiples_of_sixteen(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    kept = [x for x in items if int(x["sid"]) % 16]
-    return torch.utils.data.default_collate(kept)  # raises for a lone multiple of sixteen, as such functions do
 
 
 def ds_config(spec: dict[str, Any]) -> dict[str, Any]:
@@ -105,24 +51,46 @@ def ds_config(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def break_stage(spec: dict[str, Any], rank: int) -> Callable[[], None]:
-    """Replaces one function by one that fails (or hangs) on one rank, in its call number ``after`` + 1; returns the undoing."""
+    """Lets one function (or ``Class.method``) misbehave on one rank, in its call number ``after`` + 1; returns the undoing.
+
+    It raises; with ``hang`` it sleeps that many seconds first and then works; with ``poison`` it writes
+    that number over the first element of the argument or the result that the fault names.
+    """
     fault = spec.get("fault")
     if fault is None or rank != fault["rank"]:
         return lambda: None
-    module = importlib.import_module(fault["module"])
-    original, calls = getattr(module, fault["name"]), []
+    owner: Any = importlib.import_module(fault["module"])
+    *path, name = fault["name"].split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    original, calls = getattr(owner, name), []
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         if len(calls) != fault.get("after", 1) + 1:
             return original(*args, **kwargs)
-        if fault.get("hang"):
+        if "hang" in fault:
             time.sleep(fault["hang"])
             return original(*args, **kwargs)
+        if "poison" in fault:
+            if "argument" in fault:
+                args[fault["argument"]].reshape(-1)[0] = float(fault["poison"])
+                return original(*args, **kwargs)
+            result = original(*args, **kwargs)
+            getattr(result[0], fault["column"]).reshape(-1)[0] = float(fault["poison"])
+            return result
         raise RuntimeError("injected fault")
 
-    setattr(module, fault["name"], broken)
-    return lambda: setattr(module, fault["name"], original)
+    setattr(owner, name, broken)
+    return lambda: setattr(owner, name, original)
+
+
+def fill_disk(folder: Path, leave: int) -> None:
+    """Leaves ``leave`` bytes on the file system of ``folder``."""
+    room = shutil.disk_usage(folder).free - leave
+    with (folder / "filler").open("wb", buffering=0) as f:
+        for _ in range(room // 4096):
+            f.write(bytes(4096))
 
 
 def param_digest(engine: Any) -> str:
@@ -157,16 +125,28 @@ def run(spec: dict[str, Any], rank: int) -> dict[str, Any]:
     torch.manual_seed(0)
     undo = break_stage(spec, rank)
     model = Model(spec.get("checkpointing", "none"))
-    data = Corpus()
+    if model.checkpointing == "deepspeed":
+        deepspeed.checkpointing.configure(None)
+    data = Corpus(spec.get("samples", SAMPLES))
     collate = drop_multiples_of_sixteen if spec.get("filter") else None
-    start = deepspeed.initialize if spec.get("via") == "deepspeed" else grace_ds.initialize
+    start = grace_ds.initialize if spec.get("via") is None else deepspeed.initialize
+    given = None if spec.get("own") else data
+    config: Any = ds_config(spec)
+    if "config_file" in spec:
+        config = f"{spec['config_file']}-{rank}.json"
+        Path(config).write_text("# DeepSpeed reads comments, so do we\n" + json.dumps(ds_config(spec)))
     engine, _, loader, _ = start(
-        model=model, model_parameters=model.parameters(), training_data=data, config=ds_config(spec), collate_fn=collate
+        model=model, model_parameters=model.parameters(), training_data=given, config=config, collate_fn=collate
     )
-    grace = getattr(engine, "grace_ds", None)
+    grace = grace_ds.attach(engine, data) if spec.get("via") == "attach" else getattr(engine, "grace_ds", None)
     try:
-        if spec.get("workers") is not None and grace is not None:
+        if spec.get("own"):
+            loader = own_loader(spec["own"], engine, grace, data)
+        elif spec.get("workers") is not None and grace is not None:
             loader = grace.deepspeed_loader(num_local_io_workers=spec["workers"])
+        if spec.get("damage") and torch.distributed.get_rank() == 0:
+            damage(Path(spec["load"]), **spec["damage"])
+        torch.distributed.barrier()
         if spec.get("load"):
             engine.load_checkpoint(spec["load"], tag=spec.get("load_tag"))
         record = train(spec, engine, loader)
@@ -178,18 +158,52 @@ def run(spec: dict[str, Any], rank: int) -> dict[str, Any]:
             record["table"] = {str(i): int(v) for i, v in zip(c.table.ids, c.table.visits, strict=True)}
             record["hooks"] = len(engine.module._forward_hooks) + len(engine.module._forward_pre_hooks)
             record["align"] = np.isfinite(c.table.rows.align).mean().item() if len(c.table) else 0.0
+            record["scale"] = {} if c.harvester is None else c.harvester.sketcher.scale.by_name()
             record["reference"] = {str(k): v for k, v in c.reference.items()}
     finally:
         undo()
+        stop_workers()
         if grace is not None:
             grace.detach()
     return record
+
+
+def damage(folder: Path, source: str, name: str, how: str) -> None:
+    """Makes ``folder`` a copy of the checkpoint ``source`` with one file that is torn, missing, or from the future."""
+    shutil.copytree(source, folder)
+    (path,) = folder.glob(name)
+    if how == "tear":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif how == "remove":
+        path.unlink()
+    else:
+        state = torch.load(path, weights_only=False)
+        state["grace_ds"]["schema"] += 1
+        torch.save(state, path)
+
+
+def stop_workers() -> None:
+    """Ends the workers of this job's loaders; left to the garbage collector of a later job, each would be waited for."""
+    for x in gc.get_objects():
+        if isinstance(x, _MultiProcessingDataLoaderIter):
+            x._shutdown_workers()
+
+
+def own_loader(own: dict[str, Any], engine: Any, grace: Any, data: Corpus) -> Any:
+    """The loader of a job that builds its own, shuffled by a seed of the job's; with the handle where there is one."""
+    sampler = DistributedSampler(data, engine.dp_world_size, torch.distributed.get_rank(), shuffle=True, seed=5)
+    if grace is not None:
+        return grace.loader(sampler=sampler, num_workers=own["workers"], drop_last=True)
+    rows = engine.train_micro_batch_size_per_gpu()
+    return DataLoader(data, rows, sampler=sampler, num_workers=own["workers"], drop_last=True)
 
 
 def train(spec: dict[str, Any], engine: Any, loader: Any) -> dict[str, Any]:
     """Runs to ``steps`` optimizer steps; returns the ids of each step, in order, on this rank."""
     steps: list[list[int]] = [[]]
     losses: list[float] = []
+    failed: list[str] = []
+    waiting: deque[Any] = deque()
     extra = Corpus(8, salt=9)
     if spec.get("peek"):  # a look at the shapes, with an iterator of its own
         next(iter(loader))
@@ -202,9 +216,16 @@ def train(spec: dict[str, Any], engine: Any, loader: Any) -> dict[str, Any]:
         except StopIteration:
             iterator = iter(loader)
             continue
+        if spec.get("ahead"):  # one batch is always fetched before the one that is trained on
+            waiting.append(batch)
+            if len(waiting) < 2:
+                continue
+            batch = waiting.popleft()
         if spec.get("evaluate"):  # in train mode, as some jobs do
             with torch.no_grad():
                 engine(torch.utils.data.default_collate([extra[i] for i in range(4)]))
+        if spec.get("clone"):  # as a move to a device does
+            batch = {key: value.clone() for key, value in batch.items()}
         loss = engine(batch)
         if spec.get("overflow") == engine.global_steps:
             loss = loss * float("nan")
@@ -216,8 +237,13 @@ def train(spec: dict[str, Any], engine: Any, loader: Any) -> dict[str, Any]:
         if boundary:
             steps.append([])
             if engine.global_steps in spec.get("save_at", []):
-                engine.save_checkpoint(spec["save"])
-    return {"steps": steps[:-1], "losses": losses}
+                if "fill" in spec and engine.global_steps == spec["save_at"][-1] and torch.distributed.get_rank() == 0:
+                    fill_disk(Path(spec["fill"]["folder"]), spec["fill"]["leave"])
+                try:
+                    engine.save_checkpoint(spec["save"])
+                except GraceError as error:
+                    failed.append(f"{type(error).__name__}: {error}")
+    return {"steps": steps[:-1], "losses": losses, "failed_saves": failed}
 
 
 if __name__ == "__main__":

@@ -34,6 +34,36 @@ def test_graph_equals_dense_search(name: str) -> None:
     assert np.abs(np.take_along_axis(exact, at, 1) - got.similarity).max() < 1e-5
 
 
+def rows_of(kind: str, n: int, d: int) -> np.ndarray:
+    """Unit rows in tight clusters, or in none at all."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(n, d))
+    if kind == "clustered":
+        x = rng.normal(size=(200, d))[rng.integers(0, 200, n)] + 0.3 * x
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("kind", "d"), [("clustered", 32), ("spread", 32), ("spread", 63)])
+def test_a_large_shard_is_searched_to_the_asked_recall(kind: str, d: int) -> None:
+    pytest.importorskip("faiss")
+    from grace_ds.graph.leaves.faiss_leaf import FaissLeaf
+
+    x, k = rows_of(kind, leaves.FLAT_ROWS + 1000, d), 10
+    queries, leaf = x[::37], FaissLeaf(0.95)
+    index = leaf.build(x, np.arange(len(x)) + 7)
+    ids, similarity = leaf.search(index, queries, k)
+    dense = queries @ x.T
+    bar = -np.partition(-dense, k - 1, axis=1)[:, k - 1 : k]
+    found = np.take_along_axis(dense, ids - 7, 1)
+    assert np.mean(found >= bar - 1e-6) > 0.93  # 500 of these queries were tuned on, the others were not seen
+    assert np.abs(found - similarity).max() < 1e-5
+    assert index.tuned is not None
+    assert (index.tuned.nlist > 0) is (kind == "clustered")  # lists where there are clusters, a scan of all codes elsewhere
+    exact = FaissLeaf(1.0)
+    everything = exact.build(x, np.arange(len(x)))
+    assert np.abs(np.sort(exact.search(everything, queries[:50], k)[1]) - np.sort(-np.sort(-dense[:50], 1)[:, :k])).max() < 1e-5
+
+
 def test_fewer_candidates_than_neighbours_are_padded() -> None:
     x, ids = clustered(4, 8), np.arange(4)
     got = nearest(LocalComm(5.0), ids, x, ids[:2], x[:2], 3, leaves.choose("torch", 2))

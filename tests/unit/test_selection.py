@@ -74,6 +74,48 @@ def test_greedy_is_greedy_and_within_its_bound(seed: int) -> None:
     assert value(tuple(got)) >= (1 - 1 / np.e) * best
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 5), st.integers(0, 2), st.integers(0, 12), st.integers(0, 4))
+def test_facility_location_completes_the_included_within_its_bound(
+    seed: int, k: int, forced: int, worthless: int, excluded: int
+) -> None:
+    """With ids that must be in, ids that must not, and samples that count for nothing and are in only where they must be."""
+    rng = np.random.default_rng(seed)
+    ids, graph = random_graph(rng, 12, 3)
+    order = rng.permutation(12)
+    include, exclude = np.sort(ids[order[: min(forced, k)]]), np.sort(ids[order[12 - excluded :]])
+    log_p = rng.normal(size=12)
+    log_p[rng.permutation(12)[:worthless]] = -np.inf
+    got = select("facility_location", ids, log_p, k, seed=0, version=0, neighbours=graph, include=include, exclude=exclude)
+
+    first = tuple(np.searchsorted(ids, include).tolist())
+    others = [j for j in range(12) if j not in first and np.isfinite(log_p[j]) and ids[j] not in exclude]
+    room = min(k - len(first), len(others))
+    assert set(include) <= set(got.ids) <= set(include) | set(ids[others])
+    assert len(got.ids) == len(first) + room
+    weights, sim = np.exp(log_p), dense(ids, graph)
+
+    def value(chosen: tuple[int, ...]) -> float:
+        return float((sim[:, list(chosen)].max(1) * weights).sum()) if chosen else 0.0
+
+    start, naive = value(first), first
+    for _ in range(room):
+        naive += (max((j for j in others if j not in naive), key=lambda j: value((*naive, j))),)
+    best = max(value((*first, *c)) for c in combinations(others, room)) - start
+    reached = value(tuple(np.searchsorted(ids, got.ids))) - start
+    assert reached == pytest.approx(value(naive) - start, abs=1e-6)
+    assert (1 - 1 / np.e) * best - 1e-6 <= reached <= best + 1e-6
+
+
+def test_greedy_goes_on_past_the_last_gain_and_takes_the_lower_positions() -> None:
+    ids, graph = random_graph(np.random.default_rng(3), 10, 3)
+    first = np.array([6, 2])
+    candidates = np.arange(10) != 4
+    taken = lazy_greedy(coverage(ids, graph), np.zeros(10), 6, candidates, first)
+    assert taken.tolist() == [6, 2, 0, 1, 3, 5]
+    assert lazy_greedy(coverage(ids, graph), np.zeros(10), 99, candidates, first).tolist() == [6, 2, 0, 1, 3, 5, 7, 8, 9]
+
+
 def test_rs2_takes_everything_once_a_lap() -> None:
     ids = np.arange(0, 300, 3)
     rounds = [select("rs2", ids, np.zeros(100), 25, seed=3, version=v).ids for v in range(8)]

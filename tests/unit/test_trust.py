@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from grace_ds.errors import DataError
-from grace_ds.integrations.trust import Call
+from grace_ds.integrations.trust import Call, probed, unit_of
 
 
 class Sum(nn.Module):
@@ -37,3 +38,18 @@ def test_a_call_is_repeated_with_another_batch(args: Any, kwargs: Any, expected:
 def test_an_output_without_a_loss_says_what_to_do() -> None:
     with pytest.raises(DataError, match="loss_fn"):
         Call().loss(nn.Identity(), torch.zeros(3))
+
+
+def test_the_unit_is_the_median_only_where_one_sample_can_be_told_from_chance() -> None:
+    rng = np.random.default_rng(0)
+    clear = (0.4 + 0.1 * rng.normal(size=200)).astype(np.float32)
+    assert unit_of(clear)[0] == pytest.approx(0.4, abs=0.03)
+    assert unit_of(clear)[1] == pytest.approx(0.1, abs=0.02)
+    for useless in (clear - 0.35, clear - 0.4, -clear):  # within the scatter, at chance, against the trusted direction
+        assert unit_of(useless)[0] == 0
+
+
+def test_the_probe_stays_within_its_share() -> None:
+    assert probed(0.03, 500, 2048) == 256  # a large job: a few hundred samples are enough
+    assert probed(0.1, 80, 32) == 128  # 10 % of 2,560, half of it for each half
+    assert probed(0.03, 4, 8) == 16  # a toy: fewer would fit nothing

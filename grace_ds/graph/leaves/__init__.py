@@ -101,12 +101,12 @@ def choose(name: str, rows: int, recall: float = 0.99) -> Leaf:
 
 
 def _decide(rows: int) -> str:
-    if rows < FLAT_ROWS:
-        name, why = "torch", f"{rows} index rows in the largest shard, exact below {FLAT_ROWS}"
-    elif importlib.util.find_spec("faiss") is None:
-        name, why = "torch", f"{rows} index rows, but faiss is not installed (pip install grace_ds[cpu]); this is slow"
+    if importlib.util.find_spec("faiss") is not None:
+        kind = f"exact below {FLAT_ROWS}" if rows < FLAT_ROWS else f"approximate from {FLAT_ROWS}"
+        name, why = "faiss", f"{rows} index rows in the largest shard, {kind}"
     else:
-        name, why = "faiss", f"{rows} index rows in the largest shard, approximate from {FLAT_ROWS}"
+        slow = "" if rows < FLAT_ROWS else "; this is slow"
+        name, why = "torch", f"{rows} index rows, faiss is not installed (pip install grace_ds[cpu]){slow}"
     log.info("graph.leaf auto: %s (%s)", name, why)
     return name
 

@@ -1,14 +1,17 @@
-"""The faiss leaf: exact below 30,000 rows, an inverted file tuned to the asked recall above.
+"""The faiss leaf: exact below 30,000 rows; above, a compressed scan (and lists, where they help) tuned to the asked recall.
 
-The recall is measured, not assumed: on a sample of the real queries against an exact search, with nprobe raised until
-it is reached.  Thread settings of faiss are left as they are.
+Real text has little cluster structure: an inverted file alone had to probe 711 of 1,024 lists of 100,000 projected TF-IDF
+rows for a recall of .99 and was five times slower than the exact search.  So the codes are what saves work: 4-bit product
+quantisation scanned in registers (André, Kermarrec, Le Scouarnec 2015) and the best candidates compared again in float32;
+an inverted file goes in front of it only where an eighth of its lists is enough.  The recall is measured, not assumed: on a
+sample of the real queries against an exact search.  Every choice follows from the data alone, never from a clock.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,8 +22,34 @@ from grace_ds.records import FloatArray, IntArray
 log = logging.getLogger(__name__)
 
 SAMPLE_QUERIES = 500  # standard error of a recall of .99 on 500 x k neighbours: below .001
-TRAIN_ROWS_PER_LIST = 40  # k-means in faiss warns below 39 and gains little above
+TRAIN_ROWS = 40  # a centroid: k-means in faiss warns below 39 and gains little above
 QUERY_BLOCK = 65_536  # bounds what faiss holds at once
+LIST_SHARE = 8  # an inverted file that must probe more than an eighth of its lists is slower than scanning all codes
+LIST_CANDIDATES = 32  # candidates behind an inverted file, in multiples of k
+CANDIDATES = (4, 8, 16, 32, 64)  # candidates of a scan of all codes, likewise
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """An approximate structure and the effort that reaches the recall.
+
+    Attributes:
+        nlist: lists of the inverted file; 0: none, all codes are scanned.
+        nprobe: lists looked at.
+        candidates: compared again in float32, in multiples of k.
+        recall: measured on the sample.
+    """
+
+    nlist: int
+    nprobe: int
+    candidates: int
+    recall: float
+
+    def build(self, X: FloatArray) -> Any:
+        """The faiss index of ``X`` (m, d) float32, ready to be searched."""
+        core = _structure(X, self.nlist)
+        _set_effort(core, self.nprobe, self.candidates)
+        return core
 
 
 @dataclass
@@ -28,20 +57,20 @@ class FaissIndex:
     """An index with the names of its rows.
 
     Attributes:
-        core: faiss.IndexFlatIP or faiss.IndexIVFFlat.
-        X: (m, d) float32, the rows, for the exact search that the tuning compares with.
+        core: the faiss index; None until the first search has chosen it.
+        X: (m, d) float32, the rows.
         ids: (m,) int64.
-        report: {} until an inverted file has been tuned, then nlist, nprobe and the measured recall.
+        tuned: what was chosen; None for an exact search.
     """
 
     core: Any
     X: FloatArray
     ids: IntArray
-    report: dict[str, float] = field(default_factory=dict)
+    tuned: Tuned | None = None
 
 
 class FaissLeaf:
-    """``IndexFlatIP`` below :data:`~grace_ds.graph.leaves.FLAT_ROWS`, else ``IndexIVFFlat``.
+    """``IndexFlatIP`` below :data:`~grace_ds.graph.leaves.FLAT_ROWS`, else what reaches the recall with the least work.
 
     Args:
         recall: share of the true k nearest that a search must find on average, in (0, 1].
@@ -54,31 +83,20 @@ class FaissLeaf:
 
     def build(self, X: FloatArray, ids: IntArray) -> FaissIndex:
         """See :class:`grace_ds.graph.leaves.Leaf`."""
-        import faiss
-
         X = np.ascontiguousarray(X, np.float32)
-        rows, dim = X.shape
-        if rows < FLAT_ROWS or self.recall >= 1.0:
-            core: Any = faiss.IndexFlatIP(dim)
-        else:
-            nlist = 2 ** round(math.log2(4 * math.sqrt(rows)))
-            core = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, nlist, faiss.METRIC_INNER_PRODUCT)
-            core.cp.max_points_per_centroid = TRAIN_ROWS_PER_LIST  # faiss draws the sample with a seed of its own
-            core.cp.niter = 10
-            core.train(X)
-        core.add(X)
-        return FaissIndex(core, X, ids)
+        exact = len(X) < FLAT_ROWS or self.recall >= 1.0
+        return FaissIndex(_flat(X) if exact else None, X, ids)
 
     def search(self, index: FaissIndex, Q: FloatArray, k: int) -> tuple[IntArray, FloatArray]:
-        """See :class:`grace_ds.graph.leaves.Leaf`; the first search of an inverted file tunes it on its own queries."""
+        """See :class:`grace_ds.graph.leaves.Leaf`; the first search of a large index tunes it on its own queries."""
         out_ids = np.full((len(Q), k), -1, np.int64)
         out_similarity = np.full((len(Q), k), -np.inf, np.float32)
         kept = min(k, len(index.ids))
         if not kept or not len(Q):
             return out_ids, out_similarity
         Q = np.ascontiguousarray(Q, np.float32)
-        if hasattr(index.core, "nprobe") and not index.report:
-            self._tune(index, Q, kept)
+        if index.core is None:
+            index.core, index.tuned = self.tune(index.X, Q, kept)
         for lo in range(0, len(Q), QUERY_BLOCK):
             similarity, position = index.core.search(Q[lo : lo + QUERY_BLOCK], kept)
             found = position >= 0  # faiss pads by -1 and the lowest float when the probed lists hold fewer than k rows
@@ -86,25 +104,69 @@ class FaissLeaf:
             out_similarity[lo : lo + QUERY_BLOCK, :kept] = np.where(found, similarity, -np.inf)
         return out_ids, out_similarity
 
-    def _tune(self, index: FaissIndex, Q: FloatArray, k: int) -> None:
-        """Raises nprobe until the sampled recall is reached; all lists at the latest, which is exact."""
-        import faiss
-
+    def tune(self, X: FloatArray, Q: FloatArray, k: int) -> tuple[Any, Tuned | None]:
+        """The faiss index of ``X`` that reaches the recall on a sample of ``Q``, and its settings; None for the exact one."""
         sample = np.ascontiguousarray(Q[np.linspace(0, len(Q) - 1, min(SAMPLE_QUERIES, len(Q))).astype(np.int64)])
-        exact = faiss.IndexFlatIP(index.X.shape[1])
-        exact.add(index.X)
-        bar, _ = exact.search(sample, k)
-        core = index.core
-        core.nprobe = 4
-        while True:
-            # By similarity, not by id: among equally near rows any is right.
-            found, _ = core.search(sample, k)
-            reached = float(np.mean(found >= bar[:, -1:] - 1e-6))
-            if reached >= self.recall or core.nprobe >= core.nlist:
-                break
-            core.nprobe = min(core.nlist, max(core.nprobe + 1, core.nprobe * 3 // 2))
-        index.report.update(nlist=core.nlist, nprobe=core.nprobe, recall=reached)
-        log.info(
-            "graph.leaf faiss: %d rows, nlist %d, nprobe %d, recall %.4f on %d queries (asked: %.4f)",
-            len(index.ids), core.nlist, core.nprobe, reached, len(sample), self.recall,
-        )  # fmt: skip
+        exact = _flat(X)
+        bar = exact.search(sample, k)[0][:, -1:] - 1e-6  # by similarity, not by id: among equally near rows any is right
+
+        def reached(core: Any, nprobe: int, candidates: int) -> float:
+            _set_effort(core, nprobe, candidates)
+            return float(np.mean(core.search(sample, k)[0] >= bar))
+
+        best = 0.0
+        for nlist in (2 ** round(math.log2(4 * math.sqrt(len(X)))), 0):
+            core, efforts = _structure(X, nlist), _efforts(nlist)
+            if nlist and reached(core, *efforts[-1]) < self.recall:
+                continue  # the most that an inverted file may cost is not enough
+            for nprobe, candidates in efforts:
+                best = reached(core, nprobe, candidates)
+                if best >= self.recall:
+                    tuned = Tuned(nlist, nprobe, candidates, best)
+                    log.info("graph.leaf faiss: %d rows, %s on %d queries (asked: %.4f)", len(X), tuned, len(sample), self.recall)
+                    return core, tuned
+        log.info("graph.leaf faiss: %d rows, exact: codes reach a recall of %.4f, asked %.4f", len(X), best, self.recall)
+        return exact, None
+
+
+def _efforts(nlist: int) -> list[tuple[int, int]]:
+    """(nprobe, candidates) to try in turn, the least first."""
+    if not nlist:
+        return [(0, c) for c in CANDIDATES]
+    most = max(1, nlist // LIST_SHARE)
+    return [(most >> s, LIST_CANDIDATES) for s in range(5, -1, -1) if most >> s]
+
+
+def _flat(X: FloatArray) -> Any:
+    import faiss
+
+    core = faiss.IndexFlatIP(X.shape[1])
+    core.add(X)
+    return core
+
+
+def _structure(X: FloatArray, nlist: int) -> Any:
+    """4-bit codes of ``X`` behind ``nlist`` lists (0: none), with the rows beside them for the second comparison."""
+    import faiss
+
+    dim = X.shape[1]
+    parts = dim // 2 if dim % 2 == 0 else dim
+    if nlist:
+        codes: Any = faiss.IndexIVFPQFastScan(faiss.IndexFlatIP(dim), dim, nlist, parts, 4, faiss.METRIC_INNER_PRODUCT)
+        codes.cp.max_points_per_centroid = TRAIN_ROWS  # faiss draws the sample with a seed of its own
+        codes.cp.niter = 10
+    else:
+        codes = faiss.IndexPQFastScan(dim, parts, 4, faiss.METRIC_INNER_PRODUCT)
+    core = faiss.IndexRefineFlat(codes)
+    core.train(X)
+    core.add(X)
+    return core
+
+
+def _set_effort(core: Any, nprobe: int, candidates: int) -> None:
+    import faiss
+
+    core.k_factor = float(candidates)
+    if nprobe:
+        codes: Any = faiss.downcast_index(core.base_index)
+        codes.nprobe = nprobe

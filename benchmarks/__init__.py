@@ -1,0 +1,1 @@
+"""Benchmarks: one file a claim, run by ``python -m benchmarks NAME --json FILE``."""

@@ -1,0 +1,177 @@
+"""What the harvest adds to a training step: CPU seconds of the same job with and without GRACE, in interleaved pairs.
+
+Two engines of one process train the same model on the same batches: one from ``deepspeed.initialize``, one from
+``grace_ds.initialize`` in shadow mode, where every step is harvested at the default layers and no refresh falls into the
+timed steps. A pair is a few steps of the one and as many of the other, in random order; its figure is the ratio of their CPU
+seconds. A trusted basis is in force, which doubles the projections: the dearer case. FLOPs are counted by torch's own counter
+on one step, bytes by the hooks' own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch.utils.data import Dataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.record import Claim, Record, median_interval
+from grace_ds.quickstart.launch import free_port
+from grace_ds.quickstart.model import GPT, GPTConfig
+
+MODELS = {"small": GPTConfig(width=80), "large": GPTConfig(width=256)}  # about 0.5M and 4M parameters
+STEPS = {"small": 6, "large": 2}  # of one half of a pair
+ROWS, LENGTH = 16, 65  # of a micro-batch: the quickstart's on one of its two ranks
+GOAL = 1.08
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=sorted(MODELS, reverse=True))
+    parser.add_argument("--fp32", action="store_true", help="float32 in the place of bf16")
+
+
+def run(args: argparse.Namespace, console: Console) -> Record:
+    prepare_process()
+    record = Record("harvest")
+    record.notes.append("ratio: CPU seconds with harvest / without, median of the pairs with its 95 % interval; one thread")
+    record.rows["pairs"], record.rows["by model"] = [], []
+    for name in args.models:
+        with tempfile.TemporaryDirectory() as folder:
+            pairs, facts = measure(name, args.pairs, not args.fp32, folder)
+        median, low, high = median_interval([with_ / without for with_, without in pairs])
+        console.print(f"  {name}: {median:.3f} [{low:.3f}, {high:.3f}], {len(pairs)} pairs")
+        record.rows["pairs"] += [{"model": name, "with": a, "without": b} for a, b in pairs]
+        record.rows["by model"].append({"model": name, "ratio": median, "low": low, "high": high, **facts})
+        record.claims.append(Claim(f"harvest_ratio_{name}", high, "CPU s with / without, upper 95 % bound", GOAL))
+    record.hidden.append("pairs")
+    return record
+
+
+def prepare_process() -> None:
+    """One rank on one thread, nothing compiled: spinning threads would be counted as work."""
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    torch.set_num_threads(1)
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+
+
+def measure(name: str, count: int, bf16: bool, folder: str) -> tuple[list[tuple[float, float]], dict[str, Any]]:
+    """(CPU seconds with, without) of each pair, and what is counted rather than timed."""
+    with_us, plain = Job(name, bf16, grace=True), Job(name, bf16, grace=False)
+    for job in (with_us, plain):
+        job.steps(12)  # the first harvested step sets the layers' scale, the refresh after it fits the basis
+    with_us.no_more_refreshes()
+    rng, pairs = np.random.default_rng(0), []
+    for _ in range(count):
+        order = [with_us, plain] if rng.random() < 0.5 else [plain, with_us]
+        seconds = {id(job): job.steps(STEPS[name]) for job in order}
+        pairs.append((seconds[id(with_us)], seconds[id(plain)]))
+    facts = {"parameters": sum(p.numel() for p in plain.engine.module.parameters())} | with_us.counts(plain)
+    for job in (with_us, plain):
+        job.close()
+    return pairs, facts
+
+
+class Job:
+    """One engine and its batches."""
+
+    def __init__(self, name: str, bf16: bool, grace: bool) -> None:
+        import deepspeed
+
+        import grace_ds
+
+        torch.manual_seed(0)
+        model = GPT(MODELS[name])
+        data = _Tokens(4096, MODELS[name].vocab)
+        config: dict[str, Any] = {
+            "train_batch_size": ROWS,
+            "zero_optimization": {"stage": 2 if bf16 else 0},
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+            "steps_per_print": 10**9,
+        }
+        if bf16:
+            config["bf16"] = {"enabled": True}
+        block = {
+            "mode": "shadow",
+            "refresh": {"interval_steps": 4, "cadence": "fixed"},
+            "selection": {"prior": False},
+        }
+        more: dict[str, Any] = {}
+        if grace:
+            config["data_efficiency"] = {"enabled": True, "data_sampling": {"enabled": True, "grace": block}}
+            more["trusted_data"] = _Tokens(128, MODELS[name].vocab, seed=9)
+        start = grace_ds.initialize if grace else deepspeed.initialize
+        self.engine, _, self.loader, _ = start(
+            model=model, model_parameters=model.parameters(), training_data=data, config=copy.deepcopy(config), **more
+        )
+        # No workers: their processes would take CPU seconds that nobody counts.
+        handle = getattr(self.engine, "grace_ds", None)
+        self.loader = (
+            handle.deepspeed_loader(num_local_io_workers=0) if handle else self.engine.deepspeed_io(data, num_local_io_workers=0)
+        )
+        self.batches = self._forever()
+
+    def _forever(self) -> Iterator[Any]:
+        while True:
+            yield from self.loader
+
+    def steps(self, count: int) -> float:
+        """Trains for ``count`` steps; returns the CPU seconds of this process."""
+        started = time.process_time()
+        for _ in range(count):
+            loss = self.engine(next(self.batches)["input_ids"])
+            self.engine.backward(loss)
+            self.engine.step()
+        return time.process_time() - started
+
+    def no_more_refreshes(self) -> None:
+        controller = self.engine.grace_ds.controller
+        assert controller.basis is not None and controller.metrics.refresh_failures == 0
+        controller.next_refresh = 10**9
+        controller.harvester.sketcher.reset_peak()
+
+    def counts(self, plain: Job) -> dict[str, Any]:
+        """FLOPs and bytes of one step, counted."""
+        flops = []
+        for job in (self, plain):
+            with FlopCounterMode(display=False) as counter:
+                job.steps(1)
+            flops.append(counter.get_total_flops())
+        harvester = self.engine.grace_ds.controller.harvester
+        row = 2 * harvester.sketcher.dim + 8 + 4 * 3 + 8 + 4  # a Rows entry: sketch, id, norm, loss, align, step, basis
+        return {
+            "layers": len(harvester.sketcher.layers),
+            "added_flops_share": flops[0] / flops[1] - 1,
+            "hook_peak_bytes": harvester.sketcher.peak_bytes,
+            "row_bytes": row,
+        }
+
+    def close(self) -> None:
+        if getattr(self.engine, "grace_ds", None) is not None:
+            self.engine.grace_ds.detach()
+        self.engine.destroy()
+
+
+class _Tokens(Dataset[dict[str, torch.Tensor]]):
+    """Random rows: what a step costs does not depend on what it reads."""
+
+    def __init__(self, n: int, vocab: int, seed: int = 0) -> None:
+        self.rows = torch.randint(0, vocab, (n, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.rows[i]}

@@ -1,0 +1,200 @@
+"""What a refresh costs against the size of the window, stage by stage, beside a bare faiss graph of the same rows.
+
+One rank, all cores. The rows are the quickstart's crawl pool (real text, near-duplicates, junk); every row but the newest 5 %
+has been harvested before, so the graph has as many anchors as rows: the dearest case. Features are computed anew each
+time, as when the window has moved. Bare faiss gets the same vectors and k: an exact flat index, and the structure that our
+leaf chose with the parameters that our leaf had to find first; the ratio is to the faster of the two. Each size runs in a
+process of its own, refresh and bare graph in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from benchmarks.record import Claim, Record
+from grace_ds.comm.local import LocalComm
+from grace_ds.config.schema import GraceConfig
+from grace_ds.features import ContentFeatures, TokenReader, content_features
+from grace_ds.graph.leaves import FLAT_ROWS
+from grace_ds.graph.leaves.faiss_leaf import FaissLeaf
+from grace_ds.pool import Pool
+from grace_ds.quickstart.corpus import CorpusSpec, prepare
+from grace_ds.records import Array, IntArray, Rows
+from grace_ds.refresh import refresh
+from grace_ds.schedule import Ledger
+from grace_ds.selection.prior import BigramPrior
+from grace_ds.signals import Inputs, Pipeline
+from grace_ds.table import Table
+
+SIZES = (6_250, 12_500, 25_000, 50_000, 100_000)
+FULL = (1_000_000, 64)  # rows, width: --full
+STAGES = ("gather", "table", "features", "graph", "propagate", "select", "broadcast")
+BATCH = 32
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--objective", choices=("sample", "facility_location"), default="sample")
+    parser.add_argument("--full", action="store_true", help=f"adds {FULL[0]:,} rows of width {FULL[1]}, once; takes an hour")
+    parser.add_argument("--data", type=Path, default=Path("runs/benchmarks/refresh-data"), help="where the pool is kept")
+
+
+def run(args: argparse.Namespace, console: Console) -> Record:
+    corpus = prepare(CorpusSpec(pool_size=max(args.sizes)), args.data)
+    console.print(f"pool: {corpus.manifest['kinds']}, {'reused' if corpus.reused else 'built'}")
+    rows: list[dict[str, Any]] = []
+    jobs = [(n, GraceConfig().features.dim, args.repeats) for n in sorted(args.sizes)]
+    for n, dim, repeats in jobs + ([(*FULL, 1)] if args.full else []):
+        found = _in_child(args.data, n, dim, repeats, args.objective)
+        rows += found
+        console.print(f"  {n:>9,} x {dim}: {_medians(found, 'total'):.2f} s, bare faiss {_medians(found, 'bare'):.2f} s")
+    record = Record("refresh", rows={"refreshes": rows})
+    small = [r for r in rows if r["dim"] != FULL[1] or r["n"] != FULL[0]]
+    largest = [r for r in small if r["n"] == max(r["n"] for r in small)]
+    sizes = sorted({r["n"] for r in small})
+    totals = [_medians([r for r in small if r["n"] == n], "total") for n in sizes]
+    if max(sizes) == max(SIZES):
+        record.claims.append(Claim("refresh_seconds_1e5", _medians(largest, "total"), "s", None))
+    if len(sizes) > 1:
+        slope = float(np.polyfit(np.log(sizes), np.log(totals), 1)[0])
+        record.claims.append(Claim("refresh_exponent", slope, "d log(seconds) / d log(rows)", None))
+    ratios = [float(np.median([r["total"] / r["bare"] for r in small if r["n"] == n])) for n in sizes]
+    record.claims.append(Claim("refresh_to_faiss_ratio", ratios[-1], f"whole refresh / bare faiss, {sizes[-1]} rows", 1.5))
+    keys = dict.fromkeys((r["n"], r["dim"]) for r in rows)
+    record.rows["by size"] = [_summary([r for r in rows if (r["n"], r["dim"]) == key]) for key in keys]
+    record.notes.append("seconds of wall time, medians; spread is (max - min) / median of the whole refresh")
+    record.hidden.append("refreshes")
+    return record
+
+
+def _in_child(data: Path, n: int, dim: int, repeats: int, objective: str) -> list[dict[str, Any]]:
+    with multiprocessing.get_context("spawn").Pool(1) as child:
+        return child.apply(measure, (data, n, dim, repeats, objective))
+
+
+def measure(data: Path, n: int, dim: int, repeats: int, objective: str) -> list[dict[str, Any]]:
+    """``repeats`` rows of figures for one size, in this process."""
+    tokens = np.load(data / "train.npy")
+    if n > len(tokens):  # more rows than there is text: windows that overlap
+        stream = tokens[np.load(data / "kinds.npy") == 0].reshape(-1)
+        tokens = np.lib.stride_tricks.sliding_window_view(stream, tokens.shape[1])[:: len(stream) // n][:n]
+    tokens = tokens[:n]
+    trusted = np.load(data / "trusted.npy").astype(np.int64)
+    prior = BigramPrior.fit(trusted.reshape(-1), np.arange(len(trusted) + 1) * trusted.shape[1])
+    config = GraceConfig()
+    config.selection.objective = objective
+    config.features.dim = dim
+    interval = max(1, n // 20 // BATCH)
+    last: list[ContentFeatures] = []
+
+    def contents(ids: IntArray) -> ContentFeatures:
+        reader = TokenReader(_Items(tokens), "auto", config.features.max_tokens)
+        last[:] = [content_features(reader, ids, dim=dim, seed=1, allreduce=comm.allreduce, trusted=prior)]
+        return last[0]
+
+    comm = LocalComm(3600.0)
+    pool = Pool(n, n, config.budget, interval, BATCH, config.seed)
+    nobody = np.empty(0, np.int64)
+    pipeline = Pipeline(comm, config, pool, BATCH, contents, nobody, nobody)
+    old, new = _harvest(n, config.harvest.dim, interval)
+    inputs = Inputs(new, Table.empty(config.harvest.dim).merge(old), Ledger(), 20 * interval, 1, 0, interval, {0: 0.4})
+    out = []
+    for _ in range(repeats):
+        before = _reset_peak()
+        started = time.perf_counter()
+        outcome = refresh(pipeline, inputs)
+        total = time.perf_counter() - started
+        row: dict[str, Any] = {"n": n, "dim": dim, "total": total, **{s: outcome.seconds.get(s, 0.0) for s in STAGES}}
+        row["peak_extra_mib"] = _status("VmHWM") - before
+        out.append(row | bare_faiss(last[0].vectors, config.graph.k, config.graph.recall))
+    return out
+
+
+def bare_faiss(X: Array | None, k: int, recall: float) -> dict[str, Any]:
+    """Seconds that faiss alone takes for the graph of ``X``: exact, and as our leaf would build it (tuned beforehand)."""
+    import faiss
+
+    assert X is not None
+    found: dict[str, Any] = {"bare_flat": None, "bare_tuned": None, "tuned": "exact"}
+    tuned = FaissLeaf(recall).tune(X, X, k + 1)[1] if len(X) >= FLAT_ROWS else None
+    if tuned is not None:
+        found["tuned"] = f"lists {tuned.nprobe}/{tuned.nlist}, x{tuned.candidates}"
+        started = time.perf_counter()
+        tuned.build(X).search(X, k + 1)
+        found["bare_tuned"] = time.perf_counter() - started
+    if tuned is None or len(X) <= max(SIZES):
+        started = time.perf_counter()
+        flat = faiss.IndexFlatIP(X.shape[1])
+        flat.add(X)
+        flat.search(X, k + 1)
+        found["bare_flat"] = time.perf_counter() - started
+    found["bare"] = min(s for s in (found["bare_flat"], found["bare_tuned"]) if s is not None)
+    return found
+
+
+class _Items:
+    """A map-style dataset of token rows."""
+
+    def __init__(self, tokens: Array) -> None:
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, i: int) -> dict[str, Array]:
+        return {"input_ids": self.tokens[i]}
+
+
+def _harvest(n: int, dim: int, interval: int) -> tuple[Rows, Rows]:
+    """Rows of all samples: those of earlier refreshes, and the newest 5 %, which replace older ones."""
+    rng = np.random.default_rng(0)
+    sketch = rng.standard_normal((n, dim), np.float32).astype(np.float16)
+
+    def rows(ids: IntArray, steps: Array) -> Rows:
+        m = len(ids)
+        draw = rng.standard_normal((3, m)).astype(np.float32)
+        align, basis = 0.4 + 0.2 * draw[2], np.zeros(m, np.int32)
+        return Rows(ids, sketch[ids], np.abs(draw[0]), draw[1], align, steps.astype(np.int64), basis)
+
+    ids = np.arange(n, dtype=np.int64)
+    newest = rng.permutation(n)[: interval * BATCH]
+    return rows(ids, rng.integers(0, 19 * interval, n)), rows(newest, 19 * interval + np.arange(len(newest)) // BATCH)
+
+
+def _reset_peak() -> float:
+    """Starts a new high-water mark of this process's memory; returns what it holds now, MiB."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _status(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith(key + ":"))) / 1024
+
+
+def _medians(rows: list[dict[str, Any]], key: str) -> float:
+    return float(np.median([r[key] for r in rows]))
+
+
+def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    totals = [r["total"] for r in rows]
+    return {
+        "n": rows[0]["n"],
+        "dim": rows[0]["dim"],
+        **{s: _medians(rows, s) for s in STAGES},
+        "total": _medians(rows, "total"),
+        "spread": (max(totals) - min(totals)) / _medians(rows, "total"),
+        "bare": _medians(rows, "bare"),
+        "graph/bare": float(np.median([r["graph"] / r["bare"] for r in rows])),
+        "total/bare": float(np.median([r["total"] / r["bare"] for r in rows])),
+        "peak MiB": _medians(rows, "peak_extra_mib"),
+        "tuned": rows[0]["tuned"],
+    }

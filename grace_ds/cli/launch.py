@@ -1,0 +1,77 @@
+"""``grace-ds run``: the deepspeed launcher on an unchanged script, and none of its processes left when it is over."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+USAGE = "grace-ds run [launcher options] train.py [arguments]"
+_GRACE_SECONDS = 10.0  # that interrupted processes have to end by themselves
+
+
+def run(words: Sequence[str]) -> int:
+    """Starts the launcher with ``--module grace_ds.run`` before the script; returns its exit status.
+
+    Args:
+        words: launcher options, the script (the first word that ends in ``.py``), the script's arguments.
+    """
+    at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+    if at is None:
+        sys.stderr.write(f"grace-ds run: no script given; usage: {USAGE}\n")
+        return 2
+    if not Path(words[at]).is_file():
+        sys.stderr.write(f"grace-ds run: there is no script {words[at]!r} in {Path.cwd()}; usage: {USAGE}\n")
+        return 2
+    return supervise([sys.executable, "-m", "deepspeed.launcher.runner", *words[:at], "--module", "grace_ds.run", *words[at:]])
+
+
+def supervise(command: Sequence[str]) -> int:
+    """Runs a command in a process group of its own; SIGINT and SIGTERM go to the whole group, and nothing of it stays behind.
+
+    The deepspeed launcher alone, when only it is interrupted, ends and leaves its ranks running.
+    """
+    child: subprocess.Popen[bytes] | None = None
+    caught: list[int] = []
+
+    def forward(signum: int, frame: FrameType | None) -> None:
+        caught.append(signum)
+        if child is not None:
+            _signal_group(child.pid, signum)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        child = subprocess.Popen(command, start_new_session=True)
+        if caught:  # between the handler and the start
+            _signal_group(child.pid, caught[-1])
+        status = child.wait()
+    finally:
+        if child is not None:
+            _end_group(child.pid, _GRACE_SECONDS if caught else 0.0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if caught:
+        return 128 + caught[0]
+    return status if status >= 0 else 128 - status
+
+
+def _end_group(group: int, grace: float) -> None:
+    """Waits until no process of the group is left, ``grace`` seconds at most, then kills the rest."""
+    deadline = time.monotonic() + grace
+    while _signal_group(group, 0) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    _signal_group(group, signal.SIGKILL)
+
+
+def _signal_group(group: int, number: int) -> bool:
+    """Whether there was a process to send to."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)
+        return True
+    return False

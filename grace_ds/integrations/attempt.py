@@ -1,0 +1,148 @@
+"""One attempt at a refresh: it counts on every rank, or on none.
+
+Whatever goes wrong on whatever rank, all ranks come out of :meth:`Refresher.attempt` with the same answer, and nothing
+of this rank's state has been touched: taking the result over is the caller's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from grace_ds.errors import GraceError, PeerFailed, TransportError, TransportTimeout
+from grace_ds.harvest import Harvester
+from grace_ds.integrations import cadence
+from grace_ds.integrations.trust import TrustedProbe
+from grace_ds.integrations.verdict import Verdict
+from grace_ds.refresh import Outcome, refresh
+from grace_ds.signals import Inputs, Pipeline
+from grace_ds.sketch.basis import TrustedBasis
+
+log = logging.getLogger("grace_ds")
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """What a refresh that counts has made, for this rank to take over.
+
+    Attributes:
+        inputs: what it was made from; its rows now stand in the outcome's table.
+        outcome: the schedule and the table; its counts are of all ranks.
+        running_mean: of the loss, for :meth:`~grace_ds.harvest.Harvester.drained`.
+        basis: the trusted basis fitted on the way; None where none was.
+    """
+
+    inputs: Inputs
+    outcome: Outcome
+    running_mean: float | None
+    basis: TrustedBasis | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """How an attempt ended.
+
+    Attributes:
+        fresh: None where it was given up, on every rank.
+        lost: why the transport is finished; None while it works.
+    """
+
+    fresh: Fresh | None
+    lost: TransportError | None
+
+
+class Refresher:
+    """Attempts refreshes.
+
+    Args:
+        pipeline: of the refresh; its ``comm`` is the transport.
+        harvester: None where nothing is harvested.
+        trust: fits the trusted basis; None without a trusted set.
+        verdict: the agreement of last resort.
+    """
+
+    def __init__(self, pipeline: Pipeline, harvester: Harvester | None, trust: TrustedProbe | None, verdict: Verdict) -> None:
+        self.pipeline, self.harvester, self.trust, self.verdict = pipeline, harvester, trust, verdict
+        self.comm = pipeline.comm
+        self._attempts = 0
+
+    def attempt(self, step: int, version: int, stand: Callable[[], Inputs]) -> Result:
+        """Makes schedule ``version`` after ``step`` optimizer steps.  Collective; no exception leaves another rank waiting.
+
+        Args:
+            stand: gives what this rank knows by itself: all inputs but the rows, with the interval that it would choose.
+                Called in here, so that an error in it is agreed on like any other.
+        """
+        self._attempts += 1
+        try:
+            fresh = self._make(stand)
+            return Result(fresh, self._agree())
+        except PeerFailed as error:
+            log.warning("step %d: %s; schedule %d stays", step, error, version - 1)
+            return Result(None, None)
+        except TransportError as error:
+            return Result(None, error)
+        except Exception as error:
+            trace = self.pipeline.config.debug or not isinstance(error, GraceError)
+            message = "step %d: refresh %d failed on this rank (%s: %s); schedule %d stays"
+            log.warning(message, step, version, type(error).__name__, error, version - 1, exc_info=trace)
+            return Result(None, self._tell_others())
+
+    def _make(self, stand: Callable[[], Inputs]) -> Fresh:
+        x = stand()
+        # Every rank has its own clock; rank 0's decides.
+        interval = int(self.comm.broadcast(np.array([x.interval], np.int64))[0])
+        reference, basis = x.reference, None
+        if self.trust is not None:
+            reference = {**reference, **self.trust.units()}
+            wanted = self._wants_basis(x.step, interval) and cadence.basis_due(reference, x.version)
+            basis = self.trust.fit(x.version) if wanted else None
+        rows, mean = x.rows, None
+        if self.harvester is not None:
+            rows, mean = self.harvester.pending(self.comm)
+        x = dataclasses.replace(x, rows=rows, interval=interval, reference=reference)
+        outcome = refresh(self.pipeline, x)
+        outcome = dataclasses.replace(outcome, counts=self._of_all_ranks(outcome.counts))
+        return Fresh(x, outcome, mean, basis)
+
+    def _of_all_ranks(self, counts: dict[str, float]) -> dict[str, float]:
+        """Counts added up over the ranks, with those of the harvest: rank 0 writes them down for everybody."""
+        if self.harvester is not None:
+            counts = counts | {
+                "rows_dropped": float(self.harvester.rows_dropped),
+                "hook_failures": float(self.harvester.sketcher.failures),
+            }
+        total = self.comm.allreduce(np.array(list(counts.values()), np.float64))
+        return dict(zip(counts, total.tolist(), strict=True))
+
+    def _wants_basis(self, step: int, interval: int) -> bool:
+        """Whether a trusted basis can be fitted now, and will be used."""
+        if self.harvester is None or not self.harvester.sketcher.scale.frozen:
+            return False
+        return cadence.wants_basis(self.pipeline.config, step, interval)
+
+    def _agree(self) -> TransportError | None:
+        """Returns when the refresh counts on every rank, with what has befallen the transport; raises when it does not."""
+        try:
+            self.comm.agree()
+        except PeerFailed:
+            raise
+        except TransportError as error:
+            # Every rank may have come and only the answer been lost: then the others have published, and so must we.
+            if not self.verdict.abort(self._attempts):
+                raise
+            return error
+        if not self.verdict.commit(self._attempts):
+            raise TransportTimeout("another rank had given this refresh up when its wait ran out")
+        return None
+
+    def _tell_others(self) -> TransportError | None:
+        try:
+            self.comm.abort()
+        except TransportError as error:
+            return error
+        return None

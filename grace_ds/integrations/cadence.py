@@ -1,0 +1,69 @@
+"""When: the steps that are harvested, the steps between two refreshes, the steps that a coreset is asked for.
+
+Pure functions of the config and of the number of optimizer steps done.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from grace_ds.config.schema import GraceConfig
+
+
+def is_due(c: GraceConfig, step: int, next_refresh: int) -> bool:
+    """Whether a refresh is made after ``step`` steps; not after the last one, whose schedule nobody would train on."""
+    return next_refresh <= step != c.total_steps
+
+
+def harvested(c: GraceConfig, step: int, next_refresh: int) -> bool:
+    """Whether rows of the optimizer step after ``step`` can still be of use to a coreset."""
+    last = step < c.total_steps <= next_refresh  # no refresh of this run will read them
+    return step >= c.start_step - c.refresh.interval_steps and not _stopped(c, step) and not last
+
+
+def is_uniform(c: GraceConfig, step: int) -> bool:
+    """Whether the schedule made at ``step`` is the corpus in uniform order: before ``start_step``, from ``stop_step`` on."""
+    return step < c.start_step or _stopped(c, step)
+
+
+def wants_basis(c: GraceConfig, step: int, interval: int) -> bool:
+    """Whether rows will be harvested with a trusted basis fitted at ``step``, before the refresh ``interval`` steps later."""
+    last = step < c.total_steps <= step + interval
+    return not _stopped(c, step) and not last and step + interval > c.start_step - c.refresh.interval_steps
+
+
+def basis_due(units: Mapping[int, float], version: int) -> bool:
+    """Whether it is worth fitting a trusted basis with schedule ``version``.
+
+    Always while alignments can be judged by; after m bases in a row that could not, 2^m versions after the last of them:
+    what does not help is looked at again, ever more rarely.
+
+    Args:
+        units: version of each basis that was judged → its unit, 0 where it could not be judged by.
+    """
+    judged = sorted(units)
+    misses = next((m for m, v in enumerate(reversed(judged)) if units[v] > 0), len(judged))
+    return not misses or version >= judged[-1] + 2**misses
+
+
+def configured_interval(c: GraceConfig, step: int) -> int:
+    """Optimizer steps from ``step`` to the next refresh, as the config has it."""
+    return c.start_step - step if step < c.start_step else c.refresh.interval_steps
+
+
+def stretched_interval(c: GraceConfig, step: int, refresh_seconds: float, step_seconds: float | None) -> int:
+    """The configured interval, stretched under ``cadence: adaptive`` so that refreshes stay below ``max_overhead``.
+
+    Args:
+        refresh_seconds: that the last refresh took on this rank.
+        step_seconds: of an optimizer step on this rank, refreshes left out; None while nothing can be said.
+    """
+    steps = configured_interval(c, step)
+    if c.refresh.cadence == "fixed" or step < c.start_step or not step_seconds:
+        return steps
+    return max(steps, math.ceil(refresh_seconds / (c.refresh.max_overhead * step_seconds)))
+
+
+def _stopped(c: GraceConfig, step: int) -> bool:
+    return 0 < c.stop_step <= step

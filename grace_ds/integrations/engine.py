@@ -1,0 +1,54 @@
+"""What can be asked of a DeepSpeed engine, of its config argument, and of its module's output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from grace_ds.errors import ConfigError
+from grace_ds.sampler import Geometry
+
+
+def geometry_of(engine: Any) -> Geometry:
+    """How the engine's batches map to positions.
+
+    Raises:
+        ConfigError: the batch does not divide into micro-batches of the data-parallel ranks.
+    """
+    ranks, rows, accumulation = (
+        engine.dp_world_size,
+        engine.train_micro_batch_size_per_gpu(),
+        engine.gradient_accumulation_steps(),
+    )
+    if engine.train_batch_size() != ranks * rows * accumulation:
+        raise ConfigError(
+            f"train_batch_size = {engine.train_batch_size()} is not ranks × micro-batch × accumulation = "
+            f"{ranks} × {rows} × {accumulation}; positions of samples would not be defined: make them agree"
+        )
+    return Geometry(ranks, dp_rank(engine), rows, accumulation)
+
+
+def dp_rank(engine: Any) -> int:
+    """This process's rank among the engine's data-parallel ranks."""
+    import torch.distributed as dist
+
+    return dist.get_rank(engine.data_parallel_group) if dist.is_initialized() else 0
+
+
+def config_of(arguments: dict[str, Any]) -> Any:
+    """The DeepSpeed config where ``deepspeed.initialize`` looks for it."""
+    for key in ("config", "config_params"):
+        if arguments.get(key) is not None:
+            return arguments[key]
+    args = arguments.get("args")
+    return getattr(args, "deepspeed_config", None) or getattr(args, "deepscale_config", None)
+
+
+def outputs(tree: Any) -> Sequence[torch.Tensor]:
+    """Every tensor in a module's output."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    values = tree.values() if hasattr(tree, "values") else tree if isinstance(tree, (list, tuple)) else []
+    return [t for value in values for t in outputs(value)]

@@ -1,0 +1,142 @@
+"""What a run tells about itself: its totals, the ``Grace/*`` events of each refresh, the schedules kept in ``run_dir``.
+
+Nothing here may stop training: what cannot be written is said in the log.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grace_ds.config.load import write_resolved
+from grace_ds.config.schema import GraceConfig
+from grace_ds.harvest import Harvester
+from grace_ds.records import IntArray, Role, Schedule
+from grace_ds.refresh import Outcome
+from grace_ds.schedule import save_schedule
+
+log = logging.getLogger("grace_ds")
+
+EventWriter = Callable[[dict[str, float], int], None]  # events by name, samples trained on so far
+
+
+@dataclass
+class Metrics:
+    """Totals of a run on this rank; ``events`` of the last refresh go to the engine's monitor as ``Grace/*``."""
+
+    refreshes: int = 0
+    refresh_failures: int = 0
+    refresh_seconds: float = 0.0
+    harvest_seconds: float = 0.0
+    train_seconds: float = 0.0
+    coreset_size: int = 0
+    churn: list[float] = field(default_factory=list)
+    version: int = -1
+    events: dict[str, float] = field(default_factory=dict)
+
+    def count(self, schedule: Schedule, previous: Schedule | None) -> None:
+        """Counts a refresh that has published ``schedule`` after ``previous``."""
+        self.version, self.refreshes = schedule.version, self.refreshes + 1
+        self.coreset_size = int(schedule.meta["coreset"])
+        if previous is not None:
+            self.churn.append(1.0 - float(np.isin(_core(schedule), _core(previous)).mean()))
+
+    def report(self, seconds: float, outcome: Outcome | None, harvester: Harvester | None) -> None:
+        """Makes the events of the refresh that took ``seconds``; ``outcome`` is None where it was given up."""
+        events = {
+            "version": float(self.version),
+            "refresh_seconds": seconds,
+            "refresh_failures": float(self.refresh_failures),
+            "coreset_size": float(self.coreset_size),
+            "churn": self.churn[-1] if self.churn else 1.0,
+        }
+        if harvester is not None:
+            self.harvest_seconds = harvester.total_seconds
+            events["harvest_seconds"] = self.harvest_seconds
+            events["harvest_peak_bytes"] = float(harvester.sketcher.peak_bytes)
+        if outcome is not None:
+            events |= {f"stage_seconds/{name}": value for name, value in outcome.seconds.items()}
+            events |= dict(outcome.counts)
+            share = outcome.schedule.meta.get("effective_share")
+            if share is not None:
+                events["effective_share"] = float(share)
+        self.events = events
+
+
+def keep_config(config: GraceConfig) -> None:
+    """Keeps the resolved config in its ``run_dir``."""
+    try:
+        write_resolved(config, str(config.run_dir))
+    except OSError as error:
+        log.warning("the resolved config could not be kept in %s (%s); training goes on", config.run_dir, error)
+
+
+class Recorder:
+    """Writes down what a run does.
+
+    Args:
+        run_dir: where every schedule is kept for ``trace`` and ``replay``, with a line about its refresh; None: nowhere.
+        write_events: takes the events; None: nobody does.
+    """
+
+    def __init__(self, run_dir: str | None, write_events: EventWriter | None) -> None:
+        self.run_dir, self.write_events = run_dir, write_events
+        self._waiting: Outcome | None = None
+
+    def events(self, events: dict[str, float], samples: int) -> None:
+        """Passes events on, with the number of samples trained on so far."""
+        if self.write_events is not None:
+            self.write_events(events, samples)
+
+    def made(self, outcome: Outcome) -> None:
+        """A refresh counts; it is kept once :meth:`settle` says that training goes on with it."""
+        self._waiting = outcome
+
+    def forget(self) -> None:
+        """What was made last is not part of the run: a checkpoint has been loaded."""
+        self._waiting = None
+
+    def settle(self) -> None:
+        """Keeps what was made last."""
+        outcome, self._waiting = self._waiting, None
+        if outcome is None or self.run_dir is None:
+            return
+        schedule, folder = outcome.schedule, Path(self.run_dir) / "schedules"
+        line = {
+            "step": schedule.meta["decided_at_step"],
+            "version": schedule.version,
+            **outcome.counts,
+            **dict(schedule.meta),
+            "seconds": outcome.seconds,
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_schedule(schedule, folder)
+            with (folder.parent / "refreshes.jsonl").open("a") as f:
+                f.write(json.dumps(line) + "\n")
+        except OSError as error:
+            log.warning("schedule %d could not be kept in %s (%s); training goes on", schedule.version, self.run_dir, error)
+
+
+def monitor_of(engine: Any) -> EventWriter:
+    """Writes events to the engine's monitor, where one is enabled."""
+
+    def write(events: dict[str, float], samples: int) -> None:
+        monitor = getattr(engine, "monitor", None)
+        if monitor is not None and monitor.enabled:
+            try:
+                monitor.write_events([(f"Grace/{name}", value, samples) for name, value in events.items()])
+            except Exception as error:  # a full disk, a server that is gone: on this rank only
+                log.warning("the monitor did not take the events (%s: %s); training goes on", type(error).__name__, error)
+
+    return write
+
+
+def _core(schedule: Schedule) -> IntArray:
+    return np.unique(schedule.ids[schedule.roles == Role.CORE])

@@ -1,0 +1,241 @@
+"""What the ranks of the same-schedule test do: one world goes through every case, two refreshes each.
+
+A case is the same whatever the number of ranks: its corpus, its windows and its list of harvested rows do not depend on
+it.  What does is where a row was harvested, for which each world has a rule of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from grace_ds.comm.base import Comm
+from grace_ds.comm.choose import choose
+from grace_ds.config.schema import FeaturesConfig, GraceConfig, RefreshConfig, SelectionConfig
+from grace_ds.features import ContentFeatures, TokenReader, content_features
+from grace_ds.pool import Pool
+from grace_ds.records import IntArray, Rows, Schedule
+from grace_ds.refresh import refresh
+from grace_ds.schedule import Ledger
+from grace_ds.selection.prior import BigramPrior
+from grace_ds.signals import Inputs, Pipeline
+from grace_ds.table import Table
+from tests.multirank.harness import World
+
+N, WINDOW, TINY = 500, 400, 3
+BATCH, INTERVAL, SLACK = 8, 6, 1
+DIM, VOCAB, SEED = 12, 60, 11
+STEPS = (8, 14)  # optimizer steps done at the two refreshes: the oldest rows are two intervals old at the second
+INCLUDE, EXCLUDE = np.arange(3, N, 61), np.arange(1, N, 4)
+REFERENCE = {0: 0.4, 1: 0.6}  # rows of basis 2 have no unit
+
+Kept = dict[tuple[bytes, bool], ContentFeatures]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of two refreshes.
+
+    Attributes:
+        objective: of the selection.
+        window: samples of a window.
+        trusted: whether there is a trusted set, for the prior and for the alignments.
+        features: whether the token ids are looked at.
+        harvest: rows from two windows ("all"), none at all, or rows whose losses are equal and alignments unknown ("tied").
+        last_rank_idle: whether the last of several ranks harvests nothing.
+        forced: whether ids are included and excluded.
+        uniform: whether the second refresh is one after ``stop_step``.
+    """
+
+    objective: str = "sample"
+    window: int = WINDOW
+    trusted: bool = True
+    features: bool = True
+    harvest: str = "all"
+    last_rank_idle: bool = False
+    forced: bool = False
+    uniform: bool = False
+
+
+OBJECTIVES = ("sample", "facility_location", "topk", "rs2", "uniform")
+CASES: dict[str, Case] = {
+    **{name: Case(name) for name in OBJECTIVES},
+    **{f"forced {name}": Case(name, forced=True, last_rank_idle=True) for name in OBJECTIVES},
+    **{f"tied {name}": Case(name, trusted=False, harvest="tied") for name in OBJECTIVES[:3]},
+    **{f"tiny {name}": Case(name, window=TINY) for name in OBJECTIVES[:2]},
+    "nothing harvested": Case(harvest="none"),
+    "no features": Case(features=False),
+    "stopped": Case(uniform=True),
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a rank holds after one refresh."""
+
+    schedule: Schedule
+    table: Table
+    counts: Mapping[str, float]
+
+
+def walk(draw: np.random.Generator, n: int) -> IntArray:
+    """Tokens of a chain in which each has three followers, so that bigrams tell it from junk."""
+    tokens = [int(draw.integers(VOCAB))]
+    for turn in draw.integers(0, 3, n - 1):
+        tokens.append((7 * tokens[-1] + 13 * int(turn) + 5) % VOCAB)
+    return np.array(tokens, np.int64)
+
+
+def is_junk(ids: IntArray) -> np.ndarray:
+    """Which samples of the corpus are tokens drawn at random."""
+    return np.asarray(ids) % 5 == 4
+
+
+@cache
+def corpus() -> list[IntArray]:
+    """Chains, chains with an edit or two, exact copies, junk, and a sample without a token and one too short for a 6-gram."""
+    draw = np.random.default_rng(1)
+    rows: list[IntArray] = []
+    for i in range(N):
+        kind, length = i % 5, int(draw.integers(20, 50))
+        if kind == 4:
+            rows.append(draw.integers(0, VOCAB, length))
+        elif kind == 3 and i > 50:
+            rows.append(rows[int(draw.integers(0, 6)) * 5].copy())  # crowds: few sources, many copies
+        elif kind == 2 and i > 10:
+            near = rows[i - 2].copy()
+            near[draw.integers(0, len(near), 2)] = draw.integers(0, VOCAB, 2)
+            rows.append(near)
+        else:
+            rows.append(walk(draw, length))
+    rows[100], rows[101] = np.empty(0, np.int64), np.array([4, 9, 1])
+    return rows
+
+
+@cache
+def prior() -> BigramPrior:
+    """The model of 80 trusted chains."""
+    draw = np.random.default_rng(2)
+    rows = [walk(draw, 30) for _ in range(80)]
+    return BigramPrior.fit(np.concatenate(rows), np.arange(0, 30 * 80 + 1, 30))
+
+
+def pool_of(case: Case) -> Pool:
+    """The windows; the second overlaps the first."""
+    return Pool(N, case.window, config_of(case).budget, INTERVAL, BATCH, SEED)
+
+
+def config_of(case: Case) -> GraceConfig:
+    """A coreset of a tenth of the window, all of which finds a slot, or a larger one, of which the least visited do."""
+    return GraceConfig(
+        budget=0.34 if case.window == TINY else 0.1 if case.forced or case.harvest == "tied" else 0.15,
+        window=case.window,
+        seed=SEED,
+        refresh=RefreshConfig(interval_steps=INTERVAL, cadence="fixed", slack_steps=SLACK),
+        features=FeaturesConfig(enabled=case.features, dim=48),
+        selection=SelectionConfig(objective=case.objective, explore=0.15, audit=0.1, density=case.harvest != "tied"),
+    )
+
+
+def harvested(case: Case, version: int) -> Rows:
+    """All rows of an interval in the order of their steps, whoever harvested them.
+
+    Samples come again in later steps, and within a step: with the same row, or with one that differs, as under dropout.
+    There are ids of padding, outside of the dataset and outside of the window; unknown losses and alignments; rows that
+    are not finite.
+    """
+    n = {"none": 0}.get(case.harvest, 260 if case.window == WINDOW else 40)
+    if not n:
+        return Rows.empty(DIM)
+    draw = np.random.default_rng([3, version])
+    window = pool_of(case).window_at(version)
+    ids = np.where(draw.random(n) < 0.8, draw.choice(window, n), draw.integers(-1, N + 2, n))
+    ids[::29] = -1
+    step = np.sort(draw.integers(STEPS[version - 1] + 1 if version else 1, STEPS[version] + 1, n))
+    step[1::4], ids[1::4] = step[::4], ids[::4]  # again in the same step
+    rows = Rows(
+        ids=ids.astype(np.int64),
+        sketch=draw.standard_normal((n, DIM)).astype(np.float16),
+        norm=(0.5 + draw.random(n)).astype(np.float32),
+        loss=(is_junk(ids) + draw.standard_normal(n)).astype(np.float32),
+        align=(0.5 - 0.6 * is_junk(ids) + 0.2 * draw.standard_normal(n)).astype(np.float32),
+        step=step.astype(np.int64),
+        basis=draw.integers(-1, 3, n).astype(np.int32),
+    )
+    for column in (rows.sketch, rows.norm, rows.loss, rows.align, rows.basis):
+        column[1::8] = column[::8]  # every other repeat is the very same row
+    rows.loss[2::7] = np.nan  # some of those repeats included
+    rows.align[rows.basis < 0] = np.nan
+    rows.norm[6::31], rows.sketch[11::37, 2] = np.nan, np.inf
+    if case.harvest == "tied":
+        rows.loss[:], rows.align[:] = 0.25, np.nan
+    return rows
+
+
+def share_of(rows: Rows, case: Case, version: int, world: World) -> Rows:
+    """The rows that this rank has harvested, by a rule that no two worlds have in common."""
+    busy = max(1, world.size - int(case.last_rank_idle))
+    where = np.random.default_rng([4, version, world.size]).integers(0, busy, len(rows))
+    return rows.take(where == world.rank)
+
+
+class Contents:
+    """Content features of the window of ``version``, kept for the other cases."""
+
+    def __init__(self, comm: Comm, kept: Kept, case: Case) -> None:
+        self.comm, self.kept, self.case, self.version = comm, kept, case, 0
+
+    def __call__(self, ids: IntArray) -> ContentFeatures:
+        case = self.case
+        if not case.features:
+            return ContentFeatures(ids, np.zeros(len(ids), np.float32), None, None)
+        # Not by this rank's ids, which may be none of two windows: all ranks must compute, or none.
+        key = (pool_of(case).window_at(self.version).tobytes(), case.trusted)
+        if key not in self.kept:
+            self.kept[key] = content_features(
+                TokenReader(corpus()),
+                ids,
+                dim=48,
+                seed=SEED,
+                allreduce=self.comm.allreduce,
+                trusted=prior() if case.trusted else None,
+            )
+        return self.kept[key]
+
+
+def two_refreshes(world: World, comm: Comm, case: Case, kept: Kept) -> list[Made]:
+    """The second refresh takes up the first's table, its schedule as trained on, and a window that has moved on."""
+    contents = Contents(comm, kept, case)
+    nobody = np.empty(0, np.int64)
+    include, exclude = (INCLUDE, np.setdiff1d(EXCLUDE, INCLUDE)) if case.forced else (nobody, nobody)
+    p = Pipeline(comm, config_of(case), pool_of(case), BATCH, contents, include, exclude)
+    made: list[Made] = []
+    table, ledger = Table.empty(DIM), Ledger()
+    for version, step in enumerate(STEPS):
+        contents.version = version
+        x = Inputs(
+            rows=share_of(harvested(case, version), case, version, world),
+            table=table,
+            ledger=ledger,
+            step=step,
+            version=version,
+            issued=step * BATCH + 3 * (world.rank + 1) // world.size,  # prefetch runs further ahead on some ranks
+            interval=INTERVAL,
+            reference=REFERENCE if case.trusted else {},
+            uniform=case.uniform and version == 1,
+        )
+        out = refresh(p, x)
+        made.append(Made(out.schedule, out.table, out.counts))
+        table, ledger = out.table, Ledger(ledger.ids, ledger.counts)
+        ledger.add(out.schedule.ids[: INTERVAL * BATCH])
+    return made
+
+
+def work(world: World) -> dict[str, list[Made]]:
+    """All cases on one world."""
+    comm = choose("torch", timeout=20.0)
+    kept: Kept = {}
+    return {name: two_refreshes(world, comm, case, kept) for name, case in CASES.items()}

@@ -1,0 +1,77 @@
+"""The corpus and the model of the test jobs.  Knows nothing of DeepSpeed or GRACE, so an unchanged script can use it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import Dataset
+
+VOCAB, LENGTH, SAMPLES = 61, 17, 192
+
+
+class Corpus(Dataset[dict[str, torch.Tensor]]):
+    """Item i: LENGTH tokens that depend on i, and i itself.  Every fourth is a near copy of its predecessor."""
+
+    def __init__(self, n: int = SAMPLES, salt: int = 0) -> None:
+        rng = np.random.default_rng(salt)
+        self.tokens = rng.integers(0, VOCAB, (n, LENGTH))
+        self.tokens[::2] = np.arange(LENGTH) * 3 % VOCAB + self.tokens[::2] % 7
+        self.tokens[3::4] = self.tokens[2::4]
+        self.tokens[3::4, 5] = 1
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.from_numpy(self.tokens[i]), "sid": torch.tensor([i])}
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = x + self.down(F.gelu(self.up(x)))
+        return out
+
+
+class Model(nn.Module):
+    """Embedding, blocks with a causal mean between them, head; returns the mean cross-entropy.
+
+    ``checkpointing``: none, reentrant, nonreentrant, or deepspeed (which the script must have configured).
+    """
+
+    def __init__(self, checkpointing: str = "none", width: int = 32) -> None:
+        super().__init__()
+        self.checkpointing = checkpointing
+        self.embed = nn.Embedding(VOCAB, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(4))
+        self.head = nn.Linear(width, VOCAB, bias=False)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        ids = batch["input_ids"]
+        x = self.embed(ids[:, :-1])
+        x = x.cumsum(1) / torch.arange(1, x.shape[1] + 1, dtype=x.dtype, device=x.device)[:, None]
+        for block in self.blocks:
+            x = self._run(block, x)
+        return F.cross_entropy(self.head(x).float().flatten(0, 1), ids[:, 1:].flatten())
+
+    def _run(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if self.checkpointing == "none" or not self.training:
+            out: torch.Tensor = block(x)
+        elif self.checkpointing == "deepspeed":
+            import deepspeed
+
+            out = deepspeed.checkpointing.checkpoint(block, x)
+        else:
+            out = checkpoint(block, x, use_reentrant=self.checkpointing == "reentrant")
+        return out
+
+
+def drop_multiples_of_sixteen(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    kept = [x for x in items if int(x["sid"]) % 16]
+    return torch.utils.data.default_collate(kept)  # raises for a lone multiple of sixteen, as such functions do

@@ -1,0 +1,67 @@
+"""The benchmarks run, and what they say of their figures is right."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.quickstart import equal_loss_seconds, standard_error
+from benchmarks.record import Claim, median_interval
+from tests.multirank.harness import run_command
+
+
+def test_a_claim_says_whether_it_is_met() -> None:
+    assert Claim("a", 1.07, "", 1.08).met is True
+    assert Claim("a", 1.09, "", 1.08).met is False
+    assert Claim("a", 1.09, "", 1.08, higher_is_better=True).met is True
+    assert Claim("a", 1.09, "", None).met is None
+
+
+def test_the_interval_of_the_median_covers_it_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    hits, rounds, n = 0, 1000, 30
+    for _ in range(rounds):
+        median, low, high = median_interval(rng.exponential(size=n).tolist())
+        assert low <= median <= high
+        hits += low <= math.log(2) <= high
+    assert 0.94 < hits / rounds < 0.985  # 95.7 % by the binomial distribution of n = 30
+    assert median_interval([3.0]) == (3.0, 3.0, 3.0)
+
+
+def test_time_to_equal_loss_lies_between_two_evaluations() -> None:
+    curve = [{"val_loss": v, "seconds": s} for v, s in ((6.0, 10.0), (5.0, 20.0), (4.5, 40.0))]
+    assert equal_loss_seconds(curve, 4.75) == pytest.approx(30.0)
+    assert equal_loss_seconds(curve, 4.0) == math.inf
+    assert standard_error([1.0, 3.0]) == pytest.approx(1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options", "claims"),
+    [
+        ("harvest", ["--pairs", "3", "--models", "small"], ["harvest_ratio_small"]),
+        ("refresh", ["--sizes", "400", "800", "--repeats", "1"], ["refresh_exponent", "refresh_to_faiss_ratio"]),
+    ],
+)
+def test_a_benchmark_writes_its_claims_and_rows(tmp_path: Path, name: str, options: list[str], claims: list[str]) -> None:
+    more = ["--data", str(tmp_path / "data")] if name == "refresh" else []
+    target = tmp_path / "out.json"
+    said = run_command([sys.executable, "-m", "benchmarks", name, *options, *more, "--json", target], timeout=100)
+    found = json.loads(target.read_text())
+    assert [c["name"] for c in found["claims"]] == claims
+    assert all(math.isfinite(c["value"]) and c["value"] > 0 for c in found["claims"])
+    assert all(c["name"] in said for c in found["claims"])
+    assert found["hardware"]["cores"] and found["versions"]["torch"]
+    assert all(rows for rows in found["rows"].values())
+    if name == "harvest":
+        row = found["rows"]["by model"][0]
+        assert row["layers"] == 8 and 0 < row["added_flops_share"] < 0.1 and row["hook_peak_bytes"] > 0
+    else:
+        assert [r["n"] for r in found["rows"]["by size"]] == [400, 800]
+        for r in found["rows"]["refreshes"]:
+            assert sum(r[s] for s in ("gather", "features", "graph", "propagate", "select")) <= r["total"]

@@ -1,0 +1,100 @@
+"""When refreshes are due and what they are asked for."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grace_ds.config.schema import GraceConfig, RefreshConfig
+from grace_ds.integrations import cadence
+
+
+def config(
+    cadence_name: str = "adaptive", interval: int = 10, overhead: float = 0.05, start: int = 0, stop: int = 0
+) -> GraceConfig:
+    refresh = RefreshConfig(interval_steps=interval, cadence=cadence_name, max_overhead=overhead)
+    return GraceConfig(start_step=start, stop_step=stop, refresh=refresh)
+
+
+@given(
+    interval=st.integers(1, 1000),
+    overhead=st.floats(0.01, 0.5),
+    refresh_seconds=st.floats(0.001, 1e4),
+    step_seconds=st.floats(0.001, 100),
+)
+def test_the_stretched_interval_is_the_shortest_below_the_overhead(
+    interval: int, overhead: float, refresh_seconds: float, step_seconds: float
+) -> None:
+    steps = cadence.stretched_interval(config(interval=interval, overhead=overhead), 0, refresh_seconds, step_seconds)
+    assert steps >= interval
+    assert refresh_seconds <= overhead * steps * step_seconds * (1 + 1e-9)
+    if steps > interval:
+        assert refresh_seconds > overhead * (steps - 1) * step_seconds * (1 - 1e-9)
+
+
+@pytest.mark.parametrize(("name", "step_seconds"), [("fixed", 0.001), ("adaptive", None), ("adaptive", 0.0)])
+def test_it_stays_as_configured_when_fixed_or_while_no_step_was_timed(name: str, step_seconds: float | None) -> None:
+    assert cadence.stretched_interval(config(name), 0, 1e6, step_seconds) == 10
+
+
+def test_the_first_coreset_is_due_at_the_start_step_however_dear_a_refresh_is() -> None:
+    c = config(start=25)
+    assert cadence.stretched_interval(c, 7, 1e6, 0.001) == 18
+    assert cadence.configured_interval(c, 25) == 10
+
+
+def test_a_run_is_uniform_before_its_start_and_from_its_stop() -> None:
+    c = config(start=20, stop=60)
+    assert [s for s in range(80) if not cadence.is_uniform(c, s)] == list(range(20, 60))
+    assert not any(cadence.is_uniform(config(), s) for s in range(80))
+
+
+def test_only_steps_that_a_coreset_can_use_are_harvested() -> None:
+    c = config(start=20, stop=60)
+    assert [s for s in range(80) if cadence.harvested(c, s, next_refresh=s + 1)] == list(range(10, 60))
+
+
+def test_what_nothing_would_be_trained_on_is_neither_harvested_nor_made() -> None:
+    c = config()
+    c.total_steps = 35
+    refreshes = [s for s in range(1, 40) if cadence.is_due(c, s, next_refresh=(s // 10) * 10 or 10)]
+    assert 30 in refreshes
+    assert 35 not in refreshes
+    harvested = [s for s in range(35) if cadence.harvested(c, s, next_refresh=(s // 10 + 1) * 10)]
+    assert harvested == list(range(30))  # the rows of steps 30 to 34 no refresh would read
+
+
+@pytest.mark.parametrize(("start", "stop", "total"), [(0, 0, 0), (40, 60, 0), (40, 0, 65), (7, 0, 40)])
+def test_a_basis_is_fitted_where_rows_will_be_measured_with_it_and_nowhere_else(start: int, stop: int, total: int) -> None:
+    c = config(start=start, stop=stop)
+    c.total_steps = total
+    for step in range(0, total or 80, 10):
+        used = any(cadence.harvested(c, s, next_refresh=step + 10) for s in range(step, min(step + 10, total or 80)))
+        assert cadence.wants_basis(c, step, 10) == used
+
+
+def test_a_job_that_goes_on_beyond_its_stated_end_is_served_again() -> None:
+    c = config()
+    c.total_steps = 20
+    assert not cadence.is_due(c, 20, next_refresh=20)
+    assert cadence.is_due(c, 21, next_refresh=20)
+    assert cadence.harvested(c, 20, next_refresh=20)
+
+
+def fits(useful: bool, versions: int) -> list[int]:
+    """Versions that come with a basis, when each can (or cannot) be judged by at the version after it."""
+    units: dict[int, float] = {}
+    fitted: list[int] = []
+    for version in range(1, versions + 1):
+        if fitted and fitted[-1] == version - 1:
+            units[fitted[-1]] = 0.4 if useful else 0.0
+        if cadence.basis_due(units, version):
+            fitted.append(version)
+    return fitted
+
+
+def test_a_useless_basis_is_looked_at_again_ever_more_rarely() -> None:
+    assert fits(True, 20) == list(range(1, 21))
+    assert fits(False, 40) == [1, 3, 7, 15, 31]
+    assert cadence.basis_due({1: 0.0, 3: 0.0, 7: 0.3}, 8)  # useful again: at once
