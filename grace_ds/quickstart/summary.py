@@ -7,7 +7,7 @@ Keys of summary.json (every time in seconds, every overhead a share of the arm's
   ``train_seconds`` (from initialize on, validation not counted), ``wall_seconds`` (start-up and validation included),
   ``curve`` (list of ``step``, ``val_loss``, ``train_loss``, ``seconds``)
 - ``grace`` besides: ``harvest_overhead``, ``refresh_overhead``, ``refreshes``, ``coreset_size``, ``churn`` (share of
-  each coreset that was not in the one before), ``version``
+  each coreset that was not in the one before), ``version``, ``harvest_peak_mib`` (most that the hooks held on a rank)
 - ``delta``: grace.val_loss - uniform.val_loss, where both were run; below zero, GRACE is better
 - ``versions`` of Python and the libraries, ``hardware``
 """
@@ -54,6 +54,7 @@ def arm_summary(result: dict[str, Any], wall_seconds: float) -> dict[str, Any]:
         summary["harvest_overhead"] = metrics["harvest_seconds"] / result["train_seconds"]
         summary["refresh_overhead"] = metrics["refresh_seconds"] / result["train_seconds"]
         summary |= {key: metrics.get(key) for key in ("refreshes", "coreset_size", "churn", "version")}
+        summary["harvest_peak_mib"] = (metrics.get("harvest_peak_bytes") or 0.0) / 2**20
     return summary
 
 
@@ -93,6 +94,7 @@ def table(summary: dict[str, Any], arms: list[str]) -> Table:
         ("wall time with start-up (s)", "wall_seconds", ".1f"),
         ("harvest overhead", "harvest_overhead", ".1%"),
         ("refresh overhead", "refresh_overhead", ".1%"),
+        ("harvest peak memory (MiB a rank)", "harvest_peak_mib", ".2f"),
         ("refreshes", "refreshes", "d"),
         ("coreset size (samples)", "coreset_size", "d"),
         ("churn, mean", "churn", ".0%"),

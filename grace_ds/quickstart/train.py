@@ -159,8 +159,14 @@ def result(args: argparse.Namespace, engine: Any, curve: list[dict[str, float]])
         "zero_stage": args.zero,
         "batch": args.batch,
         "curve": curve,
-        "grace": {k: v for k, v in dict(grace.metrics).items() if _plain(v)} if grace is not None else None,
+        "grace": _told(grace.metrics) if grace is not None else None,
     }
+
+
+def _told(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The totals of the run, and what the hooks held at most up to the last refresh."""
+    totals = {key: value for key, value in metrics.items() if _plain(value)}
+    return {**totals, "harvest_peak_bytes": metrics["events"].get("harvest_peak_bytes", 0.0)}
 
 
 def _plain(value: Any) -> bool:
