@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("--json", type=Path, help="where to write the figures")
         module.add_arguments(command)
     args = parser.parse_args(given)
-    console = Console(soft_wrap=not sys.stdout.isatty())
+    console = Console(width=None if sys.stdout.isatty() else 150)
     record = importlib.import_module(f"benchmarks.{args.name}").run(args, console)
     record.show(console)
     if args.json is not None:

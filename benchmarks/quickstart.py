@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, console: Console) -> Record:
         "delta: validation loss of GRACE minus uniform of the same seed, after the last step; below zero GRACE is better",
         "luck: uniform minus uniform in another order, same weights",
         "overhead: harvest and refreshes, share of GRACE's training time; slower: GRACE's training time / uniform's",
-        "time to equal loss: GRACE's seconds, all cost in, until it reaches uniform's final loss / uniform's seconds",
+        "time to equal loss: GRACE's seconds, all cost in, until it reaches uniform's final loss / uniform's seconds; inf: never",
     ]
     record.hidden.append("runs")
     return record

@@ -73,7 +73,7 @@ class Record:
 
     def write(self, path: Path) -> None:
         """Writes the JSON file, whole or not at all."""
-        write_atomic(path, (json.dumps(self.as_dict(), indent=1) + "\n").encode())
+        write_atomic(path, (json.dumps(_finite(self.as_dict()), indent=1, allow_nan=False) + "\n").encode())
 
     def show(self, console: Console) -> None:
         """The rows and the claims as tables."""
@@ -122,6 +122,15 @@ def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float
         cut += 1
     low = max(cut - 1, 0)
     return float(np.median(ordered)), float(ordered[low]), float(ordered[n - 1 - low])
+
+
+def _finite(tree: Any) -> Any:
+    """``tree`` with null in the place of what JSON has no number for: a loss never reached, a median of such."""
+    if isinstance(tree, dict):
+        return {key: _finite(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not np.isfinite(tree) else tree
 
 
 def _table(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]]) -> Table:

@@ -54,7 +54,7 @@ def test_a_benchmark_writes_its_claims_and_rows(tmp_path: Path, name: str, optio
     said = run_command([sys.executable, "-m", "benchmarks", name, *options, *more, "--json", target], timeout=100)
     found = json.loads(target.read_text())
     assert [c["name"] for c in found["claims"]] == claims
-    assert all(math.isfinite(c["value"]) and c["value"] > 0 for c in found["claims"])
+    assert all(math.isfinite(c["value"]) for c in found["claims"])
     assert all(c["name"] in said for c in found["claims"])
     assert found["hardware"]["cores"] and found["versions"]["torch"]
     assert all(rows for rows in found["rows"].values())
@@ -63,5 +63,6 @@ def test_a_benchmark_writes_its_claims_and_rows(tmp_path: Path, name: str, optio
         assert row["layers"] == 8 and 0 < row["added_flops_share"] < 0.1 and row["hook_peak_bytes"] > 0
     else:
         assert [r["n"] for r in found["rows"]["by size"]] == [400, 800]
+        assert found["claims"][-1]["value"] > 1  # a refresh does all that bare faiss does, and more
         for r in found["rows"]["refreshes"]:
             assert sum(r[s] for s in ("gather", "features", "graph", "propagate", "select")) <= r["total"]

@@ -62,7 +62,7 @@ print("GRACE: transport torch")
 
 
 def test_a_failing_arm_gives_its_status_and_last_lines(tmp_path):
-    code = "import sys\nfor i in range(99): print('line', i)\nprint('the reason', file=sys.stderr)\nsys.exit(3)"
+    code = "import sys\nfor i in range(99): print('line', i, flush=True)\nprint('the reason', file=sys.stderr)\nsys.exit(3)"
     with pytest.raises(ArmFailed, match="exit status 3") as caught:
         run(tmp_path, code)
     assert caught.value.tail[-1] == "the reason" and "line 98" in caught.value.tail
