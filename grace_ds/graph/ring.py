@@ -152,6 +152,9 @@ def _search(Q: FloatArray, shard: Shard, k: int, leaf: Leaf) -> IntArray:
     start = np.searchsorted(shard.members[:, 0], np.arange(m + 1))
     # Below this distance from the k-th, a row that the leaf left out may belong in: rounding of both inner products.
     margin = 2 * (d + 2) * 2.0**-24 + 2 / GRID
+    if not leaf.is_exact(m):  # it has left out more than rounding could: looking further would not mend that
+        position, _ = leaf.search(index, Q, min(k, m))
+        return _exact(Q, shard, start, position, k)
     width = min(k + SLACK, m)
     position, approximate = leaf.search(index, Q, width)
     keys = _exact(Q, shard, start, position, k)

@@ -34,6 +34,10 @@ class Leaf(Protocol):
         """Index of ``X`` (m, d) float32, unit norm, whose rows are called ``ids`` (m,) int64, on this rank."""
         ...
 
+    def is_exact(self, rows: int) -> bool:
+        """Whether a shard of ``rows`` rows is searched exactly, up to float32 rounding."""
+        ...
+
     def search(self, index: Any, Q: FloatArray, k: int) -> tuple[IntArray, FloatArray]:
         """The k index rows nearest to each query.
 

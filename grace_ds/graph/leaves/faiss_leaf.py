@@ -84,8 +84,11 @@ class FaissLeaf:
     def build(self, X: FloatArray, ids: IntArray) -> FaissIndex:
         """See :class:`grace_ds.graph.leaves.Leaf`."""
         X = np.ascontiguousarray(X, np.float32)
-        exact = len(X) < FLAT_ROWS or self.recall >= 1.0
-        return FaissIndex(_flat(X) if exact else None, X, ids)
+        return FaissIndex(_flat(X) if self.is_exact(len(X)) else None, X, ids)
+
+    def is_exact(self, rows: int) -> bool:
+        """Below :data:`~grace_ds.graph.leaves.FLAT_ROWS`, or where no recall below 1 is accepted."""
+        return rows < FLAT_ROWS or self.recall >= 1.0
 
     def search(self, index: FaissIndex, Q: FloatArray, k: int) -> tuple[IntArray, FloatArray]:
         """See :class:`grace_ds.graph.leaves.Leaf`; the first search of a large index tunes it on its own queries."""

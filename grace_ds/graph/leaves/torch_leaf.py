@@ -31,6 +31,10 @@ class TorchLeaf:
         """See :class:`grace_ds.graph.leaves.Leaf`."""
         return TorchIndex(torch.from_numpy(np.ascontiguousarray(X, np.float32)), ids)
 
+    def is_exact(self, rows: int) -> bool:
+        """Always."""
+        return True
+
     def search(self, index: TorchIndex, Q: FloatArray, k: int) -> tuple[IntArray, FloatArray]:
         """See :class:`grace_ds.graph.leaves.Leaf`."""
         m, kept = len(index.ids), min(k, len(index.ids))
