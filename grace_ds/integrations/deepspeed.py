@@ -10,6 +10,7 @@ import copy
 import functools
 import inspect
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -257,13 +258,17 @@ class Grace:
 
 
 def _speak_up() -> None:
-    """Where the job has set up no logging, ours goes where DeepSpeed's goes: what GRACE chose must not be silent."""
+    """Where the job has set up no logging, rank 0 says on the screen what GRACE chose, in the form of DeepSpeed's lines."""
+    import torch.distributed as dist
     from deepspeed.utils import logger as theirs
 
-    if not log.hasHandlers():
-        for handler in theirs.handlers:
-            log.addHandler(handler)
-        log.setLevel(theirs.level)
+    if log.hasHandlers():
+        return
+    handler = logging.StreamHandler(sys.stdout)
+    if theirs.handlers:
+        handler.setFormatter(theirs.handlers[0].formatter)
+    log.addHandler(handler)
+    log.setLevel(logging.WARNING if dist.is_initialized() and dist.get_rank() else logging.INFO)
 
 
 __all__ = ["Grace", "attach", "geometry_of", "initialize", "replace_initialize"]

@@ -178,7 +178,8 @@ def test_an_unchanged_script_trains_on_the_schedules_of_initialize(
 ) -> None:
     config = write_config(tmp_path / "on.json", {**GRACE, "run_dir": str(tmp_path / "run")})
     off = write_config(tmp_path / "off.json", None)
-    run_command(command_of(way, tmp_path, config, "--second", str(off)), timeout=90, env=environment(tmp_path))
+    said = run_command(command_of(way, tmp_path, config, "--second", str(off)), timeout=90, env=environment(tmp_path))
+    assert said.count("transport: torch") == 1  # a script without logging of its own: rank 0 says what was chosen
     on, without = ([json.loads((tmp_path / f"{name}-{r}.json").read_text()) for r in range(2)] for name in ("first", "second"))
     assert all(r["touched"] for r in on)
     assert [r["local_rank"] for r in on] == [0, 1]
