@@ -7,10 +7,8 @@ has written.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +18,8 @@ import numpy.typing as npt
 
 from grace_ds.buckets import N_BUCKETS, bucket_of, buckets_of, owner_of
 from grace_ds.errors import CheckpointError, DataError
+from grace_ds.files import digest as digest_of
+from grace_ds.files import write_atomic
 from grace_ds.records import Array, IntArray, Rows
 
 __all__ = ["N_BUCKETS", "Table", "bucket_of", "owner_of"]
@@ -109,8 +109,8 @@ class Table:
         columns = {f.name: np.ascontiguousarray(getattr(self.rows, f.name)) for f in fields(Rows)}
         data = save({**columns, "visits": self.visits, "schema": np.array([SCHEMA], np.int64)})
         name = f"rows-b{mine[0]:04d}-b{mine[-1]:04d}.safetensors"
-        _write_atomic(Path(directory) / name, data)
-        return {name: _digest(data)}
+        write_atomic(Path(directory) / name, data)
+        return {name: digest_of(data)}
 
     @staticmethod
     def load(directory: str | os.PathLike[str], files: Mapping[str, str], rank: int, world: int, dim: int) -> Table:
@@ -145,31 +145,6 @@ def _pick(old: Array, new: Array, index: IntArray) -> Array:
     return out
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _write_atomic(path: Path, data: bytes) -> None:
-    """A reader finds the old file or the new one, also after a power failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def _ranges(files: Mapping[str, str]) -> dict[str, range]:
     """{file name: its buckets} in order; together they must be all buckets, once."""
     found = {}
@@ -199,8 +174,8 @@ def _read(path: Path, digest: str, buckets: range, dim: int) -> Table:
         data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}; load another checkpoint") from error
-    if _digest(data) != digest:
-        raise CheckpointError(f"{path} has digest {_digest(data)}, not {digest}: torn or changed; load another checkpoint")
+    if digest_of(data) != digest:
+        raise CheckpointError(f"{path} has digest {digest_of(data)}, not {digest}: torn or changed; load another checkpoint")
     try:
         columns = load(data)
         schema, visits = int(columns.pop("schema")[0]), columns.pop("visits")
