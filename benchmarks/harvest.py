@@ -10,9 +10,8 @@ on one step, bytes by the hooks' own.
 from __future__ import annotations
 
 import argparse
-import copy
+import math
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.record import Claim, Record, median_interval
 from grace_ds.quickstart.launch import free_port
 from grace_ds.quickstart.model import GPT, GPTConfig
+from grace_ds.records import Rows
 
 MODELS = {"small": GPTConfig(width=80), "large": GPTConfig(width=256)}  # about 0.5M and 4M parameters
 STEPS = {"small": 6, "large": 2}  # of one half of a pair
@@ -45,8 +45,7 @@ def run(args: argparse.Namespace, console: Console) -> Record:
     record.notes.append("ratio: CPU seconds with harvest / without, median of the pairs with its 95 % interval; one thread")
     record.rows["pairs"], record.rows["by model"] = [], []
     for name in args.models:
-        with tempfile.TemporaryDirectory() as folder:
-            pairs, facts = measure(name, args.pairs, not args.fp32, folder)
+        pairs, facts = measure(name, args.pairs, not args.fp32)
         median, low, high = median_interval([with_ / without for with_, without in pairs])
         console.print(f"  {name}: {median:.3f} [{low:.3f}, {high:.3f}], {len(pairs)} pairs")
         record.rows["pairs"] += [{"model": name, "with": a, "without": b} for a, b in pairs]
@@ -67,7 +66,7 @@ def prepare_process() -> None:
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 
 
-def measure(name: str, count: int, bf16: bool, folder: str) -> tuple[list[tuple[float, float]], dict[str, Any]]:
+def measure(name: str, count: int, bf16: bool) -> tuple[list[tuple[float, float]], dict[str, Any]]:
     """(CPU seconds with, without) of each pair, and what is counted rather than timed."""
     with_us, plain = Job(name, bf16, grace=True), Job(name, bf16, grace=False)
     for job in (with_us, plain):
@@ -113,9 +112,7 @@ class Job:
             config["data_efficiency"] = {"enabled": True, "data_sampling": {"enabled": True, "grace": block}}
             more["trusted_data"] = _Tokens(128, MODELS[name].vocab, seed=9)
         start = grace_ds.initialize if grace else deepspeed.initialize
-        self.engine, _, self.loader, _ = start(
-            model=model, model_parameters=model.parameters(), training_data=data, config=copy.deepcopy(config), **more
-        )
+        self.engine, *_ = start(model=model, model_parameters=model.parameters(), training_data=data, config=config, **more)
         # No workers: their processes would take CPU seconds that nobody counts.
         handle = getattr(self.engine, "grace_ds", None)
         self.loader = (
@@ -150,12 +147,12 @@ class Job:
                 job.steps(1)
             flops.append(counter.get_total_flops())
         harvester = self.engine.grace_ds.controller.harvester
-        row = 2 * harvester.sketcher.dim + 8 + 4 * 3 + 8 + 4  # a Rows entry: sketch, id, norm, loss, align, step, basis
+        columns = vars(Rows.empty(harvester.sketcher.dim)).values()
         return {
             "layers": len(harvester.sketcher.layers),
             "added_flops_share": flops[0] / flops[1] - 1,
             "hook_peak_bytes": harvester.sketcher.peak_bytes,
-            "row_bytes": row,
+            "row_bytes": sum(column.dtype.itemsize * math.prod(column.shape[1:]) for column in columns),
         }
 
     def close(self) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+
+from grace_ds.processes import end_group, signal_group
 
 USAGE = "grace-ds run [launcher options] train.py [arguments]"
 _GRACE_SECONDS = 10.0  # that interrupted processes have to end by themselves
@@ -43,35 +42,19 @@ def supervise(command: Sequence[str]) -> int:
     def forward(signum: int, frame: FrameType | None) -> None:
         caught.append(signum)
         if child is not None:
-            _signal_group(child.pid, signum)
+            signal_group(child.pid, signum)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         child = subprocess.Popen(command, start_new_session=True)
         if caught:  # between the handler and the start
-            _signal_group(child.pid, caught[-1])
+            signal_group(child.pid, caught[-1])
         status = child.wait()
     finally:
         if child is not None:
-            _end_group(child.pid, _GRACE_SECONDS if caught else 0.0)
+            end_group(child.pid, 0, _GRACE_SECONDS if caught else 0.0)  # what was caught has been passed on
         for number, handler in before.items():
             signal.signal(number, handler)
     if caught:
         return 128 + caught[0]
     return status if status >= 0 else 128 - status
-
-
-def _end_group(group: int, grace: float) -> None:
-    """Waits until no process of the group is left, ``grace`` seconds at most, then kills the rest."""
-    deadline = time.monotonic() + grace
-    while _signal_group(group, 0) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    _signal_group(group, signal.SIGKILL)
-
-
-def _signal_group(group: int, number: int) -> bool:
-    """Whether there was a process to send to."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, number)
-        return True
-    return False

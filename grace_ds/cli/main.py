@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 
 from grace_ds.cli.launch import USAGE, run
-from grace_ds.cli.trace import trace
 from grace_ds.errors import GraceError
 
 
@@ -44,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(words[command + 1 :])
     args = parser().parse_args(words)
     try:
+        from grace_ds.cli.trace import trace
+
         sys.stdout.write(trace(args.where, args.step, as_json=args.json))
         return 0
     except GraceError as error:

@@ -29,10 +29,10 @@ def read_ds_config(config: str | Path | Mapping[str, Any]) -> Plain:
     Raises:
         ConfigError: the file is missing or no JSON object.
     """
-    import hjson  # DeepSpeed's own reader: a config with comments that it takes must not fail here
-
     if isinstance(config, Mapping):
         return cast(Plain, config)
+    import hjson  # DeepSpeed's own reader: a config with comments that it takes must not fail here
+
     try:
         loaded = hjson.loads(Path(config).read_text())
     except OSError as e:

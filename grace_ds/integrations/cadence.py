@@ -18,8 +18,7 @@ def is_due(c: GraceConfig, step: int, next_refresh: int) -> bool:
 
 def harvested(c: GraceConfig, step: int, next_refresh: int) -> bool:
     """Whether rows of the optimizer step after ``step`` can still be of use to a coreset."""
-    last = step < c.total_steps <= next_refresh  # no refresh of this run will read them
-    return step >= c.start_step - c.refresh.interval_steps and not _stopped(c, step) and not last
+    return step >= c.start_step - c.refresh.interval_steps and not _ends(c, step, next_refresh)
 
 
 def is_uniform(c: GraceConfig, step: int) -> bool:
@@ -29,8 +28,7 @@ def is_uniform(c: GraceConfig, step: int) -> bool:
 
 def wants_basis(c: GraceConfig, step: int, interval: int) -> bool:
     """Whether rows will be harvested with a trusted basis fitted at ``step``, before the refresh ``interval`` steps later."""
-    last = step < c.total_steps <= step + interval
-    return not _stopped(c, step) and not last and step + interval > c.start_step - c.refresh.interval_steps
+    return step + interval > c.start_step - c.refresh.interval_steps and not _ends(c, step, step + interval)
 
 
 def basis_due(units: Mapping[int, float], version: int) -> bool:
@@ -63,6 +61,11 @@ def stretched_interval(c: GraceConfig, step: int, refresh_seconds: float, step_s
     if c.refresh.cadence == "fixed" or step < c.start_step or not step_seconds:
         return steps
     return max(steps, math.ceil(refresh_seconds / (c.refresh.max_overhead * step_seconds)))
+
+
+def _ends(c: GraceConfig, step: int, next_refresh: int) -> bool:
+    """Whether no refresh of this run will choose by what is harvested after ``step``."""
+    return _stopped(c, step) or step < c.total_steps <= next_refresh
 
 
 def _stopped(c: GraceConfig, step: int) -> bool:

@@ -259,7 +259,7 @@ class Controller:
         if self.harvester is not None:
             self.harvester.drained(fresh.running_mean)
         self.reference = dict(fresh.inputs.reference)
-        if self.refresher.trust is not None:
+        if self.trust is not None:
             self.take_basis(fresh.basis)
         self.metrics.count(schedule, self.book.schedules[-1] if self.book.schedules else None)
         self.book.publish(schedule)

@@ -13,6 +13,7 @@ from grace_ds.comm.base import Comm
 from grace_ds.errors import DataError
 from grace_ds.features.tokens import undisturbed_rng
 from grace_ds.records import FloatArray, IntArray
+from grace_ds.selection.prior import robust_location
 from grace_ds.sketch.basis import TrustedBasis
 from grace_ds.sketch.losses import scalar_loss
 from grace_ds.sketch.probe import LossFn, probe_basis, probe_rows
@@ -34,8 +35,7 @@ def unit_of(align: FloatArray) -> tuple[float, float]:
     A filter cuts at half the median.  Where trusted samples scatter more than that, it would drop them by chance: the
     mean gradient, which the basis is fitted to, is what a few optimizer steps take away.
     """
-    median = float(np.median(align))
-    deviation = 1.4826 * float(np.median(np.abs(align - median)))
+    median, deviation = robust_location(align)
     return (median if median > deviation else 0.0), deviation
 
 
@@ -71,7 +71,7 @@ class TrustedProbe:
         loss_fn: LossFn | None,
         comm: Comm,
         seed: int,
-        count: int = _MOST,
+        count: int,
     ) -> None:
         self.module, self.sketcher, self.dataset, self.halves = module, sketcher, dataset, halves
         self.collate, self.rows, self.device, self.comm, self.seed = collate, rows, device, comm, seed

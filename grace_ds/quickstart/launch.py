@@ -21,6 +21,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from grace_ds.processes import end_group
+
 STEP = re.compile(r"^step (\d+)/(\d+) (.*)")
 # Of a launch's many lines, those that tell what GRACE chose.
 SHOWN = re.compile(r"\bgrace\b|transport: |sketching |alignment with |implied repeats", re.IGNORECASE)
@@ -187,26 +189,5 @@ def _expire(child: subprocess.Popen[str], expired: threading.Event) -> None:
 
 def stop_group(child: subprocess.Popen[str], grace_seconds: float = 5.0) -> None:
     """End the child's whole process group: politely, and after ``grace_seconds`` for certain."""
-    # A signal is only on its way when killpg returns; the second wait is for that.
-    for sig, patience in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, 2.0)):
-        try:
-            os.killpg(child.pid, sig)
-        except ProcessLookupError:
-            break
-        deadline = time.monotonic() + patience
-        while _alive(child) and time.monotonic() < deadline:
-            time.sleep(0.05)
+    end_group(child.pid, signal.SIGTERM, grace_seconds)
     child.wait()
-
-
-def _alive(child: subprocess.Popen[str]) -> bool:
-    """Whether anything of the child's group still runs; a zombie that its adopter has not waited for does not."""
-    child.poll()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, group = stat.read_text().rsplit(")", 1)[1].split()[:3]
-        except OSError:
-            continue  # it ended while we looked
-        if int(group) == child.pid and state != "Z":
-            return True
-    return False

@@ -1,4 +1,4 @@
-"""A small GPT, as anybody would write it: nothing in it knows of GRACE.
+"""A small GPT, as anybody would write it; of the package it uses only the choice of a dtype that a CPU can multiply.
 
 Shape legend: B = sequences, T = tokens, C = width, V = vocabulary.
 """
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from grace_ds.sketch.project import product_dtype
 
 
 @dataclass(frozen=True)
@@ -23,23 +25,12 @@ class GPTConfig:
     width: int = 96
 
 
-def multiplies(x: Tensor) -> torch.dtype:
-    """What to multiply ``x`` in: its own dtype, but float32 on a CPU that has no instructions for the narrow ones.
-
-    torch's fallback there is 10 to 30 times slower than float32, and the instructions sum in float32 anyway.
-    """
-    if x.device.type != "cpu" or x.dtype == torch.float32:
-        return x.dtype
-    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return x.dtype if available and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-
-
 class Linear(nn.Linear):
-    """``nn.Linear`` that is as fast on any CPU."""
+    """``nn.Linear`` that is as fast on a CPU without instructions for bfloat16."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) to (..., outputs), in the dtype of ``x``."""
-        kind = multiplies(x)
+        kind = product_dtype(x)
         bias = None if self.bias is None else self.bias.to(kind)
         return F.linear(x.to(kind), self.weight.to(kind), bias).to(x.dtype)
 
@@ -56,7 +47,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mix along the sequence."""
         b, t, c = x.shape
-        wide = self.qkv(x).to(multiplies(x))
+        wide = self.qkv(x).to(product_dtype(x))
         q, k, v = (y.view(b, t, self.heads, c // self.heads).transpose(1, 2) for y in wide.chunk(3, dim=-1))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         projected: Tensor = self.out(mixed.transpose(1, 2).reshape(b, t, c).to(x.dtype))

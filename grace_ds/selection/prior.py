@@ -173,11 +173,15 @@ def _row_mean(values: Float64Array, row: IntArray, n: int) -> Float64Array:
     return mean
 
 
+def robust_location(values: Array) -> tuple[float, float]:
+    """Median and robust standard deviation (from the median absolute deviation) of finite ``values`` (n,), n at least 1."""
+    median = float(np.median(values))
+    return median, MAD_TO_DEVIATION * float(np.median(np.abs(values - median)))
+
+
 def _location(scores: Float64Array) -> tuple[float, float]:
     """Median and robust standard deviation of the finite scores; the latter at least ``MIN_SPREAD``."""
-    scores = scores[np.isfinite(scores)]
-    median = float(np.median(scores))
-    deviation = MAD_TO_DEVIATION * float(np.median(np.abs(scores - median)))
+    median, deviation = robust_location(scores[np.isfinite(scores)])
     if deviation < MIN_SPREAD:
         log.warning(
             "the trusted sequences score almost alike (robust deviation %.3g nats per token, taken as %g): are they "

@@ -86,10 +86,9 @@ class BasisAccumulator(Target):
             if self.closed or not held:
                 return
             a, psi_a = held.pop()
-            g = grad.detach().reshape(-1, grad.shape[-1])
-            omega_g = omega.project(g)
-            self._add(self._y, index, torch.mm(omega_g, a.to(omega_g.dtype)))
-            self._add(self._w, index, torch.mm(psi_a.to(product_dtype(g)), g.to(product_dtype(g))))
+            g = grad.detach().reshape(-1, grad.shape[-1]).to(product_dtype(grad))
+            self._add(self._y, index, torch.mm(omega.project(g), a.to(g.dtype)))
+            self._add(self._w, index, torch.mm(psi_a.to(g.dtype), g))
             self.seen.add(index)
             self.backward_seen = True
             self.hold(-nbytes)

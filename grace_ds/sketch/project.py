@@ -98,7 +98,10 @@ def _narrow_is_native() -> bool:
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
-    """What ``x`` is to be multiplied in: its own dtype, or float32 on a CPU without instructions for that."""
+    """What ``x`` is to be multiplied in: its own dtype, or float32 on a CPU without instructions for that.
+
+    The instructions sum in float32 anyway.
+    """
     if x.device.type != "cpu" or x.dtype == torch.float64 or _narrow_is_native():
         return x.dtype
     return torch.float32
