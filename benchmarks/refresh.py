@@ -89,19 +89,21 @@ def measure(data: Path, n: int, dim: int, repeats: int, objective: str) -> list[
     prior = BigramPrior.fit(trusted.reshape(-1), np.arange(len(trusted) + 1) * trusted.shape[1])
     config = GraceConfig()
     config.selection.objective = objective
+    config.graph.residuals = True  # every stage at work
+    config.guard.enabled = False
     config.features.dim = dim
     interval = max(1, n // 20 // BATCH)
     last: list[ContentFeatures] = []
 
     def contents(ids: IntArray) -> ContentFeatures:
         reader = TokenReader(_Items(tokens), "auto", config.features.max_tokens)
-        last[:] = [content_features(reader, ids, dim=dim, seed=1, allreduce=comm.allreduce, trusted=prior)]
+        last[:] = [content_features(reader, ids, dim=dim, seed=1, allreduce=comm.allreduce, trusted=prior, want_statistics=True)]
         return last[0]
 
     comm = LocalComm(3600.0)
     pool = Pool(n, n, config.budget, interval, BATCH, config.seed)
     nobody = np.empty(0, np.int64)
-    pipeline = Pipeline(comm, config, pool, BATCH, contents, nobody, nobody)
+    pipeline = Pipeline(comm, config, pool, BATCH, contents, nobody, nobody, prior.held_out)
     old, new = _harvest(n, config.harvest.dim, interval)
     inputs = Inputs(new, Table.empty(config.harvest.dim).merge(old), Ledger(), 20 * interval, 1, 0, interval, {0: 0.4})
     out = []

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grace_ds.integrations.deepspeed import Grace, attach, initialize
+    from grace_ds.integrations.weights import sample_weights
 
 __version__ = "0.1.0"
-__all__ = ["Grace", "__version__", "attach", "initialize"]
+__all__ = ["Grace", "__version__", "attach", "initialize", "sample_weights"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,4 +23,8 @@ def __getattr__(name: str) -> Any:
         from grace_ds.integrations import deepspeed
 
         return getattr(deepspeed, name)
+    if name == "sample_weights":
+        from grace_ds.integrations.weights import sample_weights
+
+        return sample_weights
     raise AttributeError(f"module 'grace_ds' has no attribute {name!r}")

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 
 from grace_ds.config.schema import GraceConfig
 from grace_ds.pool import Permutation
 from grace_ds.propagate import priority
-from grace_ds.records import Array, IntArray, Neighbours, Role, Schedule
+from grace_ds.records import Array, FloatArray, IntArray, Neighbours, Role, Schedule
 from grace_ds.schedule import compose
+from grace_ds.selection.guard import Decision, contrast, decide, effective_share
 from grace_ds.selection.objectives import select
-from grace_ds.selection.prior import align_keep, combine, rank01
+from grace_ds.selection.prior import CUT, SOFTNESS
+from grace_ds.selection.probability import combine, rank01, soft_pass
 from grace_ds.selection.sample import gumbel
 from grace_ds.signals import Inputs, Pipeline, Signals
 
 _AUDIT_SALT = 0x5EED_A0D1  # keeps the audit draw apart from the coreset's
 
 
-def choose(p: Pipeline, x: Inputs, start: int, s: Signals, edges: Neighbours | None) -> Schedule:
+def choose(p: Pipeline, x: Inputs, start: int, s: Signals, edges: Neighbours | None, seen: Seen | None) -> Schedule:
     """The coreset and its order, on root."""
+    decision = judge(p.config, x, s, seen)
+    known = int(np.isfinite(s.align).sum())
+    told = {"guard": decision.meta(), "known_loss": int(np.isfinite(s.loss).sum()), "known_align": known}
+    # Before anything is known of influences, grace looks at the pool as it is: they must be learned from all of it.
+    # A trusted set whose halves do not agree is not waited for.
+    learning = x.learning and (not x.reference or any(unit > 0 for unit in x.reference.values()))
+    opening = decision.level == "grace" and not known and learning
+    if decision.level == "uniform" or opening:
+        return uniform_schedule(p, x, start, told)
     c = p.config.selection
     allowed = ~np.isin(s.ids, p.exclude)
     k = max(1, round(p.config.budget * len(s.ids)))
-    log_p = log_probability(p.config, s)
+    log_p = log_probability(decision.level, s, c.loss_tilt)
     coreset = select(
         c.objective,
         s.ids,
@@ -36,9 +51,11 @@ def choose(p: Pipeline, x: Inputs, start: int, s: Signals, edges: Neighbours | N
     )
     length = (x.interval + slack(p.config, x.interval)) * p.batch
     outside = allowed & ~np.isin(s.ids, coreset.ids)
-    audit = _draw_audit(p, x, s.ids[allowed], round(c.audit * length))
+    # Slots for others pay only where gradients are harvested to look at them.
+    audits, explores = (round(share * length) if decision.level == "grace" else 0 for share in (c.audit, c.explore))
+    audit = _draw_audit(p, x, s.ids[allowed], audits)
     wanted = priority(s.staleness, s.disagreement)
-    explore = s.ids[outside][_top(wanted[outside], s.ids[outside], round(c.explore * length), p.config.seed, x.version)]
+    explore = s.ids[outside][_top(wanted[outside], s.ids[outside], explores, p.config.seed, x.version)]
     meta = {
         "objective": c.objective,
         "batch": p.batch,
@@ -46,9 +63,8 @@ def choose(p: Pipeline, x: Inputs, start: int, s: Signals, edges: Neighbours | N
         "coreset": len(coreset.ids),
         "decided_at_step": x.step,
         "next_refresh_step": x.step + x.interval,
-        "known_loss": int(np.isfinite(s.loss).sum()),
-        "known_align": int(np.isfinite(s.align).sum()),
         "effective_share": effective_share(log_p),
+        **told,
     }
     return compose(
         coreset,
@@ -63,23 +79,39 @@ def choose(p: Pipeline, x: Inputs, start: int, s: Signals, edges: Neighbours | N
     )
 
 
-def log_probability(config: GraceConfig, s: Signals) -> Array:
+@dataclass(frozen=True)
+class Seen:
+    """Influences harvested since the last schedule, by role, on root; finite where they could be measured.
+
+    Attributes:
+        core, audit: (n,), (m,) float32, in units of the trusted median.
+    """
+
+    core: FloatArray
+    audit: FloatArray
+
+
+def judge(config: GraceConfig, x: Inputs, s: Signals, seen: Seen | None) -> Decision:
+    """What this schedule may use: the recipe, or less where the guard says so."""
+    share = effective_share(log_probability("prior" if config.recipe == "grace" else config.recipe, s, False))
+    if not config.guard.enabled:
+        return Decision(config.recipe, "the guard is off", numbers={"effective_share": share})
+    # Copies alone do not tell clean from dirty: they are worth thinning out in either.
+    filters = config.recipe in ("grace", "prior") and np.isfinite(s.keep).any()
+    clean_share = config.guard.clean_share if filters or config.recipe == "uniform" else float("inf")
+    found = contrast(seen.core, seen.audit, config.guard.confidence, config.seed + x.version) if seen is not None else None
+    return decide(config.recipe, x.version, share, clean_share, found, x.decision)
+
+
+def log_probability(level: str, s: Signals, loss_tilt: bool) -> Array:
     """(n,) float64 log of the unnormalised selection probability (design: the two tiers multiply)."""
-    c = config.selection
-    keep = s.keep if c.prior and np.isfinite(s.keep).any() else None
-    density = s.density if c.density else None
-    tilt = rank01(s.loss) if c.loss_tilt and np.isfinite(s.loss).any() else None
-    filtered = None
-    if c.alignment and np.isfinite(s.align).any():
-        # A sample of unknown alignment is neither kept nor dropped for it.
-        filtered = np.where(np.isfinite(s.align), align_keep(s.align, 1.0), 1.0)
-    return np.asarray(combine(keep, density, tilt, filtered, n=len(s.ids)))
-
-
-def effective_share(log_p: Array) -> float:
-    """(Σp)²/(N Σp²): 1 where every sample is equally likely, small where few carry all the probability."""
-    p = np.exp(log_p - log_p.max())
-    return float(p.sum() ** 2 / (len(p) * (p**2).sum()))
+    if level == "uniform":
+        return np.zeros(len(s.ids))
+    keep = s.keep if level != "density" and np.isfinite(s.keep).any() else None
+    grace = level == "grace"
+    tilt = rank01(s.loss) if grace and loss_tilt and np.isfinite(s.loss).any() else None
+    filtered = soft_pass(s.align, CUT, SOFTNESS) if grace and np.isfinite(s.align).any() else None
+    return np.asarray(combine(keep, s.density, tilt, filtered, n=len(s.ids)))
 
 
 def slack(config: GraceConfig, interval: int) -> int:
@@ -88,7 +120,7 @@ def slack(config: GraceConfig, interval: int) -> int:
     return asked if asked >= 0 else max(1, interval // 4)
 
 
-def uniform_schedule(p: Pipeline, x: Inputs, start: int) -> Schedule:
+def uniform_schedule(p: Pipeline, x: Inputs, start: int, told: Mapping[str, Any] | None = None) -> Schedule:
     """The corpus in uniform order without replacement, as a pure function of the position; on root."""
     length = (x.interval + slack(p.config, x.interval)) * p.batch
     positions = np.arange(start, start + length, dtype=np.int64)
@@ -103,6 +135,7 @@ def uniform_schedule(p: Pipeline, x: Inputs, start: int) -> Schedule:
         "coreset": p.pool.n,
         "decided_at_step": x.step,
         "next_refresh_step": x.step + x.interval,
+        **(told or {}),
     }
     roles = np.full(length, Role.CORE, np.uint8)
     return Schedule(x.version, start, ids, roles, np.ones(length, np.float32), p.config.seed, meta)

@@ -65,9 +65,9 @@ def propagate(
         DataError: the shapes do not fit together.
     """
     _check(own, own_age, nbr_values, nbr_age, similarity, shrink, decay)
-    weight = _confidence(nbr_age, decay) * _closeness(similarity)
+    weight = confidence(nbr_age, decay) * _closeness(similarity)
     known = ~np.isnan(own)
-    evidence = np.where(known, _confidence(own_age, decay)[:, None], 0.0)
+    evidence = np.where(known, confidence(own_age, decay)[:, None], 0.0)
     total = evidence * np.where(known, own, 0.0)
     # Neighbour by neighbour: a sum along an axis may be split differently for other shapes, this one cannot.
     for j in range(similarity.shape[1]):
@@ -77,9 +77,9 @@ def propagate(
     values = total / (shrink + evidence)
     fresh = known & (np.asarray(own_age) == 0)[:, None]
     values = np.where(fresh, own, values)
-    confidence = np.where(fresh[:, 0], 1.0, evidence[:, 0] / (shrink + evidence[:, 0]))
+    sure = np.where(fresh[:, 0], 1.0, evidence[:, 0] / (shrink + evidence[:, 0]))
     disagreement = _spread(nbr_values[:, :, :1], weight)
-    return Propagated(values.astype(np.float32), confidence.astype(np.float32), disagreement.astype(np.float32))
+    return Propagated(values.astype(np.float32), sure.astype(np.float32), disagreement.astype(np.float32))
 
 
 def priority(staleness: Array, disagreement: FloatArray) -> FloatRows:
@@ -104,8 +104,11 @@ def priority(staleness: Array, disagreement: FloatArray) -> FloatRows:
     return result
 
 
-def _confidence(age: Array, decay: float) -> FloatRows:
-    """Decay ** age; 0 for a row that was never harvested, also where decay is 1."""
+def confidence(age: Array, decay: float) -> FloatRows:
+    """(n,) or (n, k) float64, what a value is worth at its age in refreshes: decay ** age.
+
+    0 for a row that was never harvested, also where decay is 1.
+    """
     age = np.ascontiguousarray(age, np.float64)
     result: FloatRows = np.where(np.isfinite(age), np.power(decay, np.where(np.isfinite(age), age, 0.0)), 0.0)
     return result

@@ -16,12 +16,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from grace_ds.broadcast import activation, broadcast_schedule
-from grace_ds.choice import choose, uniform_schedule
+from grace_ds.choice import Seen, choose, uniform_schedule
+from grace_ds.comm.base import Comm
+from grace_ds.config.schema import GraceConfig
 from grace_ds.features import ContentFeatures
 from grace_ds.gather import gather_rows
 from grace_ds.graph import leaves
 from grace_ds.graph.ring import nearest
-from grace_ds.records import FloatArray, IntArray, Neighbours, Schedule
+from grace_ds.influence import labels
+from grace_ds.records import FloatArray, IntArray, Neighbours, Rows, Schedule
 from grace_ds.signals import Inputs, Pipeline, collect, spread
 from grace_ds.table import Table, owner_of
 
@@ -81,7 +84,8 @@ def refresh(p: Pipeline, x: Inputs) -> Outcome:
         with clock("select"):
             edges = window_graph(p, own, content) if p.config.selection.objective == "facility_location" else None
             signals = collect(p.comm, local)
-            schedule = choose(p, x, start, signals, edges) if signals is not None else None
+            seen = by_role(p.comm, x, table)
+            schedule = choose(p, x, start, signals, edges, seen) if signals is not None else None
     with clock("broadcast"):
         schedule = broadcast_schedule(p.comm, schedule)
     counts = {
@@ -94,11 +98,19 @@ def refresh(p: Pipeline, x: Inputs) -> Outcome:
 
 
 def anchors_of(p: Pipeline, own: IntArray, content: ContentFeatures, table: Table) -> Neighbours | None:
-    """For every sample of this rank its k nearest harvested samples of all ranks; None where nothing is harvested yet."""
-    if content.vectors is None:
+    """For every sample of this rank its k nearest harvested samples of all ranks.
+
+    None where nothing is harvested yet, or where nothing is to be carried along the edges.
+    """
+    if content.vectors is None or not carries(p.config):
         return None
     anchor = table.lookup(own) >= 0
     return _search(p, own, content.vectors, own[anchor], content.vectors[anchor])
+
+
+def carries(config: GraceConfig) -> bool:
+    """Whether a refresh carries anything from harvested samples to others along the k-NN graph."""
+    return config.graph.residuals or config.selection.loss_tilt
 
 
 def window_graph(p: Pipeline, own: IntArray, content: ContentFeatures) -> Neighbours | None:
@@ -112,6 +124,23 @@ def window_graph(p: Pipeline, own: IntArray, content: ContentFeatures) -> Neighb
     ids, neighbours, similarity = (np.concatenate(part) for part in parts if part is not None)
     order = np.argsort(ids, kind="stable")
     return Neighbours(neighbours[order], similarity[order])
+
+
+def by_role(comm: Comm, x: Inputs, table: Table) -> Seen | None:
+    """Influences of the samples harvested since the last schedule, core and audit apart; None but on root.  Collective.
+
+    From the table, not from what has just come: a checkpoint in between must not change what is seen.
+    """
+    rows = table.rows.take(table.rows.step > x.since) if len(x.core) else Rows.empty(table.dim)
+    parts = [comm.gather(a) for a in (rows.ids, labels(rows, x.reference))]
+    if parts[0] is None or parts[1] is None:
+        return None
+    ids, label = np.concatenate(parts[0]), np.concatenate(parts[1])
+    order = np.argsort(ids, kind="stable")  # the bootstrap must draw the same for any number of ranks
+    ids, label = ids[order], label[order]
+    core = np.isin(ids, x.core)
+    audit = ~core if x.audit is None else np.isin(ids, x.audit)
+    return Seen(label[core & ~audit], label[audit])
 
 
 def _search(p: Pipeline, own: IntArray, queries: FloatArray, ids: IntArray, rows: FloatArray) -> Neighbours | None:

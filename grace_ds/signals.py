@@ -15,10 +15,12 @@ from grace_ds.comm.base import Comm
 from grace_ds.config.schema import GraceConfig
 from grace_ds.features import ContentFeatures
 from grace_ds.gather import fetch
+from grace_ds.influence import influence, labels
 from grace_ds.pool import Pool
-from grace_ds.propagate import propagate
+from grace_ds.propagate import confidence, propagate
 from grace_ds.records import Array, FloatArray, IntArray, Neighbours, Rows
 from grace_ds.schedule import Ledger
+from grace_ds.selection.guard import Decision
 from grace_ds.table import Table
 
 
@@ -33,6 +35,7 @@ class Pipeline:
         batch: samples of one optimizer step over all ranks.
         contents: content features of the window's samples that this rank owns (sorted ids in, same order out).
         include, exclude: sorted ids that every / no coreset holds.
+        trusted: (m, s) float32, content statistics of held-out trusted samples; None without a trusted model.
     """
 
     comm: Comm
@@ -42,6 +45,7 @@ class Pipeline:
     contents: Callable[[IntArray], ContentFeatures]
     include: IntArray
     exclude: IntArray
+    trusted: FloatArray | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,12 @@ class Inputs:
         version: of the schedule to be made.
         issued: samples over all ranks that this rank's loader has been given.
         interval: optimizer steps until the next refresh.
-        reference: basis version → median alignment of trusted samples under it; above 0.
+        reference: basis version → median influence of trusted samples at its fit; 0 where it is not to be judged by.
+        decision: of the guard for the schedule in force; None before the first.
+        since: optimizer steps done when the schedule in force was made.
+        core: (m,) int64: samples that it has chosen; empty for a uniform one.
+        audit: (m,) int64: samples that it holds unchosen; None (shadow mode): all that are not in ``core``.
+        learning: alignments are being measured, or will be: not known yet does not mean never.
         uniform: make a schedule of the whole corpus in uniform order (before ``start_step``, after ``stop_step``).
     """
 
@@ -68,6 +77,11 @@ class Inputs:
     issued: int
     interval: int
     reference: Mapping[int, float] = field(default_factory=dict)
+    decision: Decision | None = None
+    since: int = -1
+    core: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
+    audit: IntArray | None = field(default_factory=lambda: np.empty(0, np.int64))
+    learning: bool = False
     uniform: bool = False
 
 
@@ -78,7 +92,7 @@ class Signals:
     Attributes:
         ids: (n,) int64.
         loss: (n,) float32, spread loss above the running mean; NaN unknown.
-        align: (n,) float32, spread alignment in units of the trusted median; NaN unknown.
+        align: (n,) float32, influence in robust deviations from the trusted samples'; NaN unknown.
         density: (n,) float32 near-duplicates of the sample.
         keep: (n,) float32 prior; NaN without one.
         staleness: (n,) float32, optimizer steps since the sample's harvest; inf where it never was.
@@ -95,32 +109,40 @@ class Signals:
 
 
 def spread(p: Pipeline, x: Inputs, own: IntArray, content: ContentFeatures, table: Table, graph: Neighbours | None) -> Signals:
-    """Loss and alignment of every sample of this rank, from its own harvest and its harvested neighbours.  Collective."""
-    n, nan = len(own), np.float32(np.nan)
+    """Loss and influence of every sample of this rank, from its own harvest, its content and its harvested neighbours.
+
+    Collective.
+    """
+    n, nan, g = len(own), np.float32(np.nan), p.config.graph
     at = table.lookup(own)
     known = at >= 0
-    values = np.full((n, 2), nan, np.float32)
-    values[known, 0] = table.rows.loss[at[known]]
-    values[known, 1] = _in_units_of(table.rows.align[at[known]], table.rows.basis[at[known]], x.reference)
+    loss, label = np.full((2, n), nan, np.float32)
+    loss[known] = table.rows.loss[at[known]]
+    label[known] = labels(table.rows.take(at[known]), x.reference)
     staleness = np.full(n, np.inf, np.float32)
     staleness[known] = np.maximum(0, x.step - table.rows.step[at[known]])
-    centre = _exact_mean(p.comm, values)
-    values -= centre
+    age = np.floor(staleness / p.config.refresh.interval_steps)  # in refreshes
+    found = influence(p.comm, content, p.trusted, label, confidence(age, g.decay))
+    # What goes along the edges is centred: the loss by its mean, the influence by what content tells of it already.
+    centre = _exact_mean(p.comm, loss)
+    rest = label - found.predicted if found is not None else np.full(n, nan, np.float32)
+    values = np.stack([loss - centre, rest], 1)
     disagreement = np.full(n, nan, np.float32)
     if graph is not None:
-        values, disagreement = _along(p, own, values, staleness, known, graph)
+        values, disagreement = _along(p, own, values, age, known, graph)
+    align = np.full(n, nan, np.float32)
+    if found is not None:
+        align = found.standard(found.predicted + (np.nan_to_num(values[:, 1]) if g.residuals and graph is not None else 0))
     keep = content.keep if content.keep is not None else np.full(n, nan, np.float32)
-    density = content.density if content.density is not None else np.zeros(n, np.float32)
-    values += centre
-    return Signals(own, values[:, 0], values[:, 1], density, keep, staleness, disagreement)
+    spread_loss = np.asarray(values[:, 0] + centre, np.float32)
+    return Signals(own, spread_loss, align, content.density, keep, staleness, disagreement)
 
 
 def _along(
-    p: Pipeline, own: IntArray, values: FloatArray, staleness: FloatArray, known: Array, graph: Neighbours
+    p: Pipeline, own: IntArray, values: FloatArray, age: FloatArray, known: Array, graph: Neighbours
 ) -> tuple[FloatArray, FloatArray]:
     """Centred (n, 2) values propagated over the anchors' edges, and the disagreement among them."""
     g = p.config.graph
-    age = np.floor(staleness / p.config.refresh.interval_steps)  # in refreshes
     facts = np.concatenate([values, age[:, None]], 1)[known]
     around = fetch(p.comm, graph.ids.reshape(-1), own[known], facts, np.nan).reshape(*graph.ids.shape, 3)
     ages = np.where(np.isnan(around[..., 2]), np.inf, around[..., 2])
@@ -142,18 +164,9 @@ def collect(comm: Comm, s: Signals) -> Signals | None:
     return Signals(np.concatenate(ids)[order], *(np.ascontiguousarray(table[:, i]) for i in range(6)))
 
 
-def _in_units_of(align: FloatArray, basis: Array, reference: Mapping[int, float]) -> FloatArray:
-    """Alignments divided by the trusted median of their basis; NaN where that median is unknown or not positive."""
-    out = np.full(len(align), np.nan, np.float32)
-    for version, median in reference.items():
-        if median > 0:
-            out[basis == version] = align[basis == version] / np.float32(median)
-    return out
-
-
-def _exact_mean(comm: Comm, values: Array) -> FloatArray:
-    """(s,) float32 mean of each column's finite entries over all ranks, the same bits for any number of ranks."""
+def _exact_mean(comm: Comm, values: Array) -> float:
+    """Mean of the finite entries of all ranks' ``values`` (n,), the same bits for any number of ranks; 0 where there is none."""
     finite = np.isfinite(values)
     grid = np.rint(np.where(finite, np.clip(values, -1e4, 1e4), 0).astype(np.float64) * 2.0**20).astype(np.int64)
-    total, count = np.split(comm.allreduce(np.concatenate([grid.sum(0), finite.sum(0).astype(np.int64)])), 2)
-    return np.asarray(total / 2.0**20 / np.maximum(count, 1), np.float32)
+    total, count = comm.allreduce(np.array([grid.sum(), finite.sum()], np.int64))
+    return float(np.float32(int(total) / 2.0**20 / max(int(count), 1)))

@@ -109,7 +109,9 @@ def validate(c: GraceConfig, path: str = HOME) -> None:
         ConfigError: naming the key, its value and what is allowed.
     """
     choices = [
+        ("recipe", c.recipe, schema.RECIPES),
         ("mode", c.mode, schema.MODES),
+        ("weights", c.weights, schema.WEIGHTS),
         ("comm", c.comm, schema.TRANSPORTS),
         ("refresh.cadence", c.refresh.cadence, schema.CADENCES),
         ("harvest.reduction", c.harvest.reduction, schema.REDUCTIONS),
@@ -144,6 +146,8 @@ def validate(c: GraceConfig, path: str = HOME) -> None:
         ("graph.decay", c.graph.decay, 0 < c.graph.decay <= 1, "in (0, 1]"),
         ("selection.explore", c.selection.explore, 0 <= c.selection.explore < 1, "in [0, 1)"),
         ("selection.audit", c.selection.audit, 0 <= c.selection.audit < 1, "in [0, 1)"),
+        ("guard.clean_share", c.guard.clean_share, 0 < c.guard.clean_share <= 1, "in (0, 1]"),
+        ("guard.confidence", c.guard.confidence, 0 < c.guard.confidence < 1, "in (0, 1)"),
     ]
     for key, number, ok, allowed_range in numbers:
         if not ok:
@@ -157,6 +161,9 @@ def _validate_combinations(c: GraceConfig, path: str) -> None:
     if c.selection.explore + c.selection.audit >= 1:
         total = c.selection.explore + c.selection.audit
         raise ConfigError(f"{path}.selection: explore + audit = {total:g} leaves no slot for the coreset; keep it below 1")
+    if c.recipe in ("grace", "prior", "density") and not c.features.enabled and c.replay is None:
+        needs = "only recipe: uniform does without content features"
+        raise ConfigError(f"{path}.recipe = {c.recipe!r} with features.enabled: false; {needs}, or turn them on")
     if c.selection.objective == "facility_location" and not c.features.enabled:
         raise ConfigError(f"{path}.selection.objective = 'facility_location' needs the content graph; set features.enabled: true")
     if c.replay is not None and c.mode == "shadow":

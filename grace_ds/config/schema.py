@@ -11,6 +11,8 @@ from typing import Any
 
 MODES = ("train", "shadow")
 TRANSPORTS = ("auto", "mpi", "torch", "local")
+RECIPES = ("grace", "prior", "density", "uniform")  # each uses everything that those after it use
+WEIGHTS = ("none", "inverse_probability")
 OBJECTIVES = ("sample", "facility_location", "topk", "rs2", "uniform")
 CADENCES = ("adaptive", "fixed")
 LEAVES = ("auto", "torch", "faiss")
@@ -62,6 +64,7 @@ class GraphConfig:
     recall: float = 0.99  # sampled recall that an approximate leaf must reach
     shrink: float = 1.0  # lambda of the propagation: neighbour evidence that counts as much as no evidence
     decay: float = 0.7  # confidence of a harvested value per refresh of age
+    residuals: bool = False  # build the graph, and carry along it what content does not predict of an influence
 
 
 @dataclass
@@ -69,14 +72,20 @@ class SelectionConfig:
     """How the coreset is drawn from the window."""
 
     objective: str = "sample"  # sample | facility_location | topk | rs2 | uniform
-    prior: bool = True  # use the trusted n-gram model, where there is a trusted set
-    density: bool = True  # thin out near-duplicates
-    alignment: bool = True  # use the alignment with the trusted gradient, where there is a trusted set
-    loss_tilt: bool = True  # prefer samples of higher loss among those that pass the filters
+    loss_tilt: bool = False  # recipe grace: prefer samples of higher loss among those that pass; builds the graph
     explore: float = 0.05  # share of slots for the samples whose scores are most in doubt
     audit: float = 0.01  # share of slots drawn uniformly from the window
     include: str | None = None  # file of ids (one a line, or .npy) that every coreset holds
     exclude: str | None = None  # file of ids that no coreset holds
+
+
+@dataclass
+class GuardConfig:
+    """What stops a selection that does not help."""
+
+    enabled: bool = True
+    clean_share: float = 0.62  # effective share of the window from which content alone finds nothing worth leaving out
+    confidence: float = 0.95  # of the bootstrap interval that core and audit samples are compared by
 
 
 @dataclass
@@ -91,6 +100,7 @@ class GraceConfig:
     """The block ``data_efficiency.data_sampling.grace`` of a DeepSpeed config (alias: top-level ``grace_ds``)."""
 
     enabled: bool = True
+    recipe: str = "grace"  # grace | prior | density | uniform: the most that selection may use
     mode: str = "train"  # train | shadow: harvest, refresh and log, but leave the job's batches alone
     budget: float = 0.2  # share of the window that one coreset may hold
     window: int = 0  # samples in the rolling window; 0: so that a refresh harvests at least 5 % of it
@@ -99,7 +109,9 @@ class GraceConfig:
     max_repeats: float = 4.0  # implied repeats of a sample above which the run is refused
     start_step: int = 0  # first optimizer step on a coreset; uniform before
     stop_step: int = 0  # optimizer step at which selection ends and uniform goes on; 0: never
-    trusted: str | None = None  # trusted samples: .jsonl with input_ids, or .npy (n, tokens)
+    trusted: str | None = None  # trusted samples: .jsonl with input_ids or text, .txt, or .npy (n, tokens)
+    pseudo_trusted: bool = True  # without a trusted set: take the pool's most typical samples for one
+    weights: str = "none"  # what grace_ds.sample_weights() gives: none (ones) | inverse_probability
     comm: str = "auto"  # auto | mpi | torch | local
     run_dir: str | None = None  # where the resolved config and every schedule are kept; null: nowhere
     replay: str | None = None  # folder of schedules of an earlier run: feed those, choose nothing
@@ -109,6 +121,7 @@ class GraceConfig:
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     graph: GraphConfig = field(default_factory=GraphConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 

@@ -26,7 +26,7 @@ from grace_ds.records import Array, FloatArray, IntArray
 
 __all__ = ["ContentFeatures", "TokenReader", "TokenScorer", "content_features", "fingerprint", "tokens_of"]
 
-RECIPE = 1  # goes into the cache key: raise it when a formula below changes
+RECIPE = 2  # goes into the cache key: raise it when a formula below changes
 MEMORY_BYTES = 256 << 20  # limit of the tokens kept between the two sweeps
 
 
@@ -35,6 +35,10 @@ class TokenScorer(Protocol):
 
     def keep(self, flat: IntArray, offsets: IntArray) -> npt.NDArray[np.float64]:
         """(n,) float64 in (0, 1]: how well sample i, ``flat[offsets[i]:offsets[i + 1]]``, passes the trusted filter."""
+        ...
+
+    def examine(self, flat: IntArray, offsets: IntArray) -> tuple[npt.NDArray[np.float64], FloatArray]:
+        """:meth:`keep`, and (n, s) float32 statistics that the samples' gradients may be predicted from."""
         ...
 
     def digest(self) -> str:
@@ -50,6 +54,7 @@ class ContentFeatures:
         ids: (n,) int64, as asked for.
         density: (n,) float32, copies in the pool beyond the sample itself; all 0 if not wanted.
         keep: (n,) float32 in (0, 1], pass of the trusted filter; None without a trusted model.
+        statistics: (n, s) float32, how the trusted model sees each sample, in its own robust deviations; None if not wanted.
         vectors: (n, dim) float32, unit norm; None if not wanted.
         seconds: by part: read, prior, density, tfidf; all zero when they came from the cache.
     """
@@ -57,6 +62,7 @@ class ContentFeatures:
     ids: IntArray
     density: FloatArray
     keep: FloatArray | None
+    statistics: FloatArray | None
     vectors: FloatArray | None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -68,10 +74,11 @@ class _Sweeps:
     counts: NgramCounts | None
     terms: TfIdf | None
     scorer: TokenScorer | None
+    examine: bool = False
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "prior", "density", "tfidf"), 0.0))
 
-    def first(self, block: TokenBlock) -> npt.NDArray[np.float64]:
-        """Counts one block; returns its (n,) float64 pass of the trusted filter (empty without one)."""
+    def first(self, block: TokenBlock) -> tuple[npt.NDArray[np.float64], FloatArray | None]:
+        """Counts one block; returns its (n,) float64 pass of the trusted filter (empty without one), and its statistics."""
         began = time.perf_counter()
         if self.counts is not None:
             self.counts.add(ngram_bins(block)[0])
@@ -79,9 +86,13 @@ class _Sweeps:
         if self.terms is not None:
             self.terms.add(block)
         indexed = time.perf_counter()
-        keep = np.empty(0) if self.scorer is None else self.scorer.keep(block.flat, block.offsets)
+        keep, statistics = np.empty(0), None
+        if self.scorer is not None and self.examine:
+            keep, statistics = self.scorer.examine(block.flat, block.offsets)
+        elif self.scorer is not None:
+            keep = self.scorer.keep(block.flat, block.offsets)
         self._clock(density=counted - began, tfidf=indexed - counted, prior=time.perf_counter() - indexed)
-        return keep
+        return keep, statistics
 
     def second(self, block: TokenBlock) -> tuple[npt.NDArray[np.float64], FloatArray]:
         """Densities and vectors of one block, once the counts are summed."""
@@ -144,6 +155,7 @@ def content_features(
     trusted: TokenScorer | None = None,
     want_density: bool = True,
     want_tfidf: bool = True,
+    want_statistics: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
     fingerprint: str | None = None,
     memory_bytes: int = MEMORY_BYTES,
@@ -159,6 +171,7 @@ def content_features(
         trusted: model of the trusted samples, the same on all ranks.
         want_density: False leaves the 6-gram counts out.
         want_tfidf: False leaves the vectors out.
+        want_statistics: True adds the trusted model's statistics, where there is such a model.
         cache_dir: where results are kept between runs, set on all ranks or on none.
         fingerprint: of the dataset, for the cache; computed where it is needed and not given.
         memory_bytes: limit of the tokens that this rank keeps between the two sweeps.
@@ -168,19 +181,20 @@ def content_features(
     if cache_dir is not None:
         name = reader.fingerprint() if fingerprint is None else fingerprint
         model = "" if trusted is None else trusted.digest()
-        facts = [RECIPE, name, dim, seed, want_density, want_tfidf, model, *_pool_digest(ids, allreduce)]
+        facts = [RECIPE, name, dim, seed, want_density, want_tfidf, want_statistics, model, *_pool_digest(ids, allreduce)]
         key = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
         arrays = cache.load(cache_dir, key)
         # one rank's miss is everybody's: a hit skips the sums over ranks that a miss takes part in
         if int(allreduce(np.array([arrays is None], np.int64))[0]) == 0 and arrays is not None:
-            return ContentFeatures(
-                ids, arrays["density"], arrays.get("keep"), arrays.get("vectors"), _Sweeps(None, None, None).seconds
-            )
-    sweeps = _Sweeps(NgramCounts() if want_density else None, TfIdf(dim, seed) if want_tfidf else None, trusted)
+            keep, statistics, vectors = (arrays.get(name) for name in ("keep", "statistics", "vectors"))
+            nothing = _Sweeps(None, None, None).seconds
+            return ContentFeatures(ids, arrays["density"], keep, statistics, vectors, nothing)
+    terms = TfIdf(dim, seed) if want_tfidf else None
+    sweeps = _Sweeps(NgramCounts() if want_density else None, terms, trusted, want_statistics)
     out = _compute(sweeps, reader, ids, allreduce, dim, memory_bytes)
     if cache_dir is not None:
-        found = {"density": out.density, "keep": out.keep, "vectors": out.vectors}
-        cache.store(cache_dir, key, {name: array for name, array in found.items() if array is not None})
+        made = {"density": out.density, "keep": out.keep, "statistics": out.statistics, "vectors": out.vectors}
+        cache.store(cache_dir, key, {name: array for name, array in made.items() if array is not None})
     return out
 
 
@@ -194,9 +208,12 @@ def _compute(
     vectors = np.empty((n if sweeps.terms is not None else 0, dim), np.float32)
     read_before = reader.seconds
     memory = _TokenMemory(reader, ids, memory_bytes)
+    statistics: list[FloatArray] = []
     at = 0
     for block in memory.record():
-        keep[at : at + len(block)] = sweeps.first(block)
+        passed, seen = sweeps.first(block)
+        keep[at : at + len(block)] = passed
+        statistics += [] if seen is None else [seen]
         at += len(block)
     if sweeps.counts is not None:
         sweeps.counts.reduce(allreduce)
@@ -212,9 +229,18 @@ def _compute(
         ids,
         density,
         keep if sweeps.scorer is not None else None,
+        _stacked(statistics, sweeps),
         vectors if sweeps.terms is not None else None,
         sweeps.seconds,
     )
+
+
+def _stacked(statistics: list[FloatArray], sweeps: _Sweeps) -> FloatArray | None:
+    """All blocks' statistics; of no sample where this rank has none; None where they are not wanted."""
+    if sweeps.scorer is None or not sweeps.examine:
+        return None
+    none = sweeps.scorer.examine(np.empty(0, np.int64), np.zeros(1, np.int64))[1]
+    return np.concatenate([none, *statistics])
 
 
 def _pool_digest(ids: IntArray, allreduce: Allreduce) -> list[str | int]:

@@ -8,26 +8,71 @@ their hashes, in float64, so a row does not depend on the block or rank that it 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 from grace_ds.features.density import Allreduce
 from grace_ds.features.tokens import TokenBlock
-from grace_ds.records import FloatArray, IntArray
+from grace_ds.records import Array, FloatArray, IntArray
 
 BITS = 18
 TERMS = 1 << BITS
 _UNI = np.uint64(0xD6E8FEB86659FD93)
 _LEFT = np.uint64(0x9E3779B97F4A7C15)
 _RIGHT = np.uint64(0xC2B2AE3D27D4EB4F)
+_MIX = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+CHUNK = 1 << 13  # tokens hashed at once: the scratch arrays stay in the nearest caches
 
 
 def _finish(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """splitmix64's last steps: every output bit depends on every input bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = (x ^ (x >> np.uint64(30))) * _MIX[0]
+    x = (x ^ (x >> np.uint64(27))) * _MIX[1]
     mixed: npt.NDArray[np.uint64] = x ^ (x >> np.uint64(31))
     return mixed
+
+
+def _sorted_keys(block: TokenBlock) -> Array:
+    """(m,) ascending, row * 2^18 + term of every term of every sample: uint32 where that holds them, else uint64."""
+    total = len(block.flat)
+    narrow = len(block) < 1 << (32 - BITS)  # sorts twice as fast
+    kind: type[np.unsignedinteger[Any]] = np.uint32 if narrow else np.uint64
+    keys = np.empty(max(2 * total - 1, 0), kind)
+    token = block.flat.view(np.uint64)
+    for lo in range(0, total, CHUNK):
+        part = token[lo : lo + CHUNK + 1]
+        _hash_into(keys[lo : min(lo + CHUNK, total)], part[:CHUNK] * _UNI + _UNI)  # + _UNI: else 0 and (0, 0) are one term
+        _hash_into(keys[total + lo : total + lo + len(part) - 1], part[:-1] * _LEFT + part[1:] * _RIGHT)
+    row = np.repeat(np.arange(len(block), dtype=kind) << kind(BITS), np.diff(block.offsets))
+    keys[:total] |= row
+    keys[total:] |= row[1:]
+    ends = np.unique(block.offsets[(block.offsets > 0) & (block.offsets < total)])
+    keys[total + ends - 1] = np.iinfo(kind).max  # a pair never crosses from one sample to the next: sort it to the end
+    keys.sort()
+    return keys[: len(keys) - len(ends)]
+
+
+def _hash_into(out: Array, x: npt.NDArray[np.uint64]) -> None:
+    """The bins in [0, 2^18) of ``x``, which is overwritten: the top bits of :func:`_finish`."""
+    scratch = x >> np.uint64(30)
+    x ^= scratch
+    x *= _MIX[0]
+    np.right_shift(x, np.uint64(27), out=scratch)
+    x ^= scratch
+    x *= _MIX[1]
+    np.right_shift(x, np.uint64(31), out=scratch)
+    x ^= scratch
+    np.right_shift(x, np.uint64(64 - BITS), out=out, casting="unsafe")
+
+
+def _distinct(keys: Array) -> tuple[Array, IntArray]:
+    """Each of the sorted ``keys`` once, and where it first stands."""
+    new = np.ones(len(keys), np.bool_)
+    np.not_equal(keys[1:], keys[:-1], out=new[1:])
+    first = np.flatnonzero(new)
+    return keys[first], first
 
 
 def term_counts(block: TokenBlock) -> tuple[IntArray, IntArray, IntArray]:
@@ -36,24 +81,10 @@ def term_counts(block: TokenBlock) -> tuple[IntArray, IntArray, IntArray]:
     Returns:
         row (m,), term (m,) in [0, 2^18) and how often it occurs there (m,), all int64, sorted by (row, term).
     """
-    token = block.flat.view(np.uint64)
-    row = np.repeat(np.arange(len(block)), np.diff(block.offsets))
-    single = _hashed(token * _UNI + _UNI)  # + _UNI: else the token 0 and the pair (0, 0) are one term
-    same = row[1:] == row[:-1]  # a pair never crosses from one sample to the next
-    pair = _hashed((token[:-1] * _LEFT + token[1:] * _RIGHT)[same])
-    keys = np.concatenate(((row << BITS) | single, (row[1:][same] << BITS) | pair))
-    if len(block) < 1 << (32 - BITS):
-        keys = keys.astype(np.uint32)  # sorts twice as fast
-    keys = np.sort(keys)
-    first = np.flatnonzero(np.concatenate((np.ones(min(len(keys), 1), np.bool_), keys[1:] != keys[:-1])))
-    count = np.diff(np.append(first, len(keys)))
-    distinct = keys[first].astype(np.int64)
-    return distinct >> BITS, distinct & (TERMS - 1), count
-
-
-def _hashed(x: npt.NDArray[np.uint64]) -> IntArray:
-    bins: IntArray = (_finish(x) >> np.uint64(64 - BITS)).astype(np.int64)
-    return bins
+    keys = _sorted_keys(block)
+    distinct, first = _distinct(keys)
+    wide = distinct.astype(np.int64)
+    return wide >> BITS, wide & (TERMS - 1), np.diff(first, append=len(keys))
 
 
 class TfIdf:
@@ -75,8 +106,9 @@ class TfIdf:
 
     def add(self, block: TokenBlock) -> None:
         """Counts, for every term, the samples of ``block`` that hold it."""
-        _, term, _ = term_counts(block)
-        np.add.at(self.frequency, term, np.int64(1))
+        distinct = _distinct(_sorted_keys(block))[0]
+        distinct &= distinct.dtype.type(TERMS - 1)
+        np.add.at(self.frequency, distinct.astype(np.intp), np.int64(1))
         self.samples += len(block)
 
     def reduce(self, allreduce: Allreduce) -> None:
@@ -90,8 +122,15 @@ class TfIdf:
         row, term, count = term_counts(block)
         # the logarithm comes from a table, so that it is one value a count whatever block it stands in
         table = np.log1p(np.arange(int(count.max(initial=0)) + 1, dtype=np.float64))
-        place = row * self.dim + self._place[term]
-        flat = np.bincount(place, weights=table[count] * self._weight[term], minlength=len(block) * self.dim)
+        weight = self._weight[term]
+        often = np.flatnonzero(count > 1)  # most terms occur once
+        factor = table[count[often]]
+        factor *= weight[often]
+        weight *= table[min(1, len(table) - 1)]
+        weight[often] = factor
+        row *= self.dim
+        row += self._place[term]
+        flat = np.bincount(row, weights=weight, minlength=len(block) * self.dim)
         rows = flat.astype(np.float64, copy=False).reshape(len(block), self.dim)  # bincount of nothing is int
         norm = np.sqrt(np.add.reduce(np.square(rows), axis=1, keepdims=True))
         return np.divide(rows, norm, out=np.zeros_like(rows), where=norm > 0).astype(np.float32)

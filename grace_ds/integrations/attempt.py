@@ -97,10 +97,10 @@ class Refresher:
         # Every rank has its own clock; rank 0's decides.
         interval = int(self.comm.broadcast(np.array([x.interval], np.int64))[0])
         reference, basis = x.reference, None
-        if self.trust is not None:
-            reference = {**reference, **self.trust.units()}
-            wanted = self._wants_basis(x.step, interval) and cadence.basis_due(reference, x.version)
-            basis = self.trust.fit(x.version) if wanted else None
+        wanted = self._wants_basis(x, interval) and cadence.basis_due(reference, x.version)
+        if self.trust is not None and wanted:
+            basis, unit = self.trust.fit(x.version, self.pipeline.pool.window_at(x.version))
+            reference = {**reference, x.version: unit}
         rows, mean = x.rows, None
         if self.harvester is not None:
             rows, mean = self.harvester.pending(self.comm)
@@ -119,11 +119,12 @@ class Refresher:
         total = self.comm.allreduce(np.array(list(counts.values()), np.float64))
         return dict(zip(counts, total.tolist(), strict=True))
 
-    def _wants_basis(self, step: int, interval: int) -> bool:
-        """Whether a trusted basis can be fitted now, and will be used."""
+    def _wants_basis(self, x: Inputs, interval: int) -> bool:
+        """Whether a trusted basis can be fitted now, and will be used: not while the guard has stepped down."""
         if self.harvester is None or not self.harvester.sketcher.scale.frozen:
             return False
-        return cadence.wants_basis(self.pipeline.config, step, interval)
+        looked_at = x.decision is None or x.decision.level == "grace" or x.version >= x.decision.look > 0
+        return looked_at and cadence.wants_basis(self.pipeline.config, x.step, interval)
 
     def _agree(self) -> TransportError | None:
         """Returns when the refresh counts on every rank, with what has befallen the transport; raises when it does not."""

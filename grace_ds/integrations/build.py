@@ -13,23 +13,24 @@ import torch
 from grace_ds.comm.base import Comm
 from grace_ds.comm.choose import choose
 from grace_ds.config.schema import GraceConfig
-from grace_ds.errors import ConfigError, DataError
+from grace_ds.errors import ConfigError
 from grace_ds.features import ContentFeatures, TokenReader, content_features
 from grace_ds.harvest import Harvester
 from grace_ds.integrations.controller import Controller
 from grace_ds.integrations.record import monitor_of
 from grace_ds.integrations.together import together
 from grace_ds.integrations.trust import TrustedProbe, probed
+from grace_ds.integrations.trusted_set import Extras, trusted_set
 from grace_ds.integrations.verdict import Verdict, job_store
 from grace_ds.pool import Pool, check_repeats, read_ids
 from grace_ds.records import IntArray
+from grace_ds.refresh import carries
 from grace_ds.sampler import Geometry
 from grace_ds.selection.prior import BigramPrior
 from grace_ds.signals import Pipeline
 from grace_ds.sketch.layers import select_layers
-from grace_ds.sketch.probe import LossFn
 from grace_ds.sketch.sketcher import Sketcher
-from grace_ds.trusted import load_trusted, split_trusted
+from grace_ds.trusted import split_trusted
 
 log = logging.getLogger("grace_ds")
 
@@ -40,15 +41,14 @@ def build_controller(
     config: GraceConfig,
     geometry: Geometry,
     collate: Callable[[list[Any]], Any],
-    trusted_data: Any,
-    loss_fn: LossFn | None,
+    extras: Extras,
 ) -> Controller:
     """The controller of an engine; nothing of the engine is changed yet.  Collective.
 
     Args:
         dataset: the job's own, map-style.
         collate: the job's, for the trusted probe.
-        trusted_data: map-style dataset in the place of ``config.trusted``, or None.
+        extras: what the config cannot hold.
 
     Raises:
         ConfigError, DataError: what is asked for cannot be had; on every rank.
@@ -58,7 +58,7 @@ def build_controller(
         repeats = check_repeats(config.total_steps, geometry.batch, config.budget, n, config.max_repeats)
         log.info("implied repeats of a chosen sample: %.2f", repeats)
     comm = choose(config.comm, dp_group=engine.data_parallel_group, timeout=config.refresh.timeout_seconds)
-    parts: Parts = together(comm, lambda: prepare(dataset, config, geometry, trusted_data))
+    parts: Parts = together(comm, lambda: prepare(dataset, config, geometry, extras))
     pipeline = Pipeline(
         comm=comm,
         config=config,
@@ -67,6 +67,7 @@ def build_controller(
         contents=Contents(comm, config, parts),
         include=parts.include,
         exclude=parts.exclude,
+        trusted=parts.prior.held_out if parts.prior is not None else None,
     )
     harvester = None
     if config.replay is None and needs_harvest(config):
@@ -75,16 +76,17 @@ def build_controller(
         harvester = Harvester(sketcher, config.harvest)
         log.info("sketching %d layers: %s … %s", len(layers), layers[0].name, layers[-1].name)
     trust = None
-    if harvester is not None and parts.trusted is not None and config.selection.alignment:
+    if harvester is not None and parts.trusted is not None:
         trust = TrustedProbe(
             engine.module,
             harvester.sketcher,
             parts.trusted,
             split_trusted(len(parts.trusted), config.seed),
+            dataset,
             collate,
             geometry.rows,
             torch.device(engine.device),
-            loss_fn,
+            extras.loss_fn,
             comm,
             config.seed,
             probed(config.refresh.probe_share, config.refresh.interval_steps, geometry.batch),
@@ -112,7 +114,7 @@ class Parts:
     exclude: IntArray
 
 
-def prepare(dataset: Any, config: GraceConfig, geometry: Geometry, trusted_data: Any) -> Parts:
+def prepare(dataset: Any, config: GraceConfig, geometry: Geometry, extras: Extras) -> Parts:
     """Opens and checks everything that the config names."""
     n = len(dataset)
     pool = Pool(n, config.window, config.budget, config.refresh.interval_steps, geometry.batch, config.seed)
@@ -122,19 +124,13 @@ def prepare(dataset: Any, config: GraceConfig, geometry: Geometry, trusted_data:
     if len(both):
         raise ConfigError(f"sample {int(both[0])} is in selection.include and in selection.exclude; drop it from one")
     reader = None
-    if config.features.enabled and config.replay is None:
+    if config.features.enabled and config.replay is None and config.recipe != "uniform":
         reader = TokenReader(dataset, config.features.tokens_key, config.features.max_tokens)
-    trusted = trusted_data
-    if trusted is None and config.trusted is not None:
-        trusted = load_trusted(config.trusted, dataset[0])
-    if trusted is not None and len(trusted) < 4:
-        raise DataError(f"the trusted set holds {len(trusted)} samples; give at least 4 (64 or more to be of use)")
+    trusted = trusted_set(dataset, reader, config, extras) if config.recipe in ("grace", "prior") else None
     prior = None
-    if trusted is not None and reader is not None and c.prior:
-        tokens = TokenReader(trusted, config.features.tokens_key, config.features.max_tokens)
-        rows = [tokens.row(i) for i in range(len(trusted))]
-        offsets = np.cumsum([0, *map(len, rows)]).astype(np.int64)
-        prior = BigramPrior.fit(np.concatenate(rows), offsets)
+    if trusted is not None and reader is not None:
+        tokens = TokenReader(trusted, config.features.tokens_key, config.features.max_tokens).all()
+        prior = BigramPrior.fit(tokens.flat, tokens.offsets)
     return Parts(pool, reader, trusted, prior, include, exclude)
 
 
@@ -149,7 +145,7 @@ class Contents:
         """Features of ``ids`` (n,), this rank's share of the window.  Collective when the window has moved."""
         reader, c = self.parts.reader, self.config
         if reader is None:
-            return ContentFeatures(ids, np.zeros(len(ids), np.float32), None, None)
+            return ContentFeatures(ids, np.zeros(len(ids), np.float32), None, None, None)
         # A window that has not moved has not moved on any rank: then nobody takes part in a collective.
         if self._last is None or not np.array_equal(self._last.ids, ids) or self.parts.pool.advance:
             self._last = content_features(
@@ -159,13 +155,14 @@ class Contents:
                 seed=c.seed,
                 allreduce=self.comm.allreduce,
                 trusted=self.parts.prior,
-                want_density=c.selection.density,
-                want_tfidf=True,
+                want_density=True,
+                want_tfidf=carries(c) or c.selection.objective == "facility_location",
+                want_statistics=c.recipe == "grace",
                 cache_dir=c.features.cache_dir,
             )
         return self._last
 
 
 def needs_harvest(config: GraceConfig) -> bool:
-    """Whether any decision of this run, or a shadow run's report, asks for gradients."""
-    return config.mode == "shadow" or config.selection.objective not in ("uniform", "rs2")
+    """Whether any decision of this run asks for gradients."""
+    return config.recipe == "grace" and config.selection.objective not in ("uniform", "rs2")

@@ -34,7 +34,7 @@ def wants_basis(c: GraceConfig, step: int, interval: int) -> bool:
 def basis_due(units: Mapping[int, float], version: int) -> bool:
     """Whether it is worth fitting a trusted basis with schedule ``version``.
 
-    Always while alignments can be judged by; after m bases in a row that could not, 2^m versions after the last of them:
+    Always while influences can be judged by; after m bases in a row that could not, 2^m versions after the last of them:
     what does not help is looked at again, ever more rarely.
 
     Args:
@@ -46,8 +46,17 @@ def basis_due(units: Mapping[int, float], version: int) -> bool:
 
 
 def configured_interval(c: GraceConfig, step: int) -> int:
-    """Optimizer steps from ``step`` to the next refresh, as the config has it."""
-    return c.start_step - step if step < c.start_step else c.refresh.interval_steps
+    """Optimizer steps from ``step`` to the next refresh, as the config has it.
+
+    Recipe ``grace`` opens with an interval in two halves: the first gives the model and the layers' scale that a trusted
+    basis is fitted to, the second the first influences.
+    """
+    if step < c.start_step:
+        return c.start_step - step
+    if c.recipe == "grace" and step < c.refresh.interval_steps:
+        half = c.refresh.interval_steps // 2
+        return half - step if step < half else c.refresh.interval_steps - step
+    return c.refresh.interval_steps
 
 
 def stretched_interval(c: GraceConfig, step: int, refresh_seconds: float, step_seconds: float | None) -> int:

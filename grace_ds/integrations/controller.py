@@ -17,6 +17,7 @@ from grace_ds.errors import GraceError, TransportError
 from grace_ds.harvest import Harvester
 from grace_ds.integrations import cadence
 from grace_ds.integrations.attempt import Fresh, Refresher
+from grace_ds.integrations.judging import by_role, decision_of, worth_harvesting
 from grace_ds.integrations.record import EventWriter, Metrics, Recorder
 from grace_ds.integrations.trust import TrustedProbe
 from grace_ds.integrations.verdict import Verdict
@@ -76,6 +77,7 @@ class Controller:
         self._last_seconds = 0.0
         self.metrics = Metrics()
         self._current: tuple[IssuedBatch, Binding | None] | None = None
+        self.weighed: IssuedBatch | None = None  # the batch that the last training forward was about
         self._trained: list[tuple[IssuedBatch, Binding | None]] = []
         self._clock = time.perf_counter()
 
@@ -115,6 +117,7 @@ class Controller:
         now = m.train_seconds + time.perf_counter() - self._clock
         return {
             **dataclasses.asdict(m),
+            "probe_samples": self.trust.probed if self.trust is not None else 0,
             "train_seconds": now,
             "step": self.step,
             "cursor": self.cursor,
@@ -135,6 +138,7 @@ class Controller:
         issued = self.outstanding.match(inputs)
         if issued is None:
             return
+        self.weighed = issued
         if self.trust is not None and not self.trust.call.known:
             args, kwargs = inputs
             self.trust.call.learn(args, kwargs, issued.batch)
@@ -171,9 +175,13 @@ class Controller:
     @property
     def harvesting(self) -> bool:
         """Whether the optimizer step in progress is harvested."""
-        if self.harvester is None or self.frozen:
+        h = self.harvester
+        if h is None or self.frozen:
             return False
-        return cadence.harvested(self.config, self.step, self.next_refresh) and self.harvester.wanted(self.step + 1)
+        frozen, trusted = h.sketcher.scale.frozen, self.trust is not None
+        if not worth_harvesting(self.config, decision_of(self.book), frozen, trusted, self.basis, self.reference):
+            return False
+        return cadence.harvested(self.config, self.step, self.next_refresh) and h.wanted(self.step + 1)
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
@@ -240,6 +248,8 @@ class Controller:
         c, m = self.config, self.metrics
         # The first refresh reads the whole window's content, later ones do not: its cost says nothing about theirs.
         a_step = m.train_seconds / max(self._steps_timed, 1) if m.refreshes > 1 else None
+        last = self.book.schedules[-1] if self.book.schedules else None
+        core, audit = by_role(last, c.mode == "shadow")
         return Inputs(
             rows=Rows.empty(c.harvest.dim),
             table=self.table,
@@ -249,6 +259,11 @@ class Controller:
             issued=self.issued(),
             interval=cadence.stretched_interval(c, self.step, self._last_seconds, a_step),
             reference=self.reference,
+            decision=decision_of(self.book),
+            since=int(last.meta["decided_at_step"]) if last is not None else -1,
+            core=core,
+            audit=audit,
+            learning=self.trust is not None,
             uniform=cadence.is_uniform(c, self.step),
         )
 
@@ -266,6 +281,9 @@ class Controller:
         self.book.prune(self.cursor)
         self.next_refresh = int(schedule.meta["next_refresh_step"])
         self.recorder.made(outcome)
+        decision = decision_of(self.book)
+        if self.comm.rank == 0 and decision is not None:
+            log.info("schedule %d: %s: %s", schedule.version, decision.level, decision.reason)
         if self.step > 0:  # the very first one may yet give way to a checkpoint
             self.recorder.settle()
 

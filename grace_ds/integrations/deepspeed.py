@@ -20,13 +20,15 @@ from torch.utils.data import DataLoader, DistributedSampler
 from grace_ds.config.load import ALIAS, HOME, find_block, load_config, read_ds_config, refuse_curriculum
 from grace_ds.config.schema import GraceConfig
 from grace_ds.errors import ConfigError
-from grace_ds.integrations import checkpoint
+from grace_ds.integrations import checkpoint, weights
 from grace_ds.integrations.build import build_controller
 from grace_ds.integrations.controller import Controller
 from grace_ds.integrations.engine import config_of, dp_rank, geometry_of, outputs
 from grace_ds.integrations.record import keep_config
+from grace_ds.integrations.trusted_set import Extras
 from grace_ds.sampler import Geometry, StreamSampler, TicketedCollate, TicketedDataset, TicketedLoader
 from grace_ds.sketch.probe import LossFn
+from grace_ds.trusted import Tokenize
 
 log = logging.getLogger("grace_ds")
 
@@ -34,7 +36,14 @@ log = logging.getLogger("grace_ds")
 _original: Callable[..., Any] | None = None
 
 
-def initialize(*args: Any, trusted_data: Any = None, loss_fn: LossFn | None = None, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+def initialize(
+    *args: Any,
+    trusted_data: Any = None,
+    validation_data: Any = None,
+    tokenize: Tokenize | None = None,
+    loss_fn: LossFn | None = None,
+    **kwargs: Any,
+) -> tuple[Any, Any, Any, Any]:
     """``deepspeed.initialize`` with GRACE where the config asks for it: same arguments, same four results.
 
     Without a grace block, or with ``enabled: false``, this is ``deepspeed.initialize`` and nothing else.  With one,
@@ -44,6 +53,8 @@ def initialize(*args: Any, trusted_data: Any = None, loss_fn: LossFn | None = No
     Args:
         trusted_data: a map-style dataset of trusted samples, items like those of ``training_data``; in the place of
             the config's ``trusted`` file.
+        validation_data: the job's validation set, map-style; only read to make sure that no trusted sample is in it.
+        tokenize: text → token ids, for a ``trusted`` file of text.
         loss_fn: (module, batch) → scalar mean loss, for the trusted probe; needed only where the module's output
             holds no loss.
 
@@ -73,7 +84,8 @@ def initialize(*args: Any, trusted_data: Any = None, loss_fn: LossFn | None = No
     if isinstance(bound.arguments.get("config"), dict):
         bound.arguments["config"] = copy.deepcopy(bound.arguments["config"])  # DeepSpeed writes into it
     engine, optimizer, _, scheduler = original(*bound.args, **bound.kwargs)
-    handle = Grace(engine, data, grace, bound.arguments.get("collate_fn"), trusted_data, loss_fn)
+    extras = Extras(trusted_data, validation_data, tokenize, loss_fn)
+    handle = Grace(engine, data, grace, bound.arguments.get("collate_fn"), extras)
     engine.training_data = data
     engine.training_dataloader = handle.deepspeed_loader()
     return engine, optimizer, engine.training_dataloader, scheduler
@@ -94,6 +106,8 @@ def attach(
     *,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     trusted_data: Any = None,
+    validation_data: Any = None,
+    tokenize: Tokenize | None = None,
     loss_fn: LossFn | None = None,
 ) -> Grace:
     """GRACE for a job that builds its own loader; the engine comes from plain ``deepspeed.initialize``.
@@ -103,7 +117,7 @@ def attach(
         dataset: the job's map-style training dataset.
         config: the grace block; default: the one in the engine's own config.
         collate_fn: the job's, default torch's.
-        trusted_data, loss_fn: as for :func:`initialize`.
+        trusted_data, validation_data, tokenize, loss_fn: as for :func:`initialize`.
 
     Returns:
         The handle; its ``loader(...)`` makes the data loader.
@@ -121,7 +135,7 @@ def attach(
         raise ConfigError("grace is not enabled in this config; set enabled: true, or leave attach out and use your own loader")
     if getattr(engine, "grace_ds", None) is not None:
         raise ConfigError("GRACE is attached to this engine already; call engine.grace_ds.detach() first")
-    return Grace(engine, dataset, grace, collate_fn, trusted_data, loss_fn)
+    return Grace(engine, dataset, grace, collate_fn, Extras(trusted_data, validation_data, tokenize, loss_fn))
 
 
 class Grace:
@@ -138,8 +152,7 @@ class Grace:
         dataset: Any,
         config: GraceConfig,
         collate_fn: Callable[[list[Any]], Any] | None,
-        trusted_data: Any,
-        loss_fn: LossFn | None,
+        extras: Extras,
     ) -> None:
         self.engine, self.config = engine, config
         _speak_up()
@@ -147,9 +160,7 @@ class Grace:
         self._job_collate = collate_fn or getattr(engine, "collate_fn", None)
         self.collate = TicketedCollate(self._job_collate)
         geometry = geometry_of(engine)
-        self.controller: Controller = build_controller(
-            engine, dataset, config, geometry, self.collate.collate, trusted_data, loss_fn
-        )
+        self.controller: Controller = build_controller(engine, dataset, config, geometry, self.collate.collate, extras)
         if config.run_dir is not None and geometry.rank == 0:
             keep_config(config)
         if config.mode == "train":
@@ -158,6 +169,7 @@ class Grace:
         self.attach_hooks()
         self.controller.start()
         engine.grace_ds = self
+        weights.attached(self.controller)
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -220,6 +232,7 @@ class Grace:
         self.controller.close()
         if getattr(self.engine, "grace_ds", None) is self:
             self.engine.grace_ds = None
+        weights.detached(self.controller)
 
     def _replace(self, name: str, ours: Callable[..., Any]) -> None:
         original = getattr(self.engine, name)

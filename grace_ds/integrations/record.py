@@ -20,6 +20,7 @@ from grace_ds.harvest import Harvester
 from grace_ds.records import IntArray, Role, Schedule
 from grace_ds.refresh import Outcome
 from grace_ds.schedule import save_schedule
+from grace_ds.selection.guard import LADDER
 
 log = logging.getLogger("grace_ds")
 
@@ -66,6 +67,11 @@ class Metrics:
             share = outcome.schedule.meta.get("effective_share")
             if share is not None:
                 events["effective_share"] = float(share)
+            guard = outcome.schedule.meta.get("guard", {})
+            if guard:
+                # 0 is uniform, so that a curve that falls to the floor is a guard that has stopped paying.
+                events["guard/level"] = float(LADDER[::-1].index(guard["level"]))
+            events |= {f"guard/{k}": float(guard[k]) for k in ("core_minus_audit", "low", "high") if k in guard}
         self.events = events
 
 

@@ -1,4 +1,4 @@
-"""The trusted set at a refresh: one half fits the trusted basis, the other says what alignments with it are worth."""
+"""The trusted set at a refresh: one half fits the trusted basis, the other says what influences along it are worth."""
 
 from __future__ import annotations
 
@@ -18,45 +18,46 @@ from grace_ds.sketch.basis import TrustedBasis
 from grace_ds.sketch.losses import scalar_loss
 from grace_ds.sketch.probe import LossFn, probe_basis, probe_rows
 from grace_ds.sketch.sketcher import Sketcher
+from grace_ds.sketch.whiten import whiten
 
 log = logging.getLogger("grace_ds")
 
-_MOST, _LEAST = 256, 16  # trusted samples that a refresh looks at, in each half
+_MOST, _LEAST = 256, 16  # samples that a refresh looks at, in each of its three probes
 
 
 def probed(share: float, interval_steps: int, batch: int) -> int:
-    """Trusted samples of each half that a refresh runs through the model: ``share`` of those trained on in between."""
-    return min(_MOST, max(_LEAST, round(share * interval_steps * batch / 2)))
+    """Samples of each of a refresh's three probes (pool, one trusted half, the other): ``share`` of those trained on."""
+    return min(_MOST, max(_LEAST, round(share * interval_steps * batch / 3)))
 
 
-def unit_of(align: FloatArray) -> tuple[float, float]:
-    """(unit, deviation) of trusted alignments (n,): their median where it exceeds their own robust deviation, else 0.
+def unit_of(influence: FloatArray) -> tuple[float, float]:
+    """(unit, standard error) of trusted influences (n,): their median where it exceeds two of its standard errors, else 0.
 
-    A filter cuts at half the median.  Where trusted samples scatter more than that, it would drop them by chance: the
-    mean gradient, which the basis is fitted to, is what a few optimizer steps take away.
+    Below that the two halves of the trusted set do not even agree on the sign, and nothing can be judged by them.
     """
-    median, deviation = robust_location(align)
-    return (median if median > deviation else 0.0), deviation
+    median, deviation = robust_location(influence)
+    error = 1.2533 * deviation / np.sqrt(len(influence))  # of a median: sqrt(pi / 2) times a mean's
+    return (median if median > 2 * error else 0.0), float(error)
 
 
 class TrustedProbe:
-    """Fits the trusted basis to one half of the trusted set, and judges by the other what the last basis has measured.
+    """Fits the trusted basis to one half of the trusted set, and judges by the other what it measures.
 
-    The unit belongs to the end of a basis' use, not to its beginning: right after the fit trusted samples align well, and
-    within a few steps the model has moved along that direction.
+    The halves change places from one basis to the next: what one has chosen, the other judges.
 
     Args:
         module: ``engine.module``.
         sketcher: attached to it.
         dataset: trusted samples, items like those of the job's dataset.
-        halves: (fit, calibrate), disjoint positions in ``dataset``.
+        halves: two disjoint sets of positions in ``dataset``.
+        pool: the job's own dataset; its second moments are what the trusted gradient is divided by.
         collate: the job's.
         rows: samples of a probe's batch.
         device: of the module.
         loss_fn: (module, batch) → mean loss; default: calls the module with the batch and takes the loss from its output.
         comm: between the ranks.
         seed: of the run.
-        count: samples of each half that a refresh looks at, over all ranks.
+        count: samples of each probe, over all ranks.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class TrustedProbe:
         sketcher: Sketcher,
         dataset: Any,
         halves: tuple[IntArray, IntArray],
+        pool: Any,
         collate: Callable[[list[Any]], Any],
         rows: int,
         device: torch.device,
@@ -73,62 +75,77 @@ class TrustedProbe:
         seed: int,
         count: int,
     ) -> None:
-        self.module, self.sketcher, self.dataset, self.halves = module, sketcher, dataset, halves
+        self.module, self.sketcher, self.dataset, self.halves, self.pool = module, sketcher, dataset, halves, pool
         self.collate, self.rows, self.device, self.comm, self.seed = collate, rows, device, comm, seed
         self.count = count
+        self.probed = 0  # samples that this rank has run through the model for probes
         self.call = Call()
         self.loss_fn: LossFn = loss_fn or self.call.loss
 
-    def fit(self, version: int) -> TrustedBasis:
-        """The basis number ``version`` of the trusted gradient as it is now, equal on all ranks.  Collective."""
-        target = self.sketcher.accumulator(self.sketcher.rank)
-        probe_basis(self.module, self._batches(self.halves[0], version), self.loss_fn, self.sketcher, target)
-        return target.fit(self.comm.allreduce(target.pack()), version)
+    def fit(self, version: int, window: IntArray) -> tuple[TrustedBasis, float]:
+        """Basis number ``version`` of the model as it is now, and the unit of influences along it; equal on all ranks.
 
-    def units(self) -> dict[int, float]:
-        """Version of the basis in force → unit of the alignments harvested with it, by the model as it is now.  Collective.
+        Collective.  The unit is 0 where influences cannot be judged by.
 
-        0 where they cannot be judged by, no entry without a basis.  Equal on all ranks.
+        Args:
+            version: counts the fits.
+            window: (n,) int64, the pool samples that the next schedules choose from.
 
         Raises:
-            DataError: no trusted sample has a finite gradient.
+            DataError: no trusted sample has a finite gradient, or the probed pool samples have none.
         """
-        if self.sketcher.basis is None:
-            return {}
-        version = self.sketcher.basis.version
-        found = probe_rows(self.module, self._batches(self.halves[1], version), self.loss_fn, self.sketcher)
-        mine = np.concatenate([h.align for h in found]) if found else np.empty(0, np.float32)
-        everyone = np.concatenate(self.comm.allgather(mine))
+        fitting, judging = self.halves[version % 2], self.halves[1 - version % 2]
+        moments = self.sketcher.moments()
+        batches = self._batches(self.pool, self._draw(window, version, 1))
+        probe_basis(self.module, batches, self.loss_fn, self.sketcher, moments)
+        second = moments.fit(self.comm.allreduce(moments.pack()))
+        target = self.sketcher.accumulator(self.sketcher.rank)
+        batches = self._batches(self.dataset, self._draw(fitting, version, 2))
+        probe_basis(self.module, batches, self.loss_fn, self.sketcher, target)
+        raw = target.fit(self.comm.allreduce(target.pack()), version)
+        scale = dict(zip(self.sketcher.names, self.sketcher.scale.sigma.tolist(), strict=True))
+        basis = whiten(raw, second, scale)
+        return basis, self._unit(basis, self._draw(judging, version, 3))
+
+    def _unit(self, basis: TrustedBasis, ids: IntArray) -> float:
+        before = self.sketcher.basis
+        self.sketcher.set_basis(basis)
+        try:
+            found = probe_rows(self.module, self._batches(self.dataset, ids), self.loss_fn, self.sketcher)
+        finally:
+            self.sketcher.set_basis(before)
+        mine = np.concatenate([h.align * h.norm for h in found]) if found else np.empty(0, np.float32)
+        everyone = np.concatenate(self.comm.allgather(mine.astype(np.float32)))
         everyone = everyone[np.isfinite(everyone)]
         if not len(everyone):
-            raise DataError("no trusted sample has a finite gradient; check the trusted set, or set trusted: null")
-        unit, deviation = unit_of(everyone)
+            raise DataError("no trusted sample has a finite gradient; check the trusted set, or set recipe: prior")
+        unit, error = unit_of(everyone)
         if self.comm.rank == 0:
-            median = float(np.median(everyone))
-            verdict = "used" if unit else "left out, as a single sample cannot be told from chance"
-            log.info("alignment with basis %d: trusted median %.3f, deviation %.3f: %s", version, median, deviation, verdict)
-        return {version: unit}
+            verdict = "used" if unit else "left out: the trusted halves do not agree"
+            message = "basis %d: median influence of the other trusted half %.3g, standard error %.2g: %s"
+            log.info(message, basis.version, float(np.median(everyone)), error, verdict)
+        return unit
 
-    def _draw(self, half: IntArray, version: int) -> IntArray:
-        """This rank's share of a half, equally many on every rank (ZeRO-3 gathers weights in step)."""
-        rng = np.random.Generator(np.random.Philox(key=[self.seed, version]))
-        chosen = half[rng.permutation(len(half))[: self.count]]
+    def _draw(self, ids: IntArray, version: int, purpose: int) -> IntArray:
+        """This rank's share of a probe, equally many on every rank (ZeRO-3 gathers weights in step)."""
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, 4 * version + purpose]))
+        chosen = rng.permutation(ids)[: self.count] if len(ids) < 4 * self.count else rng.choice(ids, self.count)
         each = max(1, len(chosen) // self.comm.size)
         at = (self.comm.rank * each + np.arange(each)) % len(chosen)
-        return chosen[at]
+        return np.asarray(chosen[at], np.int64)
 
-    def _batches(self, half: IntArray, version: int) -> list[tuple[IntArray, Any]]:
-        """This rank's batches of a half for one probe.  Collective.
+    def _batches(self, dataset: Any, ids: IntArray) -> list[tuple[IntArray, Any]]:
+        """This rank's batches of one probe.  Collective.
 
         All are read before the probe begins: ZeRO-3 gathers weights inside of it, so a rank whose data fail in the middle
         would leave the others waiting in the job's own collective.
         """
-        ids = self._draw(half, version)
         parts = [ids[start : start + self.rows] for start in range(0, len(ids), self.rows)]
         with undisturbed_rng():
-            batches = [self.collate([self.dataset[int(i)] for i in part]) for part in parts]
+            batches = [self.collate([dataset[int(i)] for i in part]) for part in parts]
         moved = [(part, _to(batch, self.device)) for part, batch in zip(parts, batches, strict=True)]
         self.comm.agree()
+        self.probed += len(ids)
         return moved
 
 
@@ -158,7 +175,7 @@ class Call:
         if loss is None:
             raise DataError(
                 f"the model's output ({type(output).__name__}) holds no scalar loss, which the trusted probe needs; pass "
-                f"loss_fn=lambda module, batch: ... to grace_ds.initialize, or set selection.alignment: false"
+                f"loss_fn=lambda module, batch: ... to grace_ds.initialize, or set recipe: prior"
             )
         return loss
 

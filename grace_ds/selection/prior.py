@@ -1,11 +1,13 @@
-"""The prior: which samples look like the trusted set, by a bigram model of it, and how all parts join to one log p.
+"""The prior: which samples look like the trusted set, by a bigram model of it.
 
 The model is fitted on trusted sequences only, with hashed bigram counts c(a, b):
 
     p(b | a) = (c(a, b) + 4 p(b)) / (c(a) + 4)        p(b) = (c(b) + .5) / (n + .5 V)
 
 A sample's score is its mean log p(b | a).  What score is normal is learned from the trusted sequences themselves, each
-scored by the model of all the others, never from the pool: quantiles of the pool turn round once junk prevails in it.
+quarter of them scored by the model of the other three, never from the pool: quantiles of the pool turn round once junk
+prevails in it.  Quarters are contiguous, because neighbours in a file often come from one document: left out one by one,
+each would be scored by a model that has read its other half, and half of the good pool would fail that standard.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ import hashlib
 import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from grace_ds.errors import DataError
-from grace_ds.records import Array, IntArray
+from grace_ds.records import Array, FloatArray, IntArray
+from grace_ds.selection.probability import soft_pass
 
 log = logging.getLogger(__name__)
 
@@ -27,13 +31,13 @@ Float64Array = npt.NDArray[np.float64]
 
 BITS = 18
 BACKOFF = 4.0  # pseudo-counts of the unigram model behind a bigram
-FLOOR = 0.02  # what a filter leaves of a rejected sample, so that none is excluded for good
-CUT, SOFTNESS = -1.5, 0.2  # the trusted filter's threshold and width, in robust deviations
-ALIGN_CUT, ALIGN_SOFTNESS = 0.5, 0.12  # the same for alignment, in trusted medians
+FOLDS = 4
+CUT, SOFTNESS = -1.5, 0.2  # the filter's threshold and width, in robust deviations
 MIN_TRUSTED = 64
-MIN_SPREAD = 0.01  # nats per token, below which the trusted scores say nothing about their spread
+MIN_SPREAD = 0.01  # of a score (nats per token) or a statistic, below which trusted samples say nothing about its spread
 MAD_TO_DEVIATION = 1.4826
-LOSS_BASE = 0.3  # a sample of the lowest loss keeps 0.3 / 1.3 of the highest's chance
+STATISTICS = 5
+CLIP = 6.0  # robust deviations at which a statistic saturates
 _LEFT = np.uint64(0x9E3779B97F4A7C15)
 _RIGHT = np.uint64(0xC2B2AE3D27D4EB4F)
 _FINISH = np.uint64(0xBF58476D1CE4E5B9)
@@ -48,20 +52,22 @@ class BigramPrior:
         contexts: (V + 1,) int64, how often a token stands left in a bigram; the last entry is for unknown tokens.
         unigrams: (V + 1,) int64, token counts, likewise.
         vocab: V.
-        median: of the leave-one-out scores of the trusted sequences, nats per token.
-        deviation: their robust standard deviation, nats per token.
+        centre: (5,) float64, medians of the statistics of held-out trusted sequences; the first one's unit is nats per token.
+        deviation: (5,) float64, their robust standard deviations.
+        held_out: (n, 5) float32, :meth:`statistics` of the trusted sequences, each as one that was left out.
     """
 
     bigrams: IntArray
     contexts: IntArray
     unigrams: IntArray
     vocab: int
-    median: float
-    deviation: float
+    centre: Float64Array
+    deviation: Float64Array
+    held_out: FloatArray
 
     @staticmethod
     def fit(flat: IntArray, offsets: IntArray, vocab: int = 0) -> BigramPrior:
-        """Fits to the trusted sequences ``flat[offsets[i]:offsets[i + 1]]`` and calibrates by leaving each out in turn.
+        """Fits to the trusted sequences ``flat[offsets[i]:offsets[i + 1]]`` and calibrates on held-out quarters of them.
 
         Args:
             flat: (total,) int64, token ids.
@@ -74,8 +80,8 @@ class BigramPrior:
         usable = int((np.diff(offsets) >= 2).sum())
         if usable < 2:
             raise DataError(
-                f"{usable} trusted sequence(s) of at least 2 tokens: the threshold is learned by leaving one out, "
-                f"which takes 2 at the least and {MIN_TRUSTED} to be steady; give more, or set selection.prior: false"
+                f"{usable} trusted sequence(s) of at least 2 tokens: the threshold is learned from held-out ones, which "
+                f"takes 2 at the least and {MIN_TRUSTED} to be steady; give more, or set recipe: density"
             )
         if int(flat.min()) < 0:
             raise DataError(f"trusted token id {int(flat.min())} is negative: give ids of the job's own tokenizer")
@@ -87,57 +93,114 @@ class BigramPrior:
                 MIN_TRUSTED,
             )
         vocab = max(vocab, int(flat.max()) + 1)
-        left, _, code, _ = _bigrams(flat, offsets, vocab)
-        counted = BigramPrior(
-            bigrams=np.bincount(code, minlength=1 << BITS),
-            contexts=np.bincount(left, minlength=vocab + 1),
-            unigrams=np.bincount(flat, minlength=vocab + 1),
-            vocab=vocab,
-            median=0.0,
-            deviation=1.0,
-        )
-        median, deviation = _location(counted.leave_one_out(flat, offsets))
-        return replace(counted, median=median, deviation=deviation)
+        rows = [flat[a:b] for a, b in pairwise(offsets) if b - a >= 2]
+        raw = held_out_statistics(rows, vocab)
+        centre, deviation = _location(raw)
+        fitted = replace(_count(flat, offsets, vocab), centre=centre, deviation=deviation)
+        return replace(fitted, held_out=fitted._standard(raw))
 
     @cached_property
     def _tables(self) -> tuple[Float64Array, Float64Array]:
-        """4 p(b) and log(c(a) + 4), (V + 1,) each."""
+        """p(b) and log(c(a) + 4), (V + 1,) each."""
         unigram = (self.unigrams + 0.5) / (self.unigrams.sum() + 0.5 * self.vocab)
-        return BACKOFF * unigram, np.log(self.contexts + BACKOFF)
+        return unigram, np.log(self.contexts + BACKOFF)
 
     def score(self, flat: IntArray, offsets: IntArray) -> Float64Array:
         """(n,) float64: mean log p(b | a) in nats per token; -inf for samples without a bigram."""
         left, right, code, row = _bigrams(flat, offsets, self.vocab)
-        backing, norm = self._tables
-        log_p = np.log(self.bigrams[code] + backing[right])
-        log_p -= norm[left]
-        return _row_mean(log_p, row, len(offsets) - 1)
+        return _row_mean(self._log_p(left, right, code), row, len(offsets) - 1)
 
-    def leave_one_out(self, flat: IntArray, offsets: IntArray) -> Float64Array:
-        """(n,) float64: each of the model's own sequences, scored as if the model had been fitted without it."""
+    def _log_p(self, left: IntArray, right: IntArray, code: IntArray) -> Float64Array:
+        unigram, norm = self._tables
+        log_p: Float64Array = np.log(self.bigrams[code] + BACKOFF * unigram[right])
+        log_p -= norm[left]
+        return log_p
+
+    def raw_statistics(self, flat: IntArray, offsets: IntArray) -> Float64Array:
+        """(n, 5) float64, what the model says of each sample; -inf for samples without a bigram.
+
+        Mean log p(b | a) (the score), its standard deviation within the sample, mean log p(b), share of bigrams that
+        the trusted set has, share of right-hand tokens that are the first of their kind in the sample.
+        """
         n = len(offsets) - 1
         left, right, code, row = _bigrams(flat, offsets, self.vocab)
-        lengths = np.diff(offsets)
-        tokens = np.minimum(flat.view(np.uint64), np.uint64(self.vocab)).astype(np.int64)
-        token_row = np.repeat(np.arange(n), lengths)
-        pairs = self.bigrams[code] - _own(code, row, code, row)
-        contexts = self.contexts[left] - _own(left, row, left, row)
-        unigrams = self.unigrams[right] - _own(tokens, token_row, right, row)
-        total = self.unigrams.sum() - lengths[row]
-        backing = BACKOFF * (unigrams + 0.5) / (total + 0.5 * self.vocab)
-        return _row_mean(np.log((pairs + backing) / (contexts + BACKOFF)), row, n)
+        log_p = self._log_p(left, right, code)
+        mean = _row_mean(log_p, row, n)
+        square = _row_mean(np.square(log_p - mean[row]), row, n)
+        common = _row_mean(np.log(self._tables[0])[right], row, n)
+        seen = _row_mean((self.bigrams[code] > 0).astype(np.float64), row, n)
+        order = np.lexsort((right, row))
+        fresh = np.ones(len(row))
+        fresh[1:] = (np.diff(right[order]) != 0) | (np.diff(row[order]) != 0)
+        distinct = _row_mean(fresh, row[order], n)
+        return np.stack([mean, np.sqrt(np.maximum(square, 0.0)), common, seen, distinct], 1)
+
+    def statistics(self, flat: IntArray, offsets: IntArray) -> FloatArray:
+        """(n, 5) float32 in [-6, 6]: the raw statistics in robust deviations from those of held-out trusted sequences."""
+        return self._standard(self.raw_statistics(flat, offsets))
 
     def keep(self, flat: IntArray, offsets: IntArray) -> Float64Array:
         """(n,) float64 in [0.02, 1]: pass of the trusted filter; samples without a bigram get the floor."""
-        z = (self.score(flat, offsets) - self.median) / self.deviation
-        return FLOOR + (1 - FLOOR) * _sigmoid((z - CUT) / SOFTNESS)
+        return self._pass(self.score(flat, offsets))
+
+    def examine(self, flat: IntArray, offsets: IntArray) -> tuple[Float64Array, FloatArray]:
+        """:meth:`keep` and :meth:`statistics` in one pass."""
+        raw = self.raw_statistics(flat, offsets)
+        return self._pass(raw[:, 0]), self._standard(raw)
+
+    def _pass(self, score: Float64Array) -> Float64Array:
+        return soft_pass((score - self.centre[0]) / self.deviation[0], CUT, SOFTNESS)
+
+    def _standard(self, raw: Float64Array) -> FloatArray:
+        return np.asarray(np.clip((raw - self.centre) / self.deviation, -CLIP, CLIP), np.float32)
 
     def digest(self) -> str:
         """32 hex digits over the counts and the calibration."""
-        h = hashlib.blake2b(np.array([self.median, self.deviation, self.vocab], "<f8").tobytes(), digest_size=16)
+        h = hashlib.blake2b(np.array([self.vocab, *self.centre, *self.deviation], "<f8").tobytes(), digest_size=16)
         for counts in (self.bigrams, self.contexts, self.unigrams):
             h.update(counts.astype("<i8").tobytes())
         return h.hexdigest()
+
+
+def _count(flat: IntArray, offsets: IntArray, vocab: int) -> BigramPrior:
+    """The model of these sequences, not calibrated."""
+    left, _, code, _ = _bigrams(flat, offsets, vocab)
+    return BigramPrior(
+        bigrams=np.bincount(code, minlength=1 << BITS),
+        contexts=np.bincount(left, minlength=vocab + 1),
+        unigrams=np.bincount(flat, minlength=vocab + 1),
+        vocab=vocab,
+        centre=np.zeros(STATISTICS),
+        deviation=np.ones(STATISTICS),
+        held_out=np.empty((0, STATISTICS), np.float32),
+    )
+
+
+def held_out_statistics(rows: list[IntArray], vocab: int) -> Float64Array:
+    """(n, 5) float64: the raw statistics of ``rows`` (2 at least), every quarter judged by the model of the rest."""
+    found = []
+    for part in np.array_split(np.arange(len(rows)), min(FOLDS, len(rows))):
+        held_out, rest = _join(rows[part[0] : part[-1] + 1]), _join(rows[: part[0]] + rows[part[-1] + 1 :])
+        found.append(_count(*rest, vocab).raw_statistics(*held_out))
+    return np.concatenate(found)
+
+
+def _location(raw: Float64Array) -> tuple[Float64Array, Float64Array]:
+    """(5,) medians and robust deviations of (n, 5) statistics; the latter at least ``MIN_SPREAD``."""
+    location = [robust_location(column) for column in raw.T]
+    centre, deviation = (np.array(side) for side in zip(*location, strict=True))
+    if deviation[0] < MIN_SPREAD:
+        log.warning(
+            "the trusted sequences score almost alike (robust deviation %.3g nats per token, taken as %g): are they "
+            "copies of one another? The filter will be as narrow as that",
+            deviation[0],
+            MIN_SPREAD,
+        )
+    return centre, np.maximum(deviation, MIN_SPREAD)
+
+
+def _join(rows: list[IntArray]) -> tuple[IntArray, IntArray]:
+    return np.concatenate(rows), np.cumsum([0, *map(len, rows)]).astype(np.int64)
 
 
 def _bigrams(flat: IntArray, offsets: IntArray, vocab: int) -> tuple[IntArray, IntArray, IntArray, IntArray]:
@@ -157,14 +220,6 @@ def _bigrams(flat: IntArray, offsets: IntArray, vocab: int) -> tuple[IntArray, I
     return known[:-1][within], known[1:][within], code.view(np.int64)[within], row[1:][within]
 
 
-def _own(value: IntArray, row: IntArray, asked: IntArray, asked_row: IntArray) -> IntArray:
-    """How often ``asked[i]`` stands among the ``value`` of its own row ``asked_row[i]``."""
-    span = int(max(value.max(initial=0), asked.max(initial=0))) + 1
-    keys, counts = np.unique(row * span + value, return_counts=True)
-    found: IntArray = counts[np.searchsorted(keys, asked_row * span + asked)]
-    return found
-
-
 def _row_mean(values: Float64Array, row: IntArray, n: int) -> Float64Array:
     """Mean of each row, added up in the order of ``values`` (bincount does), so that blocking cannot change a bit."""
     total = np.bincount(row, weights=values, minlength=n)
@@ -177,93 +232,3 @@ def robust_location(values: Array) -> tuple[float, float]:
     """Median and robust standard deviation (from the median absolute deviation) of finite ``values`` (n,), n at least 1."""
     median = float(np.median(values))
     return median, MAD_TO_DEVIATION * float(np.median(np.abs(values - median)))
-
-
-def _location(scores: Float64Array) -> tuple[float, float]:
-    """Median and robust standard deviation of the finite scores; the latter at least ``MIN_SPREAD``."""
-    median, deviation = robust_location(scores[np.isfinite(scores)])
-    if deviation < MIN_SPREAD:
-        log.warning(
-            "the trusted sequences score almost alike (robust deviation %.3g nats per token, taken as %g): are they "
-            "copies of one another? The filter will be as narrow as that",
-            deviation,
-            MIN_SPREAD,
-        )
-    return median, max(deviation, MIN_SPREAD)
-
-
-def _sigmoid(x: Array) -> Float64Array:
-    """The logistic function; its argument is clipped where the result is 0 or 1 anyhow."""
-    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(x, -700.0, 700.0))), np.float64)
-
-
-def align_keep(align: Array, median: float) -> Float64Array:
-    """Pass of the gradient filter.
-
-    Args:
-        align: (n,) alignment with the trusted gradient; NaN (nothing known) passes.
-        median: median leave-one-out alignment of the trusted samples.  If it is not above 0 the trusted gradients
-            contradict one another and nothing can be judged by them: all pass, and the caller says so.
-
-    Returns:
-        (n,) float64 in [0.02, 1].
-    """
-    align = np.asarray(align, np.float64)
-    if not median > 0:
-        return np.ones(len(align))
-    passed = FLOOR + (1 - FLOOR) * _sigmoid((align / median - ALIGN_CUT) / ALIGN_SOFTNESS)
-    return np.where(np.isnan(align), 1.0, passed)
-
-
-def rank01(values: Array) -> Float64Array:
-    """(n,) float64: ranks scaled to [0, 1], equal values sharing their mean rank; NaN, and a value alone, get 0.5."""
-    values = np.asarray(values, np.float64)
-    out = np.full(len(values), 0.5)
-    known = np.flatnonzero(~np.isnan(values))
-    if len(known) > 1:
-        _, inverse, counts = np.unique(values[known], return_inverse=True, return_counts=True)
-        last = np.cumsum(counts)
-        mean_rank = (last - counts + last - 1) / 2.0
-        out[known] = mean_rank[inverse] / (len(known) - 1)
-    return out
-
-
-def combine(
-    keep: Array | None,
-    density: Array | None,
-    loss_rank: Array | None,
-    align_keep: Array | None,
-    n: int | None = None,
-) -> Float64Array:
-    """The unnormalised log-probabilities that a coreset is drawn with.
-
-    log p = log keep + log align_keep + log(.3 + loss_rank) - log(1 + density), a part that is None being left out.
-
-    Args:
-        keep: (n,) pass of the trusted filter, in (0, 1].
-        density: (n,) copies in the pool beyond the sample itself, at least 0.
-        loss_rank: (n,) in [0, 1], from :func:`rank01`.
-        align_keep: (n,) pass of the gradient filter, in (0, 1].
-        n: number of samples; needed only where all parts may be None, which gives zeros (all alike).
-
-    Returns:
-        (n,) float64, each row from its own numbers alone.
-
-    Raises:
-        ValueError: there is neither a part nor ``n``, or they differ in length.
-    """
-    parts: list[Float64Array] = []
-    for passed in (keep, align_keep):
-        if passed is not None:
-            parts.append(np.log(np.asarray(passed, np.float64)))
-    if loss_rank is not None:
-        parts.append(np.log(LOSS_BASE + np.asarray(loss_rank, np.float64)))
-    if density is not None:
-        parts.append(-np.log(1.0 + np.asarray(density, np.float64)))
-    sizes = [len(part) for part in parts] + ([] if n is None else [n])
-    if len(set(sizes)) != 1:
-        raise ValueError(f"combine needs parts of one length, or n; got lengths {sizes}")
-    log_p = np.zeros(sizes[0])
-    for part in parts:
-        log_p = log_p + part
-    return log_p

@@ -7,6 +7,7 @@ depend on the number of ranks, on other ids or on any generator of the job.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,22 +120,72 @@ def sample_without_replacement(ids: IntArray, log_p: Array, k: int, seed: int, v
     Returns:
         Ids with weights 1 / P(perturbed log-probability above the threshold), which make weighted means over the sample
         consistent for means over the window; scaled to mean 1.
+
+    Beyond its arguments and its result it holds at most 16 bytes an id and a constant.
     """
     log_p = check_log_p(ids, log_p)
-    possible = np.flatnonzero(np.isfinite(log_p))
-    ids, log_p = ids[possible], log_p[possible]
-    if len(ids):
-        top = log_p.max()
-        log_p = log_p - (top + np.log(np.exp(log_p - top).sum()))
-    perturbed = gumbel(seed, version, ids)
-    perturbed += log_p
-    chosen = largest(perturbed, k)
+    possible = int(np.count_nonzero(np.isfinite(log_p)))
+    shift = _log_total(log_p) if possible else 0.0
     threshold = -np.inf
-    if 0 <= k < len(ids):
-        threshold = float(np.partition(perturbed, len(ids) - k - 1)[len(ids) - k - 1])
+    if 0 <= k < possible:
+        threshold, bar, level = _bars(ids, log_p, shift, seed, version, k)
+        chosen = _reaching(ids, log_p, shift, seed, version, bar, level, k)
+    else:
+        chosen = np.flatnonzero(np.isfinite(log_p)) if k > 0 else np.empty(0, np.int64)
+    drawn, weights = ids[chosen], log_p[chosen]
+    del chosen
+    weights -= shift
+    weights -= threshold
     with np.errstate(over="ignore"):
-        weights = -1.0 / np.expm1(-np.exp(log_p[chosen] - threshold))
-    return Drawn(Coreset(ids[chosen], mean_one(weights)), threshold, max(0, k - len(chosen)))
+        np.exp(weights, out=weights)
+        np.negative(weights, out=weights)
+        np.expm1(weights, out=weights)
+        np.divide(-1.0, weights, out=weights)
+    return Drawn(Coreset(drawn, mean_one(weights)), threshold, max(0, k - len(drawn)))
+
+
+def _log_total(log_p: Floats) -> float:
+    """The logarithm of the sum of exp(log_p), of which not all are -inf."""
+    top = float(log_p.max())
+    return top + math.log(math.fsum(float(np.exp(log_p[lo : lo + CHUNK] - top).sum()) for lo in range(0, len(log_p), CHUNK)))
+
+
+def _perturbed(ids: IntArray, log_p: Floats, shift: float, seed: int, version: int, lo: int) -> Floats:
+    """Perturbed log-probabilities of one chunk of ids, from ``lo``; the same numbers whenever it is asked."""
+    out = gumbel(seed, version, ids[lo : lo + CHUNK])
+    out += log_p[lo : lo + CHUNK] - shift
+    return out
+
+
+def _bars(ids: IntArray, log_p: Floats, shift: float, seed: int, version: int, k: int) -> tuple[float, float, int]:
+    """The (k+1)-th and the k-th largest perturbed log-probability, and how many of the k largest equal the latter."""
+    perturbed = np.empty(len(ids))
+    for lo in range(0, len(ids), CHUNK):
+        perturbed[lo : lo + CHUNK] = _perturbed(ids, log_p, shift, seed, version, lo)
+    perturbed.partition(len(ids) - k - 1)
+    highest = perturbed[len(ids) - k :]
+    bar = float(highest.min(initial=np.inf))
+    return float(perturbed[len(ids) - k - 1]), bar, int(np.count_nonzero(highest == bar))
+
+
+def _reaching(ids: IntArray, log_p: Floats, shift: float, seed: int, version: int, bar: float, level: int, k: int) -> IntArray:
+    """Positions, ascending, of the k perturbed log-probabilities above ``bar`` or among the first ``level`` equal to it.
+
+    They are computed a second time, which is cheaper than to keep them beside the copy that was partitioned.
+    """
+    out = np.empty(k, np.int64)
+    at = 0
+    for lo in range(0, len(ids), CHUNK):
+        perturbed = _perturbed(ids, log_p, shift, seed, version, lo)
+        good = perturbed > bar
+        equal = np.flatnonzero(perturbed == bar)[:level]
+        level -= len(equal)
+        good[equal] = True
+        found = np.flatnonzero(good)
+        out[at : at + len(found)] = found
+        out[at : at + len(found)] += lo
+        at += len(found)
+    return out
 
 
 def mean_one(weights: Array) -> FloatArray:

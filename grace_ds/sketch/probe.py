@@ -15,8 +15,7 @@ from torch import nn
 
 from grace_ds.errors import DataError
 from grace_ds.records import IntArray
-from grace_ds.sketch.basis import BasisAccumulator
-from grace_ds.sketch.binding import Harvested
+from grace_ds.sketch.binding import Harvested, Target
 from grace_ds.sketch.sketcher import Sketcher
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
@@ -40,8 +39,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
     embeddings = [m for m in module.modules() if isinstance(m, nn.Embedding)]
     if not embeddings:
         raise DataError(
-            f"{type(module).__name__} has no nn.Embedding, where a probe of the trusted samples would begin; set "
-            "trusted: null, or selection.alignment: false"
+            f"{type(module).__name__} has no nn.Embedding, where a probe of the trusted samples would begin; set recipe: prior"
         )
     training = {m: m.training for m in module.modules()}
     learning = [p for p in module.parameters() if p.requires_grad]
@@ -71,8 +69,8 @@ def _eager(module: nn.Module) -> Any:
     return nullcontext()
 
 
-def probe_basis(module: nn.Module, batches: Batches, loss_fn: LossFn, sketcher: Sketcher, target: BasisAccumulator) -> None:
-    """Adds the gradient of every sample of ``batches`` to ``target``, each sample with weight 1.
+def probe_basis(module: nn.Module, batches: Batches, loss_fn: LossFn, sketcher: Sketcher, target: Target) -> None:
+    """Shows ``target`` the gradient of every sample of ``batches``, each sample with weight 1.
 
     Args:
         module: the model itself (``engine.module``), never the engine.  Under ZeRO-3 every rank must pass
@@ -80,7 +78,7 @@ def probe_basis(module: nn.Module, batches: Batches, loss_fn: LossFn, sketcher: 
         batches: (ids (n,) int64, batch) pairs; the ids only say how many samples there are.
         loss_fn: (module, batch) → the batch's scalar mean loss.
         sketcher: attached; its hooks feed ``target``.
-        target: from ``sketcher``'s layers.
+        target: an accumulator over ``sketcher``'s layers.
 
     Raises:
         DataError: the model has no embedding, or a hook failed.
@@ -94,9 +92,7 @@ def probe_basis(module: nn.Module, batches: Batches, loss_fn: LossFn, sketcher: 
                 sketcher.end()
             loss.backward()  # type: ignore[no-untyped-call]
     if target.spoiled:
-        raise DataError(
-            "a hook failed during the probe of the trusted samples (its warning is in the log); nothing can be fitted"
-        )
+        raise DataError("a hook failed during a probe (its warning is in the log); nothing can be fitted")
 
 
 def probe_rows(

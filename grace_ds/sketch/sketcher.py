@@ -26,6 +26,7 @@ from grace_ds.sketch.layers import Layer
 from grace_ds.sketch.losses import sample_losses
 from grace_ds.sketch.project import Fold, Side, bases
 from grace_ds.sketch.scale import LayerScale
+from grace_ds.sketch.whiten import MomentAccumulator
 
 logger = logging.getLogger("grace_ds")
 
@@ -181,6 +182,10 @@ class Sketcher:
     def accumulator(self, rank: int = 8) -> BasisAccumulator:
         """An empty accumulator for a basis of ``rank`` factors a layer, fed through :meth:`route`."""
         return BasisAccumulator(self.layers, self.seed, rank, self._meter)
+
+    def moments(self) -> MomentAccumulator:
+        """An empty accumulator of the layers' second moments, fed through :meth:`route`."""
+        return MomentAccumulator(self.layers, self.seed, meter=self._meter)
 
     def _make_plan(self) -> Plan:
         sides: list[tuple[Side, Side]] = []

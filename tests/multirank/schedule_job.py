@@ -14,12 +14,13 @@ import numpy as np
 
 from grace_ds.comm.base import Comm
 from grace_ds.comm.choose import choose
-from grace_ds.config.schema import FeaturesConfig, GraceConfig, RefreshConfig, SelectionConfig
+from grace_ds.config.schema import FeaturesConfig, GraceConfig, GraphConfig, GuardConfig, RefreshConfig, SelectionConfig
 from grace_ds.features import ContentFeatures, TokenReader, content_features
 from grace_ds.pool import Pool
-from grace_ds.records import IntArray, Rows, Schedule
+from grace_ds.records import IntArray, Role, Rows, Schedule
 from grace_ds.refresh import refresh
 from grace_ds.schedule import Ledger
+from grace_ds.selection.guard import from_meta
 from grace_ds.selection.prior import BigramPrior
 from grace_ds.signals import Inputs, Pipeline
 from grace_ds.table import Table
@@ -30,9 +31,11 @@ BATCH, INTERVAL, SLACK = 8, 6, 1
 DIM, VOCAB, SEED = 12, 60, 11
 STEPS = (8, 14)  # optimizer steps done at the two refreshes: the oldest rows are two intervals old at the second
 INCLUDE, EXCLUDE = np.arange(3, N, 61), np.arange(1, N, 4)
-REFERENCE = {0: 0.4, 1: 0.6}  # rows of basis 2 have no unit
+EXPLORE, AUDIT = 0.15, 0.1
+# Median influence (alignment times norm) of trusted samples by basis; those along basis 2 are not to be judged by.
+REFERENCE = {0: 0.4, 1: 0.6, 2: 0.0}
 
-Kept = dict[tuple[bytes, bool], ContentFeatures]
+Kept = dict[tuple[bytes, bool, bool], ContentFeatures]
 
 
 @dataclass(frozen=True)
@@ -41,34 +44,55 @@ class Case:
 
     Attributes:
         objective: of the selection.
+        recipe: of the run.
         window: samples of a window.
-        trusted: whether there is a trusted set, for the prior and for the alignments.
+        trusted: whether there is a trusted set, for the prior and for the influences.
         features: whether the token ids are looked at.
-        harvest: rows from two windows ("all"), none at all, or rows whose losses are equal and alignments unknown ("tied").
+        harvest: rows from two windows ("all"), none at all, rows whose losses are equal and alignments unknown ("tied"), or
+            more rows, all along a basis with a unit ("judged"), which in the second interval turn against what the first
+            has chosen ("harmful").
+        learning: whether influences are still to come where none is known.
         last_rank_idle: whether the last of several ranks harvests nothing.
         forced: whether ids are included and excluded.
         uniform: whether the second refresh is one after ``stop_step``.
+        residuals: whether what content does not predict goes along the edges.
+        clean_share: of the guard; None turns it off, where it would find a window without copies, or of three, clean.
+        audit: share of the audit slots.
+        shadow: whether the job trains on samples of its own, so that all that are not chosen are there to compare with.
     """
 
     objective: str = "sample"
+    recipe: str = "grace"
     window: int = WINDOW
     trusted: bool = True
     features: bool = True
     harvest: str = "all"
+    learning: bool = False
     last_rank_idle: bool = False
     forced: bool = False
     uniform: bool = False
+    residuals: bool = False
+    clean_share: float | None = 0.9
+    audit: float = AUDIT
+    shadow: bool = False
 
 
 OBJECTIVES = ("sample", "facility_location", "topk", "rs2", "uniform")
 CASES: dict[str, Case] = {
     **{name: Case(name) for name in OBJECTIVES},
     **{f"forced {name}": Case(name, forced=True, last_rank_idle=True) for name in OBJECTIVES},
-    **{f"tied {name}": Case(name, trusted=False, harvest="tied") for name in OBJECTIVES[:3]},
-    **{f"tiny {name}": Case(name, window=TINY) for name in OBJECTIVES[:2]},
+    **{f"tied {name}": Case(name, trusted=False, harvest="tied", clean_share=None) for name in OBJECTIVES[:3]},
+    **{f"tiny {name}": Case(name, window=TINY, clean_share=None) for name in OBJECTIVES[:2]},
     "nothing harvested": Case(harvest="none"),
-    "no features": Case(features=False),
+    "opening": Case(harvest="none", learning=True),
+    "prior": Case(recipe="prior", harvest="none"),
+    "density": Case(recipe="density", trusted=False, harvest="none"),
+    "no features": Case(recipe="uniform", features=False),
     "stopped": Case(uniform=True),
+    "residuals": Case(residuals=True),
+    "clean": Case(clean_share=0.05),
+    "judged": Case(harvest="judged", audit=0.4),
+    "harmful": Case(harvest="harmful", shadow=True),
 }
 
 
@@ -131,12 +155,15 @@ def pool_of(case: Case) -> Pool:
 def config_of(case: Case) -> GraceConfig:
     """A coreset of a tenth of the window, all of which finds a slot, or a larger one, of which the least visited do."""
     return GraceConfig(
+        recipe=case.recipe,
         budget=0.34 if case.window == TINY else 0.1 if case.forced or case.harvest == "tied" else 0.15,
         window=case.window,
         seed=SEED,
         refresh=RefreshConfig(interval_steps=INTERVAL, cadence="fixed", slack_steps=SLACK),
         features=FeaturesConfig(enabled=case.features, dim=48),
-        selection=SelectionConfig(objective=case.objective, explore=0.15, audit=0.1, density=case.harvest != "tied"),
+        graph=GraphConfig(residuals=case.residuals),
+        selection=SelectionConfig(objective=case.objective, explore=EXPLORE, audit=case.audit, loss_tilt=True),
+        guard=GuardConfig(enabled=case.clean_share is not None, clean_share=case.clean_share or 1.0),
     )
 
 
@@ -147,7 +174,7 @@ def harvested(case: Case, version: int) -> Rows:
     There are ids of padding, outside of the dataset and outside of the window; unknown losses and alignments; rows that
     are not finite.
     """
-    n = {"none": 0}.get(case.harvest, 260 if case.window == WINDOW else 40)
+    n = {"none": 0, "judged": 700, "harmful": 700}.get(case.harvest, 260 if case.window == WINDOW else 40)
     if not n:
         return Rows.empty(DIM)
     draw = np.random.default_rng([3, version])
@@ -172,6 +199,11 @@ def harvested(case: Case, version: int) -> Rows:
     rows.norm[6::31], rows.sketch[11::37, 2] = np.nan, np.inf
     if case.harvest == "tied":
         rows.loss[:], rows.align[:] = 0.25, np.nan
+    elif case.harvest in ("judged", "harmful"):
+        rows.basis[:] %= 2
+        rows.align[:] = 0.5 - 0.6 * is_junk(ids)
+        if case.harvest == "harmful" and version:
+            rows.align[:] *= -1
     return rows
 
 
@@ -191,9 +223,9 @@ class Contents:
     def __call__(self, ids: IntArray) -> ContentFeatures:
         case = self.case
         if not case.features:
-            return ContentFeatures(ids, np.zeros(len(ids), np.float32), None, None)
+            return ContentFeatures(ids, np.zeros(len(ids), np.float32), None, None, None)
         # Not by this rank's ids, which may be none of two windows: all ranks must compute, or none.
-        key = (pool_of(case).window_at(self.version).tobytes(), case.trusted)
+        key = (pool_of(case).window_at(self.version).tobytes(), case.trusted, case.harvest == "tied")
         if key not in self.kept:
             self.kept[key] = content_features(
                 TokenReader(corpus()),
@@ -202,6 +234,8 @@ class Contents:
                 seed=SEED,
                 allreduce=self.comm.allreduce,
                 trusted=prior() if case.trusted else None,
+                want_density=case.harvest != "tied",  # copies would tell the tied apart
+                want_statistics=True,
             )
         return self.kept[key]
 
@@ -211,9 +245,11 @@ def two_refreshes(world: World, comm: Comm, case: Case, kept: Kept) -> list[Made
     contents = Contents(comm, kept, case)
     nobody = np.empty(0, np.int64)
     include, exclude = (INCLUDE, np.setdiff1d(EXCLUDE, INCLUDE)) if case.forced else (nobody, nobody)
-    p = Pipeline(comm, config_of(case), pool_of(case), BATCH, contents, include, exclude)
+    trusted = prior().held_out if case.trusted else None
+    p = Pipeline(comm, config_of(case), pool_of(case), BATCH, contents, include, exclude, trusted)
     made: list[Made] = []
     table, ledger = Table.empty(DIM), Ledger()
+    decision, since, core, audit = None, -1, nobody, None if case.shadow else nobody
     for version, step in enumerate(STEPS):
         contents.version = version
         x = Inputs(
@@ -225,12 +261,20 @@ def two_refreshes(world: World, comm: Comm, case: Case, kept: Kept) -> list[Made
             issued=step * BATCH + 3 * (world.rank + 1) // world.size,  # prefetch runs further ahead on some ranks
             interval=INTERVAL,
             reference=REFERENCE if case.trusted else {},
+            decision=decision,
+            since=since,
+            core=core,
+            audit=audit,
+            learning=case.learning,
             uniform=case.uniform and version == 1,
         )
         out = refresh(p, x)
         made.append(Made(out.schedule, out.table, out.counts))
         table, ledger = out.table, Ledger(ledger.ids, ledger.counts)
         ledger.add(out.schedule.ids[: INTERVAL * BATCH])
+        decision, since = from_meta(out.schedule.meta.get("guard")), step
+        core = np.unique(out.schedule.ids[out.schedule.roles == Role.CORE])
+        audit = None if case.shadow else np.unique(out.schedule.ids[out.schedule.roles == Role.AUDIT])
     return made
 
 

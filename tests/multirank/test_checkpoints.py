@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from tests.multirank.launch import Records, run_jobs, stream
+from tests.multirank.launch import HARVESTING, Records, run_jobs, stream
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(200)]
 
-GRACE: dict[str, Any] = {"budget": 0.3, "refresh": {"interval_steps": 4, "cadence": "fixed", "timeout_seconds": 30}}
+GRACE: dict[str, Any] = HARVESTING
 BASE: dict[str, Any] = {"steps": 9, "bf16": False, "grace": GRACE}
 STEP = 6
 OURS = f"global_step{STEP}/grace_ds"

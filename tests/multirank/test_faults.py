@@ -9,16 +9,20 @@ from typing import Any
 
 import pytest
 
-from tests.multirank.launch import Records, run_jobs, stream
+from tests.multirank.launch import HARVESTING, Records, refreshes, run_jobs, stream
 from tests.multirank.toy import Corpus
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(200)]
 
 LIMIT, HANG = 2.0, 3.0
-GRACE: dict[str, Any] = {"budget": 0.3, "refresh": {"interval_steps": 4, "cadence": "fixed", "timeout_seconds": LIMIT}}
+GRACE: dict[str, Any] = {
+    **HARVESTING,
+    "graph": {"residuals": True},
+    "refresh": {**HARVESTING["refresh"], "timeout_seconds": LIMIT},
+}
 BASE: dict[str, Any] = {"steps": 9, "bf16": False, "workers": 0, "grace": GRACE}
 
-# Each stage has a collective after it, in which the other rank waits.  The number says which call belongs to step 4.
+# Each stage has a collective after it, in which the other rank waits.  The number says which call belongs to step 2.
 HANGS = {
     "pending": ("grace_ds.harvest", "Harvester.pending", 1),
     "gather": ("grace_ds.refresh", "gather_rows", 1),
@@ -30,9 +34,17 @@ HANGS = {
     "broadcast": ("grace_ds.refresh", "broadcast_schedule", 1),
     "agree": ("grace_ds.comm._framing", "FramedComm.agree", 2),
 }
+# Likewise of the trusted basis, which is fitted at step 2 for the first time.
+PROBES = {
+    "moments": ("grace_ds.sketch.whiten", "MomentAccumulator.pack", 0),
+    "basis": ("grace_ds.sketch.basis", "BasisAccumulator.pack", 0),
+    "unit": ("grace_ds.integrations.trust", "TrustedProbe._unit", 0),
+}
+# Calls of _to before the second batch of each probe: a batch takes three, for itself and its two entries, a probe two batches.
+READS = {"moments": 3, "basis": 9, "unit": 15}
 # Not finite in one layer's gradient of a sample, as the hooks see it; and in a row on its way to its owner.
 SKETCH = {"module": "grace_ds.sketch.binding", "name": "Binding._accumulate", "rank": 1, "argument": 3}
-ROW = {"module": "grace_ds.harvest", "name": "Harvester.pending", "rank": 1, "after": 1}
+ROW = {"module": "grace_ds.harvest", "name": "Harvester.pending", "rank": 1, "after": 2}
 LAYERS = 4
 
 
@@ -50,6 +62,9 @@ def launched(folder: Path) -> tuple[Records, str]:
         grace = {**GRACE, "window": 150} if stage == "features" else GRACE  # a window that moves has new features to read
         fault = {"module": module, "name": name, "rank": 1, "after": after, "hang": HANG}
         jobs[f"hang_{stage}"] = {**BASE, "grace": grace, "fault": fault}
+    for stage, (module, name, after) in PROBES.items():
+        fault = {"module": module, "name": name, "rank": 1, "after": after, "hang": HANG}
+        jobs[f"hang_{stage}"] = {**BASE, "steps": 4, "grace": {**GRACE, "trusted": str(trusted)}, "fault": fault}
     commit = {"module": "grace_ds.integrations.verdict", "name": "Verdict.commit", "rank": 1, "after": 1, "hang": HANG}
     jobs["hang_commit"] = {**BASE, "fault": commit}
     jobs["hang_scale"] = {
@@ -63,9 +78,10 @@ def launched(folder: Path) -> tuple[Records, str]:
             "fault": {"module": "grace_ds.sketch.sketcher", "name": "Sketcher.finish", "rank": 1, "after": step},
         }
     # ZeRO-3 gathers weights in the probes: a rank that left them half-way would leave the other in the job's own collective.
-    probe = {"module": "grace_ds.integrations.trust", "name": "_to", "rank": 1, "after": 3}
     zero3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
-    jobs["trusted"] = {**BASE, "steps": 13, "ds": zero3, "grace": {**GRACE, "trusted": str(trusted)}, "fault": probe}
+    for stage, after in READS.items():
+        probe = {"module": "grace_ds.integrations.trust", "name": "_to", "rank": 1, "after": after}
+        jobs[f"read_{stage}"] = {**BASE, "steps": 5, "ds": zero3, "grace": {**GRACE, "trusted": str(trusted)}, "fault": probe}
     for value in ("nan", "inf"):
         jobs[f"first_{value}"] = {**BASE, "steps": 8, "fault": {**SKETCH, "poison": value, "after": 0}}
         jobs[f"sample_{value}"] = {**BASE, "steps": 8, "fault": {**SKETCH, "poison": value, "after": 3 * LAYERS}}
@@ -86,10 +102,10 @@ def agree(records: list[dict[str, Any]], steps: int) -> None:
     assert a["schedules"] == b["schedules"]
 
 
-@pytest.mark.parametrize("stage", list(HANGS))
+@pytest.mark.parametrize("stage", [*HANGS, *PROBES])
 def test_a_rank_that_hangs_in_a_stage_freezes_grace_and_not_the_job(records: Records, stage: str) -> None:
-    agree(records[f"hang_{stage}"], 9)
-    assert stream(records[f"hang_{stage}"])[:4] == stream(records["base"])[:4] or stage == "features"
+    agree(records[f"hang_{stage}"], 9 if stage in HANGS else 4)
+    assert stream(records[f"hang_{stage}"])[:2] == stream(records["base"])[:2] or stage not in HANGS or stage == "features"
     for rank, waits in zip(records[f"hang_{stage}"], (0.0, HANG), strict=True):
         m = rank["metrics"]
         assert m["frozen"]
@@ -101,7 +117,7 @@ def test_a_rank_that_hangs_in_a_stage_freezes_grace_and_not_the_job(records: Rec
 
 def test_the_log_of_every_rank_says_so(launched: tuple[Records, str]) -> None:
     frozen = sum(rank["metrics"]["frozen"] for job in launched[0].values() for rank in job)
-    assert frozen == 2 * (len(HANGS) + 1)
+    assert frozen == 2 * (len(HANGS) + len(PROBES) + 1)
     assert launched[1].count("GRACE is frozen: training goes on") == frozen
 
 
@@ -110,7 +126,7 @@ def test_a_rank_that_is_late_after_the_agreement_holds_the_schedule_too(records:
     assert stream(records["hang_commit"]) == stream(records["base"])
     for rank in records["hang_commit"]:
         assert not rank["metrics"]["frozen"]
-        assert (rank["metrics"]["refreshes"], rank["metrics"]["refresh_failures"]) == (3, 0)
+        assert (rank["metrics"]["refreshes"], rank["metrics"]["refresh_failures"]) == (refreshes(9), 0)
 
 
 def test_a_rank_that_hangs_while_the_scale_is_agreed_on_freezes_grace_and_not_the_job(records: Records) -> None:
@@ -130,12 +146,13 @@ def test_a_micro_batch_that_cannot_be_finished_costs_only_its_own_rows(records: 
         assert rank["metrics"]["events"]["hook_failures"] == 1
 
 
-def test_a_fault_in_one_ranks_trusted_data_is_agreed_on_before_the_probe(records: Records) -> None:
-    agree(records["trusted"], 13)
-    for rank in records["trusted"]:
+@pytest.mark.parametrize("stage", list(READS))
+def test_a_fault_in_one_ranks_data_is_agreed_on_before_each_probe(records: Records, stage: str) -> None:
+    agree(records[f"read_{stage}"], 5)
+    for rank in records[f"read_{stage}"]:
         assert not rank["metrics"]["frozen"]
-        assert (rank["metrics"]["refreshes"], rank["metrics"]["refresh_failures"]) == (3, 1)
-        assert rank["reference"]  # the refresh after it has fitted a basis, the last one has measured its unit
+        assert (rank["metrics"]["refreshes"], rank["metrics"]["refresh_failures"]) == (2, 1)
+        assert list(rank["reference"]) == ["1"]  # the refresh after it has fitted a basis
 
 
 def uses(records: list[dict[str, Any]], first: int, last: int) -> Counter[int]:
@@ -172,7 +189,7 @@ def test_nor_does_it_spoil_the_scale_of_the_layers(records: Records, value: str)
 def test_a_row_that_is_not_finite_is_dropped_and_counted_on_all_ranks(records: Records, column: str, value: str) -> None:
     job = records[f"{column}_{value}"]
     agree(job, 4)
-    assert committed(job) == uses(job, 1, 4) - Counter([job[1]["steps"][1][0]])
+    assert committed(job) == uses(job, 1, 4) - Counter([job[1]["steps"][2][0]])
     for rank in job:
         assert rank["metrics"]["refresh_failures"] == 0
         assert rank["metrics"]["events"]["nonfinite_dropped"] == 1

@@ -12,18 +12,20 @@ from typing import Any
 import pytest
 
 from grace_ds.schedule import load_book
-from tests.multirank.launch import Records, run_jobs, stream
+from tests.multirank.launch import HARVESTING, Records, run_jobs, stream
 from tests.multirank.toy import Corpus
 
-pytestmark = [pytest.mark.multirank, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.multirank, pytest.mark.timeout(280)]
 
-GRACE: dict[str, Any] = {"budget": 0.3, "refresh": {"interval_steps": 4, "cadence": "fixed", "timeout_seconds": 30}}
+GRACE: dict[str, Any] = HARVESTING
 EVERY_STEP: dict[str, Any] = {**GRACE, "refresh": {**GRACE["refresh"], "interval_steps": 1}}
 EPOCH = 24  # steps of 8 in the corpus of 192
 LONG = {"steps": EPOCH + 8, "bf16": False}
 SHORT = {"steps": 12, "stage": 0, "bf16": False, "grace": GRACE}
 PENDING = [5, 8]
 LATE = [EPOCH - 5, EPOCH - 1, EPOCH]
+# Of the run that the guard steps down in: right before, while it is, and once it looks again.
+DOWN = [7, 10, 17]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def two(folder: Path, one: Records) -> Records:
     """What two ranks make of it, and runs of their own."""
     saved, replay = str(folder / "two"), str(folder / "run1" / "schedules")
     trusted = folder / "trusted.jsonl"
-    trusted.write_text("\n".join(json.dumps({"input_ids": row.tolist(), "sid": [0]}) for row in Corpus(64, salt=3).tokens))
+    trusted.write_text("\n".join(json.dumps({"input_ids": row.tolist(), "sid": [0]}) for row in Corpus(128, salt=3).tokens[::2]))
     long = {**LONG, "grace": {**GRACE, "trusted": str(trusted)}}
     run_dir = {**GRACE, "run_dir": str(folder / "run2")}
     jobs: dict[str, Any] = {
@@ -64,8 +66,14 @@ def two(folder: Path, one: Records) -> Records:
         },
         "replay_over": {**SHORT, "load": str(folder / "replaying")},
     }
+    # Half of the slots are audits, so that there is enough to compare with after so few steps; the harm is made up.
+    judged = {**long["grace"], "guard": {"clean_share": 1.0}, "selection": {"audit": 0.5}}
+    down = {**LONG, "steps": 22, "workers": 0, "harm": True, "grace": judged}
+    run_dir = {**judged, "run_dir": str(folder / "down-run")}
+    jobs["down"] = {**down, "grace": run_dir, "save": str(folder / "down"), "save_at": DOWN}
+    jobs |= {f"down{k}": {**down, "load": str(folder / "down"), "load_tag": f"global_step{k}"} for k in DOWN}
     jobs |= {f"from{k}": {**long, "load": saved, "load_tag": f"global_step{k}"} for k in PENDING + LATE}
-    return run_jobs(folder / "launch2", jobs, 2, timeout=150)[0]
+    return run_jobs(folder / "launch2", jobs, 2, timeout=200)[0]
 
 
 def state(saved: Path, step: int) -> Path:
@@ -77,8 +85,8 @@ def test_between_the_phases_of_a_refresh_nothing_repeats_and_nothing_is_skipped(
     manifest = json.loads((state(folder / "two", step) / "manifest.json").read_text())
     schedules = load_book(state(folder / "two", step)).schedules
     assert manifest["cursor"] == 8 * step
-    assert len(schedules) == 2
-    assert schedules[0].start <= manifest["cursor"] < schedules[1].start  # one in use, one agreed on for later
+    assert len(schedules) >= 2
+    assert schedules[0].start <= manifest["cursor"] < schedules[1].start  # one in use, others agreed on for later
     assert stream(two[f"from{step}"]) == stream(two["long"])[step:]
     assert two[f"from{step}"][0]["params"] == two["long"][0]["params"]
     assert two[f"from{step}"][0]["reference"] == two["long"][0]["reference"] != {}  # of the trusted set
@@ -89,6 +97,27 @@ def test_across_the_end_of_the_epoch_too(two: Records, step: int) -> None:
     # Near its end the loader runs out of samples to prefetch; a resumed one begins an epoch of its own.
     assert stream(two[f"from{step}"]) == stream(two["long"])[step:]
     assert two[f"from{step}"][0]["params"] == two["long"][0]["params"]
+
+
+@pytest.mark.parametrize("step", DOWN)
+def test_a_guard_that_has_stepped_down_is_taken_up_as_it_was(two: Records, folder: Path, step: int) -> None:
+    lines = [json.loads(line) for line in (folder / "down-run" / "refreshes.jsonl").read_text().splitlines()]
+    found = [(line["step"], line["objective"], line["guard"]["level"]) for line in lines]
+    # Two schedules in uniform order, until there are influences; then the core does harm, and twice as long the next time.
+    assert found == [
+        (0, "uniform", "grace"),
+        (2, "uniform", "grace"),
+        (4, "sample", "grace"),
+        (8, "sample", "prior"),
+        (12, "sample", "prior"),
+        (16, "sample", "grace"),
+        (20, "sample", "prior"),
+    ]
+    assert [line["guard"]["look"] - line["version"] for line in lines if "high" in line["guard"]] == [2, 4]
+    for resumed, base in zip(two[f"down{step}"], two["down"], strict=True):
+        for key in ("params", "schedules", "levels", "table", "reference"):
+            assert resumed[key] == base[key], key
+    assert stream(two[f"down{step}"]) == stream(two["down"])[step:]
 
 
 def test_two_ranks_take_over_the_schedules_that_one_has_published(one: Records, two: Records, folder: Path) -> None:
@@ -124,7 +153,7 @@ def test_a_resumed_run_keeps_the_record_of_the_steps_before(two: Records, folder
         told = json.loads(trace(str(folder / "run2"), step, as_json=True))
         assert sorted(s["id"] for s in told["samples"]) == stream(two["recorded_on"])[step - 6]
     lines = [json.loads(line) for line in (folder / "run2" / "refreshes.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 4, 8, 12, 8, 12]
+    assert [line["step"] for line in lines] == [0, 2, 4, 8, 12, 8, 12]
 
 
 def test_a_checkpoint_of_a_replay_goes_on_without_it(two: Records) -> None:

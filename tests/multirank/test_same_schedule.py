@@ -15,6 +15,7 @@ from tests.multirank.schedule_job import (
     BATCH,
     CASES,
     EXCLUDE,
+    EXPLORE,
     INCLUDE,
     INTERVAL,
     OBJECTIVES,
@@ -38,11 +39,17 @@ Worlds = dict[int, list[dict[str, list[Made]]]]
 @pytest.fixture(scope="module")
 def worlds() -> Worlds:
     """For each number of ranks what every rank made of every case."""
-    return {size: run_ranks(work, size, timeout=90) for size in SIZES}
+    return {size: run_ranks(work, size, timeout=150) for size in SIZES}
 
 
 def schedule(worlds: Worlds, name: str, version: int = 0) -> Schedule:
     return worlds[1][0][name][version].schedule
+
+
+def level_of(s: Schedule) -> str | None:
+    """What the guard has let the schedule use; None where it was not asked."""
+    level: str | None = s.meta.get("guard", {}).get("level")
+    return level
 
 
 def core(worlds: Worlds, name: str, version: int = 0) -> np.ndarray:
@@ -130,7 +137,9 @@ def test_schedules_hold_what_they_should(worlds: Worlds) -> None:
             roles = np.bincount(s.roles, minlength=3).tolist()
             assert (s.version, s.start, len(s)) == (version, STEPS[version] * BATCH + BATCH, SLOTS)
             if case.window == WINDOW:
-                guests = [0, 0] if case.uniform and version == 1 else [round(0.15 * SLOTS), round(0.1 * SLOTS)]
+                guests = [0, 0]
+                if level_of(s) == "grace" and s.meta["objective"] == case.objective:  # nobody looks at guests of the others
+                    guests = [round(EXPLORE * SLOTS), round(case.audit * SLOTS)]
                 assert roles == [SLOTS - sum(guests), *guests], name
             else:
                 assert all(roles), name
@@ -144,15 +153,45 @@ def test_schedules_hold_what_they_should(worlds: Worlds) -> None:
         assert schedule(worlds, "sample", version).digest() != schedule(worlds, "nothing harvested", version).digest()
 
 
+def test_a_level_of_its_own_for_each_recipe(worlds: Worlds) -> None:
+    for version in VERSIONS:
+        names = ("sample", "prior", "density", "no features")
+        assert [level_of(schedule(worlds, name, version)) for name in names] == ["grace", "prior", "density", "uniform"]
+        assert len({schedule(worlds, name, version).digest() for name in (*names, "residuals")}) == 5
+        chance = is_junk(core(worlds, "uniform", version)).mean()
+        assert is_junk(core(worlds, "prior", version)).mean() < chance / 2 < is_junk(core(worlds, "density", version)).mean()
+
+
+def test_without_a_word_on_influences_and_of_a_clean_window_everything_is_trained_on(worlds: Worlds) -> None:
+    for version in VERSIONS:
+        alike = [schedule(worlds, name, version) for name in ("opening", "clean", "no features")]
+        assert all(s.meta["objective"] == "uniform" and (s.weights == 1).all() for s in alike)
+        assert all(np.array_equal(s.ids, alike[0].ids) for s in alike)
+        assert len(set(alike[0].ids)) == SLOTS
+        assert [level_of(s) for s in alike] == ["grace", "uniform", "uniform"]
+        assert "clean" in alike[1].meta["guard"]["reason"]
+
+
+def test_the_guard_compares_core_and_audit(worlds: Worlds) -> None:
+    for name, level, harm in (("judged", "grace", False), ("harmful", "prior", True)):
+        first, second = (schedule(worlds, name, version).meta["guard"] for version in VERSIONS)
+        assert first["level"] == "grace"
+        assert "low" not in first  # nothing had been chosen before
+        assert (second["level"], second["high"] < 0) == (level, harm)
+        assert second["low"] < second["core_minus_audit"] < second["high"]
+        assert (second["misses"], second["look"]) == ((1, 3) if harm else (0, 0))
+
+
 def test_the_signals_reach_the_schedules(worlds: Worlds) -> None:
     for version in VERSIONS:
         chance = is_junk(core(worlds, "uniform", version)).mean()
         for name in ("sample", "facility_location", "topk"):
             assert is_junk(core(worlds, name, version)).mean() < chance / 2, name
-        # Neighbours pass on what was harvested: everything is known of everyone, and without a graph of the harvested only.
+        # Content and neighbours pass on what was harvested: everything is known of everyone, without them of the harvested only.
         spread, alone = (schedule(worlds, name, version).meta for name in ("sample", "no features"))
         assert spread["known_loss"] == spread["known_align"] == WINDOW
-        assert 0 < alone["known_align"] < alone["known_loss"] < len(worlds[1][0]["sample"][version].table)
+        assert alone["known_align"] == 0 < alone["known_loss"] < len(worlds[1][0]["no features"][version].table)
+        assert schedule(worlds, "tied sample", version).meta["known_align"] == 0
         assert schedule(worlds, "nothing harvested", version).meta["known_loss"] == 0
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests.multirank.launch import run_jobs, stream
+from tests.multirank.launch import HARVESTING, refreshes, run_jobs, stream
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(240)]
 
-GRACE: dict[str, Any] = {"budget": 0.3, "refresh": {"interval_steps": 4, "cadence": "fixed", "timeout_seconds": 30}}
+GRACE: dict[str, Any] = HARVESTING
 CHECKPOINTING = ("none", "reentrant", "nonreentrant")
 
 
@@ -33,7 +33,7 @@ def test_every_zero_stage_trains_bit_for_bit_under_shadow_and_refreshes(tmp_path
             assert sum(len(r["table"]) for r in records[name]) > 40
     a, b = records["live"]
     assert a["schedules"] == b["schedules"]
-    assert a["metrics"]["refreshes"] == 3
+    assert a["metrics"]["refreshes"] == refreshes(9)
 
 
 def test_mpirun_carries_the_same_run_by_mpi(tmp_path: Path) -> None:
@@ -53,14 +53,22 @@ def test_mpirun_carries_the_same_run_by_mpi(tmp_path: Path) -> None:
 def test_another_number_of_ranks_takes_over_the_published_schedules(tmp_path: Path) -> None:
     saved = str(tmp_path / "saved")
     base = {"steps": 12, "stage": 0, "bf16": False, "grace": {**GRACE, "run_dir": str(tmp_path / "run")}}
-    two, _ = run_jobs(tmp_path / "two", {"base": {**base, "save": saved, "save_at": [5, 6]}}, 2, timeout=100)
+    # Content alone decides, so nothing depends on where a sample was trained on: the pool's typical samples are trusted.
+    pseudo = {**base, "workers": 0, "grace": {**GRACE, "recipe": "prior", "pseudo_trusted": True}}
+    jobs: dict[str, Any] = {"base": {**base, "save": saved, "save_at": [5, 6]}, "pseudo": pseudo}
+    jobs["density"] = {**pseudo, "grace": {**GRACE, "recipe": "density"}}
+    two, said = run_jobs(tmp_path / "two", jobs, 2, timeout=100)
     replay = {**GRACE, "replay": str(tmp_path / "run" / "schedules")}
     jobs = {
+        "pseudo": pseudo,
         "resumed": {**base, "steps": 10, "load": saved, "load_tag": "global_step6", "grace": GRACE},
         "replayed": {**base, "load": saved, "load_tag": "global_step5", "grace": replay},
     }
     one, _ = run_jobs(tmp_path / "one", jobs, 1, timeout=100)
     assert one["replayed"][0]["comm"] == "local"
     assert stream(one["replayed"]) == stream(two["base"])[5:]
+    assert "most typical of 192 samples of the pool stand in" in said
+    assert one["pseudo"][0]["schedules"] == two["pseudo"][0]["schedules"] == two["pseudo"][1]["schedules"]
+    assert stream(one["pseudo"]) == stream(two["pseudo"]) != stream(two["density"])
     # Beyond what was published at the save (the schedule of step 4) another number of ranks may choose differently.
     assert stream(one["resumed"])[:2] == stream(two["base"])[6:8]

@@ -13,11 +13,17 @@ VOCAB, LENGTH, SAMPLES = 61, 17, 192
 
 
 class Corpus(Dataset[dict[str, torch.Tensor]]):
-    """Item i: LENGTH tokens that depend on i, and i itself.  Every fourth is a near copy of its predecessor."""
+    """Item i: LENGTH tokens that depend on i, and i itself.
 
-    def __init__(self, n: int = SAMPLES, salt: int = 0) -> None:
+    Every other is a shifted run with some noise, every fourth a near copy of its predecessor; a ``clean`` one has neither,
+    and a ``bare`` one's items are the tokens alone.
+    """
+
+    def __init__(self, n: int = SAMPLES, salt: int = 0, clean: bool = False, bare: bool = False) -> None:
         rng = np.random.default_rng(salt)
-        self.tokens = rng.integers(0, VOCAB, (n, LENGTH))
+        self.tokens, self.bare = rng.integers(0, VOCAB, (n, LENGTH)), bare
+        if clean:
+            return
         self.tokens[::2] = np.arange(LENGTH) * 3 % VOCAB + self.tokens[::2] % 7
         self.tokens[3::4] = self.tokens[2::4]
         self.tokens[3::4, 5] = 1
@@ -26,7 +32,8 @@ class Corpus(Dataset[dict[str, torch.Tensor]]):
         return len(self.tokens)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": torch.from_numpy(self.tokens[i]), "sid": torch.tensor([i])}
+        tokens = torch.from_numpy(self.tokens[i])
+        return {"input_ids": tokens} if self.bare else {"input_ids": tokens, "sid": torch.tensor([i])}
 
 
 class Block(nn.Module):

@@ -6,6 +6,7 @@ index beside the tokens, so what was trained on is known without asking grace_ds
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import hashlib
 import importlib
@@ -27,7 +28,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import grace_ds
+import grace_ds.choice
 from grace_ds.errors import GraceError
+from grace_ds.selection.guard import Contrast
 from tests.multirank.toy import SAMPLES, Corpus, Model, drop_multiples_of_sixteen
 
 # It would be compiled first, for a minute, under a lock that a killed rank leaves behind.
@@ -85,6 +88,29 @@ def break_stage(spec: dict[str, Any], rank: int) -> Callable[[], None]:
     return lambda: setattr(owner, name, original)
 
 
+def find_harm(spec: dict[str, Any]) -> Callable[[], None]:
+    """Lets every comparison of core and audit samples that can be made say that the core has done harm; returns the undoing."""
+    original = grace_ds.choice.contrast
+
+    def harmful(*args: Any) -> Contrast:
+        found = original(*args)
+        return dataclasses.replace(found, high=-1e-6) if np.isfinite(found.difference) else found
+
+    if spec.get("harm"):
+        grace_ds.choice.contrast = harmful
+    return lambda: setattr(grace_ds.choice, "contrast", original)
+
+
+def extras(spec: dict[str, Any]) -> dict[str, Any]:
+    """What the job hands to ``initialize`` beside its config: its validation set, a tokeniser."""
+    out: dict[str, Any] = {}
+    if "validation" in spec:
+        out["validation_data"] = Corpus(**spec["validation"])
+    if spec.get("tokenize"):
+        out["tokenize"] = lambda text: [int(word) for word in text.split()]
+    return out
+
+
 def fill_disk(folder: Path, leave: int) -> None:
     """Leaves ``leave`` bytes on the file system of ``folder``."""
     room = shutil.disk_usage(folder).free - leave
@@ -123,11 +149,11 @@ def main() -> None:
 
 def run(spec: dict[str, Any], rank: int) -> dict[str, Any]:
     torch.manual_seed(0)
-    undo = break_stage(spec, rank)
+    undo, undo_harm = break_stage(spec, rank), find_harm(spec)
     model = Model(spec.get("checkpointing", "none"))
     if model.checkpointing == "deepspeed":
         deepspeed.checkpointing.configure(None)
-    data = Corpus(spec.get("samples", SAMPLES))
+    data = Corpus(spec.get("samples", SAMPLES), clean=spec.get("clean", False), bare=spec.get("bare", False))
     collate = drop_multiples_of_sixteen if spec.get("filter") else None
     start = grace_ds.initialize if spec.get("via") is None else deepspeed.initialize
     given = None if spec.get("own") else data
@@ -136,7 +162,7 @@ def run(spec: dict[str, Any], rank: int) -> dict[str, Any]:
         config = f"{spec['config_file']}-{rank}.json"
         Path(config).write_text("# DeepSpeed reads comments, so do we\n" + json.dumps(ds_config(spec)))
     engine, _, loader, _ = start(
-        model=model, model_parameters=model.parameters(), training_data=given, config=config, collate_fn=collate
+        model=model, model_parameters=model.parameters(), training_data=given, config=config, collate_fn=collate, **extras(spec)
     )
     grace = grace_ds.attach(engine, data) if spec.get("via") == "attach" else getattr(engine, "grace_ds", None)
     try:
@@ -151,21 +177,30 @@ def run(spec: dict[str, Any], rank: int) -> dict[str, Any]:
             engine.load_checkpoint(spec["load"], tag=spec.get("load_tag"))
         record = train(spec, engine, loader)
         record["params"] = param_digest(engine)
+        record["layer_hooks"] = layer_hooks(engine.module)
         if grace is not None:
             c = grace.controller
             record["metrics"], record["comm"] = grace.metrics, c.comm.name
             record["schedules"] = [[s.version, s.start, s.digest()] for s in c.book.schedules]
             record["table"] = {str(i): int(v) for i, v in zip(c.table.ids, c.table.visits, strict=True)}
             record["hooks"] = len(engine.module._forward_hooks) + len(engine.module._forward_pre_hooks)
+            record["levels"] = [[s.version, s.meta.get("guard", {}).get("level")] for s in c.book.schedules]
             record["align"] = np.isfinite(c.table.rows.align).mean().item() if len(c.table) else 0.0
             record["scale"] = {} if c.harvester is None else c.harvester.sketcher.scale.by_name()
             record["reference"] = {str(k): v for k, v in c.reference.items()}
     finally:
         undo()
+        undo_harm()
         stop_workers()
         if grace is not None:
             grace.detach()
     return record
+
+
+def layer_hooks(module: torch.nn.Module) -> int:
+    """Hooks of all kinds on the module's own modules, itself left out."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(m, kind)) for m in module.modules() if m is not module for kind in kinds)
 
 
 def damage(folder: Path, source: str, name: str, how: str) -> None:
@@ -203,6 +238,13 @@ def train(spec: dict[str, Any], engine: Any, loader: Any) -> dict[str, Any]:
     steps: list[list[int]] = [[]]
     losses: list[float] = []
     failed: list[str] = []
+    weighed: list[list[list[float]]] = [[]]
+    too_early = ""
+    if spec.get("weights"):
+        try:
+            grace_ds.sample_weights()
+        except GraceError as error:
+            too_early = f"{type(error).__name__}: {error}"
     waiting: deque[Any] = deque()
     extra = Corpus(8, salt=9)
     if spec.get("peek"):  # a look at the shapes, with an iterator of its own
@@ -227,15 +269,19 @@ def train(spec: dict[str, Any], engine: Any, loader: Any) -> dict[str, Any]:
         if spec.get("clone"):  # as a move to a device does
             batch = {key: value.clone() for key, value in batch.items()}
         loss = engine(batch)
+        ids = batch.get("sid", batch["input_ids"][:, 0]).flatten().tolist()
+        if spec.get("weights"):
+            weighed[-1] += [[i, w] for i, w in zip(ids, grace_ds.sample_weights(engine).tolist(), strict=True)]
         if spec.get("overflow") == engine.global_steps:
             loss = loss * float("nan")
         engine.backward(loss)
-        steps[-1] += batch["sid"].flatten().tolist()
+        steps[-1] += ids
         losses.append(float(loss))
         boundary = engine.is_gradient_accumulation_boundary()
         engine.step()
         if boundary:
             steps.append([])
+            weighed.append([])
             if engine.global_steps in spec.get("save_at", []):
                 if "fill" in spec and engine.global_steps == spec["save_at"][-1] and torch.distributed.get_rank() == 0:
                     fill_disk(Path(spec["fill"]["folder"]), spec["fill"]["leave"])
@@ -243,7 +289,8 @@ def train(spec: dict[str, Any], engine: Any, loader: Any) -> dict[str, Any]:
                     engine.save_checkpoint(spec["save"])
                 except GraceError as error:
                     failed.append(f"{type(error).__name__}: {error}")
-    return {"steps": steps[:-1], "losses": losses, "failed_saves": failed}
+    told = {"weights": weighed[:-1], "too_early": too_early} if spec.get("weights") else {}
+    return {"steps": steps[:-1], "losses": losses, "failed_saves": failed, **told}
 
 
 if __name__ == "__main__":

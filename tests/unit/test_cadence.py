@@ -11,10 +11,23 @@ from grace_ds.integrations import cadence
 
 
 def config(
-    cadence_name: str = "adaptive", interval: int = 10, overhead: float = 0.05, start: int = 0, stop: int = 0
+    cadence_name: str = "adaptive",
+    interval: int = 10,
+    overhead: float = 0.05,
+    start: int = 0,
+    stop: int = 0,
+    recipe: str = "prior",
 ) -> GraceConfig:
     refresh = RefreshConfig(interval_steps=interval, cadence=cadence_name, max_overhead=overhead)
-    return GraceConfig(start_step=start, stop_step=stop, refresh=refresh)
+    return GraceConfig(recipe=recipe, start_step=start, stop_step=stop, refresh=refresh)
+
+
+def refreshes(c: GraceConfig, steps: int) -> list[int]:
+    """The steps at which refreshes are made, from the first on."""
+    made = [0]
+    while made[-1] + cadence.configured_interval(c, made[-1]) < steps:
+        made.append(made[-1] + cadence.configured_interval(c, made[-1]))
+    return made
 
 
 @given(
@@ -42,6 +55,33 @@ def test_the_first_coreset_is_due_at_the_start_step_however_dear_a_refresh_is() 
     c = config(start=25)
     assert cadence.stretched_interval(c, 7, 1e6, 0.001) == 18
     assert cadence.configured_interval(c, 25) == 10
+
+
+@pytest.mark.parametrize(
+    ("interval", "start", "made"),
+    [
+        (10, 0, [0, 5, 10, 20, 30]),
+        (7, 0, [0, 3, 7, 14, 21, 28, 35]),
+        (2, 0, [0, 1, 2, 4, 6]),
+        (10, 25, [0, 25, 35]),
+    ],
+)
+def test_recipe_grace_opens_with_an_interval_in_two_halves(interval: int, start: int, made: list[int]) -> None:
+    grace = config(interval=interval, start=start, recipe="grace")
+    assert refreshes(grace, made[-1] + 1) == made
+    for recipe in ("prior", "density", "uniform"):
+        plain = refreshes(config(interval=interval, start=start, recipe=recipe), made[-1] + 1)
+        assert plain == [0, *range(start or interval, made[-1] + 1, interval)]
+
+
+def test_an_interval_of_one_step_has_no_halves() -> None:
+    assert refreshes(config(interval=1, recipe="grace"), 4) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("step", [2, 5, 7])
+def test_a_run_taken_up_within_the_opening_keeps_its_refreshes(step: int) -> None:
+    c = config(recipe="grace")
+    assert step + cadence.configured_interval(c, step) == (5 if step < 5 else 10)
 
 
 def test_a_run_is_uniform_before_its_start_and_from_its_stop() -> None:

@@ -23,6 +23,11 @@ def test_defaults_load() -> None:
     assert load_config({}) == GraceConfig()
 
 
+def test_only_the_uniform_recipe_does_without_content_features() -> None:
+    assert load_config({"recipe": "uniform", "features": {"enabled": False}}).recipe == "uniform"
+    assert load_config({"replay": "runs/a", "features": {"enabled": False}}).replay == "runs/a"
+
+
 def test_layers_override_in_order(tmp_path: Path) -> None:
     file = tmp_path / "g.yaml"
     file.write_text("budget: 0.1\nseed: 5\nharvest:\n  dim: 64\n")
@@ -44,7 +49,16 @@ def test_layers_override_in_order(tmp_path: Path) -> None:
         ({"refresh": {"interval_steps": 0}}, ["interval_steps", "0", "1 or more"]),
         ({"start_step": 10, "stop_step": 10}, ["stop_step", "10"]),
         ({"selection": {"explore": 0.6, "audit": 0.5}}, ["explore + audit", "1.1"]),
-        ({"selection": {"objective": "facility_location"}, "features": {"enabled": False}}, ["facility_location", "features"]),
+        ({"recipe": "grase"}, ["recipe", "grase", "'grace'"]),
+        ({"recipe": "prior", "features": {"enabled": False}}, ["recipe", "'prior'", "features.enabled: false", "uniform"]),
+        (
+            {"recipe": "uniform", "selection": {"objective": "facility_location"}, "features": {"enabled": False}},
+            ["facility_location", "features"],
+        ),
+        ({"weights": "inverse"}, ["weights", "inverse", "inverse_probability"]),
+        ({"guard": {"clean_share": 0}}, ["guard.clean_share", "0", "(0, 1]"]),
+        ({"guard": {"confidence": 1}}, ["guard.confidence", "1", "(0, 1)"]),
+        ({"selection": {"prior": False}}, [f"{HOME}.selection.prior", "known here", "loss_tilt"]),
         ({"replay": "x", "mode": "shadow"}, ["replay", "shadow"]),
         ({"budget": "${nowhere}"}, ["budget", "nowhere"]),
         ({"file": "/does/not/exist.yaml"}, ["file", "exist.yaml"]),

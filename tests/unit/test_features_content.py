@@ -89,7 +89,8 @@ def run(rows, shares, trusted=None, **options):
 
 def by_id(parts):
     order = np.argsort(np.concatenate([p.ids for p in parts]))
-    return [np.concatenate([getattr(p, name) for p in parts])[order] for name in ("density", "keep", "vectors")]
+    names = [name for name in ("density", "keep", "vectors", "statistics") if getattr(parts[0], name) is not None]
+    return [np.concatenate([getattr(p, name) for p in parts])[order] for name in names]
 
 
 def same_bits(a, b):
@@ -137,6 +138,21 @@ def test_parts_can_be_left_out():
     assert part.density.tolist() == [0.0] * N
     part = run(corpus(), [np.arange(N)], want_density=False)[0]
     assert part.vectors is not None
+
+
+def test_statistics_are_the_trusted_models_however_sharded(tmp_path, monkeypatch):
+    rows, trusted, shares = corpus(), prior(), [np.arange(0, N, 2), np.array([], np.int64), np.arange(1, N, 2)]
+    block = TokenReader(rows).all()
+    monkeypatch.setattr(tokens, "BLOCK_TOKENS", 200)  # several blocks a rank
+    parts = run(rows, shares, trusted, want_statistics=True)
+    assert parts[1].statistics.shape == (0, 5)
+    assert same_bits(by_id(parts)[3:], [trusted.statistics(block.flat, block.offsets)])
+    assert same_bits(by_id(parts)[:3], by_id(run(rows, shares, trusted)))
+    for _ in range(2):  # computed, then from the cache
+        kept = run(rows, shares, trusted, want_statistics=True, cache_dir=tmp_path, fingerprint="data")
+        assert same_bits(by_id(parts), by_id(kept))
+    assert run(rows, shares, trusted, cache_dir=tmp_path, fingerprint="data")[0].statistics is None
+    assert run(rows, shares, None, want_statistics=True)[0].statistics is None
 
 
 def test_density_looks_at_the_whole_pool():

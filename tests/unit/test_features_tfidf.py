@@ -10,6 +10,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grace_ds.features import tfidf
 from grace_ds.features.tfidf import TfIdf, term_counts
 from grace_ds.features.tokens import TokenBlock
 
@@ -84,3 +85,15 @@ def test_unit_norm_seed_and_empty_rows():
     assert np.array_equal(found, vectors_of(rows))
     assert not np.array_equal(found, vectors_of(rows, seed=1))
     assert vectors_of([]).shape == (0, 128)
+
+
+def test_more_rows_than_narrow_keys_hold_and_any_chunk_give_the_same_terms(monkeypatch):
+    rows = np.random.default_rng(2).integers(0, 5, ((1 << 14) + 3, 3)).tolist()
+    rows[7] = rows[8] = []
+    whole = term_counts(block_of(rows))
+    monkeypatch.setattr(tfidf, "CHUNK", 1000)
+    narrow = [term_counts(block_of(rows[:9000])), term_counts(block_of(rows[9000:]))]
+    for i, joined in enumerate(zip(*narrow, strict=True)):
+        assert np.array_equal(whole[i], np.concatenate([joined[0], joined[1] + (9000 if i == 0 else 0)]))
+    own = [Counter([(t,) for t in row] + list(itertools.pairwise(row))) for row in rows]
+    assert np.bincount(whole[0], minlength=len(rows)).tolist() == [len(terms) for terms in own]

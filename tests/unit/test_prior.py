@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import math
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 
 from grace_ds.errors import DataError
 from grace_ds.features.tokens import TokenBlock
-from grace_ds.selection.prior import BigramPrior, align_keep, combine, rank01
+from grace_ds.selection.prior import BigramPrior, held_out_statistics
+from grace_ds.selection.probability import combine, rank01, soft_pass
 
 
 def flat_of(rows):
@@ -37,6 +39,24 @@ class DictModel:
 
     def score(self, row):
         return sum(math.log(self.p(a, b)) for a, b in itertools.pairwise(row)) / (len(row) - 1)
+
+    def facts(self, row):
+        """The five statistics, each counted token by token."""
+        pairs = list(itertools.pairwise(row))
+        logs = [math.log(self.p(a, b)) for a, b in pairs]
+        common = [math.log((self.tokens[b] + 0.5) / (self.n + 0.5 * self.vocab)) for _, b in pairs]
+        seen = sum(pair in self.pairs for pair in pairs)
+        return [np.mean(logs), np.std(logs), np.mean(common), seen / len(pairs), len(set(row[1:])) / len(pairs)]
+
+
+def quarters(rows):
+    """Each row's own contiguous quarter left out: the model of the rest for every row."""
+    parts = min(4, len(rows))
+    sizes = [len(rows) // parts + (i < len(rows) % parts) for i in range(parts)]
+    for i, size in enumerate(sizes):
+        start = sum(sizes[:i])
+        for row in rows[start : start + size]:
+            yield row, rows[:start] + rows[start + size :]
 
 
 def texts(n, seed, vocab=30, low=5, high=40):
@@ -62,26 +82,59 @@ def test_scores_equal_the_dictionary_model():
     assert sum(model.p(3, b) for b in range(50)) == pytest.approx(1)
 
 
+def test_statistics_equal_the_dictionary_model():
+    prior, model = BigramPrior.fit(*flat_of(TRUSTED), vocab=50), DictModel(TRUSTED, 50)
+    asked = [*texts(20, 1), [49, 48, 3], [7, 7], [3, 9, 3, 9, 9]]
+    expected = np.array([model.facts(row) for row in asked])
+    np.testing.assert_allclose(prior.raw_statistics(*flat_of(asked)), expected, rtol=1e-7, atol=1e-7)
+    keep, standard = prior.examine(*flat_of(asked))
+    assert keep.tobytes() == prior.keep(*flat_of(asked)).tobytes()
+    limited = np.clip((expected - prior.centre) / prior.deviation, -6, 6)
+    np.testing.assert_allclose(standard, limited, atol=1e-5)
+    assert standard.dtype == np.float32
+    assert np.array_equal(standard, prior.statistics(*flat_of(asked)))
+
+
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 4), min_size=2, max_size=9), min_size=2, max_size=8))
-def test_leave_one_out_equals_fitting_without_it(rows):
-    vocab = max(max(r) for r in rows) + 1
-    prior = BigramPrior.fit(*flat_of(rows), vocab=7)
-    expected = [DictModel(rows[:i] + rows[i + 1 :], max(vocab, 7)).score(row) for i, row in enumerate(rows)]
-    np.testing.assert_allclose(prior.leave_one_out(*flat_of(rows)), expected, rtol=1e-9)
+@given(st.lists(st.lists(st.integers(0, 4), min_size=2, max_size=9), min_size=2, max_size=11))
+def test_each_quarter_is_judged_by_the_model_of_the_others(rows):
+    expected = [DictModel(rest, 7).facts(row) for row, rest in quarters(rows)]
+    found = held_out_statistics([np.array(row) for row in rows], 7)
+    np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-7)
 
 
-def test_leave_one_out_is_below_the_fitted_score():
+def test_held_out_scores_are_below_the_fitted_ones():
     prior = BigramPrior.fit(*flat_of(TRUSTED))
-    assert (prior.leave_one_out(*flat_of(TRUSTED)) < prior.score(*flat_of(TRUSTED))).all()
+    held_out = prior.held_out[:, 0] * prior.deviation[0] + prior.centre[0]
+    assert (held_out < prior.score(*flat_of(TRUSTED))).all()
 
 
-def test_calibration_is_the_trusted_median_and_mad():
+def test_calibration_is_the_median_and_mad_of_held_out_quarters():
     prior = BigramPrior.fit(*flat_of(TRUSTED), vocab=30)
-    scores = [DictModel(TRUSTED[:i] + TRUSTED[i + 1 :], 30).score(row) for i, row in enumerate(TRUSTED)]
-    median = np.median(scores)
-    assert prior.median == pytest.approx(median)
-    assert prior.deviation == pytest.approx(1.4826 * np.median(np.abs(np.array(scores) - median)))
+    facts = np.array([DictModel(rest, 30).facts(row) for row, rest in quarters(TRUSTED)])
+    median = np.median(facts, axis=0)
+    np.testing.assert_allclose(prior.centre, median, rtol=1e-9)
+    np.testing.assert_allclose(prior.deviation, 1.4826 * np.median(np.abs(facts - median), axis=0), rtol=1e-6)
+    assert prior.held_out.shape == (80, 5)
+    assert prior.held_out.dtype == np.float32
+    np.testing.assert_allclose(np.median(prior.held_out, axis=0), 0, atol=1e-6)
+
+
+def test_neighbours_from_one_document_do_not_set_the_standard():
+    """Pieces of a document stand side by side; good text of other documents must meet the standard that they set."""
+
+    def pieces(documents, seed):
+        rng = np.random.default_rng(seed)
+        rows = []
+        for _ in range(documents):  # every document has a vocabulary of its own beside the common one
+            own = rng.integers(40, 4000, 8)
+            rows += [np.where(rng.random(60) < 0.5, rng.choice(own, 60), rng.integers(0, 40, 60)).tolist() for _ in range(4)]
+        return rows
+
+    prior = BigramPrior.fit(*flat_of(pieces(60, 0)), vocab=4000)
+    fresh = prior.score(*flat_of(pieces(60, 1)))
+    assert abs(np.median(fresh) - prior.centre[0]) < prior.deviation[0]
+    assert prior.keep(*flat_of(pieces(60, 1))).mean() > 0.75
 
 
 def test_keeps_good_text_and_drops_junk():
@@ -101,7 +154,7 @@ def test_threshold_lies_one_and_a_half_deviations_below():
     score = prior.score(*flat_of([TRUSTED[0]]))[0]
 
     def shifted(z):
-        return BigramPrior(prior.bigrams, prior.contexts, prior.unigrams, prior.vocab, score - z, 1.0)
+        return dataclasses.replace(prior, centre=np.full(5, score - z), deviation=np.ones(5))
 
     keeps = [shifted(z).keep(*flat_of([TRUSTED[0]]))[0] for z in (-1.5, -1.3, -1.7, 5, -9)]
     np.testing.assert_allclose(keeps, [0.51, 0.02 + 0.98 * 0.7310586, 0.02 + 0.98 * 0.2689414, 1.0, 0.02], atol=1e-6)
@@ -136,7 +189,7 @@ def test_few_trusted_sequences_warn_with_the_reason(caplog):
 def test_identical_trusted_sequences_get_a_floor_and_a_warning(caplog):
     prior = BigramPrior.fit(*flat_of([[1, 2, 3, 4]] * 70))
     assert "copies of one another" in caplog.text
-    assert prior.deviation > 0
+    assert (prior.deviation > 0).all()
     assert np.isfinite(prior.keep(*flat_of([[1, 2, 3, 4], [4, 4, 4]]))).all()
 
 
@@ -144,7 +197,7 @@ def test_identical_trusted_sequences_get_a_floor_and_a_warning(caplog):
 def test_too_few_trusted_sequences_are_an_error(rows, says):
     with pytest.raises(DataError, match=says) as caught:
         BigramPrior.fit(*flat_of(rows))
-    assert "selection.prior: false" in str(caught.value)
+    assert "recipe: density" in str(caught.value)
 
 
 def test_negative_trusted_tokens_are_an_error():
@@ -159,15 +212,10 @@ def test_digest_names_the_model():
     assert base.digest() != BigramPrior.fit(*flat_of(TRUSTED[1:]), vocab=40).digest()
 
 
-def test_align_keep_turns_at_half_the_trusted_median():
-    found = align_keep(np.array([0.2, 0.4, 1.0, -1.0, np.nan], np.float32), 0.4)
-    np.testing.assert_allclose(found, [0.51, 0.02 + 0.98 / (1 + math.exp(-0.5 / 0.12)), 1, 0.02, 1], atol=1e-4)
-    assert (np.diff(align_keep(np.linspace(-1, 1, 50), 0.4)) >= 0).all()
-
-
-@pytest.mark.parametrize("median", [0.0, -0.3, float("nan")])
-def test_align_keep_passes_all_without_a_positive_median(median):
-    assert align_keep(np.array([-1.0, 0.0, 1.0]), median).tolist() == [1.0, 1.0, 1.0]
+def test_a_filter_turns_at_its_cut_and_excludes_nobody():
+    found = soft_pass(np.array([-1.5, -1.3, -1.7, 1e9, -1e9, np.inf, -np.inf, np.nan]), -1.5, 0.2)
+    np.testing.assert_allclose(found, [0.51, 0.7364378, 0.2835622, 1, 0.02, 1, 0.02, 1], atol=1e-6)
+    assert (np.diff(soft_pass(np.linspace(-9, 9, 50), -1.5, 0.2)) >= 0).all()
 
 
 def test_rank01_averages_ties_and_centres_the_unknown():

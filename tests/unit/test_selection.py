@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import combinations, permutations
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from grace_ds.errors import ConfigError
 from grace_ds.records import Neighbours
+from grace_ds.selection import greedy, sample
 from grace_ds.selection.greedy import coverage, lazy_greedy
 from grace_ds.selection.objectives import known, select
 
@@ -114,6 +116,93 @@ def test_greedy_goes_on_past_the_last_gain_and_takes_the_lower_positions() -> No
     taken = lazy_greedy(coverage(ids, graph), np.zeros(10), 6, candidates, first)
     assert taken.tolist() == [6, 2, 0, 1, 3, 5]
     assert lazy_greedy(coverage(ids, graph), np.zeros(10), 99, candidates, first).tolist() == [6, 2, 0, 1, 3, 5, 7, 8, 9]
+
+
+def dyadic_graph(rng: np.random.Generator, n: int, k: int) -> tuple[np.ndarray, Neighbours]:
+    """Similarities in eighths, so that sums are exact in any order and many gains are equal."""
+    ids, graph = random_graph(rng, n, k)
+    return ids, Neighbours(graph.ids, np.ceil(graph.similarity * 8) / 8)
+
+
+def naive_order(sim: np.ndarray, weights: np.ndarray, k: int, candidates: np.ndarray, first: list[int]) -> list[int]:
+    """Greedy as defined: every gain anew for every choice."""
+    taken, best = list(first), sim[:, first].max(1, initial=0.0)
+    while len(taken) < k and set(np.flatnonzero(candidates)) - set(taken):
+        gains = ((np.maximum(sim, best[:, None]) - best[:, None]) * weights[:, None]).sum(0)
+        gains[~candidates] = gains[taken] = -1.0
+        taken.append(int(np.argmax(gains)))
+        best = np.maximum(best, sim[:, taken[-1]])
+    return taken
+
+
+@pytest.mark.parametrize("chain", [greedy.CHAIN, 0, 10**9], ids=["rounds and heap", "heap", "rounds"])
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 60), st.integers(1, 60), st.integers(1, 9))
+def test_the_order_is_naive_greedys_ties_and_all(chain: int, seed: int, n: int, k: int, band: int) -> None:
+    rng = np.random.default_rng(seed)
+    ids, graph = dyadic_graph(rng, n, min(4, n - 1))
+    weights, candidates = rng.integers(0, 4, n).astype(float), rng.random(n) < 0.8
+    first = np.sort(rng.permutation(n)[: min(k, 2)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(greedy, "CHAIN", chain)
+        patch.setattr(greedy, "BAND_ROWS", band)
+        patch.setattr(greedy, "BANDS", 4)
+        got = lazy_greedy(coverage(ids, graph), weights, k, candidates, first)
+    assert got.tolist() == naive_order(dense(ids, graph), weights, k, candidates, first.tolist())
+
+
+def test_a_long_chain_of_equal_gains_is_taken_in_order() -> None:
+    """On a path every choice waits for the one before it: rounds over the whole path would be quadratic."""
+    n = 600
+    at = np.arange(n)
+    graph = Neighbours(np.stack([(at - 1) % n, (at + 1) % n], 1), np.full((n, 2), 0.5, np.float32))
+    heaps, one_by_one = [], greedy._one_by_one
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(greedy, "_one_by_one", lambda *given: (heaps.append(len(given[1])), one_by_one(*given)))
+        got = lazy_greedy(coverage(at, graph), np.ones(n), 300, np.ones(n, bool), np.empty(0, np.int64))
+    assert got.tolist()[:199] == list(range(0, 597, 3))  # whole gains of 2 first: every third, to where the ring closes
+    assert heaps
+    assert got.tolist() == naive_order(dense(at, graph), np.ones(n), 300, np.ones(n, bool), [])
+
+
+def test_what_underflows_to_no_gain_is_covered_all_the_same() -> None:
+    """Half the smallest number is 0: a candidate may add nothing to F on a row and yet take it from others."""
+    ids, graph = dyadic_graph(np.random.default_rng(1), 40, 4)
+    weights = np.full(40, 5e-324)
+    got = lazy_greedy(coverage(ids, graph), weights, 40, np.ones(40, bool), np.empty(0, np.int64))
+    assert got.tolist() == naive_order(dense(ids, graph), weights, 40, np.ones(40, bool), [])
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 1.0])
+def test_sampling_holds_at_most_16_bytes_an_id(share: float) -> None:
+    n = 1_000_000
+    ids, log_p = np.arange(n), np.random.default_rng(0).normal(size=n)
+    tracemalloc.start()
+    drawn = sample.sample_without_replacement(ids, log_p, int(share * n), 1, 0).coreset
+    peak = tracemalloc.get_traced_memory()[1] - drawn.ids.nbytes - drawn.weights.nbytes
+    tracemalloc.stop()
+    assert peak <= 16 * n + 40 * sample.CHUNK
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(0, 60), st.integers(-1, 62), st.integers(1, 20))
+def test_a_sample_is_the_largest_of_the_perturbed(seed: int, n: int, k: int, chunk: int) -> None:
+    """Whatever the chunks; with ids that are never drawn, and noise so coarse that many are equal."""
+    rng = np.random.default_rng(seed)
+    ids = np.sort(rng.choice(1000, n, replace=False)).astype(np.int64)
+    noise = dict(zip(ids.tolist(), rng.integers(0, 4, n).astype(float), strict=True))
+    log_p = np.where(rng.random(n) < 0.7, 0.0, -np.inf)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "CHUNK", chunk)
+        patch.setattr(sample, "gumbel", lambda _s, _v, asked: np.array([noise[i] for i in asked.tolist()], float))
+        got = sample.sample_without_replacement(ids, log_p, k, 1, 0)
+    ranked = sorted((i for i, p in zip(ids.tolist(), log_p, strict=True) if p == 0), key=lambda i: (-noise[i], i))
+    assert got.coreset.ids.tolist() == sorted(ranked[: max(k, 0)])
+    assert got.short == max(0, k - len(ranked))
+    if 0 <= k < len(ranked):
+        assert got.threshold == pytest.approx(noise[ranked[k]] - np.log(len(ranked)))
+    else:
+        assert got.threshold == -np.inf
 
 
 def test_rs2_takes_everything_once_a_lap() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data import default_collate
 
 from grace_ds.errors import DataError
-from grace_ds.trusted import load_trusted, split_trusted
+from grace_ds.trusted import load_trusted, refuse_overlap, split_trusted
 
 ROWS = [[5, 6, 7], [8, 9, 1]]
 
@@ -87,7 +87,7 @@ def test_tuples_name_the_way_out(jsonl):
         ({"input_ids": []}, "non-empty list"),
         ({"input_ids": [1, 2.5]}, "non-empty list of integers"),
         ({"input_ids": [True, False]}, "non-empty list of integers"),
-        ({"input_ids": "1 2"}, "non-empty list of integers"),
+        ({"input_ids": "1 2"}, "input_ids must be a list, found 1 2"),
     ],
 )
 def test_bad_lines_are_named(jsonl, second, says):
@@ -130,6 +130,58 @@ def test_bad_files(tmp_path, jsonl, npy):
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="cannot be read as text"):
         load_trusted(tmp_path / "bytes.jsonl", like)
+
+
+def words(text):
+    """A tokeniser: the length of each word."""
+    return [len(word) for word in text.split()]
+
+
+def test_text_is_joined_and_cut_to_the_jobs_length(tmp_path, jsonl):
+    txt = tmp_path / "trusted.txt"
+    txt.write_text("a bb ccc\ndddd\n\n\n\neeeee ffffff\r\n\r\nggggggg\n\n")
+    documents = jsonl({"text": "a bb ccc\ndddd", "url": 1}, "", {"text": "eeeee ffffff"}, {"text": "ggggggg"})
+    for file in (txt, documents):
+        data = load_trusted(file, torch.tensor([0, 0, 0]), tokenize=words)
+        assert [row.tolist() for row in data] == [[1, 2, 3], [4, 5, 6]]  # the seventh token fills no sample
+        assert load_trusted(file, {"input_ids": [0] * 7}, tokenize=words)[0] == {"input_ids": [1, 2, 3, 4, 5, 6, 7]}
+
+
+def test_text_that_cannot_become_samples_names_the_way_out(tmp_path, jsonl):
+    file = jsonl({"text": "a bb"}, {"text": "ccc"})
+    with pytest.raises(DataError, match=r"tokenize=lambda text"):
+        load_trusted(file, torch.tensor([0, 0]))
+    with pytest.raises(DataError, match=r"gives 3 tokens, the job's samples have 4"):
+        load_trusted(file, torch.zeros(4, dtype=torch.int64), tokenize=words)
+    with pytest.raises(DataError, match=r"\['input_ids', 'labels'\].*trusted_data"):
+        load_trusted(file, {"input_ids": [0], "labels": [0]}, tokenize=words)
+    with pytest.raises(DataError, match=r"trusted\.jsonl:2: text must be a str, found 3"):
+        load_trusted(jsonl({"text": "a"}, {"text": 3}), [0], tokenize=words)
+    with pytest.raises(DataError, match=r"trusted\.jsonl:2: an object with text is needed, found keys \['input_ids'\]"):
+        load_trusted(jsonl({"text": "a"}, {"input_ids": [1]}), [0], tokenize=words)
+    (tmp_path / "blank.txt").write_text("\n\n  \n\n")
+    with pytest.raises(DataError, match=r"blank\.txt holds no samples"):
+        load_trusted(tmp_path / "blank.txt", [0], tokenize=words)
+    (tmp_path / "blank.jsonl").write_text('{"text": ""}')
+    with pytest.raises(DataError, match=r"gives 0 tokens"):
+        load_trusted(tmp_path / "blank.jsonl", [0], tokenize=words)
+
+
+def test_token_ids_beside_their_text_need_no_tokeniser(jsonl):
+    assert load_trusted(jsonl({"text": "raw", "input_ids": [4, 5]}), [0])[0] == [4, 5]
+
+
+def test_a_trusted_sample_in_the_validation_set_is_refused():
+    def tokens(item):
+        return np.asarray(item["ids"], np.int64)
+
+    validation = [{"ids": [1, 2, 3]}, {"ids": np.array([4, 5], np.int32)}, {"ids": []}]
+    with pytest.raises(DataError, match="trusted sample 1 is validation sample 1"):
+        refuse_overlap([{"ids": [1, 2]}, {"ids": [4, 5]}], validation, tokens)
+    with pytest.raises(DataError, match="trusted sample 0 is validation sample 0"):
+        refuse_overlap([{"ids": [1, 2, 3]}], validation, tokens)
+    refuse_overlap([{"ids": [5, 4]}, {"ids": [1, 2]}, {"ids": [4, 5, 0]}], validation, tokens)
+    refuse_overlap([], validation, tokens)
 
 
 @settings(max_examples=40, deadline=None)

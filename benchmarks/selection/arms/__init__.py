@@ -1,0 +1,29 @@
+"""Everything that is compared, by name: baselines from the literature, the system's own recipes, and the oracle."""
+
+from __future__ import annotations
+
+from benchmarks.selection.arms.base import Arm
+from benchmarks.selection.arms.filters import DedupFilter, Dsir
+from benchmarks.selection.arms.graph import D2Pruning, Density, Facility
+from benchmarks.selection.arms.scored import GradientNormTopK, LossTopK, RhoLoss
+from benchmarks.selection.arms.simple import InfoBatch, Oracle, RepeatedRandom, StaticRandom, TrustedUpsample, Uniform
+from benchmarks.selection.arms.system import RECIPES, system_arm
+
+ARMS: dict[str, type[Arm]] = {
+    "uniform": Uniform,
+    "rs2": RepeatedRandom,
+    "static_random": StaticRandom,
+    "infobatch": InfoBatch,
+    "loss_topk": LossTopK,
+    "gradnorm_topk": GradientNormTopK,
+    "facility": Facility,
+    "d2": D2Pruning,
+    "rho": RhoLoss,
+    "density": Density,
+    "dedup_filter": DedupFilter,
+    "dsir": Dsir,
+    "trusted_upsample": TrustedUpsample,
+    "oracle": Oracle,
+    **{name: system_arm(name) for name in RECIPES},
+}
+SYSTEM = tuple(RECIPES)

@@ -1,0 +1,103 @@
+"""The clean text of a benchmark: split by document into training, trusted, dev and test rows that share no 13-gram.
+
+Two corpora: the standard library's sources, split by package; and GSM8K's training problems, split by problem.  ``dev`` is to
+choose on, ``test`` for the final tables only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sysconfig
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.selection.decontaminate import GRAM, decontaminate
+from benchmarks.selection.store import Built, Stored, stored
+from grace_ds.errors import DataError
+from grace_ds.quickstart.corpus import chunk, read_packages, split_of, spread
+from grace_ds.quickstart.tokenizer import encode_stream, train_tokenizer
+from grace_ds.records import Array
+
+FORMAT = 1  # raise when the same spec would give other data
+STDLIB, GSM8K = "stdlib", "gsm8k"
+HELD = ("trusted", "dev", "test")
+Documents = dict[str, list[str]]  # name of a package or problem -> its texts
+
+
+@dataclass(frozen=True)
+class CorpusSpec:
+    """What to build; two equal specs on one machine give the same bytes."""
+
+    name: str = STDLIB
+    length: int = 65  # 64 inputs and the target of the last one
+    vocab: int = 1024
+    trusted: int = 384
+    dev: int = 512
+    test: int = 512
+
+
+def split_name(document: str) -> str:
+    """train, trusted, dev or test: the quickstart's split, its validation divided again by another hash of the name."""
+    split = split_of(document)
+    if split != "validation":
+        return split
+    return "dev" if hashlib.blake2b(document.encode(), digest_size=1, salt=b"dev or test").digest()[0] < 128 else "test"
+
+
+def read_documents(name: str, root: Path | None) -> Documents:
+    """The texts of a corpus.
+
+    Args:
+        name: ``stdlib`` or ``gsm8k``.
+        root: of the corpus; default for ``stdlib`` the running interpreter's own.
+
+    Raises:
+        DataError: there is no such corpus at ``root``.
+    """
+    if name == STDLIB:
+        return read_packages(root or Path(sysconfig.get_paths()["stdlib"]))
+    if root is None:
+        raise DataError("the second corpus is not known: give --corpus DIR, a folder with gsm8k/train.jsonl")
+    path = root / "gsm8k" / "train.jsonl"
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: --corpus names a folder with gsm8k/train.jsonl and tinyshakespeare/input.txt")
+    problems = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+    return {p["question"]: [f"{p['question']}\n{p['answer']}\n"] for p in problems}
+
+
+def prepare_corpus(spec: CorpusSpec, folder: Path, root: Path | None = None) -> Stored:
+    """The corpus' folder: clean.npy, trusted.npy, dev.npy, test.npy, tokenizer and manifest."""
+    where = str(root or (sysconfig.get_paths()["stdlib"] if spec.name == STDLIB else "")) if spec.name == STDLIB else ""
+    key = {"format": FORMAT, "python": platform.python_version(), "root": where, **asdict(spec)}
+    return stored(folder, key, lambda: build(spec, root))
+
+
+def build(spec: CorpusSpec, root: Path | None) -> Built:
+    """Rows of all splits, decontaminated before the held ones are thinned out evenly."""
+    documents = read_documents(spec.name, root)
+    names: dict[str, list[str]] = {split: [] for split in ("train", *HELD)}
+    for name in documents:
+        names[split_name(name)].append(name)
+    texts = {split: [text for name in names[split] for text in documents[name]] for split in names}
+    if not texts["train"]:
+        raise DataError(f"corpus {spec.name}: no training text; is its root right?")
+    tokenizer = train_tokenizer(texts["train"], spec.vocab)
+    whole = {split: chunk(encode_stream(tokenizer, texts[split]), spec.length) for split in names}
+    kept, dropped = decontaminate(whole)
+    arrays: dict[str, Array] = {"clean": kept["train"]}
+    for split in HELD:
+        arrays[split] = spread(kept[split], getattr(spec, split), split)
+    facts: dict[str, Any] = {
+        "vocab": tokenizer.get_vocab_size(),
+        "rows": {split: len(array) for split, array in arrays.items()},
+        "rows_before_decontamination": {split: len(rows) for split, rows in whole.items()},
+        "dropped_for_shared_grams": dropped,
+        "gram": GRAM,
+        "documents": {split: len(names[split]) for split in names},
+    }
+    if spec.name == STDLIB:
+        facts["packages"] = names
+    return Built(arrays, tokenizer.to_str(), facts)

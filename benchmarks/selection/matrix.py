@@ -1,0 +1,163 @@
+"""Arms × pools × seeds at equal optimizer steps: what is run, from the command line to the record."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.record import Record
+from benchmarks.selection.arms import ARMS
+from benchmarks.selection.claims import claims
+from benchmarks.selection.corpora import STDLIB
+from benchmarks.selection.pools import GROUPS, SPECS, prepare_pool
+from benchmarks.selection.report import PoolRuns, tables
+from benchmarks.selection.runs import RunSpec, run_all
+from benchmarks.selection.sizes import SHAPES
+from benchmarks.selection.store import Stored
+from grace_ds.errors import GraceError
+
+ORDER = 1000  # added to the seed for the order of a further uniform run
+UNIFORM_STEPS = (400, 600, 800, 1000, 1300, 1600)
+DEFAULT_ARMS = {
+    "crawl": tuple(ARMS),
+    "natural": ("uniform", "rs2", "dedup_filter", "dsir", "prior", "grace", "guarded"),
+    "dose": ("uniform", "oracle", "prior", "grace", "guarded"),
+    "heldout": ("uniform", "oracle", "dedup_filter", "dsir", "density", "prior", "grace", "pseudo", "guarded"),
+    "dev": ("uniform", "oracle", "dedup_filter", "dsir", "density", "prior", "grace", "pseudo", "guarded"),
+}
+LARGE_ARMS = ("uniform", "rs2", "dedup_filter", "prior", "grace", "oracle")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--pool", required=True, choices=sorted(GROUPS), help="which pools: one, or a group of them")
+    add("--only", nargs="+", choices=sorted(SPECS), help="of the group, these alone")
+    add("--arms", nargs="+", choices=sorted(ARMS), help="default: depends on the pool; uniform always runs")
+    add("--arm", choices=sorted(ARMS), default="guarded", help="whom the claims are about")
+    add("--seeds", type=int, default=3)
+    add("--orders", type=int, default=1, help="further orders of uniform for each seed, for the spread that luck makes")
+    add("--steps", type=int, default=400, help="optimizer steps of every arm")
+    add("--uniform-steps", type=_counts, help="N,N,... lengths of further uniform runs; default: on crawl 400,...,1600")
+    add("--batch", type=int, default=32)
+    add("--lr", type=float, default=3e-3, help="peak; the best of 1e-3, 2e-3 and 3e-3 for uniform")
+    add("--budget", type=float, default=0.2, help="share of the pool that a subset holds")
+    add("--model", choices=sorted(SHAPES), default="small")
+    add("--pool-size", type=int, default=20_000)
+    add("--eval-every", type=int, default=50)
+    add("--final", action="store_true", help="by the test rows: for the final tables, after everything is fixed")
+    add("--tried", nargs="+", default=[], metavar="N|ARM=N", help="configurations tried of every arm, or of one")
+    add("--corpus", type=Path, help="folder of the second corpus: gsm8k/train.jsonl, tinyshakespeare/input.txt")
+    add("--allow-missing-kinds", action="store_true", help="leave out junk kinds whose text is not on this machine")
+    add("--jobs", type=int, default=2, help="processes at once, each on one thread")
+    add("--limit", type=float, default=3600.0, help="seconds of one run, at most")
+    add("--out", type=Path, default=Path("runs/benchmarks/selection"), help="where pools and runs are kept")
+
+
+def run(args: argparse.Namespace, console: Console) -> Record:
+    tried = read_tried(args.tried)
+    say = functools.partial(console.print, highlight=False, markup=False)
+    specs: dict[str, list[RunSpec]] = {}
+    for name in pool_names(args):
+        pool = prepare(args, name)
+        say(f"pool {name}: {pool.manifest['rows']['train']} rows, {pool.manifest['kinds']}, {pool.folder}")
+        specs[name] = run_specs(args, name, pool)
+    everything = [spec for one in specs.values() for spec in one]
+    done = run_all(everything, args.out / "runs", jobs=args.jobs, limit_seconds=args.limit, say=say)
+    results = dict(zip(everything, done, strict=True))
+    metric = "test" if args.final else "dev"
+    pools = [PoolRuns(name, [results[spec] for spec in one], metric, args.steps) for name, one in specs.items()]
+    record = tables(pools, tried, args.final)
+    record.claims = claims(pools, args.arm)
+    record.notes.append(f"model {args.model}: {done[0]['parameters']:,} parameters, float32, one thread")
+    return record
+
+
+def pool_names(args: argparse.Namespace) -> list[str]:
+    """The pools asked for.
+
+    Raises:
+        SystemExit: --only names none of the group, or the second corpus is not given.
+    """
+    names = [name for name in GROUPS[args.pool] if args.only is None or name in args.only]
+    if not names:
+        raise SystemExit(f"--only {' '.join(args.only)}: none of them is in {args.pool} ({', '.join(GROUPS[args.pool])})")
+    if args.corpus is None and any(SPECS[name].corpus != STDLIB for name in names):
+        others = " ".join(name for name in names if SPECS[name].corpus == STDLIB)
+        raise SystemExit(f"pool second needs --corpus DIR; or leave it out with --only {others}")
+    return names
+
+
+def prepare(args: argparse.Namespace, name: str) -> Stored:
+    """The pool called ``name``."""
+    spec = replace(SPECS[name], size=args.pool_size)
+    root = None if spec.corpus == STDLIB else args.corpus
+    try:
+        return prepare_pool(spec, args.out / "pools", root=root, allow_missing=args.allow_missing_kinds)
+    except GraceError as error:
+        raise SystemExit(str(error)) from None
+
+
+def run_specs(args: argparse.Namespace, name: str, pool: Stored) -> list[RunSpec]:
+    """All runs of a pool: every arm, uniform in further orders, uniform at further lengths."""
+    lengths = args.uniform_steps
+    if lengths is None:
+        lengths = UNIFORM_STEPS if args.pool == "crawl" else ()
+
+    def spec(arm: str, seed: int, order: int, steps: int) -> RunSpec:
+        return RunSpec(
+            pool=name,
+            pool_folder=str(pool.folder.resolve()),
+            pool_digest=pool.manifest["digest"],
+            arm=arm,
+            seed=seed,
+            order_seed=order,
+            steps=steps,
+            batch=args.batch,
+            lr=args.lr,
+            model=args.model,
+            budget=args.budget,
+            eval_every=args.eval_every,
+        ).stamped()
+
+    found: list[RunSpec] = []
+    for seed in range(args.seeds):  # a whole seed first: there is something to look at early
+        found += [spec(arm, seed, seed, args.steps) for arm in chosen_arms(args)]
+        found += [spec("uniform", seed, seed + ORDER * (i + 1), args.steps) for i in range(args.orders)]
+        found += [spec("uniform", seed, seed, steps) for steps in lengths if steps != args.steps]
+    return found
+
+
+def chosen_arms(args: argparse.Namespace) -> list[str]:
+    """Uniform, then the arms asked for."""
+    arms: Sequence[str] = args.arms or (LARGE_ARMS if args.model == "4m" else DEFAULT_ARMS[args.pool])
+    return list(dict.fromkeys(("uniform", *arms)))
+
+
+def read_tried(given: Sequence[str]) -> dict[str, int]:
+    """Configurations tried, by arm; a bare number holds for all arms that are not named.
+
+    Raises:
+        SystemExit: an entry is neither N nor ARM=N.
+    """
+    tried: dict[str, int] = {}
+    for entry in sorted(given, key=lambda entry: "=" in entry):
+        arm, _, count = entry.rpartition("=")
+        if not count.isdigit() or (arm and arm not in ARMS):
+            raise SystemExit(f"--tried {entry}: give a number, or ARM=NUMBER with one of {', '.join(ARMS)}")
+        tried |= dict.fromkeys([arm] if arm else ARMS, int(count))
+    return tried
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    try:
+        counts = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        counts = ()
+    if not counts or counts[0] < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of step counts such as 400,600,800")
+    return counts

@@ -1,0 +1,72 @@
+"""Where the trusted set comes from: the job, a file, or the pool's own typical samples."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from grace_ds.config.schema import GraceConfig
+from grace_ds.errors import DataError
+from grace_ds.features import TokenReader, tokens_of
+from grace_ds.features.tokens import TokenBlock
+from grace_ds.pool import Permutation
+from grace_ds.selection.pseudo import LOOKED_AT, typical
+from grace_ds.sketch.probe import LossFn
+from grace_ds.trusted import Tokenize, TrustedDataset, load_trusted, refuse_overlap
+
+log = logging.getLogger("grace_ds")
+
+_LEAST = 4  # two halves of two
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a job hands over beside its config; None where it does not.
+
+    Attributes:
+        trusted_data: a map-style dataset of trusted samples, in the place of ``config.trusted``.
+        validation_data: the job's validation set, map-style; only looked at to make sure that it holds no trusted sample.
+        tokenize: text → token ids, for a trusted file of text.
+        loss_fn: (module, batch) → scalar mean loss, where the module's output holds none.
+    """
+
+    trusted_data: Any = None
+    validation_data: Any = None
+    tokenize: Tokenize | None = None
+    loss_fn: LossFn | None = None
+
+
+def trusted_set(dataset: Any, reader: TokenReader | None, config: GraceConfig, extras: Extras) -> Any:
+    """The trusted samples, map-style, items like those of ``dataset``; None where there are none and none are to be made.
+
+    Raises:
+        DataError: it is too small, cannot be read, or shares a sample with the validation set.
+    """
+    trusted = extras.trusted_data
+    if trusted is None and config.trusted is not None:
+        trusted = load_trusted(config.trusted, dataset[0], extras.tokenize)
+    if trusted is None:
+        return _typical_of(dataset, reader, config.seed) if reader is not None and config.pseudo_trusted else None
+    if len(trusted) < _LEAST:
+        raise DataError(f"the trusted set holds {len(trusted)} samples; give at least {_LEAST} (64 or more to be of use)")
+    if extras.validation_data is not None:
+        refuse_overlap(trusted, extras.validation_data, lambda item: tokens_of(item, config.features.tokens_key))
+    return trusted
+
+
+def _typical_of(dataset: Any, reader: TokenReader, seed: int) -> Any:
+    """The pool's most typical samples, the same on every rank: each reads the same few thousand itself."""
+    n = len(dataset)
+    ids = np.sort(Permutation(n, seed)(np.arange(min(n, LOOKED_AT))))
+    parts = list(reader.blocks(ids))
+    rows = [part.flat[a:b] for part in parts for a, b in zip(part.offsets[:-1], part.offsets[1:], strict=True)]
+    tokens = TokenBlock.of(ids, rows)
+    chosen = ids[typical(tokens.flat, tokens.offsets)]
+    if len(chosen) < _LEAST:
+        log.warning("no trusted set, and the pool is too small to find typical samples in: density alone selects")
+        return None
+    log.info("no trusted set: the %d most typical of %d samples of the pool stand in for one", len(chosen), len(ids))
+    return TrustedDataset([dataset[int(i)] for i in chosen])

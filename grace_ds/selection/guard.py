@@ -1,0 +1,115 @@
+"""The guard: what stops a selection that does not help.
+
+Two questions, both answered before the money is spent twice.  Does content alone find anything to leave out?  The
+effective share (Σp)² / (N Σp²) of the window says so: on clean text nearly all of it is kept.  And do core samples, which
+were chosen, lower the trusted loss more than audit samples, which were not?  The bootstrap interval of the difference of
+their mean influence says so; the trusted samples that it is measured with are not those that chose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from grace_ds.records import Array
+
+LADDER = ("grace", "prior", "density", "uniform")
+RESAMPLES = 1000
+LEAST = 8  # audit samples below which nothing is said
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Mean influence of core samples minus that of audit samples, with its bootstrap interval.
+
+    Attributes:
+        difference, low, high: in units of the trusted median; NaN where there are too few samples.
+        core, audit: how many samples there were.
+    """
+
+    difference: float
+    low: float
+    high: float
+    core: int
+    audit: int
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a schedule may use.
+
+    Attributes:
+        level: grace | prior | density | uniform.
+        reason: in words, with the numbers.
+        misses: looks in a row that found no help; each doubles the time to the next look.
+        look: version of the schedule at which a level that was stepped down is tried again.
+        numbers: what it was decided by.
+    """
+
+    level: str
+    reason: str
+    misses: int = 0
+    look: int = 0
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+    def meta(self) -> dict[str, object]:
+        """JSON-able; kept in the schedule, read back by :func:`from_meta`."""
+        return {"level": self.level, "reason": self.reason, "misses": self.misses, "look": self.look, **self.numbers}
+
+
+def from_meta(meta: Mapping[str, object] | None) -> Decision | None:
+    """The decision that a schedule was made under; None for a schedule without one."""
+    if not meta or "level" not in meta:
+        return None
+    return Decision(str(meta["level"]), str(meta["reason"]), int(str(meta["misses"])), int(str(meta["look"])))
+
+
+def effective_share(log_p: Array) -> float:
+    """(Σp)²/(N Σp²): 1 where every sample is equally likely, small where few carry all the probability."""
+    p = np.exp(log_p - log_p.max())
+    return float(p.sum() ** 2 / (len(p) * (p**2).sum()))
+
+
+def contrast(core: Array, audit: Array, confidence: float, seed: int) -> Contrast:
+    """Compares finite influences of core (n,) and audit (m,) samples by the percentile bootstrap."""
+    core, audit = (np.asarray(v, np.float64)[np.isfinite(v)] for v in (core, audit))
+    if min(len(core), len(audit)) < LEAST:
+        return Contrast(float("nan"), float("nan"), float("nan"), len(core), len(audit))
+    rng = np.random.Generator(np.random.Philox(key=[seed, 0x60A2D]))
+    drawn = [v[rng.integers(0, len(v), (RESAMPLES, min(len(v), 1000)))].mean(1) for v in (core, audit)]
+    # A resample of fewer than all would spread more than the mean does.
+    spread = [(d - v.mean()) * np.sqrt(min(len(v), 1000) / len(v)) for d, v in zip(drawn, (core, audit), strict=True)]
+    difference = float(core.mean() - audit.mean())
+    low, high = np.quantile(difference + spread[0] - spread[1], [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Contrast(difference, float(low), float(high), len(core), len(audit))
+
+
+def decide(
+    recipe: str, version: int, share: float, clean_share: float, found: Contrast | None, previous: Decision | None
+) -> Decision:
+    """The level of schedule ``version``.
+
+    Args:
+        recipe: the most that may be used.
+        share: effective share of the window under content alone.
+        clean_share: from which on content finds nothing worth leaving out.
+        found: core against audit of the samples harvested since the last schedule; None where nothing was.
+        previous: decision of the schedule before; None for the first.
+    """
+    numbers = {"effective_share": share}
+    if share >= clean_share:
+        reason = f"effective share {share:.2f} is at least {clean_share:g}: the window is clean, nothing is worth leaving out"
+        return Decision("uniform", reason, numbers=numbers)
+    misses, look = (previous.misses, previous.look) if previous is not None else (0, 0)
+    if found is not None and np.isfinite(found.difference):
+        numbers |= {"core_minus_audit": found.difference, "low": found.low, "high": found.high}
+        said = f"core minus audit influence {found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+        if found.high < 0 and recipe != "uniform":
+            lower = LADDER[LADDER.index(recipe) + 1]
+            return Decision(lower, f"{said} is below 0: {recipe} does harm", misses + 1, version + 2 ** (misses + 1), numbers)
+        return Decision(recipe, said, 0, 0, numbers)
+    if misses and version < look:
+        return Decision(LADDER[min(LADDER.index(recipe) + 1, 3)], f"next look at schedule {look}", misses, look, numbers)
+    return Decision(recipe, f"effective share {share:.2f}", misses, look, numbers)

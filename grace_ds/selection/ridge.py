@@ -1,0 +1,85 @@
+"""A signal that few samples were harvested with, predicted for all from content statistics: closed-form ridge.
+
+A single sample's alignment is mostly noise; what kind of text it is tells most of what is not.  The statistics and their
+products go into a weighted ridge regression, whose normal equations are sums over the harvested samples.  They are added
+up as integers, so the result has the same bits however the samples are spread over ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from grace_ds.records import Array, FloatArray
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+
+DAMPING = 0.05  # lambda, in mean diagonals of the normal equations
+TARGET_CLIP = 6.0  # labels beyond are pulled in: they are outliers of a single sample
+_ROW_BITS, _WEIGHT_BITS, _TARGET_BITS = 8, 8, 10
+_CLIP = 6.0  # of a statistic
+_GRID = 2.0**-16  # predictions are rounded to it: products of other shapes may differ in their last bits
+
+
+def columns(statistics: int) -> int:
+    """Columns of the design for that many statistics: 1, each, and each product of two."""
+    return 1 + statistics + statistics * (statistics + 1) // 2
+
+
+def design(statistics: Array) -> Floats:
+    """(n, c) float64 on a grid of 2⁻⁸: 1, the (n, s) ``statistics``, and a sixth of each product of two of them."""
+    z = np.clip(np.nan_to_num(np.asarray(statistics, np.float64)), -_CLIP, _CLIP)
+    products = [z[:, i] * z[:, j] / _CLIP for i in range(z.shape[1]) for j in range(i, z.shape[1])]
+    rows = np.column_stack([np.ones(len(z)), z, *products]) if len(z) else np.empty((0, columns(z.shape[1])))
+    return np.asarray(np.rint(rows * 2.0**_ROW_BITS) / 2.0**_ROW_BITS, np.float64)
+
+
+def normal_equations(rows: Floats, target: Array, weight: Array) -> Integers:
+    """(c·c + c,) int64: Σ w x xᵀ and Σ w x y over these samples, on a fixed grid; to be added up over the ranks.
+
+    Exact for up to 2^24 samples in all.
+
+    Args:
+        rows: (n, c) from :func:`design`.
+        target: (n,) finite labels; those beyond ±6 are pulled in.
+        weight: (n,) in [0, 1].
+    """
+    x = np.rint(rows * 2.0**_ROW_BITS).astype(np.int64)
+    w = np.rint(np.asarray(weight, np.float64) * 2.0**_WEIGHT_BITS).astype(np.int64)
+    y = np.rint(np.clip(np.asarray(target, np.float64), -TARGET_CLIP, TARGET_CLIP) * 2.0**_TARGET_BITS).astype(np.int64)
+    wx = x * w[:, None]
+    # int64 matrix products have no BLAS; column by column keeps the scratch small.
+    gram = np.stack([wx.T @ x[:, j] for j in range(x.shape[1])], 1) if len(x) else np.zeros((rows.shape[1],) * 2, np.int64)
+    return np.concatenate([gram.ravel(), wx.T @ y]).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """A fitted regression.
+
+    Attributes:
+        coefficients: (c,) float64.
+        evidence: sum of the weights behind it.
+    """
+
+    coefficients: Floats
+    evidence: float
+
+    @staticmethod
+    def solve(equations: Integers) -> Ridge | None:
+        """From :func:`normal_equations` of all ranks; None where nothing was harvested."""
+        c = int((np.sqrt(1 + 4 * len(equations)) - 1) / 2)
+        gram = equations[: c * c].reshape(c, c) / 2.0 ** (2 * _ROW_BITS + _WEIGHT_BITS)
+        right = equations[c * c :] / 2.0 ** (_ROW_BITS + _WEIGHT_BITS + _TARGET_BITS)
+        if gram[0, 0] <= 0:
+            return None
+        damping = np.full(c, DAMPING * np.trace(gram) / c)
+        damping[0] *= 1e-6  # the mean is not shrunk
+        return Ridge(np.asarray(np.linalg.solve(gram + np.diag(damping), right), np.float64), float(gram[0, 0]))
+
+    def predict(self, rows: Floats) -> FloatArray:
+        """(n,) float32, for rows from :func:`design`."""
+        return np.asarray(np.rint(rows @ self.coefficients / _GRID) * _GRID, np.float32)

@@ -1,0 +1,149 @@
+"""When selection is stepped down, when it is looked at again, and how sure the comparison behind it is."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grace_ds.selection.guard import Contrast, Decision, contrast, decide, effective_share, from_meta
+
+HELP, HARM, OPEN = (Contrast(d, d - 0.1, d + 0.1, 50, 20) for d in (0.5, -0.5, 0.02))
+UNKNOWN = Contrast(math.nan, math.nan, math.nan, 3, 2)
+DIRTY, CLEAN, LIMIT = 0.4, 0.8, 0.62
+
+
+def draw(rng: np.random.Generator, mean: float, n: int) -> np.ndarray:
+    """Influences with a long tail on one side."""
+    return mean + rng.exponential(1.0, n) - 1.0 + rng.normal(0, 0.5, n)
+
+
+@pytest.mark.parametrize(("core", "audit", "confidence"), [(200, 40, 0.95), (60, 60, 0.8)])
+def test_the_interval_covers_the_truth_as_often_as_it_says(core: int, audit: int, confidence: float) -> None:
+    rng, rounds, hits = np.random.default_rng(0), 400, 0
+    for seed in range(rounds):
+        found = contrast(draw(rng, 0.9, core), draw(rng, 0.6, audit), confidence, seed)
+        hits += found.low <= 0.3 <= found.high
+    error = math.sqrt(confidence * (1 - confidence) / rounds)
+    assert confidence - 0.02 - 3 * error < hits / rounds < confidence + 3 * error  # the bootstrap is a little narrow
+
+
+@pytest.mark.parametrize(("core", "audit"), [(900, 700), (9000, 400), (5000, 20_000)])
+def test_its_width_is_that_of_a_difference_of_means(core: int, audit: int) -> None:
+    rng = np.random.default_rng(1)
+    a, b = draw(rng, 1, core), draw(rng, 0, audit)
+    found = contrast(a, b, 0.95, 3)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * math.sqrt(a.var() / core + b.var() / audit), rel=0.12)
+    assert found.difference == pytest.approx(a.mean() - b.mean())
+    assert (found.low + found.high) / 2 == pytest.approx(found.difference, abs=0.2 * (found.high - found.low))
+    assert (found.core, found.audit) == (core, audit)
+
+
+def test_unknown_influences_do_not_count_and_too_few_say_nothing() -> None:
+    rng = np.random.default_rng(2)
+    a, b = draw(rng, 1, 30), draw(rng, 0, 8)
+    found = contrast(np.append(a, [np.nan, np.inf]), np.append(np.nan, b), 0.9, 5)
+    assert found == contrast(a, b, 0.9, 5) and (found.core, found.audit) == (30, 8)
+    assert found != contrast(a, b, 0.9, 6)
+    for few in (contrast(a, b[:7], 0.9, 5), contrast(a[:7], b, 0.9, 5), contrast(a[:0], b[:0], 0.9, 5)):
+        assert math.isnan(few.difference) and math.isnan(few.low) and math.isnan(few.high)
+
+
+def test_the_comparison_is_of_core_against_audit() -> None:
+    rng = np.random.default_rng(3)
+    good, bad = draw(rng, 2, 100).astype(np.float32), draw(rng, 0, 50).astype(np.float32)
+    assert contrast(good, bad, 0.95, 0).low > 0
+    assert contrast(bad, good, 0.95, 0).high < 0
+    wide, narrow = contrast(good, bad, 0.99, 0), contrast(good, bad, 0.5, 0)
+    assert wide.low < narrow.low < narrow.high < wide.high
+
+
+def test_the_effective_share_counts_samples() -> None:
+    assert effective_share(np.full(50, -3.0)) == pytest.approx(1)
+    point = np.full(50, -np.inf)
+    point[7] = 2
+    assert effective_share(point) == pytest.approx(1 / 50)
+    half = np.where(np.arange(50) < 25, 900.0, -900.0)
+    assert effective_share(half) == pytest.approx(0.5)
+
+
+@given(st.lists(st.floats(-30, 30), min_size=1, max_size=20), st.floats(-1e3, 1e3))
+def test_the_effective_share_is_of_probabilities_up_to_a_factor(values: list[float], shift: float) -> None:
+    share = effective_share(np.array(values))
+    assert 1 / len(values) - 1e-9 <= share <= 1 + 1e-9
+    assert effective_share(np.array(values) + shift) == pytest.approx(share, rel=1e-6)
+    assert effective_share(np.array(values * 2)) == pytest.approx(share, rel=1e-6)
+
+
+@pytest.mark.parametrize("recipe", ["grace", "prior", "density", "uniform"])
+def test_a_clean_window_is_left_alone_whatever_was_before(recipe: str) -> None:
+    for found in (None, HELP, HARM):
+        for previous in (None, Decision("prior", "", 2, 99)):
+            decision = decide(recipe, 7, CLEAN, LIMIT, found, previous)
+            assert decision.level == "uniform" and "0.80" in decision.reason and "0.62" in decision.reason
+    assert decide(recipe, 0, LIMIT, LIMIT, None, None).level == "uniform"
+    assert decide(recipe, 0, LIMIT - 1e-6, LIMIT, None, None).level == recipe
+
+
+@pytest.mark.parametrize(
+    ("recipe", "lower"), [("grace", "prior"), ("prior", "density"), ("density", "uniform"), ("uniform", "uniform")]
+)
+def test_harm_steps_one_level_down_and_nothing_else_does(recipe: str, lower: str) -> None:
+    for quiet in (None, UNKNOWN, OPEN, HELP):
+        assert decide(recipe, 3, DIRTY, LIMIT, quiet, None).level == recipe
+    found = decide(recipe, 3, DIRTY, LIMIT, HARM, None)
+    assert found.level == lower
+    assert found.misses == (recipe != "uniform")
+    assert "-0.500 [-0.600, -0.400]" in found.reason
+    assert found.numbers == {"effective_share": DIRTY, "core_minus_audit": -0.5, "low": -0.6, "high": -0.4}
+
+
+def levels(versions: int, verdict: dict[int, Contrast]) -> tuple[list[str], list[Decision]]:
+    """Schedules of recipe grace; a schedule that chose by influences is judged, by ``verdict`` at its version, else as harm."""
+    made: list[Decision] = []
+    for version in range(versions):
+        previous = made[-1] if made else None
+        found = verdict.get(version - 1, HARM) if previous is not None and previous.level == "grace" else None
+        made.append(decide("grace", version, DIRTY, LIMIT, found, previous))
+    return [d.level for d in made], made
+
+
+def test_what_does_harm_is_tried_again_ever_more_rarely() -> None:
+    found, made = levels(40, {})
+    assert [v for v, level in enumerate(found) if level == "grace"] == [0, 3, 8, 17, 34]
+    assert set(found) == {"grace", "prior"}
+    assert "schedule 8" in made[6].reason and made[6].misses == 2
+
+
+def test_it_recovers_at_once_and_forgets() -> None:
+    found, made = levels(12, dict.fromkeys((3, 4, 5, 6, 7), HELP))
+    assert [v for v, level in enumerate(found) if level == "grace"] == [0, 3, 4, 5, 6, 7, 8, 11]
+    assert [d.misses for d in made] == [0, 1, 1, 1, 0, 0, 0, 0, 0, 1, 1, 1]
+
+
+def test_a_look_that_could_not_be_judged_keeps_what_was_missed() -> None:
+    looked = decide("grace", 8, DIRTY, LIMIT, None, Decision("prior", "", 2, 8))
+    unjudged = decide("grace", 9, DIRTY, LIMIT, UNKNOWN, looked)
+    again = decide("grace", 10, DIRTY, LIMIT, HARM, unjudged)
+    assert [d.level for d in (looked, unjudged, again)] == ["grace", "grace", "prior"]
+    assert (again.misses, again.look) == (3, 18)
+
+
+def test_a_decision_outlives_a_checkpoint() -> None:
+    for previous in levels(9, {})[1]:
+        for meta in (previous.meta(), json.loads(json.dumps(previous.meta()))):
+            back = from_meta(meta)
+            assert back is not None
+            assert (back.level, back.reason, back.misses, back.look) == (
+                previous.level,
+                previous.reason,
+                previous.misses,
+                previous.look,
+            )
+            assert decide("grace", 9, DIRTY, LIMIT, None, back) == decide("grace", 9, DIRTY, LIMIT, None, previous)
+    assert previous.meta()["effective_share"] == DIRTY
+    assert from_meta(None) is None and from_meta({}) is None and from_meta({"objective": "sample"}) is None

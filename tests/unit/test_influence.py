@@ -1,0 +1,148 @@
+"""What content tells of influences, on a window whose good and bad samples are known."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from grace_ds.comm.local import LocalComm
+from grace_ds.features import ContentFeatures
+from grace_ds.influence import Influence, influence, labels
+from grace_ds.records import Rows
+
+N, M = 4000, 200
+
+
+def area(good: np.ndarray, bad: np.ndarray) -> float:
+    """The chance that one of ``good`` exceeds one of ``bad``."""
+    return float((good[:, None] > bad[None, :]).mean())
+
+
+class Window:
+    """Good samples have two statistics of one sign, bad ones of opposite signs: neither alone tells them apart."""
+
+    def __init__(self, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.good = rng.random(N) < 0.5
+        self.statistics = rng.normal(size=(N, 5)).astype(np.float32)
+        side = np.sign(rng.normal(size=N))
+        self.statistics[:, 0] += 2.5 * side
+        self.statistics[:, 3] += 2.5 * side * np.where(self.good, 1, -1)
+        self.density = rng.integers(0, 3, N).astype(np.float32)
+        self.label = (np.where(self.good, 1.0, 0.2) + rng.normal(0, 1.5, N)).astype(np.float32)
+        self.label[rng.random(N) < 0.3] = np.nan
+        self.confidence = 0.7 ** rng.integers(0, 3, N)
+        trusted = rng.normal(size=(M, 5))
+        trusted[:, [0, 3]] += 2.5 * np.sign(rng.normal(size=(M, 1)))
+        self.trusted = trusted.astype(np.float32)
+
+    def content(self, at: Any = slice(None)) -> ContentFeatures:
+        return ContentFeatures(np.arange(N)[at], self.density[at], None, self.statistics[at], None)
+
+    def found(self, label: np.ndarray | None = None) -> Influence:
+        label = self.label if label is None else label
+        found = influence(LocalComm(5.0), self.content(), self.trusted, label, self.confidence)
+        assert found is not None
+        return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_predictions_tell_groups_apart_that_single_labels_do_not(seed: int) -> None:
+    w = Window(seed)
+    known = np.isfinite(w.label)
+    assert area(w.label[w.good & known], w.label[~w.good & known]) < 0.75
+    found = w.found()
+    for some in (known, ~known):  # those never harvested too
+        assert area(found.predicted[w.good & some], found.predicted[~w.good & some]) > 0.95
+
+
+def test_the_measure_is_the_trusted_samples_own_spread() -> None:
+    w = Window()
+    w.statistics[:M], w.density[:M] = w.trusted, 0  # samples of the pool that are the trusted ones
+    found = w.found()
+    among = found.standard(found.predicted[:M])
+    assert np.median(among) == pytest.approx(0, abs=1e-3)
+    assert np.median(np.abs(among)) == pytest.approx(1 / 1.4826, rel=1e-3)
+    rest = found.standard(found.predicted[M:])
+    assert np.median(rest[w.good[M:]]) > -1 and np.median(rest[~w.good[M:]]) < -1.5
+
+
+def test_predictions_that_are_all_alike_have_a_least_deviation() -> None:
+    w = Window()
+    w.statistics[:], w.trusted[:] = 0, 0
+    w.density[:] = 0
+    found = w.found()
+    assert found.deviation == 0.02
+    assert (found.standard(found.predicted) == 0).all()
+
+
+@pytest.mark.parametrize(("factor", "shift"), [(1.0, 0.75), (1.0, -1.5), (0.5, 0.0), (0.5, 2.0)])
+def test_drift_common_to_all_changes_nothing(factor: float, shift: float) -> None:
+    w = Window()
+    w.label = np.clip(w.label, -3, 3)  # so that none is pulled in after it has moved
+    here, there = w.found(), w.found((factor * w.label + shift).astype(np.float32))
+    np.testing.assert_allclose(there.predicted, factor * here.predicted + shift, atol=1e-3)
+    np.testing.assert_allclose(there.standard(there.predicted), here.standard(here.predicted), atol=0.02)
+    assert there.deviation > 0.02
+
+
+class Ranks:
+    """A sum over threads that stand for ranks; every wait has a limit."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier, self.parts = threading.Barrier(size, timeout=30), {}
+
+    def allreduce(self, x: np.ndarray) -> np.ndarray:
+        self.parts[threading.get_ident()] = x
+        self.barrier.wait()
+        return sum(self.parts.values())
+
+
+def test_the_same_bits_for_any_number_of_ranks() -> None:
+    w, order = Window(), np.random.default_rng(1).permutation(N)
+    shares = [order[:1000], order[1000:1001], order[:0], order[1001:]]
+    comm: Any = Ranks(len(shares))
+    out: dict[int, Influence | None] = {}
+
+    def one(rank: int, at: np.ndarray) -> None:
+        out[rank] = influence(comm, w.content(at), w.trusted, w.label[at], w.confidence[at])
+
+    threads = [threading.Thread(target=one, args=pair) for pair in enumerate(shares)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    whole = w.found()
+    for rank, at in enumerate(shares):
+        part = out[rank]
+        assert part is not None and (part.centre, part.deviation) == (whole.centre, whole.deviation)
+        assert part.predicted.tobytes() == whole.predicted[at].tobytes()
+
+
+def test_nothing_to_learn_from_is_none() -> None:
+    w, comm = Window(), LocalComm(5.0)
+    bare = ContentFeatures(np.arange(N), w.density, None, None, None)
+    assert influence(comm, bare, w.trusted, w.label, w.confidence) is None
+    assert influence(comm, w.content(), None, w.label, w.confidence) is None
+    assert influence(comm, w.content(), w.trusted, np.full(N, np.nan, np.float32), w.confidence) is None
+    assert influence(comm, w.content(), w.trusted, w.label, np.zeros(N)) is None
+
+
+def test_a_label_is_alignment_times_length_in_units_of_its_own_basis() -> None:
+    rows = Rows(
+        ids=np.arange(7),
+        sketch=np.ones((7, 2), np.float16),
+        norm=np.array([2, 2, 4, 1, 1, 1, 1], np.float32),
+        loss=np.zeros(7, np.float32),
+        align=np.array([0.25, -0.5, 0.25, np.nan, 0.5, 0.5, 0.5], np.float32),
+        step=np.zeros(7, np.int64),
+        basis=np.array([3, 3, 4, 3, 5, 6, -1], np.int32),
+    )
+    found = labels(rows, {3: 0.5, 4: 2.0, 5: 0.0, 7: 1.0, -1: float("nan")})
+    np.testing.assert_array_equal(found, np.array([1, -2, 0.5, np.nan, np.nan, np.nan, np.nan], np.float32))
+    assert found.dtype == np.float32
+    assert np.isnan(labels(rows, {})).all() and np.isnan(labels(rows, {3: -0.5})).all()
+    assert len(labels(Rows.empty(2), {3: 0.5})) == 0
