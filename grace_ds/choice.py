@@ -142,6 +142,8 @@ def uniform_schedule(p: Pipeline, x: Inputs, start: int, told: Mapping[str, Any]
 
 
 def _draw_audit(p: Pipeline, x: Inputs, ids: IntArray, count: int) -> IntArray:
+    if not count:  # recipes without gradients: no noise for the whole window
+        return ids[:0]
     noise = gumbel(p.config.seed ^ _AUDIT_SALT, x.version, ids)
     return ids[np.sort(np.argsort(-noise, kind="stable")[:count])]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 
@@ -23,23 +23,21 @@ class Ledger:
     flops_train: float = 0.0
     flops_selection: float = 0.0
 
-    @contextmanager
-    def counted(self) -> Iterator[None]:
+    def counted(self) -> AbstractContextManager[None]:
         """Counts the CPU seconds of the block as part of the run."""
-        began = time.process_time()
-        try:
-            yield
-        finally:
-            self.cpu_total += time.process_time() - began
+        return self._clock("cpu_total")
+
+    def selecting(self) -> AbstractContextManager[None]:
+        """Counts the CPU seconds of the block as selection; to be used inside of :meth:`counted`."""
+        return self._clock("cpu_selection")
 
     @contextmanager
-    def selecting(self) -> Iterator[None]:
-        """Counts the CPU seconds of the block as selection; to be used inside of :meth:`counted`."""
+    def _clock(self, account: str) -> Iterator[None]:
         began = time.process_time()
         try:
             yield
         finally:
-            self.cpu_selection += time.process_time() - began
+            setattr(self, account, getattr(self, account) + time.process_time() - began)
 
     def as_dict(self) -> dict[str, float]:
         """JSON-able."""

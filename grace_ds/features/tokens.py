@@ -197,9 +197,9 @@ class TokenReader:
             self.seconds += time.perf_counter() - began
             yield out
 
-    def all(self) -> TokenBlock:
-        """The whole dataset as one block; for small ones, such as a trusted set."""
-        ids = np.arange(len(self), dtype=np.int64)
+    def all(self, ids: IntArray | None = None) -> TokenBlock:
+        """The samples ``ids`` (default: the whole dataset) as one block; for few, such as a trusted set."""
+        ids = np.arange(len(self), dtype=np.int64) if ids is None else ids
         parts = list(self.blocks(ids))
         rows = [part.flat[a:b] for part in parts for a, b in zip(part.offsets[:-1], part.offsets[1:], strict=True)]
         return TokenBlock.of(ids, rows)

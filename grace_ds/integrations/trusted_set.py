@@ -11,7 +11,6 @@ import numpy as np
 from grace_ds.config.schema import GraceConfig
 from grace_ds.errors import DataError
 from grace_ds.features import TokenReader, tokens_of
-from grace_ds.features.tokens import TokenBlock
 from grace_ds.pool import Permutation
 from grace_ds.selection.pseudo import LOOKED_AT, typical
 from grace_ds.sketch.probe import LossFn
@@ -61,9 +60,7 @@ def _typical_of(dataset: Any, reader: TokenReader, seed: int) -> Any:
     """The pool's most typical samples, the same on every rank: each reads the same few thousand itself."""
     n = len(dataset)
     ids = np.sort(Permutation(n, seed)(np.arange(min(n, LOOKED_AT))))
-    parts = list(reader.blocks(ids))
-    rows = [part.flat[a:b] for part in parts for a, b in zip(part.offsets[:-1], part.offsets[1:], strict=True)]
-    tokens = TokenBlock.of(ids, rows)
+    tokens = reader.all(ids)
     chosen = ids[typical(tokens.flat, tokens.offsets)]
     if len(chosen) < _LEAST:
         log.warning("no trusted set, and the pool is too small to find typical samples in: density alone selects")

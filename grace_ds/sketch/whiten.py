@@ -179,8 +179,8 @@ def _nystrom(y: Matrix, omega: Matrix, trace: float) -> Moment:
     y = y + shift * omega
     core = omega.T @ y
     values, vectors = np.linalg.eigh((core + core.T) / 2)
-    good = values > 1e-12 * max(values.max(), 0.0)
-    root = y @ (vectors[:, good] / np.sqrt(values[good]))
+    sound = values > 1e-12 * max(values.max(), 0.0)
+    root = y @ (vectors[:, sound] / np.sqrt(values[sound]))
     left, singular, _ = np.linalg.svd(root, full_matrices=False)
     found = np.maximum(singular**2 - shift, 0.0)
     found *= min(1.0, trace / max(found.sum(), np.finfo(np.float64).tiny))  # noise must not make more of it than there is
