@@ -43,12 +43,14 @@ NEIGHBOURS, CHOSEN, DIM = 15, 5, 128  # one in CHOSEN is chosen
 SHARES = (0.01, 0.2, 0.5)
 LENGTHS = (1024, 65)  # tokens a row: a pretraining window, and the quickstart's own
 LIBRARIES = ("apricot", "submodlib")
-PARTS: dict[str, tuple[bool, bool, bool]] = {  # density, tfidf, prior
-    "read": (False, False, False),
-    "density": (True, False, False),
-    "tfidf": (False, True, False),
-    "prior": (False, False, True),
-    "all": (True, True, True),
+PARTS: dict[str, tuple[bool, bool, bool, bool]] = {  # density, tfidf, prior, the prior's statistics
+    "read": (False, False, False, False),
+    "density": (True, False, False, False),
+    "tfidf": (False, True, False, False),
+    "prior": (False, False, True, False),
+    "all": (True, True, True, False),
+    "recipe prior": (True, False, True, False),
+    "recipe grace": (True, False, True, True),
 }
 
 
@@ -268,7 +270,7 @@ def measure_features(data: Path, n: int, repeats: int) -> list[dict[str, Any]]:
         reader = TokenReader(_Items(table))
         content_features(reader, ids[:64], dim=DIM, seed=1, allreduce=allreduce, trusted=prior)  # imports, first touches
         for turn in range(repeats):
-            for part, (density, tfidf, scored) in PARTS.items():
+            for part, (density, tfidf, scored, examined) in PARTS.items():
                 began = time.process_time()
                 content_features(
                     reader,
@@ -279,6 +281,7 @@ def measure_features(data: Path, n: int, repeats: int) -> list[dict[str, Any]]:
                     trusted=prior if scored else None,
                     want_density=density,
                     want_tfidf=tfidf,
+                    want_statistics=examined,
                 )
                 seconds[part][turn] = time.process_time() - began
         for part, own in seconds.items():

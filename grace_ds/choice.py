@@ -31,8 +31,8 @@ def choose(p: Pipeline, x: Inputs, start: int, s: Signals, edges: Neighbours | N
     # Before anything is known of influences, grace looks at the pool as it is: they must be learned from all of it.
     # A trusted set whose halves do not agree is not waited for.
     learning = x.learning and (not x.reference or any(unit > 0 for unit in x.reference.values()))
-    opening = decision.level == "grace" and not known and learning
-    if decision.level == "uniform" or opening:
+    gradients = decision.level == "grace" and p.config.uses_gradients
+    if decision.level == "uniform" or (gradients and not known and learning):
         return uniform_schedule(p, x, start, told)
     c = p.config.selection
     allowed = ~np.isin(s.ids, p.exclude)
@@ -52,7 +52,7 @@ def choose(p: Pipeline, x: Inputs, start: int, s: Signals, edges: Neighbours | N
     length = (x.interval + slack(p.config, x.interval)) * p.batch
     outside = allowed & ~np.isin(s.ids, coreset.ids)
     # Slots for others pay only where gradients are harvested to look at them.
-    audits, explores = (round(share * length) if decision.level == "grace" else 0 for share in (c.audit, c.explore))
+    audits, explores = (round(share * length) if gradients else 0 for share in (c.audit, c.explore))
     audit = _draw_audit(p, x, s.ids[allowed], audits)
     wanted = priority(s.staleness, s.disagreement)
     explore = s.ids[outside][_top(wanted[outside], s.ids[outside], explores, p.config.seed, x.version)]

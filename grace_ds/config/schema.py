@@ -124,5 +124,10 @@ class GraceConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
+    @property
+    def uses_gradients(self) -> bool:
+        """Whether any decision of this run asks for gradients."""
+        return self.recipe == "grace" and self.selection.objective not in ("uniform", "rs2")
+
 
 Plain = dict[str, Any]

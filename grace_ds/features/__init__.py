@@ -1,8 +1,8 @@
 """Content features: what the token ids alone tell about a sample, with no gradients and no model.
 
 Two sweeps over this rank's samples.  The first counts (6-grams, terms) and scores by the trusted model; the counts are
-summed over the ranks; the second reads densities and TF-IDF vectors off the sums.  Tokens of the first sweep are kept
-in memory up to a limit, so most items are read once and none more than twice.
+summed over the ranks; the second reads densities and TF-IDF vectors off the sums.  Tokens and
+terms of the first sweep are kept in memory up to a limit, so most items are read once and none more than twice.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import numpy.typing as npt
 
 from grace_ds.features import cache
 from grace_ds.features.density import Allreduce, NgramCounts, ngram_bins
-from grace_ds.features.tfidf import TfIdf
+from grace_ds.features.tfidf import Terms, TfIdf
 from grace_ds.features.tokens import TokenBlock, TokenReader, fingerprint, tokens_of
 from grace_ds.records import Array, FloatArray, IntArray
 
 __all__ = ["ContentFeatures", "TokenReader", "TokenScorer", "content_features", "fingerprint", "tokens_of"]
 
 RECIPE = 2  # goes into the cache key: raise it when a formula below changes
-MEMORY_BYTES = 256 << 20  # limit of the tokens kept between the two sweeps
+MEMORY_BYTES = 256 << 20  # limit of the tokens kept between the two sweeps, and of the terms
 
 
 class TokenScorer(Protocol):
@@ -77,14 +77,13 @@ class _Sweeps:
     examine: bool = False
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "prior", "density", "tfidf"), 0.0))
 
-    def first(self, block: TokenBlock) -> tuple[npt.NDArray[np.float64], FloatArray | None]:
-        """Counts one block; returns its (n,) float64 pass of the trusted filter (empty without one), and its statistics."""
+    def first(self, block: TokenBlock) -> tuple[npt.NDArray[np.float64], FloatArray | None, Terms | None]:
+        """Counts one block; its (n,) float64 pass of the trusted filter (empty without one), its statistics, its terms."""
         began = time.perf_counter()
         if self.counts is not None:
             self.counts.add(ngram_bins(block)[0])
         counted = time.perf_counter()
-        if self.terms is not None:
-            self.terms.add(block)
+        terms = None if self.terms is None else self.terms.add(block)
         indexed = time.perf_counter()
         keep, statistics = np.empty(0), None
         if self.scorer is not None and self.examine:
@@ -92,14 +91,16 @@ class _Sweeps:
         elif self.scorer is not None:
             keep = self.scorer.keep(block.flat, block.offsets)
         self._clock(density=counted - began, tfidf=indexed - counted, prior=time.perf_counter() - indexed)
-        return keep, statistics
+        return keep, statistics, terms
 
-    def second(self, block: TokenBlock) -> tuple[npt.NDArray[np.float64], FloatArray]:
-        """Densities and vectors of one block, once the counts are summed."""
+    def second(self, block: TokenBlock, terms: Terms | None) -> tuple[npt.NDArray[np.float64], FloatArray]:
+        """Densities and vectors of one block, once the counts are summed; ``terms``: of the block, None if they were not kept."""
         began = time.perf_counter()
         density = np.zeros(len(block)) if self.counts is None else self.counts.degree(block)
         between = time.perf_counter()
-        vectors = np.empty((0, 1), np.float32) if self.terms is None else self.terms.vectors(block)
+        vectors = np.empty((0, 1), np.float32)
+        if self.terms is not None:
+            vectors = self.terms.vectors(len(block), Terms.of(block) if terms is None else terms)
         self._clock(density=between - began, tfidf=time.perf_counter() - between)
         return density, vectors
 
@@ -108,32 +109,45 @@ class _Sweeps:
             self.seconds[name] += value
 
 
-class _TokenMemory:
-    """Tokens of the first sweep, in the smallest integer type that holds them, until the limit is reached."""
+class _Memory:
+    """Tokens of the first sweep, in the smallest integer type that holds them, and terms, each until its limit is reached.
+
+    Tokens spare reading the dataset again, terms spare hashing and sorting; the latter are larger, so they have a limit of
+    their own instead of taking the tokens' room.
+    """
 
     def __init__(self, reader: TokenReader, ids: IntArray, limit: int) -> None:
-        self.reader, self.ids, self.limit = reader, ids, limit
-        self.kept: list[tuple[IntArray, Array, IntArray]] = []
-        self.rows = self.bytes = 0
+        self.reader, self.ids = reader, ids
+        self.tokens, self.terms = _Room(limit), _Room(limit)
+        self.kept: list[tuple[IntArray, Array, IntArray, Terms | None]] = []
+        self.rows = 0
 
-    def record(self) -> Iterator[TokenBlock]:
-        """Reads every sample, keeping the first blocks, as many as there is room for."""
-        room = True
-        for block in self.reader.blocks(self.ids):
-            yield block
-            flat = _narrow(block.flat)
-            size = flat.nbytes + block.offsets.nbytes
-            room = room and self.bytes + size <= self.limit
-            if room:
-                self.kept.append((block.ids, flat, block.offsets))
-                self.rows += len(block)
-                self.bytes += size
+    def keep(self, block: TokenBlock, terms: Terms | None) -> None:
+        """Keeps the next block of the first sweep, if there is room for it and was for all before it."""
+        flat = _narrow(block.flat)
+        if self.tokens.take(flat.nbytes + block.offsets.nbytes):
+            kept = terms if terms is not None and self.terms.take(terms.nbytes) else None
+            self.kept.append((block.ids, flat, block.offsets, kept))
+            self.rows += len(block)
 
-    def replay(self) -> Iterator[TokenBlock]:
-        """The same samples again: from memory, then (beyond the limit) from the dataset."""
-        for ids, flat, offsets in self.kept:
-            yield TokenBlock(ids, flat.astype(np.int64), offsets)
-        yield from self.reader.blocks(self.ids[self.rows :])
+    def replay(self) -> Iterator[tuple[TokenBlock, Terms | None]]:
+        """All samples again: from memory, then (beyond the limit) from the dataset."""
+        for ids, flat, offsets, terms in self.kept:
+            yield TokenBlock(ids, flat.astype(np.int64), offsets), terms
+        for block in self.reader.blocks(self.ids[self.rows :]):
+            yield block, None
+
+
+class _Room:
+    """Bytes left, and whether everything fitted so far."""
+
+    def __init__(self, limit: int) -> None:
+        self.left = limit
+
+    def take(self, size: int) -> bool:
+        """Whether ``size`` bytes fit; once something has not, nothing does."""
+        self.left = self.left - size if size <= self.left else -1
+        return self.left >= 0
 
 
 def _narrow(flat: IntArray) -> Array:
@@ -174,7 +188,7 @@ def content_features(
         want_statistics: True adds the trusted model's statistics, where there is such a model.
         cache_dir: where results are kept between runs, set on all ranks or on none.
         fingerprint: of the dataset, for the cache; computed where it is needed and not given.
-        memory_bytes: limit of the tokens that this rank keeps between the two sweeps.
+        memory_bytes: limit of the tokens that this rank keeps between the two sweeps, and once more of their terms.
     """
     ids = np.asarray(ids_here, np.int64)
     key = ""
@@ -207,11 +221,12 @@ def _compute(
     density = np.zeros(n, np.float32)
     vectors = np.empty((n if sweeps.terms is not None else 0, dim), np.float32)
     read_before = reader.seconds
-    memory = _TokenMemory(reader, ids, memory_bytes)
+    memory = _Memory(reader, ids, memory_bytes)
     statistics: list[FloatArray] = []
     at = 0
-    for block in memory.record():
-        passed, seen = sweeps.first(block)
+    for block in reader.blocks(ids):
+        passed, seen, terms = sweeps.first(block)
+        memory.keep(block, terms)
         keep[at : at + len(block)] = passed
         statistics += [] if seen is None else [seen]
         at += len(block)
@@ -221,8 +236,8 @@ def _compute(
         sweeps.terms.reduce(allreduce)
     if sweeps.counts is not None or sweeps.terms is not None:
         at = 0
-        for block in memory.replay():
-            density[at : at + len(block)], vectors[at : at + len(block)] = sweeps.second(block)
+        for block, terms in memory.replay():
+            density[at : at + len(block)], vectors[at : at + len(block)] = sweeps.second(block, terms)
             at += len(block)
     sweeps.seconds["read"] = reader.seconds - read_before
     return ContentFeatures(

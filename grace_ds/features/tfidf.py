@@ -8,6 +8,7 @@ their hashes, in float64, so a row does not depend on the block or rank that it 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -75,16 +76,30 @@ def _distinct(keys: Array) -> tuple[Array, IntArray]:
     return keys[first], first
 
 
-def term_counts(block: TokenBlock) -> tuple[IntArray, IntArray, IntArray]:
-    """The distinct terms of each sample.
+@dataclass(frozen=True)
+class Terms:
+    """The distinct terms of each sample of a block, as small as they can be kept.
 
-    Returns:
-        row (m,), term (m,) in [0, 2^18) and how often it occurs there (m,), all int64, sorted by (row, term).
+    Attributes:
+        keys: (m,) uint32 or uint64, ascending: row * 2^18 + term.
+        counts: (m,) unsigned, how often each occurs in its row.
     """
-    keys = _sorted_keys(block)
-    distinct, first = _distinct(keys)
-    wide = distinct.astype(np.int64)
-    return wide >> BITS, wide & (TERMS - 1), np.diff(first, append=len(keys))
+
+    keys: Array
+    counts: Array
+
+    @staticmethod
+    def of(block: TokenBlock) -> Terms:
+        """Those of ``block``."""
+        keys = _sorted_keys(block)
+        distinct, first = _distinct(keys)
+        counts = np.diff(first, append=len(keys))
+        return Terms(distinct, counts.astype(np.min_scalar_type(int(counts.max(initial=0)))))
+
+    @property
+    def nbytes(self) -> int:
+        """Of both arrays."""
+        return self.keys.nbytes + self.counts.nbytes
 
 
 class TfIdf:
@@ -104,12 +119,12 @@ class TfIdf:
         self._sign = np.where(code & np.uint64(1), 1.0, -1.0)
         self._weight = self._sign
 
-    def add(self, block: TokenBlock) -> None:
-        """Counts, for every term, the samples of ``block`` that hold it."""
-        distinct = _distinct(_sorted_keys(block))[0]
-        distinct &= distinct.dtype.type(TERMS - 1)
-        np.add.at(self.frequency, distinct.astype(np.intp), np.int64(1))
+    def add(self, block: TokenBlock) -> Terms:
+        """Counts, for every term, the samples of ``block`` that hold it; returns the block's terms."""
+        terms = Terms.of(block)
+        np.add.at(self.frequency, (terms.keys & terms.keys.dtype.type(TERMS - 1)).astype(np.intp), np.int64(1))
         self.samples += len(block)
+        return terms
 
     def reduce(self, allreduce: Allreduce) -> None:
         """Sums the frequencies over all ranks (collective) and fixes the terms' weights."""
@@ -117,9 +132,10 @@ class TfIdf:
         self.frequency, self.samples = total[:-1], int(total[-1])
         self._weight = self._sign * (np.log((1.0 + self.samples) / (1.0 + self.frequency)) + 1.0)
 
-    def vectors(self, block: TokenBlock) -> FloatArray:
-        """(n, dim) float32, unit norm (zero for samples without tokens)."""
-        row, term, count = term_counts(block)
+    def vectors(self, n: int, terms: Terms) -> FloatArray:
+        """(n, dim) float32, unit norm (zero for samples without tokens), of a block of ``n`` samples from its terms."""
+        wide, count = terms.keys.astype(np.int64), terms.counts
+        row, term = wide >> BITS, wide & (TERMS - 1)
         # the logarithm comes from a table, so that it is one value a count whatever block it stands in
         table = np.log1p(np.arange(int(count.max(initial=0)) + 1, dtype=np.float64))
         weight = self._weight[term]
@@ -130,7 +146,7 @@ class TfIdf:
         weight[often] = factor
         row *= self.dim
         row += self._place[term]
-        flat = np.bincount(row, weights=weight, minlength=len(block) * self.dim)
-        rows = flat.astype(np.float64, copy=False).reshape(len(block), self.dim)  # bincount of nothing is int
+        flat = np.bincount(row, weights=weight, minlength=n * self.dim)
+        rows = flat.astype(np.float64, copy=False).reshape(n, self.dim)  # bincount of nothing is int
         norm = np.sqrt(np.add.reduce(np.square(rows), axis=1, keepdims=True))
         return np.divide(rows, norm, out=np.zeros_like(rows), where=norm > 0).astype(np.float32)

@@ -70,7 +70,7 @@ def build_controller(
         trusted=parts.prior.held_out if parts.prior is not None else None,
     )
     harvester = None
-    if config.replay is None and needs_harvest(config):
+    if config.replay is None and config.uses_gradients:
         layers = select_layers(engine.module, config.harvest.layers, config.harvest.exclude)
         sketcher = Sketcher(layers, config.seed, config.harvest.dim, config.harvest.rank).attach()
         harvester = Harvester(sketcher, config.harvest)
@@ -157,12 +157,7 @@ class Contents:
                 trusted=self.parts.prior,
                 want_density=True,
                 want_tfidf=carries(c) or c.selection.objective == "facility_location",
-                want_statistics=c.recipe == "grace",
+                want_statistics=c.uses_gradients,
                 cache_dir=c.features.cache_dir,
             )
         return self._last
-
-
-def needs_harvest(config: GraceConfig) -> bool:
-    """Whether any decision of this run asks for gradients."""
-    return config.recipe == "grace" and config.selection.objective not in ("uniform", "rs2")

@@ -48,12 +48,12 @@ def basis_due(units: Mapping[int, float], version: int) -> bool:
 def configured_interval(c: GraceConfig, step: int) -> int:
     """Optimizer steps from ``step`` to the next refresh, as the config has it.
 
-    Recipe ``grace`` opens with an interval in two halves: the first gives the model and the layers' scale that a trusted
+    A run that uses gradients opens with an interval in two halves: the first gives the model and the layers' scale that a trusted
     basis is fitted to, the second the first influences.
     """
     if step < c.start_step:
         return c.start_step - step
-    if c.recipe == "grace" and step < c.refresh.interval_steps:
+    if c.uses_gradients and step < c.refresh.interval_steps:
         half = c.refresh.interval_steps // 2
         return half - step if step < half else c.refresh.interval_steps - step
     return c.refresh.interval_steps

@@ -100,10 +100,10 @@ class BigramPrior:
         return replace(fitted, held_out=fitted._standard(raw))
 
     @cached_property
-    def _tables(self) -> tuple[Float64Array, Float64Array]:
-        """p(b) and log(c(a) + 4), (V + 1,) each."""
+    def _tables(self) -> tuple[Float64Array, Float64Array, Float64Array]:
+        """p(b), log p(b) and log(c(a) + 4), (V + 1,) each."""
         unigram = (self.unigrams + 0.5) / (self.unigrams.sum() + 0.5 * self.vocab)
-        return unigram, np.log(self.contexts + BACKOFF)
+        return unigram, np.log(unigram), np.log(self.contexts + BACKOFF)
 
     def score(self, flat: IntArray, offsets: IntArray) -> Float64Array:
         """(n,) float64: mean log p(b | a) in nats per token; -inf for samples without a bigram."""
@@ -111,7 +111,7 @@ class BigramPrior:
         return _row_mean(self._log_p(left, right, code), row, len(offsets) - 1)
 
     def _log_p(self, left: IntArray, right: IntArray, code: IntArray) -> Float64Array:
-        unigram, norm = self._tables
+        unigram, _, norm = self._tables
         log_p: Float64Array = np.log(self.bigrams[code] + BACKOFF * unigram[right])
         log_p -= norm[left]
         return log_p
@@ -127,7 +127,7 @@ class BigramPrior:
         log_p = self._log_p(left, right, code)
         mean = _row_mean(log_p, row, n)
         square = _row_mean(np.square(log_p - mean[row]), row, n)
-        common = _row_mean(np.log(self._tables[0])[right], row, n)
+        common = _row_mean(self._tables[1][right], row, n)
         seen = _row_mean((self.bigrams[code] > 0).astype(np.float64), row, n)
         order = np.lexsort((right, row))
         fresh = np.ones(len(row))

@@ -62,11 +62,9 @@ class Ridge:
 
     Attributes:
         coefficients: (c,) float64.
-        evidence: sum of the weights behind it.
     """
 
     coefficients: Floats
-    evidence: float
 
     @staticmethod
     def solve(equations: Integers) -> Ridge | None:
@@ -78,7 +76,7 @@ class Ridge:
             return None
         damping = np.full(c, DAMPING * np.trace(gram) / c)
         damping[0] *= 1e-6  # the mean is not shrunk
-        return Ridge(np.asarray(np.linalg.solve(gram + np.diag(damping), right), np.float64), float(gram[0, 0]))
+        return Ridge(np.asarray(np.linalg.solve(gram + np.diag(damping), right), np.float64))
 
     def predict(self, rows: Floats) -> FloatArray:
         """(n,) float32, for rows from :func:`design`."""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grace_ds.config.schema import GraceConfig, RefreshConfig
+from grace_ds.config.schema import GraceConfig, RefreshConfig, SelectionConfig
 from grace_ds.integrations import cadence
 
 
@@ -17,9 +17,11 @@ def config(
     start: int = 0,
     stop: int = 0,
     recipe: str = "prior",
+    objective: str = "sample",
 ) -> GraceConfig:
     refresh = RefreshConfig(interval_steps=interval, cadence=cadence_name, max_overhead=overhead)
-    return GraceConfig(recipe=recipe, start_step=start, stop_step=stop, refresh=refresh)
+    selection = SelectionConfig(objective=objective)
+    return GraceConfig(recipe=recipe, start_step=start, stop_step=stop, refresh=refresh, selection=selection)
 
 
 def refreshes(c: GraceConfig, steps: int) -> list[int]:
@@ -69,8 +71,9 @@ def test_the_first_coreset_is_due_at_the_start_step_however_dear_a_refresh_is() 
 def test_recipe_grace_opens_with_an_interval_in_two_halves(interval: int, start: int, made: list[int]) -> None:
     grace = config(interval=interval, start=start, recipe="grace")
     assert refreshes(grace, made[-1] + 1) == made
-    for recipe in ("prior", "density", "uniform"):
-        plain = refreshes(config(interval=interval, start=start, recipe=recipe), made[-1] + 1)
+    plain_ones = [("prior", "sample"), ("density", "sample"), ("uniform", "sample"), ("grace", "rs2"), ("grace", "uniform")]
+    for recipe, objective in plain_ones:
+        plain = refreshes(config(interval=interval, start=start, recipe=recipe, objective=objective), made[-1] + 1)
         assert plain == [0, *range(start or interval, made[-1] + 1, interval)]
 
 

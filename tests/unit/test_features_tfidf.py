@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grace_ds.features import tfidf
-from grace_ds.features.tfidf import TfIdf, term_counts
+from grace_ds.features.tfidf import BITS, Terms, TfIdf
 from grace_ds.features.tokens import TokenBlock
 
 
@@ -21,10 +21,16 @@ def block_of(rows):
 
 def vectors_of(rows, dim=128, seed=0):
     model = TfIdf(dim, seed)
-    block = block_of(rows)
-    model.add(block)
+    terms = model.add(block_of(rows))
     model.reduce(lambda x: x)
-    return model.vectors(block)
+    return model.vectors(len(rows), terms)
+
+
+def term_counts(rows):
+    """Row, term and count of every distinct term of every row."""
+    terms = Terms.of(block_of(rows))
+    keys = terms.keys.astype(np.int64)
+    return keys >> BITS, keys % (1 << BITS), terms.counts.astype(np.int64)
 
 
 def exact_cosines(rows):
@@ -70,7 +76,7 @@ def test_near_duplicates_stand_out_from_random_pairs():
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 3), max_size=8), max_size=6))
 def test_term_counts_equal_a_counter(rows):
-    row, _, count = term_counts(block_of(rows))
+    row, _, count = term_counts(rows)
     for i, tokens in enumerate(rows):
         terms = Counter([(t,) for t in tokens] + list(itertools.pairwise(tokens)))
         assert sorted(count[row == i].tolist()) == sorted(terms.values())
@@ -90,9 +96,9 @@ def test_unit_norm_seed_and_empty_rows():
 def test_more_rows_than_narrow_keys_hold_and_any_chunk_give_the_same_terms(monkeypatch):
     rows = np.random.default_rng(2).integers(0, 5, ((1 << 14) + 3, 3)).tolist()
     rows[7] = rows[8] = []
-    whole = term_counts(block_of(rows))
+    whole = term_counts(rows)
     monkeypatch.setattr(tfidf, "CHUNK", 1000)
-    narrow = [term_counts(block_of(rows[:9000])), term_counts(block_of(rows[9000:]))]
+    narrow = [term_counts(rows[:9000]), term_counts(rows[9000:])]
     for i, joined in enumerate(zip(*narrow, strict=True)):
         assert np.array_equal(whole[i], np.concatenate([joined[0], joined[1] + (9000 if i == 0 else 0)]))
     own = [Counter([(t,) for t in row] + list(itertools.pairwise(row))) for row in rows]
