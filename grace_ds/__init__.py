@@ -2,6 +2,7 @@
 
     engine, optimizer, loader, scheduler = grace_ds.initialize(...)   # in the place of deepspeed.initialize
     handle = grace_ds.attach(engine, dataset)                         # for jobs that build their own loader
+    grace_ds.watch_preemption(engine, save_dir)                       # checkpoint and leave on SIGTERM or SIGUSR1
 
 Importing this package imports neither DeepSpeed nor MPI nor any GPU library.
 """
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grace_ds.integrations.deepspeed import Grace, attach, initialize
     from grace_ds.integrations.weights import sample_weights
+    from grace_ds.preempt import watch_preemption
 
 __version__ = "0.1.0"
-__all__ = ["Grace", "__version__", "attach", "initialize", "sample_weights"]
+__all__ = ["Grace", "__version__", "attach", "initialize", "sample_weights", "watch_preemption"]
 
 
 def __getattr__(name: str) -> Any:
@@ -27,4 +29,8 @@ def __getattr__(name: str) -> Any:
         from grace_ds.integrations.weights import sample_weights
 
         return sample_weights
+    if name == "watch_preemption":
+        from grace_ds.preempt import watch_preemption
+
+        return watch_preemption
     raise AttributeError(f"module 'grace_ds' has no attribute {name!r}")

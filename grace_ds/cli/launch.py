@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+from grace_ds.preempt import RESUME_ME, VARIABLE
 from grace_ds.processes import end_group, signal_group
 
-USAGE = "grace-ds run [launcher options] train.py [arguments]"
+USAGE = "grace-ds run [--preempt-dir DIR] [launcher options] train.py [arguments]"
 _GRACE_SECONDS = 10.0  # that interrupted processes have to end by themselves
+_PREEMPT = "--preempt-dir"
 
 
 def run(words: Sequence[str]) -> int:
     """Starts the launcher with ``--module grace_ds.run`` before the script; returns its exit status.
 
     Args:
-        words: launcher options, the script (the first word that ends in ``.py``), the script's arguments.
+        words: our option, launcher options, the script (the first word that ends in ``.py``), the script's arguments.
     """
+    environment: dict[str, str] = {}
+    if words[:1] == [_PREEMPT]:
+        if len(words) < 2 or words[1].startswith("-"):
+            sys.stderr.write(f"grace-ds run: {_PREEMPT} needs the folder of the checkpoint; usage: {USAGE}\n")
+            return 2
+        environment[VARIABLE] = str(Path(words[1]).absolute())
+        words = words[2:]
     at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
     if at is None:
         sys.stderr.write(f"grace-ds run: no script given; usage: {USAGE}\n")
@@ -28,33 +39,43 @@ def run(words: Sequence[str]) -> int:
     if not Path(words[at]).is_file():
         sys.stderr.write(f"grace-ds run: there is no script {words[at]!r} in {Path.cwd()}; usage: {USAGE}\n")
         return 2
-    return supervise([sys.executable, "-m", "deepspeed.launcher.runner", *words[:at], "--module", "grace_ds.run", *words[at:]])
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *words[:at], "--module", "grace_ds.run", *words[at:]]
+    return supervise(launcher, environment)
 
 
-def supervise(command: Sequence[str]) -> int:
+def supervise(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Runs a command in a process group of its own; SIGINT and SIGTERM go to the whole group, and nothing of it stays behind.
 
     The deepspeed launcher alone, when only it is interrupted, ends and leaves its ranks running.
+
+    With a folder for preemption in ``environment``, SIGTERM and SIGUSR1 reach the ranks as SIGUSR1, which the launcher's
+    processes ignore: of a SIGTERM they would end the ranks one after another, in the middle of their checkpoint.
     """
     child: subprocess.Popen[bytes] | None = None
     caught: list[int] = []
+    polite = {signal.SIGTERM: signal.SIGUSR1, signal.SIGUSR1: signal.SIGUSR1} if VARIABLE in environment else {}
 
     def forward(signum: int, frame: FrameType | None) -> None:
         caught.append(signum)
         if child is not None:
-            signal_group(child.pid, signum)
+            signal_group(child.pid, polite.get(signal.Signals(signum), signum))
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {int(number): signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    if polite:
+        # Ignored signals stay ignored in the children; only the ranks, who install a handler, hear this one.
+        before[int(signal.SIGUSR1)] = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
-        child = subprocess.Popen(command, start_new_session=True)
+        child = subprocess.Popen(command, start_new_session=True, env={**os.environ, **environment})
+        if polite:
+            signal.signal(signal.SIGUSR1, forward)
         if caught:  # between the handler and the start
-            signal_group(child.pid, caught[-1])
+            forward(caught[-1], None)
         status = child.wait()
     finally:
         if child is not None:
             end_group(child.pid, 0, _GRACE_SECONDS if caught else 0.0)  # what was caught has been passed on
         for number, handler in before.items():
             signal.signal(number, handler)
-    if caught:
+    if caught and not (status == RESUME_ME and caught[0] in polite):
         return 128 + caught[0]
     return status if status >= 0 else 128 - status

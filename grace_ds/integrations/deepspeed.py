@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
+from grace_ds import preempt
 from grace_ds.config.load import ALIAS, HOME, find_block, load_config, read_ds_config, refuse_curriculum
 from grace_ds.config.schema import GraceConfig
 from grace_ds.errors import ConfigError
@@ -71,6 +72,7 @@ def initialize(
     grace = load_config(found[1], found[0]) if found is not None else None
     if grace is None or not grace.enabled:
         result: tuple[Any, Any, Any, Any] = original(*args, **kwargs)
+        preempt.from_environment(result[0])
         return result
     refuse_curriculum(read_ds_config(config))
     data = bound.arguments.get("training_data")
@@ -88,6 +90,7 @@ def initialize(
     handle = Grace(engine, data, grace, bound.arguments.get("collate_fn"), extras)
     engine.training_data = data
     engine.training_dataloader = handle.deepspeed_loader()
+    preempt.from_environment(engine)
     return engine, optimizer, engine.training_dataloader, scheduler
 
 

@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--second")
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--pause", type=float, default=0.0)
+    parser.add_argument("--resume", help="folder of a checkpoint")
     args = deepspeed.add_config_arguments(parser).parse_args()
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
@@ -44,6 +45,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     model = Model()
     engine, _, loader, _ = deepspeed.initialize(args, model=model, model_parameters=model.parameters(), training_data=Corpus())
+    if args.resume:
+        engine.load_checkpoint(args.resume)
     steps: list[list[int]] = []
     losses: list[float] = []
     while engine.global_steps < args.steps:
