@@ -4,6 +4,13 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 grace_setup test
 cd "$ROOT"
+# The tests on a real Slurm (tests/cluster) skip with a reason where it is missing and cannot be had.
+if [[ "$(id -u)" == 0 ]] && command -v apt-get >/dev/null && ! command -v slurmctld >/dev/null; then
+    say "installing slurm-wlm for tests/cluster"
+    { DEBIAN_FRONTEND=noninteractive apt-get update -qq &&
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm libpmix2; } >/dev/null 2>&1 ||
+        say "slurm-wlm cannot be installed: its tests will be skipped"
+fi
 # Several processes share the cores; see tests/conftest.py for the rest of the tests' environment.
 export OMP_NUM_THREADS=1
 say ruff

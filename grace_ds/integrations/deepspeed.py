@@ -10,11 +10,13 @@ import copy
 import functools
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler
 
 from grace_ds import preempt
@@ -27,6 +29,7 @@ from grace_ds.integrations.controller import Controller
 from grace_ds.integrations.engine import config_of, dp_rank, geometry_of, outputs
 from grace_ds.integrations.record import keep_config
 from grace_ds.integrations.trusted_set import Extras
+from grace_ds.integrations.world import refuse_lonely
 from grace_ds.sampler import Geometry, StreamSampler, TicketedCollate, TicketedDataset, TicketedLoader
 from grace_ds.sketch.probe import LossFn
 from grace_ds.trusted import Tokenize
@@ -159,6 +162,7 @@ class Grace:
     ) -> None:
         self.engine, self.config = engine, config
         _speak_up()
+        refuse_lonely(dist.get_world_size() if dist.is_initialized() else 1, os.environ)
         self.dataset = TicketedDataset(dataset)
         self._job_collate = collate_fn or getattr(engine, "collate_fn", None)
         self.collate = TicketedCollate(self._job_collate)
@@ -275,7 +279,6 @@ class Grace:
 
 def _speak_up() -> None:
     """Where the job has set up no logging, rank 0 says on the screen what GRACE chose, in the form of DeepSpeed's lines."""
-    import torch.distributed as dist
     from deepspeed.utils import logger as theirs
 
     if log.hasHandlers():

@@ -23,12 +23,13 @@ __compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled first, for
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--local_rank", type=int, required=True)
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--second")
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--resume", help="folder of a checkpoint")
+    parser.add_argument("--resume-if-there", type=Path, help="the same, where one was saved")
     args = deepspeed.add_config_arguments(parser).parse_args()
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
@@ -45,6 +46,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     model = Model()
     engine, _, loader, _ = deepspeed.initialize(args, model=model, model_parameters=model.parameters(), training_data=Corpus())
+    if args.resume_if_there is not None and (args.resume_if_there / "latest").exists():
+        args.resume = str(args.resume_if_there)
     if args.resume:
         engine.load_checkpoint(args.resume)
     steps: list[list[int]] = []

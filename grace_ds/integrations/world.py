@@ -1,0 +1,40 @@
+"""Whether the ranks that a launcher started have found one another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from grace_ds.errors import ConfigError
+
+# How many tasks a launcher says that it has started together, and how they become one world.
+_STARTED = (
+    (
+        "srun",
+        "SLURM_STEP_NUM_TASKS",
+        "start it by launch/slurm/train.sbatch, or export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS "
+        "LOCAL_RANK=$SLURM_LOCALID MASTER_ADDR and MASTER_PORT in each task, or use srun --mpi=pmix with mpi4py",
+    ),
+    ("mpirun", "OMPI_COMM_WORLD_SIZE", "install mpi4py (pip install grace_ds[mpi]) and unset RANK, WORLD_SIZE and MASTER_PORT"),
+    ("the launcher", "WORLD_SIZE", "call deepspeed.init_distributed() (or torch's init_process_group) before the engine is made"),
+)
+
+
+def refuse_lonely(world: int, environ: Mapping[str, str]) -> None:
+    """Refuses to go on where a launcher has started more tasks than torch's world has ranks.
+
+    Such tasks would each train alone, on all of the data, and nobody would be told.
+
+    Args:
+        world: ranks of torch's world; 1 where it is not initialised.
+        environ: of this process.
+
+    Raises:
+        ConfigError: on every task alike; with the cure.
+    """
+    for launcher, key, cure in _STARTED:
+        tasks = environ.get(key, "")
+        if tasks.isdigit() and int(tasks) > world:
+            raise ConfigError(
+                f"{launcher} has started {tasks} tasks ({key}), torch.distributed has {world} rank(s): they would train apart, "
+                f"each on all of the data; {cure}. Where they are meant to be jobs of their own, unset {key}"
+            )
