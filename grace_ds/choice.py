@@ -28,11 +28,11 @@ def choose(p: Pipeline, x: Inputs, start: int, s: Signals, edges: Neighbours | N
     decision = judge(p.config, x, s, seen)
     known = int(np.isfinite(s.align).sum())
     told = {"guard": decision.meta(), "known_loss": int(np.isfinite(s.loss).sum()), "known_align": known}
-    # Before anything is known of influences, grace looks at the pool as it is: they must be learned from all of it.
-    # A trusted set whose halves do not agree is not waited for.
+    # A run opens on the pool as it is: the varied and repetitive text that a filter leaves out helps a fresh model off its
+    # first plateau. Influences, too, must be learned from all of it; a trusted set whose halves do not agree is not waited for.
     learning = x.learning and (not x.reference or any(unit > 0 for unit in x.reference.values()))
     gradients = decision.level == "grace" and p.config.uses_gradients
-    if decision.level == "uniform" or (gradients and not known and learning):
+    if decision.level == "uniform" or x.step < p.config.opening or (gradients and not known and learning):
         return uniform_schedule(p, x, start, told)
     c = p.config.selection
     allowed = ~np.isin(s.ids, p.exclude)

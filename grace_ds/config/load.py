@@ -128,7 +128,7 @@ def validate(c: GraceConfig, path: str = HOME) -> None:
         ("budget", c.budget, 0 < c.budget <= 1, "in (0, 1]"),
         ("window", c.window, c.window >= 0, "0 (automatic) or a number of samples"),
         ("max_repeats", c.max_repeats, c.max_repeats > 0, "above 0"),
-        ("start_step", c.start_step, c.start_step >= 0, "0 or more"),
+        ("start_step", c.start_step, c.start_step >= -1, "-1 (after the first interval), 0 or more"),
         ("total_steps", c.total_steps, c.total_steps >= 0, "0 (unknown) or more"),
         ("refresh.interval_steps", c.refresh.interval_steps, c.refresh.interval_steps >= 1, "1 or more"),
         ("refresh.max_overhead", c.refresh.max_overhead, 0 < c.refresh.max_overhead <= 1, "in (0, 1]"),
@@ -156,8 +156,11 @@ def validate(c: GraceConfig, path: str = HOME) -> None:
 
 
 def _validate_combinations(c: GraceConfig, path: str) -> None:
-    if c.stop_step and c.stop_step <= c.start_step:
-        raise ConfigError(f"{path}.stop_step = {c.stop_step} is not after start_step = {c.start_step}; raise it, or 0 for never")
+    first = max(c.start_step, c.opening)
+    if c.stop_step and c.stop_step <= first:
+        raise ConfigError(
+            f"{path}.stop_step = {c.stop_step} is not after the first choice at step {first}; raise it, or 0 for never"
+        )
     if c.selection.explore + c.selection.audit >= 1:
         total = c.selection.explore + c.selection.audit
         raise ConfigError(f"{path}.selection: explore + audit = {total:g} leaves no slot for the coreset; keep it below 1")

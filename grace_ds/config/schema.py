@@ -107,7 +107,7 @@ class GraceConfig:
     seed: int = 1234
     total_steps: int = 0  # optimizer steps of the whole run, to check max_repeats; 0: not known
     max_repeats: float = 4.0  # implied repeats of a sample above which the run is refused
-    start_step: int = 0  # first optimizer step on a coreset; uniform before
+    start_step: int = -1  # first optimizer step on a coreset, uniform before; -1: after the first interval, 0: at once
     stop_step: int = 0  # optimizer step at which selection ends and uniform goes on; 0: never
     trusted: str | None = None  # trusted samples: .jsonl with input_ids or text, .txt, or .npy (n, tokens)
     pseudo_trusted: bool = True  # without a trusted set: take the pool's most typical samples for one
@@ -123,6 +123,11 @@ class GraceConfig:
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def opening(self) -> int:
+        """Optimizer steps at the start of a run that are trained on the pool as it is, though the window is looked at."""
+        return self.refresh.interval_steps if self.start_step < 0 else 0
 
     @property
     def uses_gradients(self) -> bool:

@@ -14,6 +14,7 @@ from tests.multirank.harness import mpirun, run_command
 # copies tell samples apart; and the guard, which is not what most jobs here are about, finds toy corpora clean.
 HARVESTING: dict[str, Any] = {
     "budget": 0.3,
+    "start_step": 0,
     "pseudo_trusted": False,
     "guard": {"enabled": False},
     "selection": {"loss_tilt": True},

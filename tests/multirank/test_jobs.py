@@ -74,6 +74,7 @@ def jobs(folder: Path) -> dict[str, Any]:
     }
     prior = grace(recipe="prior", trusted=str(trusted))
     out["prior"] = {"steps": 10, "grace": prior, "validation": {"n": 32, "salt": 7}}  # shares nothing with the trusted set
+    out["opened"] = {"steps": 10, "grace": {**prior, "start_step": -1, "run_dir": str(folder / "opened")}}
     # The guard as it is by default, of a corpus in which there is nothing to leave out.
     watched = grace(guard={}, trusted=str(clean), run_dir=str(folder / "clean"))
     out["clean"] = {"steps": 10, "clean": True, "workers": 0, "grace": watched}
@@ -242,8 +243,8 @@ def test_a_pattern_without_layers_is_an_error_on_every_rank(records: Records) ->
 def test_every_objective_trains(records: Records, objective: str) -> None:
     metrics = records[objective][0]["metrics"]
     assert metrics["refresh_failures"] == 0
-    # Those that ask for no gradients open with the same interval in two halves.
-    assert metrics["refreshes"] == refreshes(10)
+    # Those that ask for no gradients have no opening in two halves.
+    assert metrics["refreshes"] == refreshes(10) - (objective in ("uniform", "rs2"))
 
 
 @pytest.mark.parametrize("stage", list(FAULTS))
@@ -278,6 +279,13 @@ def test_recipe_prior_hooks_and_harvests_nothing(records: Records) -> None:
         assert {level for _, level in rank["levels"]} == {"prior"}
     assert stream(records["prior"]) != stream(records["uniform_recipe"])
     assert records["uniform_recipe"][0]["layer_hooks"] == records["plain"][0]["layer_hooks"]
+
+
+def test_by_default_a_run_opens_on_the_pool_as_it_is_and_chooses_after_one_interval(records: Records, folder: Path) -> None:
+    first, *rest = load_book(folder / "opened" / "schedules").schedules
+    assert (first.meta["objective"], first.meta["guard"]["level"]) == ("uniform", "prior")
+    assert [s.meta["objective"] for s in rest] == ["sample"] * len(rest) and len(rest) >= 2
+    assert stream(records["opened"])[:4] == stream(records["uniform_recipe"])[:4] != stream(records["prior"])[:4]
 
 
 def test_a_clean_corpus_is_trained_on_in_uniform_order_and_costs_no_harvest(launched: tuple[Records, str], folder: Path) -> None:
