@@ -1,10 +1,12 @@
-"""``grace-ds``: run a script with GRACE, read a schedule back."""
+"""``grace-ds``: run a script with GRACE, read a schedule back, look at a machine before a job does."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from grace_ds.cli.launch import USAGE, run
 from grace_ds.errors import GraceError
@@ -31,6 +33,14 @@ def parser() -> argparse.ArgumentParser:
     tracer.add_argument("where", help="a run_dir, its 'schedules' folder, or the grace_ds folder of a checkpoint")
     tracer.add_argument("--step", type=int, required=True, help="optimizer step, counted from 0")
     tracer.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    checker = commands.add_parser(
+        "doctor",
+        help="what would stop a job on this machine",
+        description="Looks at versions, launcher, GPU libraries, stale locks, the port, limits and shared storage. Start it as "
+        "the job is started, to see what its ranks see. Exit status 1 where something would stop a job.",
+    )
+    checker.add_argument("--shared", type=Path, metavar="DIR", help="folder that checkpoints will lie in")
+    checker.add_argument("--json", action="store_true", help="print JSON instead of lines")
     return top
 
 
@@ -43,6 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(words[command + 1 :])
     args = parser().parse_args(words)
     try:
+        if args.command == "doctor":
+            from grace_ds.cli.doctor import doctor
+
+            said, status = doctor(os.environ, args.shared, args.json)
+            sys.stdout.write(said)
+            return status
         from grace_ds.cli.trace import trace
 
         sys.stdout.write(trace(args.where, args.step, as_json=args.json))

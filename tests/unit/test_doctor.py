@@ -1,0 +1,92 @@
+"""What stops jobs is found on the machine, each time by a thing that is really there."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grace_ds.cli import doctor as module
+from grace_ds.cli.doctor import Finding, examine
+
+COMMAND = [sys.executable, "-m", "grace_ds.cli.main", "doctor"]
+
+
+def finding(found: list[Finding], what: str) -> Finding:
+    return next(f for f in found if f.what == what)
+
+
+def healthy(tmp_path: Path, port: int) -> dict[str, str]:
+    return {"TORCH_EXTENSIONS_DIR": str(tmp_path), "MASTER_PORT": str(port), "HOME": str(tmp_path)}
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+def test_a_healthy_machine_is_told_so_in_both_forms(tmp_path: Path, free_port: int) -> None:
+    env = {**os.environ, **healthy(tmp_path, free_port)}
+    for key in [k for k in env if k.startswith(("OMPI_", "PMI", "SLURM_"))]:
+        del env[key]
+    for form in ([], ["--json"]):
+        done = subprocess.run(
+            [*COMMAND, "--shared", str(tmp_path / "new"), *form], env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        if form:
+            told = json.loads(done.stdout)
+            assert told["ok"] and {"torch", "deepspeed", "storage", "port"} <= {f["what"] for f in told["findings"]}
+        else:
+            assert done.stdout.endswith("nothing here would stop a job\n")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_stale_lock_is_a_failure_with_the_file_to_remove(tmp_path: Path, free_port: int) -> None:
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    env = {**os.environ, **healthy(tmp_path, free_port)}
+    done = subprocess.run(COMMAND, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert str(lock) in done.stdout and done.stdout.endswith("something here would stop a job\n")
+
+
+def test_a_taken_port_and_one_that_is_none(tmp_path: Path) -> None:
+    with socket.socket() as s:
+        s.bind(("", 0))
+        s.listen()
+        taken = finding(examine(healthy(tmp_path, s.getsockname()[1]), None), "port")
+    assert taken.status == "warning" and "free one" in taken.cure
+    assert finding(examine({**healthy(tmp_path, 1), "MASTER_PORT": "x"}, None), "port").status == "failure"
+
+
+def test_two_launchers_that_disagree(tmp_path: Path, free_port: int) -> None:
+    world = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
+    env = {**healthy(tmp_path, free_port), **world}
+    assert finding(examine(env, None), "launcher").said == "rank 1 of 4"
+    assert finding(examine({**env, "WORLD_SIZE": "4"}, None), "launcher").status == "ok"
+    wrong = finding(examine({**env, "WORLD_SIZE": "2"}, None), "launcher")
+    assert wrong.status == "failure" and "4 ranks, WORLD_SIZE is 2" in wrong.said and "unset" in wrong.cure
+
+
+def test_storage_that_cannot_be_written(tmp_path: Path, free_port: int) -> None:
+    (tmp_path / "file").write_text("")
+    found = finding(examine(healthy(tmp_path, free_port), tmp_path / "file" / "below"), "storage")
+    assert found.status == "failure" and str(tmp_path / "file") in found.said
+
+
+def test_a_version_out_of_range_names_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = module._version
+    monkeypatch.setattr(module, "_version", lambda name: {"deepspeed": "0.5.0", "hjson": None}.get(name, real(name)))
+    old, gone = (finding(module.packages(), name) for name in ("deepspeed", "hjson"))
+    assert old.status == gone.status == "failure"
+    assert "0.5.0" in old.said and "pip install 'deepspeed" in old.cure and gone.said == "not installed"
