@@ -103,6 +103,7 @@ class Job:
         if bf16:
             config["bf16"] = {"enabled": True}
         block = {
+            "recipe": "grace",
             "mode": "shadow",
             "refresh": {"interval_steps": 4, "cadence": "fixed"},
             "guard": {"enabled": False},  # random tokens are clean text to it, and clean text is not harvested

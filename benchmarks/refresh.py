@@ -87,7 +87,7 @@ def measure(data: Path, n: int, dim: int, repeats: int, objective: str) -> list[
     tokens = tokens[:n]
     trusted = np.load(data / "trusted.npy").astype(np.int64)
     prior = BigramPrior.fit(trusted.reshape(-1), np.arange(len(trusted) + 1) * trusted.shape[1])
-    config = GraceConfig()
+    config = GraceConfig(recipe="grace")
     config.selection.objective = objective
     config.graph.residuals = True  # every stage at work
     config.guard.enabled = False

@@ -100,7 +100,7 @@ class GraceConfig:
     """The block ``data_efficiency.data_sampling.grace`` of a DeepSpeed config (alias: top-level ``grace_ds``)."""
 
     enabled: bool = True
-    recipe: str = "grace"  # grace | prior | density | uniform: the most that selection may use
+    recipe: str = "prior"  # grace | prior | density | uniform: the most that selection may use
     mode: str = "train"  # train | shadow: harvest, refresh and log, but leave the job's batches alone
     budget: float = 0.2  # share of the window that one coreset may hold
     window: int = 0  # samples in the rolling window; 0: so that a refresh harvests at least 5 % of it

@@ -51,7 +51,7 @@ def believed(
     """The product's own answer on one rank; either of ``residuals`` and ``tilt`` asks for the graph."""
     edges = GraphConfig(k=K, shrink=shrink, decay=0.6, residuals=residuals)
     selection, refresh = SelectionConfig(loss_tilt=tilt), RefreshConfig(interval_steps=INTERVAL)
-    config = GraceConfig(graph=edges, selection=selection, refresh=refresh)
+    config = GraceConfig(recipe="grace", graph=edges, selection=selection, refresh=refresh)
     own, nobody = np.arange(N), np.empty(0, np.int64)
     content = ContentFeatures(own, np.zeros(N, np.float32), None, statistics, x if graph else None)
     p = Pipeline(LocalComm(5.0), config, Pool(N, 0, 0.2, INTERVAL, 4, 1), 4, lambda _: content, nobody, nobody, trusted)

@@ -24,7 +24,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "prior": {"recipe": "prior", "guard": {"enabled": False}},
     "grace": {"recipe": "grace", "guard": {"enabled": False}},
     "pseudo": {"recipe": "grace", "guard": {"enabled": False}},
-    "guarded": {"recipe": "grace"},  # what a block without either key gets
+    "guarded": {},  # what a block without either key gets
 }
 WITHOUT_TRUSTED = ("pseudo",)
 
