@@ -259,7 +259,7 @@ def test_pieces_of_the_stream(tmp_path):
 
 
 def test_items_and_indices(tmp_path):
-    by_hand(tmp_path / "c", [3, 0, 1])
+    by_hand(tmp_path / "c", [3, 0, 1], 5, "int64")  # of the items' own type: no conversion that would make the copy
     corpus = MMapTokens(tmp_path / "c.bin")
     assert corpus[0]["input_ids"].dtype == torch.int64
     assert [row.tolist() for row in map(corpus.tokens, (0, 1, -1, np.int64(2)))] == [[0, 1, 2], [], [3], [3]]
