@@ -84,7 +84,7 @@ class GuardConfig:
     """What stops a selection that does not help."""
 
     enabled: bool = True
-    clean_share: float = 0.62  # effective share of the window from which gradients are not paid for; from 0.95 all is trained on
+    clean_share: float = 0.62  # effective share of the window from which content alone finds nothing worth leaving out
     confidence: float = 0.95  # of the bootstrap interval that core and audit samples are compared by
 
 

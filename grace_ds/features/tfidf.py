@@ -8,7 +8,9 @@ their hashes, in float64, so a row does not depend on the block or rank that it 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ _UNI = np.uint64(0xD6E8FEB86659FD93)
 _LEFT = np.uint64(0x9E3779B97F4A7C15)
 _RIGHT = np.uint64(0xC2B2AE3D27D4EB4F)
 _MIX = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-CHUNK = 1 << 13  # tokens hashed at once: the scratch arrays stay in the nearest caches
+CHUNK = 1 << 13  # tokens hashed and sorted at once, about: the arrays stay in the nearest caches
 
 
 def _finish(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -35,24 +37,29 @@ def _finish(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return mixed
 
 
-def _sorted_keys(block: TokenBlock) -> Array:
-    """(m,) ascending, row * 2^18 + term of every term of every sample: uint32 where that holds them, else uint64."""
-    total = len(block.flat)
+def _pieces(block: TokenBlock) -> Iterator[Array]:
+    """Ascending keys, row * 2^18 + term of every term, of a few whole rows at a time: uint32 where that holds them, else uint64.
+
+    Rows ascend from piece to piece, so the pieces one after another are in order; many short sorts in the nearest caches
+    are faster than a long one.
+    """
     narrow = len(block) < 1 << (32 - BITS)  # sorts twice as fast
     kind: type[np.unsignedinteger[Any]] = np.uint32 if narrow else np.uint64
-    keys = np.empty(max(2 * total - 1, 0), kind)
-    token = block.flat.view(np.uint64)
-    for lo in range(0, total, CHUNK):
-        part = token[lo : lo + CHUNK + 1]
-        _hash_into(keys[lo : min(lo + CHUNK, total)], part[:CHUNK] * _UNI + _UNI)  # + _UNI: else 0 and (0, 0) are one term
-        _hash_into(keys[total + lo : total + lo + len(part) - 1], part[:-1] * _LEFT + part[1:] * _RIGHT)
-    row = np.repeat(np.arange(len(block), dtype=kind) << kind(BITS), np.diff(block.offsets))
-    keys[:total] |= row
-    keys[total:] |= row[1:]
-    ends = np.unique(block.offsets[(block.offsets > 0) & (block.offsets < total)])
-    keys[total + ends - 1] = np.iinfo(kind).max  # a pair never crosses from one sample to the next: sort it to the end
-    keys.sort()
-    return keys[: len(keys) - len(ends)]
+    cuts = np.searchsorted(block.offsets, np.arange(CHUNK, len(block.flat), CHUNK))
+    for a, b in pairwise([0, *cuts.tolist(), len(block)]):
+        offsets = block.offsets[a : b + 1] - block.offsets[a]
+        token = block.flat[block.offsets[a] : block.offsets[b]].view(np.uint64)
+        total = len(token)
+        keys = np.empty(max(2 * total - 1, 0), kind)
+        _hash_into(keys[:total], token * _UNI + _UNI)  # + _UNI: else 0 and (0, 0) are one term
+        _hash_into(keys[total:], token[:-1] * _LEFT + token[1:] * _RIGHT)
+        row = np.repeat(np.arange(a, b, dtype=kind) << kind(BITS), np.diff(offsets))
+        keys[:total] |= row
+        keys[total:] |= row[1:]
+        ends = np.unique(offsets[(offsets > 0) & (offsets < total)])
+        keys[total + ends - 1] = np.iinfo(kind).max  # a pair never crosses from one sample to the next: sort it to the end
+        keys.sort()
+        yield keys[: len(keys) - len(ends)]
 
 
 def _hash_into(out: Array, x: npt.NDArray[np.uint64]) -> None:
@@ -69,11 +76,11 @@ def _hash_into(out: Array, x: npt.NDArray[np.uint64]) -> None:
 
 
 def _distinct(keys: Array) -> tuple[Array, IntArray]:
-    """Each of the sorted ``keys`` once, and where it first stands."""
+    """Each of the sorted ``keys`` once, and how often it occurs."""
     new = np.ones(len(keys), np.bool_)
     np.not_equal(keys[1:], keys[:-1], out=new[1:])
     first = np.flatnonzero(new)
-    return keys[first], first
+    return keys[first], np.diff(first, append=len(keys))
 
 
 @dataclass(frozen=True)
@@ -91,10 +98,8 @@ class Terms:
     @staticmethod
     def of(block: TokenBlock) -> Terms:
         """Those of ``block``."""
-        keys = _sorted_keys(block)
-        distinct, first = _distinct(keys)
-        counts = np.diff(first, append=len(keys))
-        return Terms(distinct, counts.astype(np.min_scalar_type(int(counts.max(initial=0)))))
+        keys, counts = (np.concatenate(parts) for parts in zip(*map(_distinct, _pieces(block)), strict=True))
+        return Terms(keys, counts.astype(np.min_scalar_type(int(counts.max(initial=0)))))
 
     @property
     def nbytes(self) -> int:

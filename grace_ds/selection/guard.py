@@ -1,8 +1,7 @@
 """The guard: what stops a selection that does not help.
 
-Two questions, both answered before the money is spent twice.  How much does content alone find to leave out?  The
-effective share (Σp)² / (N Σp²) of the window says so: where it keeps most of the window, gradients have little left to
-find and are not paid for; where it keeps nearly all, there is nothing to choose.  And do core samples, which
+Two questions, both answered before the money is spent twice.  Does content alone find anything to leave out?  The
+effective share (Σp)² / (N Σp²) of the window says so: on clean text nearly all of it is kept.  And do core samples, which
 were chosen, lower the trusted loss more than audit samples, which were not?  The bootstrap interval of the difference of
 their mean influence says so; the trusted samples that it is measured with are not those that chose.
 """
@@ -19,7 +18,6 @@ from grace_ds.records import Array
 LADDER = ("grace", "prior", "density", "uniform")
 RESAMPLES = 1000
 LEAST = 8  # audit samples below which nothing is said
-ALL = 0.95  # effective share from which on choosing is not worth the trouble of another order
 
 
 @dataclass(frozen=True)
@@ -96,17 +94,14 @@ def decide(
     Args:
         recipe: the most that may be used.
         share: effective share of the window under content alone.
-        clean_share: from which on gradients are not worth their cost; from ``ALL`` on nothing is left out at all.
+        clean_share: from which on content finds nothing worth leaving out.
         found: core against audit of the samples harvested since the last schedule; None where nothing was.
         previous: decision of the schedule before; None for the first.
     """
     numbers = {"effective_share": share}
-    if share >= max(clean_share, ALL):
-        reason = f"effective share {share:.2f} is at least {ALL:g}: the window is clean, nothing is worth leaving out"
+    if share >= clean_share:
+        reason = f"effective share {share:.2f} is at least {clean_share:g}: the window is clean, nothing is worth leaving out"
         return Decision("uniform", reason, numbers=numbers)
-    if share >= clean_share and recipe == "grace":
-        reason = f"effective share {share:.2f} is at least {clean_share:g}: mostly clean, gradients would find little more"
-        return Decision("prior", reason, numbers=numbers)
     misses, look = (previous.misses, previous.look) if previous is not None else (0, 0)
     if found is not None and np.isfinite(found.difference):
         numbers |= {"core_minus_audit": found.difference, "low": found.low, "high": found.high}

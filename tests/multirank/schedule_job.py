@@ -90,7 +90,7 @@ CASES: dict[str, Case] = {
     "no features": Case(recipe="uniform", features=False),
     "stopped": Case(uniform=True),
     "residuals": Case(residuals=True),
-    "mostly clean": Case(clean_share=0.05),
+    "clean": Case(clean_share=0.05),
     "judged": Case(harvest="judged", audit=0.4),
     "harmful": Case(harvest="harmful", shadow=True),
 }

@@ -12,6 +12,7 @@ import pytest
 from grace_ds.errors import DataError
 from grace_ds.features import TokenReader, content_features, tokens
 from grace_ds.features import cache as feature_cache
+from grace_ds.features.tfidf import Terms
 from grace_ds.selection.prior import BigramPrior
 
 N = 90
@@ -108,6 +109,21 @@ def test_bit_identical_however_sharded_and_blocked(monkeypatch):
         monkeypatch.setattr(tokens, "BLOCK_TOKENS", tokens_a_block)
         assert same_bits(whole, by_id(run(rows, [np.arange(N)], trusted)))
         assert same_bits(whole, by_id(run(rows, uneven, trusted, memory_bytes=1500)))
+
+
+def test_kept_terms_give_the_same_vectors_as_terms_made_again(monkeypatch):
+    monkeypatch.setattr(tokens, "BLOCK_TOKENS", 200)
+    rows = [*corpus(), [], [], [5]]  # ragged, some without tokens, in several blocks
+    rows[3:5] = [[], [7] * 300]
+    ids, made, of = np.arange(len(rows)), [], Terms.of
+    monkeypatch.setattr(Terms, "of", staticmethod(lambda block: made.append(len(block)) or of(block)))
+    found, blocks = [], []
+    for memory_bytes in (0, 10_000, 1 << 20):  # no terms are kept, those of some blocks (with all tokens), all of them
+        made.clear()
+        found.append(run(rows, [ids], memory_bytes=memory_bytes)[0].vectors)
+        blocks.append(len(made))
+    assert blocks[0] > blocks[1] > blocks[2] > 5
+    assert same_bits(found[:1] * 2, found[1:])
 
 
 def test_items_are_read_once_or_where_memory_is_short_twice(monkeypatch):

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -74,13 +75,16 @@ def test_near_duplicates_stand_out_from_random_pairs():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 3), max_size=8), max_size=6))
-def test_term_counts_equal_a_counter(rows):
-    row, _, count = term_counts(rows)
+@given(st.lists(st.lists(st.integers(0, 3), max_size=8), max_size=6), st.integers(1, 20))
+def test_term_counts_equal_a_counter_however_cut(rows, chunk):
+    row, term, count = term_counts(rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tfidf, "CHUNK", chunk)
+        assert all(map(np.array_equal, (row, term, count), term_counts(rows)))
     for i, tokens in enumerate(rows):
         terms = Counter([(t,) for t in tokens] + list(itertools.pairwise(tokens)))
         assert sorted(count[row == i].tolist()) == sorted(terms.values())
-    assert (np.diff(row) >= 0).all()
+    assert (np.diff((row << BITS) + term) > 0).all()
 
 
 def test_unit_norm_seed_and_empty_rows():
