@@ -65,7 +65,7 @@ class Record:
             "claims": [{**asdict(claim), "met": claim.met} for claim in self.claims],
             "rows": self.rows,
             "notes": self.notes,
-            "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
+            "command": " ".join(["python -m benchmarks", *map(without_place, sys.argv[1:])]),
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "versions": versions(),
             "hardware": hardware(),
@@ -85,6 +85,11 @@ class Record:
         console.print(_table("claims", ["claim", "value", "unit", "goal", "met"], cells))
         for note in self.notes:
             console.print(f"  {note}", highlight=False)
+
+
+def without_place(word: str) -> str:
+    """An argument as it is recorded: of an absolute path the last part, for it says where, not what."""
+    return Path(word).name if Path(word).is_absolute() else word
 
 
 def hardware() -> dict[str, Any]:

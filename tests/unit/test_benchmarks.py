@@ -57,6 +57,7 @@ def test_a_benchmark_writes_its_claims_and_rows(tmp_path: Path, name: str, optio
     assert all(math.isfinite(c["value"]) for c in found["claims"])
     assert all(c["name"] in said for c in found["claims"])
     assert found["hardware"]["cores"] and found["versions"]["torch"]
+    assert "out.json" in found["command"] and str(tmp_path) not in found["command"]
     assert all(rows for rows in found["rows"].values())
     if name == "harvest":
         row = found["rows"]["by model"][0]
