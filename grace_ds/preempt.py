@@ -6,20 +6,18 @@ flags of all ranks are joined after every optimizer step, and where one is set a
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-
 from grace_ds.errors import ConfigError
+from grace_ds.methods import replace_method
 
 log = logging.getLogger("grace_ds")
 
@@ -50,14 +48,7 @@ class PreemptionWatch:
         self.asked = 0  # number of the signal that came; 0: none
         self._group = _cpu_group()
         self._before = {number: signal.signal(number, self._note) for number in numbers}
-        self._step = engine.step
-        self._had = "step" in vars(engine)
-
-        @functools.wraps(self._step)
-        def step(*args: Any, **kwargs: Any) -> Any:
-            return self._stepped(*args, **kwargs)
-
-        engine.step = step
+        self._put_step_back = replace_method(engine, "step", self._stepped)
 
     def close(self) -> None:
         """Puts the signal handlers and the engine's ``step`` back.  A second call does nothing."""
@@ -66,18 +57,15 @@ class PreemptionWatch:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
-        if self._had:
-            self.engine.step = self._step
-        else:
-            del self.engine.step
+        self._put_step_back()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         # Nothing more here: a handler runs between any two bytecodes, in the middle of a collective too.
         self.asked = signum
 
-    def _stepped(self, *args: Any, **kwargs: Any) -> Any:
+    def _stepped(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         boundary = self.engine.is_gradient_accumulation_boundary()
-        result = self._step(*args, **kwargs)
+        result = original(*args, **kwargs)
         if boundary:
             told = self._anybody()
             if told:
@@ -88,6 +76,7 @@ class PreemptionWatch:
         """The largest signal number that any rank was sent; 0 for none.  Collective."""
         if self._group is None:
             return self.asked
+        import torch
         import torch.distributed as dist
 
         flag = torch.tensor([self.asked], dtype=torch.int64)

@@ -30,6 +30,7 @@ from grace_ds.integrations.engine import config_of, dp_rank, geometry_of, output
 from grace_ds.integrations.record import keep_config
 from grace_ds.integrations.trusted_set import Extras
 from grace_ds.integrations.world import refuse_lonely
+from grace_ds.methods import replace_method
 from grace_ds.sampler import Geometry, StreamSampler, TicketedCollate, TicketedDataset, TicketedLoader
 from grace_ds.sketch.probe import LossFn
 from grace_ds.trusted import Tokenize
@@ -227,10 +228,13 @@ class Grace:
         pre = module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         post = module.register_forward_hook(self._after_forward)
         self._restore += [pre.remove, post.remove]
-        self._replace("backward", self._backward)
-        self._replace("step", self._step)
-        self._replace("save_checkpoint", functools.partial(checkpoint.save, controller, self.engine))
-        self._replace("load_checkpoint", functools.partial(checkpoint.load, controller, self.engine))
+        ours: dict[str, Callable[..., Any]] = {
+            "backward": self._backward,
+            "step": self._step,
+            "save_checkpoint": functools.partial(checkpoint.save, controller, self.engine),
+            "load_checkpoint": functools.partial(checkpoint.load, controller, self.engine),
+        }
+        self._restore += [replace_method(self.engine, name, method) for name, method in ours.items()]
 
     def detach(self) -> None:
         """Takes GRACE off the engine: hooks and methods are as before, the transport is closed.  A second call does nothing."""
@@ -240,17 +244,6 @@ class Grace:
         if getattr(self.engine, "grace_ds", None) is self:
             self.engine.grace_ds = None
         weights.detached(self.controller)
-
-    def _replace(self, name: str, ours: Callable[..., Any]) -> None:
-        original = getattr(self.engine, name)
-        had = name in vars(self.engine)
-
-        @functools.wraps(original)
-        def method(*args: Any, **kwargs: Any) -> Any:
-            return ours(original, *args, **kwargs)
-
-        setattr(self.engine, name, method)
-        self._restore.append(lambda: setattr(self.engine, name, original) if had else delattr(self.engine, name))
 
     def _before_forward(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled() and module.training:

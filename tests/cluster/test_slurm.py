@@ -93,7 +93,7 @@ def test_tasks_that_would_train_alone_are_refused_with_the_cure(slurm: Slurm, tm
 def test_a_job_told_to_go_is_saved_requeued_and_goes_on(slurm: Slurm, made: dict[str, Path], tmp_path: Path, way: str) -> None:
     saved, out = tmp_path / "saved", tmp_path / "out"
     arguments = [JOB, "--deepspeed_config", str(config_of(tmp_path)), "--out", str(tmp_path), "--steps", "12", "--pause", "0.5"]
-    arguments += ["--resume-if-there", str(saved)]
+    arguments += ["--resume", str(saved)]
     job = slurm.submit([], SCRIPT, arguments, {**variables(tmp_path, way), "GRACE_PREEMPT_DIR": str(saved)}, tmp_path)
     slurm.until(lambda: out.exists() and "step 5" in out.read_text(), 120, "step 5")
     slurm.run("scancel", "--batch", "--signal=USR1", str(job))  # what --signal=B:USR1 does before the time limit

@@ -28,8 +28,7 @@ def main() -> None:
     parser.add_argument("--second")
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--pause", type=float, default=0.0)
-    parser.add_argument("--resume", help="folder of a checkpoint")
-    parser.add_argument("--resume-if-there", type=Path, help="the same, where one was saved")
+    parser.add_argument("--resume", type=Path, help="folder of a checkpoint, to be loaded where one was saved")
     args = deepspeed.add_config_arguments(parser).parse_args()
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
@@ -46,10 +45,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     model = Model()
     engine, _, loader, _ = deepspeed.initialize(args, model=model, model_parameters=model.parameters(), training_data=Corpus())
-    if args.resume_if_there is not None and (args.resume_if_there / "latest").exists():
-        args.resume = str(args.resume_if_there)
-    if args.resume:
-        engine.load_checkpoint(args.resume)
+    if args.resume is not None and (args.resume / "latest").exists():
+        engine.load_checkpoint(str(args.resume))
     steps: list[list[int]] = []
     losses: list[float] = []
     while engine.global_steps < args.steps:
