@@ -21,10 +21,9 @@ from grace_ds.comm.base import Comm
 from grace_ds.config.schema import GraceConfig
 from grace_ds.features import ContentFeatures
 from grace_ds.gather import gather_rows
-from grace_ds.graph import leaves
-from grace_ds.graph.ring import nearest
+from grace_ds.graph.build import knn
 from grace_ds.influence import labels
-from grace_ds.records import FloatArray, IntArray, Neighbours, Rows, Schedule
+from grace_ds.records import IntArray, Neighbours, Rows, Schedule
 from grace_ds.signals import Inputs, Pipeline, collect, spread
 from grace_ds.table import Table, owner_of
 
@@ -105,7 +104,7 @@ def anchors_of(p: Pipeline, own: IntArray, content: ContentFeatures, table: Tabl
     if content.vectors is None or not carries(p.config):
         return None
     anchor = table.lookup(own) >= 0
-    return _search(p, own, content.vectors, own[anchor], content.vectors[anchor])
+    return knn(p.comm, own, content.vectors, own[anchor], content.vectors[anchor], p.config.graph)
 
 
 def carries(config: GraceConfig) -> bool:
@@ -116,7 +115,7 @@ def carries(config: GraceConfig) -> bool:
 def window_graph(p: Pipeline, own: IntArray, content: ContentFeatures) -> Neighbours | None:
     """The k-NN graph over all samples of the window, rows in order of id; on root only, None elsewhere."""
     assert content.vectors is not None  # the config check asks for features
-    local = _search(p, own, content.vectors, own, content.vectors)
+    local = knn(p.comm, own, content.vectors, own, content.vectors, p.config.graph)
     assert local is not None
     parts = [p.comm.gather(a) for a in (own, local.ids, local.similarity)]
     if p.comm.rank != 0:
@@ -141,12 +140,3 @@ def by_role(comm: Comm, x: Inputs, table: Table) -> Seen | None:
     core = np.isin(ids, x.core)
     audit = ~core if x.audit is None else np.isin(ids, x.audit)
     return Seen(label[core & ~audit], label[audit])
-
-
-def _search(p: Pipeline, own: IntArray, queries: FloatArray, ids: IntArray, rows: FloatArray) -> Neighbours | None:
-    """k-NN with the configured leaf, chosen by the largest shard of all ranks; None where no rank has an index row."""
-    g = p.config.graph
-    largest = int(p.comm.allreduce(np.array([len(ids)], np.int64), "max")[0])
-    if largest == 0:
-        return None
-    return nearest(p.comm, own, queries, ids, rows, g.k, leaves.choose(g.leaf, largest, g.recall))

@@ -116,6 +116,7 @@ def validate(c: GraceConfig, path: str = HOME) -> None:
         ("refresh.cadence", c.refresh.cadence, schema.CADENCES),
         ("harvest.reduction", c.harvest.reduction, schema.REDUCTIONS),
         ("graph.leaf", c.graph.leaf, schema.LEAVES),
+        ("graph.tier", c.graph.tier, schema.TIERS),
         ("selection.objective", c.selection.objective, schema.OBJECTIVES),
         ("checkpoint.on_missing_state", c.checkpoint.on_missing_state, schema.MISSING_STATE),
     ]
@@ -142,6 +143,8 @@ def validate(c: GraceConfig, path: str = HOME) -> None:
         ("features.max_tokens", c.features.max_tokens, c.features.max_tokens >= 8, "8 or more"),
         ("graph.k", c.graph.k, 1 <= c.graph.k <= 256, "between 1 and 256"),
         ("graph.recall", c.graph.recall, 0 < c.graph.recall <= 1, "in (0, 1]"),
+        ("graph.clusters", c.graph.clusters, 0 <= c.graph.clusters <= 1 << 20, "0 (automatic) to 1048576"),
+        ("graph.overlap", c.graph.overlap, 0 <= c.graph.overlap <= 8, "0 (automatic) to 8"),
         ("graph.shrink", c.graph.shrink, c.graph.shrink > 0, "above 0, so that one weak neighbour does not decide"),
         ("graph.decay", c.graph.decay, 0 < c.graph.decay <= 1, "in (0, 1]"),
         ("selection.explore", c.selection.explore, 0 <= c.selection.explore < 1, "in [0, 1)"),

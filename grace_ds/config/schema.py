@@ -16,6 +16,7 @@ WEIGHTS = ("none", "inverse_probability")
 OBJECTIVES = ("sample", "facility_location", "topk", "rs2", "uniform")
 CADENCES = ("adaptive", "fixed")
 LEAVES = ("auto", "torch", "faiss")
+TIERS = ("auto", "exact", "clustered")
 REDUCTIONS = ("mean", "sum")
 MISSING_STATE = ("rebuild", "error")
 
@@ -60,8 +61,11 @@ class GraphConfig:
     """The k-NN graph that carries scores from harvested samples to the others."""
 
     leaf: str = "auto"  # torch: exact; faiss: exact below 30,000 rows a rank, then tuned to the recall; auto: faiss, else torch
+    tier: str = "auto"  # exact: every pair; clustered: rows that share a cluster; auto: clustered from 30,000 rows where it pays
+    clusters: int = 0  # of the clustered tier; 0: the square root of the rows
+    overlap: int = 0  # clusters that each row goes to; 0: as few as reach the recall
     k: int = 15
-    recall: float = 0.99  # sampled recall that an approximate leaf must reach
+    recall: float = 0.99  # sampled recall that an approximate leaf or the clustered tier must reach
     shrink: float = 1.0  # lambda of the propagation: neighbour evidence that counts as much as no evidence
     decay: float = 0.7  # confidence of a harvested value per refresh of age
     residuals: bool = False  # build the graph, and carry along it what content does not predict of an influence

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from grace_ds.features.density import Allreduce
 from grace_ds.features.tokens import TokenBlock
+from grace_ds.grid import on_grid
 from grace_ds.records import Array, FloatArray, IntArray
 
 BITS = 18
@@ -138,7 +139,10 @@ class TfIdf:
         self._weight = self._sign * (np.log((1.0 + self.samples) / (1.0 + self.frequency)) + 1.0)
 
     def vectors(self, n: int, terms: Terms) -> FloatArray:
-        """(n, dim) float32, unit norm (zero for samples without tokens), of a block of ``n`` samples from its terms."""
+        """(n, dim) float32, unit norm (zero for samples without tokens), of a block of ``n`` samples from its terms.
+
+        On the grid of :mod:`grace_ds.grid`, as the k-NN graph wants its rows.
+        """
         wide, count = terms.keys.astype(np.int64), terms.counts
         row, term = wide >> BITS, wide & (TERMS - 1)
         # the logarithm comes from a table, so that it is one value a count whatever block it stands in
@@ -154,4 +158,4 @@ class TfIdf:
         flat = np.bincount(row, weights=weight, minlength=n * self.dim)
         rows = flat.astype(np.float64, copy=False).reshape(n, self.dim)  # bincount of nothing is int
         norm = np.sqrt(np.add.reduce(np.square(rows), axis=1, keepdims=True))
-        return np.divide(rows, norm, out=np.zeros_like(rows), where=norm > 0).astype(np.float32)
+        return on_grid(np.divide(rows, norm, out=np.zeros_like(rows), where=norm > 0).astype(np.float32))

@@ -104,6 +104,11 @@ def choose(name: str, rows: int, recall: float = 0.99) -> Leaf:
     return _FACTORIES[name](recall)
 
 
+def exact(name: str) -> Leaf:
+    """The leaf called ``name`` in its exact form, for the clustered tier's many small searches; ``auto``: torch."""
+    return choose("torch" if name == "auto" else name, 0, 1.0)
+
+
 def _decide(rows: int) -> str:
     if importlib.util.find_spec("faiss") is not None:
         kind = f"exact below {FLAT_ROWS}" if rows < FLAT_ROWS else f"approximate from {FLAT_ROWS}"

@@ -1,4 +1,4 @@
-"""The exact leaf that needs nothing but torch: a blocked matrix product and a running top-k, on the CPU."""
+"""The exact leaf that needs nothing but torch: a blocked matrix product and a running selection, on the CPU."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from grace_ds.graph.leaves import padded
 from grace_ds.records import FloatArray, IntArray
 
-QUERY_BLOCK = 256  # rows of a similarity block; with INDEX_BLOCK columns it is 32 MiB, whatever the sizes of the shards
 INDEX_BLOCK = 32_768
+QUERY_BLOCK = 256  # rows of a similarity block, at least: with INDEX_BLOCK columns it is 32 MiB
+SCRATCH = 1 << 20  # numbers of a block that is narrower: 4 MiB
 
 
 @dataclass(frozen=True)
@@ -43,23 +44,37 @@ class TorchLeaf:
         if kept:
             queries = torch.from_numpy(np.ascontiguousarray(Q, np.float32))
             # One scratch block for all products: allocating it anew costs more than the product itself.
-            scratch = torch.empty(min(QUERY_BLOCK, len(Q)) * min(INDEX_BLOCK, m))
-            for lo in range(0, len(Q), QUERY_BLOCK):
-                best, where = _block(queries[lo : lo + QUERY_BLOCK], index.X, kept, scratch)
-                similarity[lo : lo + QUERY_BLOCK] = best.numpy()
-                position[lo : lo + QUERY_BLOCK] = where.numpy()
+            step = min(len(Q), max(QUERY_BLOCK, SCRATCH // m))
+            scratch = torch.empty(step * min(INDEX_BLOCK, m))
+            for lo in range(0, len(Q), step):
+                best, where = _block(queries[lo : lo + step], index.X, kept, scratch)
+                similarity[lo : lo + step] = best
+                position[lo : lo + step] = where
         return padded(index.ids[position] if kept else position, similarity, k)
 
 
-def _block(Q: torch.Tensor, X: torch.Tensor, k: int, scratch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Top k of Q @ X.T as (values, positions), both (len(Q), k), walking over blocks of X."""
-    best = torch.empty((len(Q), 0))
-    where = torch.empty((len(Q), 0), dtype=torch.int64)
+def _block(Q: torch.Tensor, X: torch.Tensor, k: int, scratch: torch.Tensor) -> tuple[FloatArray, IntArray]:
+    """Top k of Q @ X.T as (values, positions), both (len(Q), k), nearest first, walking over blocks of X."""
+    best, where = np.empty((len(Q), 0), np.float32), np.empty((len(Q), 0), np.int64)
     for lo in range(0, len(X), INDEX_BLOCK):
         block = X[lo : lo + INDEX_BLOCK]
-        product = torch.mm(Q, block.T, out=scratch[: len(Q) * len(block)].view(len(Q), len(block)))
-        value, column = product.topk(min(k, len(block)), dim=1)
-        best, where = torch.cat([best, value], 1), torch.cat([where, column + lo], 1)
-        best, order = best.topk(min(k, best.shape[1]), dim=1)
-        where = where.gather(1, order)
-    return best, where
+        product = torch.mm(Q, block.T, out=scratch[: len(Q) * len(block)].view(len(Q), len(block))).numpy()
+        column = _largest(product, k)
+        best = np.concatenate([best, np.take_along_axis(product, column, 1)], 1)
+        where = np.concatenate([where, column + lo], 1)
+        if lo:
+            kept = _largest(best, k)
+            best, where = np.take_along_axis(best, kept, 1), np.take_along_axis(where, kept, 1)
+    order = np.argsort(-best, axis=1)
+    return np.take_along_axis(best, order, 1), np.take_along_axis(where, order, 1)
+
+
+def _largest(x: FloatArray, k: int) -> IntArray:
+    """(n, min(k, m)) positions of the largest of each row of ``x`` (n, m), in any order.
+
+    NumPy selects them several times faster than torch's topk, which this leaf spent two thirds of its time in.
+    """
+    n, m = x.shape
+    if m <= k:
+        return np.broadcast_to(np.arange(m), (n, m))
+    return np.argpartition(x, m - k, axis=1)[:, m - k :]

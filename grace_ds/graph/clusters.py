@@ -1,0 +1,100 @@
+"""Where rows go in the clustered tier: balanced spherical k-means on a sample, and the clusters nearest to each row.
+
+Everything is exact arithmetic on the grid of :mod:`grace_ds.grid` and starts from a sample that depends on ids alone, so
+that any number of ranks makes the same clusters and puts every row into the same ones.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from grace_ds.buckets import splitmix64
+from grace_ds.comm.base import Comm
+from grace_ds.grid import ROW_GRID
+from grace_ds.records import Array, FloatArray, IntArray
+
+SAMPLE_ROWS = 40  # a centroid, as for the k-means of faiss: more gains little
+ROUNDS = 10
+SETTLING = 3  # last rounds, in which no centroid is moved elsewhere
+BALANCE = 2.0  # times the mean: a cluster above it gives a part to a centroid with less than a quarter of the mean
+_BLOCK = 1 << 21  # float64 numbers of one block of similarities: 16 MiB
+
+
+def draw(comm: Comm, ids: IntArray, wanted: int, *columns: Array) -> list[Array]:
+    """About ``wanted`` samples of all ranks by a hash of their ids, in order of id: on every rank the same.  Collective.
+
+    Args:
+        ids: (n,) int64, this rank's, each on one rank only.
+        columns: (n, ...) each, what to bring along.
+
+    Returns:
+        The drawn ids and their columns.
+    """
+    total = int(comm.allreduce(np.array([len(ids)], np.int64))[0])
+    share = min(1.0, wanted / max(total, 1))
+    mine = splitmix64(ids.view(np.uint64) ^ np.uint64(0x5A17_B0DD_C0DE)) <= np.uint64(min(share * 2.0**64, 2.0**64 - 2048))
+    parts = [np.concatenate(comm.allgather(np.ascontiguousarray(a[mine]))) for a in (ids, *columns)]
+    order = np.argsort(parts[0], kind="stable")
+    return [np.ascontiguousarray(a[order]) for a in parts]
+
+
+def fit(X: FloatArray, clusters: int) -> FloatArray:
+    """Centroids of ``X`` (s, d), prepared rows in an order that all ranks share: (c, d) float32, on the grid, distinct.
+
+    Lloyd's rounds on the sphere; c is at most ``clusters``, fewer where the sample has fewer distinct rows.
+    """
+    rows = torch.from_numpy(X[np.linalg.norm(X, axis=1) > 0].astype(np.float64))
+    start = np.argsort(splitmix64(np.arange(len(rows))), kind="stable")[:clusters]
+    centroids = torch.unique(rows[torch.from_numpy(np.sort(start))], dim=0)
+    for done in range(ROUNDS):
+        if len(centroids) < 2:
+            break
+        best, where = _nearest_one(rows, centroids)
+        centroids = _means(rows, where, centroids)
+        if done < ROUNDS - SETTLING:
+            _spread_out(rows, best, where, centroids)
+    return np.ascontiguousarray(torch.unique(centroids, dim=0).numpy().astype(np.float32))
+
+
+def nearest_centroids(X: FloatArray, centroids: FloatArray, overlap: int) -> Array:
+    """(n, overlap) int32: the centroids nearest to each prepared row, nearest first.
+
+    A row of zeros, equally far from all, goes to the first ones.
+    """
+    out = np.empty((len(X), overlap), np.int32)
+    table = torch.from_numpy(centroids.astype(np.float64)).T
+    step = max(1, _BLOCK // len(centroids))
+    for lo in range(0, len(X), step):
+        block = X[lo : lo + step]
+        found = (torch.from_numpy(block.astype(np.float64)) @ table).topk(overlap, dim=1).indices.numpy()
+        out[lo : lo + step] = np.where(block.any(axis=1)[:, None], found, np.arange(overlap))
+    return out
+
+
+def _nearest_one(rows: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    parts = [(part @ centroids.T).max(dim=1) for part in torch.split(rows, max(1, _BLOCK // len(centroids)))]
+    return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+
+
+def _means(rows: torch.Tensor, where: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """Unit means of the clusters on the grid; a cluster without rows keeps its centroid."""
+    total = torch.zeros_like(centroids).index_add_(0, where, rows)  # exact: multiples of 2**-25 below 2**25
+    count = torch.bincount(where, minlength=len(centroids))[:, None]
+    mean = torch.round(total / count.clamp(min=1) * ROW_GRID) / ROW_GRID
+    length = mean.square().sum(dim=1, keepdim=True).sqrt()  # exact up to the root, which rounds alike everywhere
+    unit = torch.round(mean / length.clamp(min=1 / ROW_GRID) * ROW_GRID) / ROW_GRID
+    return torch.where((count > 0) & (length > 0), unit, centroids)
+
+
+def _spread_out(rows: torch.Tensor, best: torch.Tensor, where: torch.Tensor, centroids: torch.Tensor) -> None:
+    """Moves centroids of nearly empty clusters onto the middle rows of the largest ones, in place."""
+    count = torch.bincount(where, minlength=len(centroids)).numpy()
+    mean = len(rows) / len(centroids)
+    large = [c for c in np.argsort(-count, kind="stable") if count[c] > BALANCE * mean]
+    small = [c for c in np.argsort(count, kind="stable") if count[c] < mean / 4]
+    similarity, cluster = best.numpy(), where.numpy()
+    for c, free in zip(large, small, strict=False):
+        members = np.flatnonzero(cluster == c)
+        middle = members[np.argsort(similarity[members], kind="stable")[len(members) // 2]]
+        centroids[free] = rows[middle]

@@ -1,0 +1,97 @@
+"""What a k-NN graph will be built by, and what that costs: decided from sizes alone, before anything is moved.
+
+Tier ``exact``: index shards rotate over the ranks.  Tier ``clustered``: rows go to their nearest clusters and are compared
+where they meet.  Figures are of one rank, for ranks with equal shares.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from grace_ds.config.schema import GraphConfig
+from grace_ds.graph.clustered import WAVE_BYTES
+from grace_ds.graph.clusters import ROUNDS, SAMPLE_ROWS
+from grace_ds.graph.leaves import FLAT_ROWS
+from grace_ds.graph.placement import MOST, SAMPLE_QUERIES
+from grace_ds.graph.search import WIDE
+
+log = logging.getLogger(__name__)
+
+EXPECTED_OVERLAP = 3  # for the figures; the build measures what it needs
+IMBALANCE = 1.5  # of sum over clusters of m^2, measured 1.2 ... 1.7 on clustered data and text
+FIXED_BYTES = 48 << 20  # scratch blocks of the leaf, of exact similarities and of the assignment
+
+
+@dataclass(frozen=True)
+class GraphPlan:
+    """How one graph is built, and its expected cost on each rank.
+
+    Attributes:
+        tier: exact | clustered.
+        why: the reason, in words.
+        clusters: of the clustered tier; 0 otherwise.
+        overlap: clusters that a row is expected to go to; 0 in the exact tier.
+        flop: multiplications and additions of the similarities.
+        wire_bytes: sent.
+        host_bytes: held at the peak, beyond the rows themselves and including the result.
+    """
+
+    tier: str
+    why: str
+    clusters: int
+    overlap: int
+    flop: float
+    wire_bytes: int
+    host_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+
+def plan_graph(config: GraphConfig, n_queries: int, n_index: int, dim: int, ranks: int, alike: bool) -> GraphPlan:
+    """The plan for ``n_queries`` rows against ``n_index`` rows, both over all ranks.
+
+    Args:
+        config: ``graph`` of the configuration.
+        dim: width of the rows, float32.
+        alike: the queries are the index rows.
+    """
+    tier, why = config.tier, "asked for"
+    if tier == "auto":
+        small = n_index < FLAT_ROWS
+        tier = "exact" if small or config.recall >= 1 else "clustered"
+        why = f"{n_index} index rows, {'fewer than' if small else 'at least'} {FLAT_ROWS}"
+        if not small and config.recall >= 1:
+            why = "graph.recall is 1"
+    made = _clustered if tier == "clustered" else _exact
+    return made(config, n_queries, n_index, dim, ranks, alike, why)
+
+
+def clusters_for(config: GraphConfig, n_index: int) -> int:
+    """Clusters of the clustered tier: their square root, where assigning and comparing cost about the same."""
+    return config.clusters or max(1, math.isqrt(n_index))
+
+
+def _exact(config: GraphConfig, n_q: int, n_x: int, d: int, ranks: int, alike: bool, why: str) -> GraphPlan:
+    q, x, row = n_q / ranks, n_x / ranks, 4 * d + 16
+    keys = 8 * (config.k + 1)
+    held = (2 * x * row if ranks > 1 else 0) + q * (3 * keys + 12 * config.k) + q * 8 * (config.k + 9)
+    leaf = min(4 * int(q * n_x), 4 * WIDE)
+    return GraphPlan("exact", why, 0, 0, 2.0 * q * n_x * d, int((ranks - 1) * x * row), int(held) + leaf + FIXED_BYTES)
+
+
+def _clustered(config: GraphConfig, n_q: int, n_x: int, d: int, ranks: int, alike: bool, why: str) -> GraphPlan:
+    c = clusters_for(config, n_x)
+    o = min(config.overlap or EXPECTED_OVERLAP, c)
+    q, x, travelling = n_q / ranks, n_x / ranks, (n_x if alike else n_x + n_q) / ranks
+    sample = min(SAMPLE_ROWS * c, n_x)
+    pairs = IMBALANCE * o * o * n_q * n_x / c
+    # similarities; assignment, k-means (on root, the slowest rank) and the exact search of the sample count as they are
+    flop = 2.0 * d * (pairs / ranks + travelling * c + sample * c * ROUNDS + min(SAMPLE_QUERIES, n_q) * x)
+    wire = (ranks - 1) / ranks * o * (travelling * (4 * d + 8) + q * 8 * (config.k + 1)) + sample * (4 * d + 8) / ranks
+    held = q * (8 * (config.k + 1) * 2 + 12 * config.k) + travelling * (4 * MOST + 16 * o)
+    return GraphPlan("clustered", why, c, o, flop, int(wire), int(held + sample * 12 * d) + 3 * WAVE_BYTES + FIXED_BYTES)
