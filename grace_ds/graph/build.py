@@ -11,7 +11,7 @@ from grace_ds.config.schema import GraphConfig
 from grace_ds.errors import DataError
 from grace_ds.graph import leaves
 from grace_ds.graph.clustered import nearest_clustered
-from grace_ds.graph.placement import Placement, place
+from grace_ds.graph.placement import Placement, centroids_of, place
 from grace_ds.graph.plan import GraphPlan, clusters_for, plan_graph
 from grace_ds.graph.ring import nearest
 from grace_ds.graph.rows import prepared
@@ -53,8 +53,8 @@ def knn(
         return None
     plan = plan_graph(config, n_queries, n_index, X.shape[1], comm.size, alike)
     if plan.tier == "clustered":
-        clusters = clusters_for(config, n_index)
-        placement = place(comm, q_ids, Q, ids, X, config.k, clusters, config.recall, config.overlap, exclude_self)
+        centroids = centroids_of(comm, ids, X, clusters_for(config, n_index))
+        placement = place(comm, q_ids, Q, ids, X, config.k, centroids, config.recall, config.overlap, exclude_self)
         if _worth(plan, placement, config, n_queries * n_index):
             return nearest_clustered(comm, q_ids, Q, ids, X, config.k, leaves.exact(config.leaf), placement, exclude_self)
     else:

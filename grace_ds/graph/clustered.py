@@ -18,13 +18,14 @@ import numpy as np
 from grace_ds.buckets import splitmix64
 from grace_ds.comm.base import Comm
 from grace_ds.graph.leaves import Leaf
-from grace_ds.graph.merge import PAD, merge, unpack, without_self
+from grace_ds.graph.merge import PAD, finished, merge
 from grace_ds.graph.placement import Placement
 from grace_ds.graph.rows import both, collapse, distinct
 from grace_ds.graph.search import search
 from grace_ds.records import Array, FloatArray, IntArray, Neighbours
 
-WAVE_BYTES = 24 << 20  # of the rows that a rank is sent in a wave
+LEAST_WAVE = 2 << 20  # bytes of the rows that a rank is sent in a wave, at least
+WAVE_SHARE = 32  # and a thirty-second of the index rows that it holds
 GIANT = 4  # parts of the whole work for each rank: a dearer cluster's queries are divided
 
 
@@ -78,6 +79,11 @@ def waves(p: Placement, ranks: int, width: int, alike: bool, limit: int) -> list
     return out
 
 
+def wave_bytes(n_index: int, width: int, ranks: int) -> int:
+    """The limit of a wave for ``n_index`` rows over all ranks."""
+    return max(LEAST_WAVE, 4 * width * n_index // (ranks * WAVE_SHARE))
+
+
 def nearest_clustered(
     comm: Comm,
     q_ids: IntArray,
@@ -96,12 +102,20 @@ def nearest_clustered(
         leaf: an exact one.
         placement: of these very rows.
     """
-    wanted = k + int(exclude_self)
+    keys = nearest_keys(comm, q_ids, Q, ids, X, k + int(exclude_self), leaf, placement)
+    return finished(keys, q_ids, k, exclude_self)
+
+
+def nearest_keys(
+    comm: Comm, q_ids: IntArray, Q: FloatArray, ids: IntArray, X: FloatArray, wanted: int, leaf: Leaf, placement: Placement
+) -> IntArray:
+    """The same as (n, wanted) keys of :mod:`grace_ds.graph.merge`, a query's own among them.  Collective."""
     alike = Q is X
     index = _Members(ids, X, placement.index, placement.clusters)
     queries = index if alike else _Members(q_ids, Q, placement.queries, placement.clusters)
     keys = np.full((len(q_ids), wanted), PAD)
-    for wave in waves(placement, comm.size, X.shape[1], alike, WAVE_BYTES):
+    limit = wave_bytes(int(placement.n_index.sum()) // placement.overlap, X.shape[1], comm.size)
+    for wave in waves(placement, comm.size, X.shape[1], alike, limit):
         asked = [queries.part(task) for task in wave]
         held = index.send(comm, wave, whole=True)
         asking = held if alike else queries.send(comm, wave, whole=False)
@@ -110,7 +124,7 @@ def nearest_clustered(
         answers = _send_back(comm, found, wanted)
         for at, answer in _aligned(wave, asked, answers):
             keys[at] = merge(keys[at], answer, wanted)
-    return unpack(without_self(keys, q_ids, k) if exclude_self else keys)
+    return keys
 
 
 @dataclass(frozen=True)

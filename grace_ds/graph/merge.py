@@ -14,6 +14,7 @@ from grace_ds.records import Array, IntArray, Neighbours
 GRID = 1 << 20  # steps of similarity in a unit: below float32's own resolution near 1 it would not survive the record
 ID_BITS = 40
 _TOP = 2 * GRID  # similarity 2: above what rows of nearly unit norm can reach, so that no distance is negative
+ROWS = 8192  # at a time, where all rows would hold a second copy
 PAD = np.iinfo(np.int64).max
 
 
@@ -27,7 +28,7 @@ def pack(similarity: Array, ids: Array) -> IntArray:
     Raises:
         DataError: an id is 2**40 or above.
     """
-    if ids.size and int(ids.max()) >> ID_BITS:
+    if ids.size and int(ids.max()) >= 1 << ID_BITS:
         raise DataError(f"dataset id {int(ids.max())} is too large for the graph: ids must be below 2**{ID_BITS}")
     empty = np.isneginf(similarity) | (ids < 0)
     distance = _TOP - np.rint(np.where(empty, 0.0, similarity) * GRID).astype(np.int64)
@@ -76,6 +77,16 @@ def unpack(keys: IntArray) -> Neighbours:
         ids=np.where(empty, -1, keys & ((1 << ID_BITS) - 1)),
         similarity=np.where(empty, -np.inf, similarity).astype(np.float32),
     )
+
+
+def finished(keys: IntArray, ids: IntArray, k: int, exclude_self: bool) -> Neighbours:
+    """The record behind the collected keys (n, j), each row's own id dropped first if so wished; block by block."""
+    out = Neighbours(np.empty((len(keys), k), np.int64), np.empty((len(keys), k), np.float32))
+    for lo in range(0, len(keys), ROWS):
+        part = slice(lo, lo + ROWS)
+        made = unpack(without_self(keys[part], ids[part], k) if exclude_self else _columns(keys[part], k))
+        out.ids[part], out.similarity[part] = made.ids, made.similarity
+    return out
 
 
 def _columns(keys: IntArray, k: int) -> IntArray:

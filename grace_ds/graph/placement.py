@@ -13,12 +13,13 @@ import numpy as np
 from grace_ds.comm.base import Comm
 from grace_ds.graph.clusters import SAMPLE_ROWS, draw, fit, nearest_centroids
 from grace_ds.graph.leaves.torch_leaf import TorchLeaf
-from grace_ds.graph.merge import ID_BITS, PAD, without_self
+from grace_ds.graph.merge import ID_BITS, PAD, unpack, without_self
 from grace_ds.graph.rows import collapse, distinct
 from grace_ds.graph.search import search
-from grace_ds.records import Array, FloatArray, IntArray
+from grace_ds.records import Array, FloatArray, IntArray, Neighbours
 
 MOST = 8  # clusters that a row may go to
+CHECKED_QUERIES = 200  # of a repair, which must cost little; it is held against a floor
 SAMPLE_QUERIES = 500  # standard error of a recall of .99 on 500 x k neighbours: about .002, as neighbours come in crowds
 
 
@@ -43,6 +44,14 @@ class Placement:
     n_queries: IntArray
     n_index: IntArray
 
+    @staticmethod
+    def of(comm: Comm, queries: Array, index: Array, clusters: int, recall: float = 1.0) -> Placement:
+        """Of rows whose clusters are known.  Collective."""
+        n_queries, n_index = (
+            comm.allreduce(np.bincount(a.reshape(-1), minlength=clusters).astype(np.int64)) for a in (queries, index)
+        )
+        return Placement(clusters, index.shape[1], recall, queries, index, n_queries, n_index)
+
     @property
     def pairs(self) -> int:
         """Similarities to be computed over all ranks."""
@@ -56,20 +65,19 @@ def place(
     ids: IntArray,
     X: FloatArray,
     k: int,
-    clusters: int,
+    centroids: FloatArray,
     recall: float,
     overlap: int,
     exclude_self: bool,
 ) -> Placement:
-    """Clusters the index rows and assigns all rows.  Collective; the same for any number of ranks.
+    """Assigns all rows to clusters.  Collective; the same for any number of ranks.
 
     Args:
         q_ids, Q, ids, X: as for :func:`grace_ds.graph.ring.nearest`, rows prepared.
-        clusters: wanted.
+        centroids: of :func:`centroids_of`.
         recall: to be reached by the smallest overlap that does; the largest one where none does.
         overlap: fixes it; 0: by the recall.
     """
-    centroids = fit(draw(comm, ids, SAMPLE_ROWS * clusters, X)[1], clusters)
     most = min(overlap or MOST, len(centroids))
     index = nearest_centroids(X, centroids, most)
     queries = index if Q is X else nearest_centroids(Q, centroids, most)
@@ -78,10 +86,37 @@ def place(
     o = overlap or (int(reached[0]) + 1 if len(reached) else most)
     o = min(o, most)
     index, queries = index[:, :o], queries[:, :o]
-    n_index, n_queries = (
-        comm.allreduce(np.bincount(a.reshape(-1), minlength=len(centroids)).astype(np.int64)) for a in (index, queries)
-    )
-    return Placement(len(centroids), o, float(measured[o - 1]), queries, index, n_queries, n_index)
+    return Placement.of(comm, queries, index, len(centroids), float(measured[o - 1]))
+
+
+def centroids_of(comm: Comm, ids: IntArray, X: FloatArray, clusters: int) -> FloatArray:
+    """Centroids of all ranks' prepared rows, (c, d) float32, c <= ``clusters``, on every rank alike.  Collective."""
+    sample = draw(comm, ids, SAMPLE_ROWS * clusters, X)[1]
+    return np.asarray(comm.broadcast(fit(sample, clusters) if comm.rank == 0 else None), np.float32)
+
+
+def sampled_recall(comm: Comm, ids: IntArray, X: FloatArray, found: Neighbours, k: int) -> float:
+    """Share of the true k nearest that ``found`` holds, over a sample of all ranks' rows.  Collective; equal on all ranks."""
+    sample, rows, kept = draw(comm, ids, CHECKED_QUERIES, X, found.ids)
+    keys = _true(comm, sample, rows, ids, X, k + 1)
+    share = np.ones(1)
+    if keys is not None and len(sample):
+        true = unpack(without_self(keys, sample, k)).ids
+        share = np.array(
+            [np.mean([np.isin(t[t >= 0], f).mean() if (t >= 0).any() else 1.0 for t, f in zip(true, kept, strict=True)])]
+        )
+    return float(comm.broadcast(share)[0])
+
+
+def _true(comm: Comm, sample: IntArray, rows: FloatArray, ids: IntArray, X: FloatArray, wanted: int) -> IntArray | None:
+    """(s, ranks * wanted) keys of the nearest rows of every rank; on root only.  Collective."""
+    parts = comm.gather(_true_here(sample, rows, ids, X, wanted))
+    return None if parts is None else np.concatenate(parts, axis=1)
+
+
+def _true_here(sample: IntArray, rows: FloatArray, ids: IntArray, X: FloatArray, wanted: int) -> IntArray:
+    unique, which = distinct(sample, rows)
+    return search(unique, collapse(ids, X, wanted), wanted, TorchLeaf())[which]
 
 
 def _measured(
@@ -99,8 +134,7 @@ def _measured(
     most = queries.shape[1]
     sample, rows, theirs = draw(comm, q_ids, SAMPLE_QUERIES, Q, queries)
     wanted = k + int(exclude_self)
-    unique, which = distinct(sample, rows)
-    keys = search(unique, collapse(ids, X, wanted), wanted, TorchLeaf())[which]
+    keys = _true_here(sample, rows, ids, X, wanted)
     order = np.argsort(ids, kind="stable")
     named = np.minimum(np.searchsorted(ids, keys & ((1 << ID_BITS) - 1), sorter=order), max(len(ids) - 1, 0))
     found = index[order[named]] if len(ids) else np.zeros((*keys.shape, most), np.int32)

@@ -12,17 +12,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from grace_ds.config.schema import GraphConfig
-from grace_ds.graph.clustered import WAVE_BYTES
+from grace_ds.graph.clustered import wave_bytes
 from grace_ds.graph.clusters import ROUNDS, SAMPLE_ROWS
 from grace_ds.graph.leaves import FLAT_ROWS
 from grace_ds.graph.placement import MOST, SAMPLE_QUERIES
-from grace_ds.graph.search import WIDE
 
 log = logging.getLogger(__name__)
 
 EXPECTED_OVERLAP = 3  # for the figures; the build measures what it needs
 IMBALANCE = 1.5  # of sum over clusters of m^2, measured 1.2 ... 1.7 on clustered data and text
-FIXED_BYTES = 48 << 20  # scratch blocks of the leaf, of exact similarities and of the assignment
+FIXED_BYTES = 8 << 20  # scratch blocks of the leaf, of exact similarities and of the assignment
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def _exact(config: GraphConfig, n_q: int, n_x: int, d: int, ranks: int, alike: b
     q, x, row = n_q / ranks, n_x / ranks, 4 * d + 16
     keys = 8 * (config.k + 1)
     held = (2 * x * row if ranks > 1 else 0) + q * (3 * keys + 12 * config.k) + q * 8 * (config.k + 9)
-    leaf = min(4 * int(q * n_x), 4 * WIDE)
+    leaf = int(4 * d * x) + (16 << 20)  # faiss keeps a copy of the rows
     return GraphPlan("exact", why, 0, 0, 2.0 * q * n_x * d, int((ranks - 1) * x * row), int(held) + leaf + FIXED_BYTES)
 
 
@@ -93,5 +92,8 @@ def _clustered(config: GraphConfig, n_q: int, n_x: int, d: int, ranks: int, alik
     # similarities; assignment, k-means (on root, the slowest rank) and the exact search of the sample count as they are
     flop = 2.0 * d * (pairs / ranks + travelling * c + sample * c * ROUNDS + min(SAMPLE_QUERIES, n_q) * x)
     wire = (ranks - 1) / ranks * o * (travelling * (4 * d + 8) + q * 8 * (config.k + 1)) + sample * (4 * d + 8) / ranks
-    held = q * (8 * (config.k + 1) * 2 + 12 * config.k) + travelling * (4 * MOST + 16 * o)
-    return GraphPlan("clustered", why, c, o, flop, int(wire), int(held + sample * 12 * d) + 3 * WAVE_BYTES + FIXED_BYTES)
+    held = travelling * (4 * MOST + 16 * o + 40)  # where each row goes, and its order
+    fitting = sample * 20 * d  # the sample as it is sent, gathered, sorted and converted
+    keys, result = 8.8 * (config.k + 1) * q, 12 * config.k * q
+    peak = fitting + held + keys + max(3 * wave_bytes(n_x, d, ranks), result)
+    return GraphPlan("clustered", why, c, o, flop, int(wire), int(peak) + FIXED_BYTES)

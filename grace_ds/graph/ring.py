@@ -11,7 +11,7 @@ import numpy as np
 from grace_ds.comm.base import Comm
 from grace_ds.errors import DataError
 from grace_ds.graph.leaves import Leaf
-from grace_ds.graph.merge import PAD, merge, unpack, without_self
+from grace_ds.graph.merge import PAD, finished, merge
 from grace_ds.graph.rows import Shard, both, collapse, distinct, prepared
 from grace_ds.graph.search import search
 from grace_ds.records import FloatArray, IntArray, Neighbours
@@ -62,4 +62,4 @@ def nearest(
             shard = Shard(comm.shift(shard.X), comm.shift(shard.members))
     if not np.array_equal(which, np.arange(len(queries))):
         keys = keys[which]
-    return unpack(without_self(keys, q_ids, k) if exclude_self else keys)
+    return finished(keys, q_ids, k, exclude_self)

@@ -17,7 +17,7 @@ from grace_ds.records import Array, FloatArray, IntArray
 
 SLACK = 8  # candidates beyond k, so that float32 rounding in a leaf rarely matters at the boundary
 BLOCK = 1 << 17  # float64 numbers of one block of exact similarities: 1 MiB, so that it stays in the cache
-SMALL = 1 << 21  # float64 numbers of a shard that is converted as a whole: 16 MiB
+SMALL = 1 << 19  # float64 numbers of a shard that is converted as a whole: 4 MiB
 WIDE = 1 << 24  # candidates held at once while searching more widely
 
 
@@ -35,8 +35,7 @@ def search(Q: FloatArray, shard: Shard, k: int, leaf: Leaf) -> IntArray:
         return np.full((len(Q), k), PAD)
     index = leaf.build(shard.X, np.arange(m))
     start = np.searchsorted(shard.members[:, 0], np.arange(m + 1))
-    # Below this distance from the k-th, a row that the leaf left out may belong in: rounding of both inner products.
-    margin = 2 * (d + 2) * 2.0**-24 + 2 / GRID
+    margin = rounding(d)
     if not leaf.is_exact(m):  # it has left out more than rounding could: looking further would not mend that
         position, _ = leaf.search(index, Q, min(k, m))
         return _exact(Q, shard, start, position, k)
@@ -52,6 +51,11 @@ def search(Q: FloatArray, shard: Shard, k: int, leaf: Leaf) -> IntArray:
             again.append(part[_undecided(keys[part], approximate[:, -1], margin)])
         todo = np.concatenate(again) if width < m else todo[:0]
     return keys
+
+
+def rounding(width: int) -> float:
+    """How near to the k-th neighbour a row may be, in float32, and yet belong in: rounding of both inner products."""
+    return 2 * (width + 2) * 2.0**-24 + 2 / GRID
 
 
 def _undecided(keys: IntArray, last: Array, margin: float) -> Array:

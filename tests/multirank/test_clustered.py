@@ -43,7 +43,7 @@ def config(clusters: int, overlap: int = 2) -> GraphConfig:
 
 
 def search_all(world: World) -> dict[tuple[str, str, int], tuple[np.ndarray, Neighbours]]:
-    clustered.WAVE_BYTES = 1 << 14  # several waves
+    clustered.LEAST_WAVE = 1 << 13  # several waves
     comm = choose("torch", timeout=20.0)
     ids, x = corpus()
     found = {}
@@ -75,8 +75,9 @@ def placed(
     clusters: int, overlap: int = 0, recall: float = 0.99, n: int = N
 ) -> tuple[np.ndarray, np.ndarray, placement.Placement]:
     ids, x = corpus(n)
-    x = prepared(ids, x)
-    return ids, x, placement.place(LocalComm(5.0), ids, x, ids, x, K, clusters, recall, overlap, True)
+    x, comm = prepared(ids, x), LocalComm(5.0)
+    centroids = placement.centroids_of(comm, ids, x, clusters)
+    return ids, x, placement.place(comm, ids, x, ids, x, K, centroids, recall, overlap, True)
 
 
 def test_one_cluster_is_the_exact_tier() -> None:

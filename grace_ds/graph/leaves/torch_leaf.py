@@ -10,9 +10,9 @@ import torch
 from grace_ds.graph.leaves import padded
 from grace_ds.records import FloatArray, IntArray
 
-INDEX_BLOCK = 32_768
-QUERY_BLOCK = 256  # rows of a similarity block, at least: with INDEX_BLOCK columns it is 32 MiB
-SCRATCH = 1 << 20  # numbers of a block that is narrower: 4 MiB
+INDEX_BLOCK = 4096
+QUERY_BLOCK = 256  # rows of a similarity block, at least: with INDEX_BLOCK columns it is 4 MiB, and the selection twice that
+SCRATCH = 1 << 19  # numbers of a block that is narrower
 
 
 @dataclass(frozen=True)
