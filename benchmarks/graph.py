@@ -82,9 +82,7 @@ def run(args: argparse.Namespace, console: Console) -> Record:
         ]
     record.rows["repair"] = repairs = [_alone(repair_on, REPAIRED, WIDTH) for _ in range(args.repeats)]
     record.claims += [
-        Claim(
-            "repair_cost_ratio", _median(repairs, "ratio"), f"CPU s of repair / rebuild, {MOVED:.0%} moved", 0.15
-        ),
+        Claim("repair_cost_ratio", _median(repairs, "ratio"), f"CPU s of repair / rebuild, {MOVED:.0%} moved", 0.15),
         Claim("repair_recall_gap", _median(repairs, "gap"), "recall of the rebuild minus that of the repair", 0.005),
     ]
     if args.full:

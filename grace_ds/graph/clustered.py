@@ -110,26 +110,96 @@ def nearest_keys(
     comm: Comm, q_ids: IntArray, Q: FloatArray, ids: IntArray, X: FloatArray, wanted: int, leaf: Leaf, placement: Placement
 ) -> IntArray:
     """The same as (n, wanted) keys of :mod:`grace_ds.graph.merge`, a query's own among them.  Collective."""
-    alike = Q is X
-    index = _Members(ids, X, placement.index, placement.clusters)
-    queries = index if alike else _Members(q_ids, Q, placement.queries, placement.clusters)
-    keys = np.full((len(q_ids), wanted), PAD)
-    limit = wave_bytes(int(placement.n_index.sum()) // placement.overlap, X.shape[1], comm.size)
-    for wave in waves(placement, comm.size, X.shape[1], alike, limit):
-        asked = [queries.part(task) for task in wave]
-        held = index.send(comm, wave, whole=True)
-        asking = held if alike else queries.send(comm, wave, whole=False)
-        mine = [task for task in wave if task.owner == comm.rank]
-        found = [_search(task, h, a, alike, wanted, leaf) for task, h, a in zip(mine, held, asking, strict=True)]
-        answers = _send_back(comm, found, wanted)
-        for at, answer in _aligned(wave, asked, answers):
-            keys[at] = merge(keys[at], answer, wanted)
-    return keys
+    local = LocalRows(q_ids, Q, ids, X, wanted, placement, comm.size)
+    for wave in local.waves:
+        packs = [local.pack(wave, rank) for rank in range(comm.size)]
+        columns = [comm.exchange(list(column)) for column in zip(*(p.arrays() for p in packs), strict=True)]
+        got = [Packed.of(list(arrays)) for arrays in zip(*columns, strict=True)]
+        answers = comm.exchange(work([t for t in wave if t.owner == comm.rank], got, wanted, leaf))
+        local.take(wave, answers)
+    return local.keys
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What one rank sends to the owner of some tasks: its rows in them, task after task.
+
+    Attributes:
+        ids, X: index rows; the queries too, where nobody else asks.
+        counts: (tasks,) int64, index rows of each task.
+        queries: the same of the queries, where they are others.
+    """
+
+    ids: IntArray
+    X: FloatArray
+    counts: IntArray
+    queries: tuple[IntArray, FloatArray, IntArray] | None = None
+
+    def arrays(self) -> list[Array]:
+        """Everything, in an order that :meth:`of` knows."""
+        return [self.ids, self.X, self.counts, *(self.queries or ())]
+
+    @staticmethod
+    def of(arrays: list[Array]) -> Packed:
+        """The inverse of :meth:`arrays`."""
+        return Packed(arrays[0], arrays[1], arrays[2], (arrays[3], arrays[4], arrays[5]) if len(arrays) > 3 else None)
+
+
+class LocalRows:
+    """One rank's rows by cluster, and its queries' neighbours as they come in.
+
+    Attributes:
+        waves: the work of all ranks.
+        keys: (n, wanted) int64, of this rank's queries.
+    """
+
+    def __init__(
+        self, q_ids: IntArray, Q: FloatArray, ids: IntArray, X: FloatArray, wanted: int, p: Placement, ranks: int
+    ) -> None:
+        self.alike = Q is X
+        self._index = _Members(ids, X, p.index, p.clusters)
+        self._queries = self._index if self.alike else _Members(q_ids, Q, p.queries, p.clusters)
+        limit = wave_bytes(int(p.n_index.sum()) // p.overlap, X.shape[1], ranks)
+        self.waves = waves(p, ranks, X.shape[1], self.alike, limit)
+        self.keys = np.full((len(q_ids), wanted), PAD)
+
+    def pack(self, wave: list[Task], owner: int) -> Packed:
+        """This rank's rows in the wave's tasks of rank ``owner``."""
+        mine = [t for t in wave if t.owner == owner]
+        index = self._index.rows([Task(t.cluster, 0, 1, owner) for t in mine])
+        return Packed(*index, None if self.alike else self._queries.rows(mine))
+
+    def take(self, wave: list[Task], answers: list[IntArray]) -> None:
+        """Merges what the owners found: ``answers[p]`` holds the keys of rank p's tasks, one after another."""
+        at = [0] * len(answers)
+        for task in wave:
+            rows, lo = self._queries.part(task), at[task.owner]
+            at[task.owner] = lo + len(rows)
+            found = answers[task.owner][lo : lo + len(rows)]
+            self.keys[rows] = merge(self.keys[rows], found, self.keys.shape[1])
+
+
+def work(tasks: list[Task], packs: list[Packed], wanted: int, leaf: Leaf) -> list[IntArray]:
+    """What an owner finds: for every rank the keys of its queries in ``tasks``, one after another.
+
+    Args:
+        tasks: of this owner.
+        packs: what each rank sent.
+    """
+    none = np.empty((0, wanted), np.int64)
+    found = [[none] for _ in packs]
+    index = _by_task([(p.ids, p.X, p.counts) for p in packs])
+    others = [p.queries for p in packs if p.queries is not None]
+    queries: Iterator[_Held | None] = _by_task(others) if others else iter([None] * len(tasks))
+    for task, held, asking in zip(tasks, index, queries, strict=True):
+        for parts, keys in zip(found, _search(task, held, asking, wanted, leaf), strict=True):
+            parts.append(keys)
+    return [np.concatenate(parts) for parts in found]
 
 
 @dataclass(frozen=True)
 class _Held:
-    """What a rank was sent for one of its tasks: rows of all ranks in rank order, and how many each has sent."""
+    """Rows of all ranks in one task, in rank order, and how many each has sent."""
 
     ids: IntArray
     X: FloatArray
@@ -137,7 +207,7 @@ class _Held:
 
 
 class _Members:
-    """This rank's rows by cluster."""
+    """One rank's rows by cluster."""
 
     def __init__(self, ids: IntArray, X: FloatArray, where: Array, clusters: int) -> None:
         self.ids, self.X = ids, X
@@ -150,32 +220,30 @@ class _Members:
         rows: IntArray = self.row[self.start[task.cluster] : self.start[task.cluster + 1]]
         return rows if task.parts == 1 else rows[_in_part(self.ids[rows], task)]
 
-    def send(self, comm: Comm, wave: list[Task], whole: bool) -> list[_Held]:
-        """Every rank's rows to the owners of the wave's tasks; returns what this rank was sent, by task.  Collective."""
-        asked = [[Task(t.cluster, 0, 1, t.owner) if whole else t for t in wave if t.owner == p] for p in range(comm.size)]
-        rows = [[self.part(task) for task in tasks] for tasks in asked]
-        counts = comm.exchange([np.array([len(r) for r in mine], np.int64) for mine in rows])
-        flat = [np.concatenate(mine) if mine else np.empty(0, np.int64) for mine in rows]
-        ids, X = (comm.exchange([column[at] for at in flat]) for column in (self.ids, self.X))
-        return list(_by_task(ids, X, counts))
+    def rows(self, tasks: list[Task]) -> tuple[IntArray, FloatArray, IntArray]:
+        """Ids, rows and counts of ``tasks``, one after another."""
+        parts = [self.part(task) for task in tasks]
+        at = np.concatenate(parts) if parts else np.empty(0, np.int64)
+        return self.ids[at], self.X[at], np.array([len(p) for p in parts], np.int64)
 
 
 def _in_part(ids: IntArray, task: Task) -> Array:
     return np.asarray(splitmix64(ids) % np.uint64(task.parts) == np.uint64(task.part))
 
 
-def _by_task(ids: list[Array], X: list[Array], counts: list[Array]) -> Iterator[_Held]:
-    table = np.stack(counts)  # ranks, tasks
+def _by_task(sent: list[tuple[IntArray, FloatArray, IntArray]]) -> Iterator[_Held]:
+    table = np.stack([counts for _, _, counts in sent])  # ranks, tasks
     ends = np.cumsum(table, axis=1)
     for t in range(table.shape[1]):
-        cuts = [slice(ends[p, t] - table[p, t], ends[p, t]) for p in range(len(ids))]
-        parts = [[column[p][cut] for p, cut in enumerate(cuts)] for column in (ids, X)]
-        yield _Held(np.concatenate(parts[0]), np.concatenate(parts[1]), table[:, t])
+        cuts = [slice(end - n, end) for end, n in zip(ends[:, t], table[:, t], strict=True)]
+        ids = np.concatenate([ids[cut] for (ids, _, _), cut in zip(sent, cuts, strict=True)])
+        X = np.concatenate([X[cut] for (_, X, _), cut in zip(sent, cuts, strict=True)])
+        yield _Held(ids, X, table[:, t])
 
 
-def _search(task: Task, held: _Held, asking: _Held, alike: bool, k: int, leaf: Leaf) -> list[IntArray]:
-    """Keys of the task's queries, (queries of rank p, k) for every rank."""
-    if not alike:
+def _search(task: Task, held: _Held, asking: _Held | None, k: int, leaf: Leaf) -> list[IntArray]:
+    """Keys of the task's queries, (queries of rank p, k) for every rank; ``asking`` None: the index rows ask."""
+    if asking is not None:
         queries, which = distinct(asking.ids, asking.X)
         keys = search(queries, collapse(held.ids, held.X, k), k, leaf)[which]
         return np.split(keys, np.cumsum(asking.counts)[:-1])
@@ -187,18 +255,3 @@ def _search(task: Task, held: _Held, asking: _Held, alike: bool, k: int, leaf: L
     keys = search(shard.X[unique], shard, k, leaf)[place]
     sizes = [int(part.sum()) for part in np.split(asked, np.cumsum(held.counts)[:-1])]
     return np.split(keys, np.cumsum(sizes)[:-1])
-
-
-def _send_back(comm: Comm, found: list[list[IntArray]], k: int) -> list[IntArray]:
-    """The keys of this rank's queries, by the rank that has found them, in the order of its tasks.  Collective."""
-    none = np.empty((0, k), np.int64)
-    return comm.exchange([np.concatenate([none, *(parts[p] for parts in found)]) for p in range(comm.size)])
-
-
-def _aligned(wave: list[Task], asked: list[IntArray], answers: list[IntArray]) -> Iterator[tuple[IntArray, IntArray]]:
-    """(positions of this rank's queries, their keys), task by task."""
-    at = [0] * len(answers)
-    for task, rows in zip(wave, asked, strict=True):
-        lo = at[task.owner]
-        at[task.owner] = lo + len(rows)
-        yield rows, answers[task.owner][lo : lo + len(rows)]
