@@ -24,6 +24,10 @@ class CheckpointError(GraceError):
     """A checkpoint of grace_ds is missing, torn, of another schema, or belongs to another run."""
 
 
+class ExecutorError(GraceError):
+    """The Dask executor could not finish a graph; the refresh is given up, the transport and the job go on."""
+
+
 class TransportError(GraceError):
     """The transport between ranks cannot be used as asked (wrong MPI world, unequal calls on the ranks)."""
 

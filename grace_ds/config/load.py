@@ -117,6 +117,7 @@ def validate(c: GraceConfig, path: str = HOME) -> None:
         ("harvest.reduction", c.harvest.reduction, schema.REDUCTIONS),
         ("graph.leaf", c.graph.leaf, schema.LEAVES),
         ("graph.tier", c.graph.tier, schema.TIERS),
+        ("graph.executor", c.graph.executor, schema.EXECUTORS),
         ("selection.objective", c.selection.objective, schema.OBJECTIVES),
         ("checkpoint.on_missing_state", c.checkpoint.on_missing_state, schema.MISSING_STATE),
     ]

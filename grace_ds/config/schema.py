@@ -16,6 +16,7 @@ WEIGHTS = ("none", "inverse_probability")
 OBJECTIVES = ("sample", "facility_location", "topk", "rs2", "uniform")
 CADENCES = ("adaptive", "fixed")
 LEAVES = ("auto", "torch", "faiss")
+EXECUTORS = ("ring", "dask")
 TIERS = ("auto", "exact", "clustered")
 REDUCTIONS = ("mean", "sum")
 MISSING_STATE = ("rebuild", "error")
@@ -62,6 +63,7 @@ class GraphConfig:
 
     leaf: str = "auto"  # torch: exact; faiss: exact below 30,000 rows a rank, then tuned to the recall; auto: faiss, else torch
     tier: str = "auto"  # exact: every pair; clustered: rows that share a cluster; auto: clustered from 30,000 rows where it pays
+    executor: str = "ring"  # ring: over the job's transport; dask: a Dask cluster inside the job, started for each graph
     clusters: int = 0  # of the clustered tier; 0: the square root of the rows
     overlap: int = 0  # clusters that each row goes to; 0: as few as reach the recall
     k: int = 15

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 
@@ -32,17 +33,18 @@ def knn(
         Q: (n, d) float32, unit norm or zero, this rank.
         ids: (m,) int64, below 2**40, of the index rows, this rank; each on one rank only.
         X: (m, d) float32.  Where ``X is Q`` the rows are held and sent once.
-        config: k, recall, leaf, tier, clusters, overlap.
+        config: k, recall, leaf, tier, clusters, overlap, executor.
         exclude_self: whether a query's own id is no neighbour of it.
 
     Returns:
         (n, k) ids and cosines, nearest first, ties by the lower id; None where no rank has an index row.
 
     Raises:
-        ConfigError: the leaf is unknown or not installed.
+        ConfigError: the leaf is unknown, or it or the executor is not installed.
+        ExecutorError: the Dask executor could not finish; this rank must call ``comm.abort()``.
         DataError: rows are malformed.
     """
-    alike = Q is X and q_ids is ids
+    alike, over = Q is X and q_ids is ids, _executor(config.executor)
     if Q.ndim == 2 and X.ndim == 2 and Q.shape[1] != X.shape[1]:
         raise DataError(f"queries are {Q.shape[1]} wide, index rows {X.shape[1]}: use one feature space")
     X = prepared(ids, X)
@@ -56,11 +58,23 @@ def knn(
         centroids = centroids_of(comm, ids, X, clusters_for(config, n_index))
         placement = place(comm, q_ids, Q, ids, X, config.k, centroids, config.recall, config.overlap, exclude_self)
         if _worth(plan, placement, config, n_queries * n_index):
-            return nearest_clustered(comm, q_ids, Q, ids, X, config.k, leaves.exact(config.leaf), placement, exclude_self)
+            leaf = leaves.exact(config.leaf)
+            return nearest_clustered(
+                comm, q_ids, Q, ids, X, config.k, leaf, placement, exclude_self, over and over.clustered_keys
+            )
     else:
         log.info("graph: exact tier (%s)", plan.why)
     leaf = leaves.choose(config.leaf, largest, config.recall)
-    return nearest(comm, q_ids, Q, ids, X, config.k, leaf, exclude_self)
+    return nearest(comm, q_ids, Q, ids, X, config.k, leaf, exclude_self, over.exact_keys if over else None)
+
+
+def _executor(name: str) -> Any:
+    """The module of another executor than the ring; Dask is imported where it is asked for."""
+    if name == "ring":
+        return None
+    from grace_ds.graph import dask_executor
+
+    return dask_executor
 
 
 def _worth(plan: GraphPlan, found: Placement, config: GraphConfig, all_pairs: int) -> bool:

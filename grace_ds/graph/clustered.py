@@ -10,7 +10,7 @@ bound what a rank holds at once.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,9 @@ from grace_ds.records import Array, FloatArray, IntArray, Neighbours
 LEAST_WAVE = 2 << 20  # bytes of the rows that a rank is sent in a wave, at least
 WAVE_SHARE = 32  # and a thirty-second of the index rows that it holds
 GIANT = 4  # parts of the whole work for each rank: a dearer cluster's queries are divided
+
+
+Executor = Callable[[Comm, IntArray, FloatArray, IntArray, FloatArray, int, Leaf, Placement], IntArray]
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ def nearest_clustered(
     leaf: Leaf,
     placement: Placement,
     exclude_self: bool = True,
+    over: Executor | None = None,
 ) -> Neighbours:
     """As :func:`grace_ds.graph.ring.nearest`, among rows that share a cluster only.  Collective.
 
@@ -101,8 +105,9 @@ def nearest_clustered(
         q_ids, Q, ids, X: as there, with rows prepared.
         leaf: an exact one.
         placement: of these very rows.
+        over: another executor than the ring: what :func:`nearest_keys` does.
     """
-    keys = nearest_keys(comm, q_ids, Q, ids, X, k + int(exclude_self), leaf, placement)
+    keys = (over or nearest_keys)(comm, q_ids, Q, ids, X, k + int(exclude_self), leaf, placement)
     return finished(keys, q_ids, k, exclude_self)
 
 

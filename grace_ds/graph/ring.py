@@ -6,6 +6,8 @@ by id, and never by the order in which a leaf or a rank found them (:mod:`grace_
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from grace_ds.comm.base import Comm
@@ -26,6 +28,7 @@ def nearest(
     k: int,
     leaf: Leaf,
     exclude_self: bool = True,
+    over: Callable[[Comm, FloatArray, Shard, int, Leaf], IntArray] | None = None,
 ) -> Neighbours:
     """This rank's queries against the index rows of all ranks; all ranks call it together.
 
@@ -38,6 +41,7 @@ def nearest(
         k: neighbours wanted.
         leaf: the same on all ranks.  With an exact one the result is the same for any number of ranks.
         exclude_self: whether a query's own id is no neighbour of it.
+        over: another executor than the ring: what :func:`rotate` does.
 
     Returns:
         (n, k) ids and cosines in multiples of 2**-20, nearest first, ties by the lower id, for this rank's queries.
@@ -55,11 +59,17 @@ def nearest(
         queries, which = distinct(q_ids, prepared(q_ids, Q))
     if queries.shape[1] != shard.X.shape[1]:
         raise DataError(f"queries are {queries.shape[1]} wide, index rows {shard.X.shape[1]}: use one feature space")
+    keys = (over or rotate)(comm, queries, shard, wanted, leaf)
+    if not np.array_equal(which, np.arange(len(queries))):
+        keys = keys[which]
+    return finished(keys, q_ids, k, exclude_self)
+
+
+def rotate(comm: Comm, queries: FloatArray, shard: Shard, wanted: int, leaf: Leaf) -> IntArray:
+    """(n, wanted) keys of this rank's distinct queries among the shards of all ranks.  Collective."""
     keys = np.full((len(queries), 0), PAD)
     for step in range(comm.size):
         keys = merge(keys, search(queries, shard, wanted, leaf), wanted)
         if step + 1 < comm.size:
             shard = Shard(comm.shift(shard.X), comm.shift(shard.members))
-    if not np.array_equal(which, np.arange(len(queries))):
-        keys = keys[which]
-    return finished(keys, q_ids, k, exclude_self)
+    return keys
