@@ -2,7 +2,8 @@
 # Everything that must hold, from a clean clone: style, types, layers, tests. Arguments, if any, go to pytest.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-grace_setup test
+# GRACE_TEST_GPU_WHEELS=1 checks the GPU code against the real RAPIDS, without a GPU; its wheels are about 4 GB.
+grace_setup "test${GRACE_TEST_GPU_WHEELS:+,gpu-cu12}"
 cd "$ROOT"
 # The tests on a real Slurm (tests/cluster) skip with a reason where it is missing and cannot be had.
 if [[ "$(id -u)" == 0 ]] && command -v apt-get >/dev/null && ! command -v slurmctld >/dev/null; then

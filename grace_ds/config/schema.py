@@ -15,7 +15,7 @@ RECIPES = ("grace", "prior", "density", "uniform")  # each uses everything that 
 WEIGHTS = ("none", "inverse_probability")
 OBJECTIVES = ("sample", "facility_location", "topk", "rs2", "uniform")
 CADENCES = ("adaptive", "fixed")
-LEAVES = ("auto", "torch", "faiss")
+LEAVES = ("auto", "torch", "faiss", "cuvs")
 EXECUTORS = ("ring", "dask")
 TIERS = ("auto", "exact", "clustered")
 REDUCTIONS = ("mean", "sum")
@@ -61,7 +61,9 @@ class FeaturesConfig:
 class GraphConfig:
     """The k-NN graph that carries scores from harvested samples to the others."""
 
-    leaf: str = "auto"  # torch: exact; faiss: exact below 30,000 rows a rank, then tuned to the recall; auto: faiss, else torch
+    leaf: str = (
+        "auto"  # torch: exact; faiss: exact below 30,000 rows, then tuned; cuvs: GPU, not yet run; auto: faiss, else torch
+    )
     tier: str = "auto"  # exact: every pair; clustered: rows that share a cluster; auto: clustered from 30,000 rows where it pays
     executor: str = "ring"  # ring: over the job's transport; dask: a Dask cluster inside the job, started for each graph
     clusters: int = 0  # of the clustered tier; 0: the square root of the rows

@@ -59,13 +59,15 @@ def knn(
         placement = place(comm, q_ids, Q, ids, X, config.k, centroids, config.recall, config.overlap, exclude_self)
         if _worth(plan, placement, config, n_queries * n_index):
             leaf = leaves.exact(config.leaf)
-            return nearest_clustered(
-                comm, q_ids, Q, ids, X, config.k, leaf, placement, exclude_self, over and over.clustered_keys
-            )
+            with leaves.opened(comm, leaf):
+                return nearest_clustered(
+                    comm, q_ids, Q, ids, X, config.k, leaf, placement, exclude_self, over and over.clustered_keys
+                )
     else:
         log.info("graph: exact tier (%s)", plan.why)
     leaf = leaves.choose(config.leaf, largest, config.recall)
-    return nearest(comm, q_ids, Q, ids, X, config.k, leaf, exclude_self, over.exact_keys if over else None)
+    with leaves.opened(None if over else comm, leaf):
+        return nearest(comm, q_ids, Q, ids, X, config.k, leaf, exclude_self, over.exact_keys if over else None)
 
 
 def _executor(name: str) -> Any:

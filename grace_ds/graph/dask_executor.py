@@ -17,7 +17,7 @@ import numpy as np
 from grace_ds.comm.base import Comm
 from grace_ds.graph.clustered import LocalRows, Packed, work
 from grace_ds.graph.dask_cluster import Cluster, cluster
-from grace_ds.graph.leaves import Leaf
+from grace_ds.graph.leaves import Leaf, Opened
 from grace_ds.graph.merge import PAD, merge
 from grace_ds.graph.placement import Placement
 from grace_ds.graph.rows import Shard
@@ -56,7 +56,8 @@ def exact_keys(comm: Comm, queries: FloatArray, shard: Shard, wanted: int, leaf:
     with _registered(comm, _Side(comm.rank, wanted, leaf, queries=queries, shard=shard)) as (token, side):
         with cluster(comm) as dask:
             if dask is not None:
-                dask.wait([_exact_of(dask, token, rank) for rank in range(comm.size)])
+                with _joined(dask, token, leaf):
+                    dask.wait([_exact_of(dask, token, rank) for rank in range(comm.size)])
             comm.agree()  # the others' results are there when rank 0 says so
         assert side.keys is not None
         return side.keys
@@ -81,8 +82,9 @@ def clustered_keys(
     with _registered(comm, _Side(comm.rank, wanted, leaf, rows=rows)) as (token, _):
         with cluster(comm) as dask:
             if dask is not None:
-                for wave in range(len(rows.waves)):  # one after another: they bound what a rank holds
-                    dask.wait(_wave_of(dask, token, wave))
+                with _joined(dask, token, leaf):
+                    for wave in range(len(rows.waves)):  # one after another: they bound what a rank holds
+                        dask.wait(_wave_of(dask, token, wave))
             comm.agree()
         return rows.keys
 
@@ -95,6 +97,19 @@ def _registered(comm: Comm, side: _Side) -> Iterator[tuple[str, _Side]]:
         yield token, side
     finally:
         del _SIDES[token]
+
+
+@contextmanager
+def _joined(dask: Cluster, token: str, leaf: Leaf) -> Iterator[None]:
+    """Under a leaf that runs on GPUs: an NCCL clique of the workers, and its RAFT handle in each rank's leaf."""
+    if not isinstance(leaf, Opened):
+        yield
+        return
+    from grace_ds.graph.gpu.raft_comms import dask_clique
+
+    with dask_clique(dask.client, dask.workers) as session:
+        dask.wait([_on(dask, rank, _bind, token, session) for rank in range(len(dask.workers))])
+        yield
 
 
 def _exact_of(dask: Cluster, token: str, rank: int) -> Any:
@@ -120,6 +135,15 @@ def _wave_of(dask: Cluster, token: str, wave: int) -> list[Any]:
 def _on(dask: Cluster, rank: int, task: Any, *args: Any, priority: int = 0) -> Any:
     where = [dask.workers[rank]]
     return dask.client.submit(task, *args, workers=where, allow_other_workers=False, pure=False, retries=0, priority=priority)
+
+
+def _bind(token: str, session: bytes) -> int:
+    from grace_ds.graph.gpu.raft_comms import handle_here
+
+    leaf = _SIDES[token].leaf
+    assert isinstance(leaf, Opened)
+    leaf.bind(handle_here(session))
+    return 0
 
 
 def _shard(token: str) -> Shard:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from grace_ds.comm.base import Comm
 from grace_ds.errors import ConfigError
 from grace_ds.records import Array, FloatArray, IntArray
 
@@ -82,6 +84,43 @@ def _faiss(recall: float) -> Leaf:
     from grace_ds.graph.leaves.faiss_leaf import FaissLeaf
 
     return FaissLeaf(recall)
+
+
+@register("cuvs")
+def _cuvs(recall: float) -> Leaf:
+    for module in ("cuvs", "cupy", "rmm", "raft_dask"):
+        if importlib.util.find_spec(module) is None:
+            cure = "pip install grace_ds[gpu-cu12] (or gpu-cu13), or set graph.leaf to faiss or torch"
+            raise ConfigError(f"graph.leaf is 'cuvs', but {module} is not installed: {cure}")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("graph.leaf is 'cuvs', but torch sees no GPU on this rank: set graph.leaf to faiss or torch")
+    from grace_ds.graph.leaves.cuvs_leaf import CuvsLeaf
+
+    return CuvsLeaf(recall)
+
+
+@runtime_checkable
+class Opened(Protocol):
+    """A leaf that holds something for the length of a graph: memory, a stream, a communicator."""
+
+    def open(self, comm: Comm | None) -> AbstractContextManager[None]:
+        """Takes and returns it.  Collective.
+
+        Args:
+            comm: whose ranks are to be joined by a communicator of the leaf's own; None: :meth:`bind` brings one later.
+        """
+        ...
+
+    def bind(self, resources: Any) -> None:
+        """Uses ``resources`` instead of its own until it is closed."""
+        ...
+
+
+def opened(comm: Comm | None, leaf: Leaf) -> AbstractContextManager[None]:
+    """What must be in force while ``leaf`` is used."""
+    return leaf.open(comm) if isinstance(leaf, Opened) else nullcontext()
 
 
 def choose(name: str, rows: int, recall: float = 0.99) -> Leaf:

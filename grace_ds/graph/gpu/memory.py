@@ -1,0 +1,65 @@
+"""GPU memory for one graph: a capped pool beside torch's own cache, and nothing of it left afterwards.
+
+Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from grace_ds.errors import DataError
+
+SHARE = 0.8  # of what is free once torch has returned its cache
+LEAST = 256 << 20  # bytes below which no graph is worth starting
+_UNIT = 256  # RMM asks for multiples of it
+
+
+def pool_bytes(free: int, share: float = SHARE) -> int:
+    """Bytes that the pool may hold where ``free`` are free.
+
+    Raises:
+        DataError: too little is free.
+    """
+    limit = int(free * share) // _UNIT * _UNIT
+    if limit < LEAST:
+        cure = "set graph.leaf to faiss or torch, or a smaller window"
+        raise DataError(f"{free >> 20} MiB are free on the GPU: too few for a graph there; {cure}")
+    return limit
+
+
+@contextmanager
+def gpu_memory(share: float = SHARE) -> Iterator[Any]:
+    """A pool for RMM and CuPy for the length of the block; yields the CUDA stream that the work is to go on.
+
+    torch's cached blocks go back to the device first.  A stream of its own, because cuVS takes stream 0 for none given.
+
+    Raises:
+        DataError: too little memory is free.
+    """
+    import cupy
+    import rmm
+    import torch
+    from rmm.allocators.cupy import rmm_cupy_allocator
+
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    cupy.cuda.Device(torch.cuda.current_device()).use()
+    free, _ = cupy.cuda.runtime.memGetInfo()
+    limit = pool_bytes(free, share)
+    before = rmm.mr.get_current_device_resource()
+    pool = rmm.mr.PoolMemoryResource(rmm.mr.CudaMemoryResource(), initial_pool_size=LEAST, maximum_pool_size=limit)
+    rmm.mr.set_current_device_resource(pool)
+    cupy.cuda.set_allocator(rmm_cupy_allocator)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    try:
+        with stream:
+            yield stream
+        stream.synchronize()
+    finally:
+        cupy.cuda.set_allocator(cupy.get_default_memory_pool().malloc)
+        rmm.mr.set_current_device_resource(before)
+        gc.collect()  # whatever still holds a block of the pool keeps the pool
+        del pool
