@@ -59,14 +59,18 @@ class Harvester:
             self._freeze(comm)
             self.rows_dropped += sum(len(h.ids) for h in harvested if h is not None)
         else:
-            parts = [h.rows(step) for h in harvested if h is not None]
-            self.rows_dropped += sum(len(h.ids) for h in harvested if h is not None) - sum(map(len, parts))
-            self._inbox += parts
-            losses = np.concatenate([p.loss for p in parts]) if parts else np.empty(0, np.float32)
-            finite = losses[np.isfinite(losses)]
-            self._steps.append(step)
-            self._sums.append((float(finite.sum(dtype=np.float64)), len(finite)))
+            self._keep([h for h in harvested if h is not None], step)
         self.seconds += time.perf_counter() - started
+
+    def _keep(self, harvested: Sequence[Harvested], step: int) -> None:
+        """Puts a step's rows into the inbox."""
+        parts = [h.rows(step) for h in harvested]
+        self.rows_dropped += sum(len(h.ids) for h in harvested) - sum(map(len, parts))
+        self._inbox += parts
+        losses = np.concatenate([p.loss for p in parts]) if parts else np.empty(0, np.float32)
+        finite = losses[np.isfinite(losses)]
+        self._steps.append(step)
+        self._sums.append((float(finite.sum(dtype=np.float64)), len(finite)))
 
     def discard(self, bindings: Sequence[Binding]) -> None:
         """Drops bindings of a step that was not applied."""

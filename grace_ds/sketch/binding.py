@@ -106,6 +106,25 @@ class Plan:
         """Rows of a side: the seeded base's and the trusted factors'."""
         return self.rank + (0 if self.strength is None else self.strength.shape[1])
 
+    def rows(
+        self,
+        ids: IntArray,
+        folded: npt.NDArray[np.float32],
+        product: npt.NDArray[np.float32] | None,
+        loss: FloatArray,
+        sigma: npt.NDArray[np.float64],
+        factor: npt.NDArray[np.float64],
+    ) -> Harvested:
+        """Rows from what is linear in the gradients: ``folded`` (n, dim), and ``product`` (n,) with the basis in force."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            sketch = (folded * factor[:, None]).astype(np.float32)
+            norm = np.sqrt((sketch.astype(np.float64) ** 2).sum(1))
+            align = np.full(len(ids), np.nan)
+            if self.strength is not None and product is not None:
+                lengths = norm * np.sqrt(((self.strength / sigma[:, None]) ** 2).sum())
+                np.divide(product * factor, lengths, out=align, where=lengths > 0)
+        return Harvested(ids, sketch, norm.astype(np.float32), align.astype(np.float32), loss, self.basis_version)
+
 
 @dataclass(frozen=True)
 class Harvested:
@@ -149,6 +168,7 @@ class Binding(Target):
 
     Attributes:
         ids: (n,) int64, dataset ids, in the order of the batch's rows.
+        plan: the projections that it was begun with.
         losses: (n,) float32 tensor or None; see :meth:`Sketcher.observe_loss`.
         tokens: (n,) int64 tensor of valid targets, or None.
     """
@@ -160,18 +180,21 @@ class Binding(Target):
             raise DataError("a micro-batch with no ids cannot be bound; leave it out of the harvest")
         self.losses: torch.Tensor | None = None
         self.tokens: torch.Tensor | None = None
-        self._plan = plan
+        self.plan = plan
         self._fold = fold
         self._sums: torch.Tensor | None = None  # (layers, n, width, width) float32
 
     def capture(self, index: int, x: torch.Tensor) -> Receiver | None:
         """Projects the input of layer ``index`` at once; None when it does not split into the binding's samples."""
         n = len(self.ids)
-        split = layout(x.shape, n)
+        part = self.plan.layers[index].split
+        split = layout(x.shape, n, part.time_major)
         if split is None:
             return None
-        side_in, side_out = self._plan.sides[index]
-        held = [side_in.project(x.detach().reshape(-1, x.shape[-1]))]
+        if part.gather is not None:
+            split = (split[0] * part.size, split[1])
+        side_in, side_out = self.plan.sides[index]
+        held = [part.all_tokens(side_in.project(x.detach().reshape(-1, x.shape[-1])))]
         nbytes = held[0].numel() * held[0].element_size()
         self.hold(nbytes)
 
@@ -188,7 +211,7 @@ class Binding(Target):
     def _accumulate(self, index: int, a: torch.Tensor, g: torch.Tensor, split: Layout) -> None:
         n = len(self.ids)
         if self._sums is None:
-            shape = (len(self._plan.layers), n, self._plan.width, self._plan.width)
+            shape = (len(self.plan.layers), n, self.plan.width, self.plan.width)
             self._sums = torch.zeros(shape, dtype=torch.float32, device=g.device)
             self.hold(self._sums.numel() * 4)
         elif self._sums.device != g.device:
@@ -199,14 +222,45 @@ class Binding(Target):
 
     def row_factor(self, grad_scale: float, reduction: str, tokens: IntArray | None) -> npt.NDArray[np.float64]:
         """(n,) what makes each row the gradient of its sample's mean loss, whatever shared the micro-batch with it."""
-        n = len(self.ids)
         if tokens is None and self.tokens is not None:
             tokens = self.tokens.cpu().numpy()
-        if tokens is None:
-            return np.full(n, grad_scale * (n if reduction == "mean" else 1.0))
-        counts = np.asarray(tokens, np.float64)
-        total = counts.sum() if reduction == "mean" else 1.0
-        return grad_scale * np.where(counts > 0, total / np.maximum(counts, 1.0), 0.0)
+        return row_factor(len(self.ids), grad_scale, reduction, tokens)
+
+    def coordinates(self) -> npt.NDArray[np.float32]:
+        """(n, layers, rank²) float32: the layers' sketches, unfolded and unscaled; 0 where no gradient came."""
+        n, r, depth = len(self.ids), self.plan.rank, len(self.plan.layers)
+        if self._sums is None:
+            return np.zeros((n, depth, r * r), np.float32)
+        out: npt.NDArray[np.float32] = self._sums.transpose(0, 1)[:, :, :r, :r].reshape(n, depth, r * r).cpu().numpy()
+        return out
+
+    def linear(self, sigma: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+        """(n, dim + 1) float32: the folded sketch and the inner product with the trusted gradient, 0 without a basis.
+
+        Both are linear in the gradients: what ranks that hold parts of one model have is to be added up.
+        """
+        n, dim = len(self.ids), self._fold.dim
+        if self._sums is None:
+            return np.zeros((n, dim + 1), np.float32)
+        numbers = self._numbers(sigma)
+        last = numbers[:, -1:] if self.plan.strength is not None else np.zeros((n, 1), np.float32)
+        return np.concatenate([numbers[:, :dim], last], 1)
+
+    def _numbers(self, sigma: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+        """(n, dim + layers (+ 1)) float32: sketch, squared lengths of the layers' own, and the inner product with a basis."""
+        assert self._sums is not None, "no gradient was received"
+        plan, n = self.plan, len(self.ids)
+        r, device = plan.rank, self._sums.device
+        sums = self._sums.transpose(0, 1)
+        coordinates = sums[:, :, :r, :r].reshape(n, -1, r * r)
+        coefficient = torch.from_numpy((plan.unit / sigma).astype(np.float32)).to(device)
+        parts = [self._fold(coordinates, coefficient), coordinates.square().sum(2)]
+        if plan.strength is not None:
+            products = torch.diagonal(sums[:, :, r:, r:], dim1=2, dim2=3)
+            weight = torch.from_numpy((plan.strength / sigma[:, None] ** 2).astype(np.float32)).to(device)
+            parts.append((products * weight).sum((1, 2)).unsqueeze(1))
+        numbers: npt.NDArray[np.float32] = torch.cat(parts, 1).cpu().numpy()  # one copy from the device
+        return numbers
 
     def compute(
         self, sigma: npt.NDArray[np.float64], factor: npt.NDArray[np.float64]
@@ -220,27 +274,25 @@ class Binding(Target):
         Returns:
             The rows, and (n, layers) float64 squared lengths before the division by ``sigma``.
         """
-        assert self._sums is not None, "compute() before any gradient was received"
-        plan, n = self._plan, len(self.ids)
-        r, device = plan.rank, self._sums.device
-        sums = self._sums.transpose(0, 1)
-        coordinates = sums[:, :, :r, :r].reshape(n, -1, r * r)
-        coefficient = torch.from_numpy((plan.unit / sigma).astype(np.float32)).to(device)
-        parts = [self._fold(coordinates, coefficient), coordinates.square().sum(2)]
-        if plan.strength is not None:
-            products = torch.diagonal(sums[:, :, r:, r:], dim1=2, dim2=3)
-            weight = torch.from_numpy((plan.strength / sigma[:, None] ** 2).astype(np.float32)).to(device)
-            parts.append((products * weight).sum((1, 2)).unsqueeze(1))
-        numbers = torch.cat(parts, 1).cpu().numpy()  # one copy from the device
-        dim, depth = self._fold.dim, len(plan.layers)
+        numbers = self._numbers(sigma)
+        dim, depth = self._fold.dim, len(self.plan.layers)
         with np.errstate(over="ignore", invalid="ignore"):
-            sketch = (numbers[:, :dim] * factor[:, None]).astype(np.float32)
-            norm = np.sqrt((sketch.astype(np.float64) ** 2).sum(1))
-            squares = numbers[:, dim : dim + depth].astype(np.float64) * (factor[:, None] * plan.unit) ** 2
-            align = np.full(n, np.nan)
-            if plan.strength is not None:
-                lengths = norm * np.sqrt(((plan.strength / sigma[:, None]) ** 2).sum())
-                np.divide(numbers[:, -1] * factor, lengths, out=align, where=lengths > 0)
-        loss = np.full(n, np.nan, np.float32) if self.losses is None else self.losses.float().cpu().numpy()
-        rows = Harvested(self.ids, sketch, norm.astype(np.float32), align.astype(np.float32), loss, plan.basis_version)
-        return rows, squares
+            squares = numbers[:, dim : dim + depth].astype(np.float64) * (factor[:, None] * self.plan.unit) ** 2
+        loss = np.full(len(self.ids), np.nan, np.float32) if self.losses is None else self.losses.float().cpu().numpy()
+        product = None if self.plan.strength is None else numbers[:, -1]
+        return self.plan.rows(self.ids, numbers[:, :dim], product, loss, sigma, factor), squares
+
+
+def row_factor(n: int, grad_scale: float, reduction: str, tokens: IntArray | None) -> npt.NDArray[np.float64]:
+    """(n,) what the gradients of a micro-batch's n samples are to be multiplied with, for those of each one's own mean loss.
+
+    Args:
+        grad_scale: accumulation steps divided by the loss scale.
+        reduction: "mean" or "sum", how the job's loss joins the tokens of a micro-batch.
+        tokens: (n,) valid tokens a sample; None: all alike.
+    """
+    if tokens is None:
+        return np.full(n, grad_scale * (n if reduction == "mean" else 1.0))
+    counts = np.asarray(tokens, np.float64)
+    total = counts.sum() if reduction == "mean" else 1.0
+    return np.asarray(grad_scale * np.where(counts > 0, total / np.maximum(counts, 1.0), 0.0), np.float64)

@@ -17,8 +17,12 @@ import torch
 from torch import nn
 
 from grace_ds.errors import ConfigError
+from grace_ds.sketch.split import WHOLE, Split
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+Hook = Callable[[nn.Module, tuple[Any, ...], Any], None]
 
 
 class LayerRule:
@@ -29,10 +33,23 @@ class LayerRule:
         raise NotImplementedError
 
     def tensors(self, args: tuple[Any, ...], output: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(input (..., inputs), output (..., outputs)) of one call, or None when the call has another form."""
+        """(input (..., inputs), output (..., outputs)) of one call, or None when the call has another form.
+
+        Of a tuple, such as (output, bias), the first entry is the output.
+        """
+        if isinstance(output, tuple) and output:
+            output = output[0]
         if args and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
             return args[0], output
         return None
+
+    def split(self, module: nn.Module) -> Split:
+        """What part of the layer the module holds; ``features`` are those of the whole layer."""
+        return WHOLE
+
+    def watch(self, module: nn.Module, hook: Hook) -> Callable[[], None]:
+        """Lets ``hook(module, args, output)`` see every call; returns what undoes that."""
+        return module.register_forward_hook(hook).remove
 
 
 _RULES: dict[type[nn.Module] | str, LayerRule] = {}
@@ -84,13 +101,27 @@ def known_rules() -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer to sketch: its global name (seeds the bases), the module, its rule and the weight's two widths."""
+    """One layer to sketch.
+
+    Attributes:
+        name: global, seeds the bases.
+        module: None where the layer lies on other ranks only (another pipeline stage).
+        rule: of its class; None like ``module``.
+        inputs, outputs: widths of the whole weight.
+        split: what part of it this rank holds.
+    """
 
     name: str
-    module: nn.Module
-    rule: LayerRule
+    module: nn.Module | None
+    rule: LayerRule | None
     inputs: int
     outputs: int
+    split: Split = WHOLE
+
+    @property
+    def here(self) -> bool:
+        """Whether this rank sketches it, or a part of it."""
+        return self.module is not None and self.split.counted
 
 
 def canonical_name(name: str) -> str:
@@ -120,7 +151,12 @@ def select_layers(model: nn.Module, patterns: Sequence[str] = ("auto",), exclude
             f"harvest.layers={list(patterns)} with harvest.exclude={list(exclude)} leaves no layer to sketch; the "
             f"model has {len(known)} layers that could be: {_some(known)}. Name some of them in harvest.layers"
         )
-    return [Layer(name, modules[name], known[name], *known[name].features(modules[name])) for name in kept]
+    return [layer_of(name, modules[name], known[name]) for name in kept]
+
+
+def layer_of(name: str, module: nn.Module, rule: LayerRule) -> Layer:
+    """The layer that ``module`` is, or is a part of."""
+    return Layer(name, module, rule, *rule.features(module), rule.split(module))
 
 
 def _match(pattern: str, modules: dict[str, nn.Module], known: dict[str, LayerRule]) -> set[str]:

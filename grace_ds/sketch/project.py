@@ -139,11 +139,16 @@ class Side:
 Layout = tuple[int, bool]  # (tokens of a sample, whether the tokens stand before the samples)
 
 
-def layout(shape: Sequence[int], n: int) -> Layout | None:
+def layout(shape: Sequence[int], n: int, time_major: bool = False) -> Layout | None:
     """How a tensor (..., features) splits into ``n`` samples; None when it does not.
 
     (n, T, ·) and (n, ·) are batch-major, (n·T, ·) and (n·k, T, ·) too (row-major), (T, n, ·) is time-major.
+
+    Args:
+        time_major: it is known to be (T, n, ·), even where T equals n.
     """
+    if time_major:
+        return (shape[0], True) if len(shape) == 3 and shape[1] == n and shape[0] else None
     rows = 1
     for length in shape[:-1]:
         rows *= length

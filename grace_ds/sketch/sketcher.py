@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from grace_ds.errors import CheckpointError, ConfigError
 from grace_ds.records import IntArray
@@ -51,20 +50,22 @@ class Sketcher:
         seed: of the bases and of the fold; equal on all ranks.
         dim: width of the folded sketch.
         rank: rows of the bases of each side.
+        pipelined: several micro-batches are in flight at once, and their backwards come in the order of their forwards.
     """
 
-    def __init__(self, layers: Sequence[Layer], seed: int, dim: int = 256, rank: int = 8) -> None:
+    def __init__(self, layers: Sequence[Layer], seed: int, dim: int = 256, rank: int = 8, pipelined: bool = False) -> None:
         if not layers or dim < 1 or rank < 1:
             raise ConfigError(f"harvest needs layers, a dim and a rank; got {len(layers)} layers, {dim=}, {rank=}")
         self.layers = list(layers)
         self.names = [layer.name for layer in layers]
-        self.seed, self.dim, self.rank = seed, dim, rank
+        self.seed, self.dim, self.rank, self.pipelined = seed, dim, rank, pipelined
         self.scale = LayerScale(self.names)
         self.failures = 0  # exceptions inside our hooks; the job goes on
         self.seconds = 0.0  # wall time spent in the hooks (on a GPU: launching their work) and reading losses
         self._fold = Fold(self.names, seed, rank, dim)
         self._meter = Meter()
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Callable[[], None]] = []
+        self._in_flight: list[Target] = []  # pipelined: in the order of their forwards
         self._current: Target | None = None  # takes forwards
         self._latest: Target | None = None  # takes the recomputations inside its backward
         self._told: set[str] = set()
@@ -78,7 +79,8 @@ class Sketcher:
         if not self._handles:
             try:
                 for index, layer in enumerate(self.layers):
-                    self._handles.append(layer.module.register_forward_hook(self._hook(index, layer)))
+                    if layer.here and layer.module is not None and layer.rule is not None:
+                        self._handles.append(layer.rule.watch(layer.module, self._hook(index, layer)))
             except BaseException:
                 self.detach()
                 raise
@@ -86,9 +88,10 @@ class Sketcher:
 
     def detach(self) -> None:
         """Removes every hook and closes the open binding; a second call does nothing."""
-        for handle in self._handles:
-            handle.remove()
+        for remove in self._handles:
+            remove()
         self._handles.clear()
+        self._in_flight.clear()
         if self._latest is not None:
             self._latest.close()
         self._current = self._latest = None
@@ -110,6 +113,8 @@ class Sketcher:
     def route(self, target: Target) -> None:
         """Sends what the hooks see to ``target``, until :meth:`end`."""
         self._current = self._latest = target
+        if self.pipelined and not any(t is target for t in self._in_flight):
+            self._in_flight = [*(t for t in self._in_flight if not t.closed), target]
 
     def end(self) -> None:
         """The forward is over: later forwards are not captured, the binding's own backward still is."""
@@ -156,7 +161,7 @@ class Sketcher:
         try:
             if binding.spoiled or not binding.backward_seen or binding.closed:
                 return None
-            missing = [self.names[i] for i in range(len(self.names)) if i not in binding.seen]
+            missing = [layer.name for i, layer in enumerate(self.layers) if layer.here and i not in binding.seen]
             if missing:
                 message = "%d of the sketched layers had no gradient, e.g. %s; they count as zero"
                 self._tell("missing", message, len(missing), missing[0])
@@ -181,21 +186,34 @@ class Sketcher:
 
     def accumulator(self, rank: int = 8) -> BasisAccumulator:
         """An empty accumulator for a basis of ``rank`` factors a layer, fed through :meth:`route`."""
+        self._refuse_parts()
         return BasisAccumulator(self.layers, self.seed, rank, self._meter)
 
     def moments(self) -> MomentAccumulator:
         """An empty accumulator of the layers' second moments, fed through :meth:`route`."""
+        self._refuse_parts()
         return MomentAccumulator(self.layers, self.seed, meter=self._meter)
+
+    def _refuse_parts(self) -> None:
+        """A second moment of a side that is spread over ranks is no sum of what each rank sees: E[a aᵀ] pairs all blocks."""
+        parts = [layer.name for layer in self.layers if layer.module is None or layer.split.size > 1 or not layer.split.counted]
+        if parts:
+            raise ConfigError(
+                f"{parts[0]} is split over ranks, and a trusted basis is fitted to whole layers only: use recipe: prior with "
+                "tensor, sequence or pipeline parallelism"
+            )
 
     def _make_plan(self) -> Plan:
         sides: list[tuple[Side, Side]] = []
         units: list[float] = []
         for layer in self.layers:
             left, right, unit = bases(layer.name, self.seed, self.rank, layer.inputs, layer.outputs)
-            if self._basis is not None:
+            if not layer.here:  # kept only for its place and its unit
+                left, right = left[:0], right[:0]
+            elif self._basis is not None:
                 u, _, v = self._basis.factors[layer.name]
                 left, right = np.concatenate([left, u.T]), np.concatenate([right, v.T])
-            sides.append((Side(left), Side(right)))
+            sides.append((Side(layer.split.block("in", left)), Side(layer.split.block("out", right))))
             units.append(unit)
         strength = None
         if self._basis is not None:
@@ -256,10 +274,20 @@ class Sketcher:
             if self._current is not None or _in_backward():
                 target.defer(index)
             return
-        if not (target.claim(index) if _in_backward() else self._current is not None):
+        if _in_backward():
+            claimed = self._claim(index)
+            if claimed is None:
+                return
+            target = claimed
+        elif self._current is None:
             return
+        assert layer.rule is not None
         found = layer.rule.tensors(args, output)
-        if found is None or not found[1].requires_grad:
+        if found is None:
+            message = "layer %s is not sketched: its call has a form that its rule %s cannot read"
+            self._tell(layer.name, message, layer.name, type(layer.rule).__name__)
+            return
+        if not found[1].requires_grad:
             return
         x, out = found
         with _own_dtype(x.device.type):
@@ -279,6 +307,11 @@ class Sketcher:
             self.seconds += time.perf_counter() - started
 
         out.register_hook(on_grad)  # type: ignore[no-untyped-call]
+
+    def _claim(self, index: int) -> Target | None:
+        """Whose recomputation of layer ``index`` this is: of the latest forward, or in a pipeline of the oldest that waits."""
+        waiting = self._in_flight if self.pipelined else [self._latest]
+        return next((t for t in waiting if t is not None and not t.closed and t.claim(index)), None)
 
     def _spoil(self, target: Target, name: str, error: Exception) -> None:
         target.spoiled = True

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from grace_ds.errors import ConfigError
 from grace_ds.sketch.layers import LayerRule, canonical_name, register_rule, rule_for, select_layers
+from grace_ds.sketch.sketcher import Sketcher
 from tests.models import TinyGPT
 
 
@@ -92,3 +94,31 @@ def test_a_registered_rule_is_used():
 
 def test_wrappers_do_not_change_a_layers_name():
     assert canonical_name("_orig_mod.blocks.1._checkpoint_wrapped_module.up") == "blocks.1.up"
+
+
+class Paired(nn.Linear):
+    """A layer that returns its output beside something else, as Megatron's do."""
+
+    def forward(self, x):
+        return super().forward(x), None
+
+
+class WithPair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pair = Paired(4, 3)
+
+    def forward(self, x):
+        return self.pair(x)[0].square().sum()
+
+
+def test_layer_that_returns_a_tuple_is_sketched():
+    torch.manual_seed(0)
+    model, x = WithPair(), torch.randn(2, 5, 4)
+    with Sketcher(select_layers(model, ["pair"]), seed=1, dim=64, rank=4) as sketcher:
+        binding = sketcher.begin(np.arange(2))
+        loss = model(x)
+        sketcher.end()
+        loss.backward()
+        found = sketcher.finish(binding, reduction="sum")
+    assert found is not None and (found.norm > 0).all()

@@ -260,7 +260,7 @@ def test_failing_hook_spoils_the_binding_and_not_the_job(caplog):
     with sketcher_of(model) as sketcher, caplog.at_level(logging.WARNING, "grace_ds"):
         binding = sketcher.begin(np.arange(3))
         loss = model(batch)
-        binding._plan.sides[3][1].project = lambda flat: 1 / 0  # a fault in the middle of the backward
+        binding.plan.sides[3][1].project = lambda flat: 1 / 0  # a fault in the middle of the backward
         loss.backward()
         assert sketcher.finish(binding) is None and binding.spoiled and sketcher.failures == 1
         assert model.blocks[0].qkv.weight.grad is not None
