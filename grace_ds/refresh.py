@@ -85,6 +85,8 @@ def refresh(p: Pipeline, x: Inputs) -> Outcome:
             signals = collect(p.comm, local)
             seen = by_role(p.comm, x, table)
             schedule = choose(p, x, start, signals, edges, seen) if signals is not None else None
+    if p.arrange is not None and schedule is not None:
+        schedule = p.arrange(schedule)
     with clock("broadcast"):
         schedule = broadcast_schedule(p.comm, schedule)
     counts = {

@@ -12,7 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import Dataset, Sampler, default_collate
@@ -123,6 +123,18 @@ class TicketedCollate:
                 kept.append(False)
         found = ids[torch.tensor(kept, dtype=torch.bool)]
         return found if len(found) == rows else torch.full((rows,), -1, dtype=torch.int64)
+
+
+class Stream(Protocol):
+    """Where the samples of a run stand, in micro-batches over all ranks.
+
+    Attributes:
+        frontier: micro-batches that have been trained on.
+        issued: those that may have been given to a loader, prefetch included.
+    """
+
+    frontier: int
+    issued: int
 
 
 class StreamSampler(Sampler[Any]):

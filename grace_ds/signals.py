@@ -18,7 +18,7 @@ from grace_ds.gather import fetch
 from grace_ds.influence import influence, labels
 from grace_ds.pool import Pool
 from grace_ds.propagate import confidence, propagate
-from grace_ds.records import Array, FloatArray, IntArray, Neighbours, Rows
+from grace_ds.records import Array, FloatArray, IntArray, Neighbours, Rows, Schedule
 from grace_ds.schedule import Ledger
 from grace_ds.selection.guard import Decision
 from grace_ds.table import Table
@@ -36,6 +36,7 @@ class Pipeline:
         contents: content features of the window's samples that this rank owns (sorted ids in, same order out).
         include, exclude: sorted ids that every / no coreset holds.
         trusted: (m, s) float32, content statistics of held-out trusted samples; None without a trusted model.
+        arrange: what root does to a schedule before it is published; None: nothing.
     """
 
     comm: Comm
@@ -46,6 +47,7 @@ class Pipeline:
     include: IntArray
     exclude: IntArray
     trusted: FloatArray | None = None
+    arrange: Callable[[Schedule], Schedule] | None = None
 
 
 @dataclass(frozen=True)

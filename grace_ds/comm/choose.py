@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from grace_ds.comm.base import Comm
@@ -55,12 +55,13 @@ def launcher_world(env: Mapping[str, str]) -> tuple[int, int] | None:
     return None
 
 
-def choose(kind: str, *, dp_group: Any = None, timeout: float) -> Comm:
+def choose(kind: str, *, dp_group: Any = None, members: Sequence[int] | None = None, timeout: float) -> Comm:
     """The transport for ``comm: kind``.  Called by every rank of torch's world, with its own data-parallel group.
 
     Args:
         kind: auto | mpi | torch | local, the same on all ranks.
         dp_group: torch ProcessGroup of this rank's data-parallel peers, ranks ascending; None: torch's whole world.
+        members: those peers as global ranks, in the place of ``dp_group``.
         timeout: seconds, limit of every wait on the transport.
 
     Returns:
@@ -74,7 +75,7 @@ def choose(kind: str, *, dp_group: Any = None, timeout: float) -> Comm:
         raise ConfigError(f"comm: {kind!r} is not one of {', '.join(KINDS)}")
     if not _torch_ready():
         return _alone(kind, timeout)
-    everyone = _share(_facts(kind, dp_group))
+    everyone = _share(_facts(kind, dp_group, members))
     if len({f.kind for f in everyone}) > 1:
         raise TransportError(f"comm differs between the ranks: {[f.kind for f in everyone]}; use one configuration")
     me = everyone[_torch_rank()]
@@ -108,12 +109,12 @@ def _alone(kind: str, timeout: float) -> Comm:
     return _told(LocalComm(timeout), "torch.distributed is not initialised")
 
 
-def _facts(kind: str, dp_group: Any) -> Facts:
+def _facts(kind: str, dp_group: Any, members: Sequence[int] | None) -> Facts:
     import torch.distributed as dist
 
     launched = launcher_world(os.environ)
     rank, size = launched or (UNKNOWN, 1)
-    group = tuple(dist.get_process_group_ranks(dp_group if dp_group is not None else dist.group.WORLD))
+    group = tuple(members or dist.get_process_group_ranks(dp_group if dp_group is not None else dist.group.WORLD))
     installed = importlib.util.find_spec("mpi4py") is not None
     token = int.from_bytes(os.urandom(7), "little")
     return Facts(kind, dist.get_rank(), group, rank, size, launched is not None, installed, token)

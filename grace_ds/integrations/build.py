@@ -23,7 +23,7 @@ from grace_ds.integrations.trust import TrustedProbe, probed
 from grace_ds.integrations.trusted_set import Extras, trusted_set
 from grace_ds.integrations.verdict import Verdict, job_store
 from grace_ds.pool import Pool, check_repeats, read_ids
-from grace_ds.records import IntArray
+from grace_ds.records import IntArray, Schedule
 from grace_ds.refresh import carries
 from grace_ds.sampler import Geometry
 from grace_ds.selection.prior import BigramPrior
@@ -59,16 +59,7 @@ def build_controller(
         log.info("implied repeats of a chosen sample: %.2f", repeats)
     comm = choose(config.comm, dp_group=engine.data_parallel_group, timeout=config.refresh.timeout_seconds)
     parts: Parts = together(comm, lambda: prepare(dataset, config, geometry, extras))
-    pipeline = Pipeline(
-        comm=comm,
-        config=config,
-        pool=parts.pool,
-        batch=geometry.batch,
-        contents=Contents(comm, config, parts),
-        include=parts.include,
-        exclude=parts.exclude,
-        trusted=parts.prior.held_out if parts.prior is not None else None,
-    )
+    pipeline = pipeline_of(comm, config, geometry, parts)
     harvester = None
     if config.replay is None and config.uses_gradients:
         layers = select_layers(engine.module, config.harvest.layers, config.harvest.exclude)
@@ -132,6 +123,27 @@ def prepare(dataset: Any, config: GraceConfig, geometry: Geometry, extras: Extra
         tokens = TokenReader(trusted, config.features.tokens_key, config.features.max_tokens).all()
         prior = BigramPrior.fit(tokens.flat, tokens.offsets)
     return Parts(pool, reader, trusted, prior, include, exclude)
+
+
+def pipeline_of(
+    comm: Comm,
+    config: GraceConfig,
+    geometry: Geometry,
+    parts: Parts,
+    arrange: Callable[[Schedule], Schedule] | None = None,
+) -> Pipeline:
+    """What a refresh works on."""
+    return Pipeline(
+        comm=comm,
+        config=config,
+        pool=parts.pool,
+        batch=geometry.batch,
+        contents=Contents(comm, config, parts),
+        include=parts.include,
+        exclude=parts.exclude,
+        trusted=parts.prior.held_out if parts.prior is not None else None,
+        arrange=arrange,
+    )
 
 
 class Contents:

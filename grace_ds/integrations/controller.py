@@ -22,7 +22,7 @@ from grace_ds.integrations.record import EventWriter, Metrics, Recorder
 from grace_ds.integrations.trust import TrustedProbe
 from grace_ds.integrations.verdict import Verdict
 from grace_ds.records import Rows
-from grace_ds.sampler import Geometry, IssuedBatch, Outstanding, StreamSampler
+from grace_ds.sampler import Geometry, IssuedBatch, Outstanding, Stream
 from grace_ds.schedule import Ledger, ScheduleBook, load_book
 from grace_ds.signals import Inputs, Pipeline
 from grace_ds.sketch.basis import TrustedBasis
@@ -62,7 +62,7 @@ class Controller:
         self.recorder = Recorder(config.run_dir, write_events) if self.comm.rank == 0 else Recorder(None, None)
         self.book = ScheduleBook()
         self.outstanding = Outstanding(geometry)
-        self.sampler: StreamSampler | None = None  # None in shadow mode: the job's own sampler feeds it
+        self.sampler: Stream | None = None  # None in shadow mode: the job's own sampler feeds it
         self.table = Table.empty(config.harvest.dim)
         self.ledger = Ledger()
         self.reference: dict[int, float] = {}

@@ -185,7 +185,7 @@ def test_every_type_code_is_refused_or_harmless(tmp_path, build, dtype):
         ({"pointers": [4, 12]}, "sequence 0 begins at byte 4"),
         ({"docs": [1, 1, 2]}, "runs from 1 to 2, not from 0 to its 2"),
         ({"docs": [0, 1, 3]}, "runs from 0 to 3"),
-        ({"docs": [0]}, "end_document"),
+        ({"docs": [0, 1]}, "end_document"),
         ({"docs": [0, 3, 2]}, "falls from 3 to 2 at entry 2"),
         ({"code": 7}, "float32 if megatron-core wrote it and uint32 if DeepSpeed did.*pass dtype='uint32'"),
         ({"code": 6, "dtype": "float64"}, "holds float64: token ids are integers"),
@@ -197,6 +197,17 @@ def test_refusals_tell_the_reason(tmp_path, parts, says):
     by_hand(tmp_path / "c", **parts)
     with pytest.raises(DataError, match=says):
         MMapTokens(tmp_path / "c")
+
+
+def test_deepspeed_corpus_whose_documents_were_never_ended(tmp_path):
+    from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIndexedDatasetBuilder
+
+    builder = MMapIndexedDatasetBuilder(str(tmp_path / "c.bin"), dtype=np.int32)
+    for row in ([3, 1, 4], [1, 5]):
+        builder.add_item_numpy(np.array(row))
+    builder.finalize(str(tmp_path / "c.idx"))
+    corpus = MMapTokens(tmp_path / "c")
+    assert [corpus.tokens(i).tolist() for i in range(len(corpus))] == [[3, 1, 4], [1, 5]]
 
 
 def test_missing_and_short_files(tmp_path):

@@ -1,0 +1,1 @@
+"""GRACE in a Megatron job: the training dataset wrapped, the optimizer's steps counted; see :mod:`grace_ds.megatron`."""

@@ -1,0 +1,280 @@
+"""One Megatron job: the dataset's side (:func:`wrap`) and the model's side (:func:`attach`), brought together here.
+
+Position p of the run is row ``p`` of what Megatron's sampler walks through, ``consumed_samples`` is where it stands, and a
+refresh is made right after the optimizer's step: there every rank comes by once a step, whatever the pipeline does, whether
+the step was run twice, and whether it was applied.  Only ranks that hold the dataset take part in it; the others see no
+data and need no schedule.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from grace_ds.choice import slack
+from grace_ds.comm.base import Comm
+from grace_ds.comm.choose import choose
+from grace_ds.config.load import load_config
+from grace_ds.config.schema import GraceConfig
+from grace_ds.errors import CheckpointError, ConfigError
+from grace_ds.integrations.build import Parts, pipeline_of, prepare
+from grace_ds.integrations.controller import Controller
+from grace_ds.integrations.megatron.corpus import Corpus, Texts, follow, one_epoch
+from grace_ds.integrations.megatron.facts import Facts, facts_of
+from grace_ds.integrations.megatron.resume import begin, keep_facts, resume
+from grace_ds.integrations.megatron.ring import Ring, Scheduled
+from grace_ds.integrations.record import keep_config
+from grace_ds.integrations.together import together
+from grace_ds.integrations.trusted_set import Extras
+from grace_ds.integrations.verdict import Verdict, job_store
+from grace_ds.methods import replace_method
+from grace_ds.records import IntArray
+from grace_ds.schedule import Slots
+from grace_ds.trusted import Tokenize
+
+log = logging.getLogger("grace_ds")
+
+
+class Position:
+    """Where the run stands, in micro-batches over all ranks; a :class:`~grace_ds.sampler.Stream`."""
+
+    def __init__(self, frontier: int) -> None:
+        self.frontier = self.issued = frontier
+
+
+class Feed:
+    """A rank's part in the selection: the controller, and the ring that its data workers read.
+
+    Args:
+        controller: without hooks on any engine; driven by :meth:`after_step`.
+        corpus: what its ids mean.
+        facts: of the job.
+        train: whether the schedule is fed; else the job's own order is, and the rest is for the log.
+
+    Attributes:
+        ring: None where the schedule is not fed.
+    """
+
+    def __init__(self, controller: Controller, corpus: Corpus, facts: Facts, train: bool) -> None:
+        self.controller, self.corpus, self.facts = controller, corpus, facts
+        self.position = Position(facts.consumed // facts.geometry.micro)
+        self.ring: Ring | None = None
+        if train:
+            c = controller.config
+            interval = max(c.refresh.interval_steps, c.start_step, 1)
+            self.ring = Ring((2 * interval + facts.lag + 1) * facts.geometry.batch)
+            controller.sampler = self.position
+
+    def start(self, run_dir: str | None) -> None:
+        """Takes the run up, or makes its first schedule.  Collective over the ranks with data."""
+        c, facts = self.controller, self.facts
+        step, replay = facts.consumed // facts.geometry.batch, c.config.replay is not None
+        if facts.consumed and not replay and resume(c, run_dir, self.corpus.digest, step, facts.consumed):
+            log.info("step %d: %d schedules taken up from %s", step, len(c.book.schedules), run_dir)
+        else:
+            self._begin(run_dir, step)
+        together(c.comm, lambda: self._keep(run_dir))
+        c.recorder.settle()
+        self._publish()
+
+    def _begin(self, run_dir: str | None, step: int) -> None:
+        """Makes the run's first schedule, wherever the job stands."""
+        c, consumed, replay = self.controller, self.facts.consumed, self.controller.config.replay is not None
+        if consumed and not replay and c.config.checkpoint.on_missing_state == "error":
+            raise CheckpointError(
+                f"{consumed} samples are consumed, and run_dir {run_dir} holds no schedule of this run; set "
+                "checkpoint.on_missing_state: rebuild to begin a coreset here"
+            )
+        if run_dir is not None and not replay:
+            together(c.comm, lambda: begin(run_dir) if c.comm.rank == 0 else None)
+        if consumed:
+            if not replay:
+                log.warning("%d samples are consumed, and run_dir %s holds no schedule: a coreset is begun", consumed, run_dir)
+            c.begin_at(step, consumed)
+        if replay or not consumed:
+            c.start()
+
+    def _keep(self, run_dir: str | None) -> None:
+        """Writes down what the run is, on one rank."""
+        if run_dir is not None and self.controller.comm.rank == 0:
+            keep_facts(run_dir, self.corpus.digest, len(self.corpus), self.facts.geometry.batch)
+            keep_config(self.controller.config)
+
+    def after_step(self, applied: bool) -> None:
+        """To be called after the optimizer's step, on every rank with data.  Collective where a refresh is due."""
+        g = self.facts.geometry
+        cursor = self.facts.cursor_after(self.controller.cursor + g.batch)
+        self.position.frontier = cursor // g.micro
+        self.position.issued = self.position.frontier + self.facts.lag * g.accumulation
+        self.controller.after_step(cursor // g.batch, applied, 1.0)
+        self._publish()
+
+    def slots(self, start: int, count: int) -> Slots:
+        """The samples of positions ``start … start + count - 1``, for whoever has to know what a step consists of."""
+        return self.controller.book.slots(start, count)
+
+    def ids(self, step: int, micro: int) -> IntArray:
+        """(rows,) int64: this data-parallel rank's samples of micro-batch ``micro`` of the step after ``step`` steps."""
+        if self.ring is None:
+            raise ConfigError("mode: shadow leaves the job its own order, and its samples have no ids here; use mode: train")
+        g = self.facts.geometry
+        start = step * g.batch + micro * g.micro + g.rank * g.rows
+        return self.slots(start, g.rows).ids
+
+    def _publish(self) -> None:
+        """Tells the workers everything up to where the next schedule may begin, as far as the ring reaches."""
+        if self.ring is None:
+            return
+        c, g = self.controller, self.facts.geometry
+        fence = (max(c.next_refresh, c.step + 1) + self.facts.lag) * g.batch
+        if c.frozen or c.config.replay is not None:
+            fence = c.cursor + self.ring.capacity
+        start, end = max(self.ring.end, c.cursor), min(fence, c.cursor + self.ring.capacity)
+        if end > start:
+            self.ring.write(start, c.book.slots(start, end - start).ids)
+
+
+class Job:
+    """What is attached in this process.
+
+    Attributes:
+        feed: None before :func:`wrap`, and on a rank without data.
+    """
+
+    def __init__(self) -> None:
+        self.feed: Feed | None = None
+        self.wrapped = False
+        self._optimizer: Any = None
+        self._restore: list[Callable[[], None]] = []
+
+    def attach(self, model: nn.Module, optimizer: Any) -> None:
+        """Watches ``model`` for its first training forward, which tells the optimizer where none is given."""
+        if optimizer is not None:
+            self._follow(optimizer)
+            return
+        chunks = list(model) if isinstance(model, (list, tuple)) else [model]
+        for chunk in chunks:
+            self._restore.append(chunk.register_forward_pre_hook(self._find_optimizer).remove)
+
+    def detach(self) -> None:
+        """Takes everything off again and closes the transport."""
+        while self._restore:
+            self._restore.pop()()
+        self._optimizer = None
+        if self.feed is not None:
+            self.feed.controller.close()
+        self.feed, self.wrapped = None, False
+
+    def _find_optimizer(self, module: nn.Module, args: Any) -> None:
+        if self._optimizer is not None or not (module.training and torch.is_grad_enabled()):
+            return
+        scale = getattr(getattr(module, "config", None), "grad_scale_func", None)
+        optimizer = getattr(scale, "__self__", None)
+        if optimizer is None or not hasattr(optimizer, "step"):
+            raise ConfigError(
+                "the model's config has no grad_scale_func of an optimizer, by which Megatron's training loop tells which one it "
+                "is: pass it, grace_ds.megatron.attach(model, optimizer)"
+            )
+        self._follow(optimizer)
+
+    def _follow(self, optimizer: Any) -> None:
+        if self._optimizer is optimizer:
+            return
+        if self._optimizer is not None:
+            raise ConfigError("grace_ds.megatron is attached to another optimizer already; call grace_ds.megatron.detach() first")
+        self._optimizer = optimizer
+        self._restore.append(replace_method(optimizer, "step", self._step))
+
+    def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if not self.wrapped:
+            raise ConfigError(
+                "grace_ds.megatron.attach was called, and the training dataset was not wrapped: return "
+                "grace_ds.megatron.wrap(train_ds, config) from the dataset provider, on every rank"
+            )
+        if self.feed is not None:
+            # Megatron's optimizers return (applied, gradient norm, zeros); False after an overflow.
+            self.feed.after_step(bool(result[0]) if isinstance(result, tuple) and result else True)
+        return result
+
+
+job = Job()
+
+
+def wrap(
+    train_ds: Any,
+    config: Mapping[str, Any] | str,
+    *,
+    consumed_samples: int | None = None,
+    micro_batch_size: int | None = None,
+    global_batch_size: int | None = None,
+    num_workers: int | None = None,
+    lag: int | None = None,
+    trusted_data: Any = None,
+    tokenize: Tokenize | None = None,
+) -> Any:
+    """See :func:`grace_ds.megatron.wrap`."""
+    if job.wrapped:
+        raise ConfigError("grace_ds.megatron.wrap was called twice; call grace_ds.megatron.detach() first")
+    block = {"file": config} if isinstance(config, str) else dict(config)
+    grace = load_config(block, "grace_ds.megatron.wrap(config)")
+    if not grace.enabled:
+        job.wrapped = True
+        return train_ds
+    refuse(grace)
+    facts = facts_of(consumed_samples, micro_batch_size, global_batch_size, num_workers, lag)
+    # The first schedule is used until the second takes over, ``lag`` steps after it is made.
+    grace.refresh.slack_steps = max(slack(grace, grace.refresh.interval_steps), facts.lag)
+    comm = transport(grace, train_ds is not None)
+    corpus = together_world(train_ds)
+    job.wrapped = True
+    if train_ds is None or corpus is None:
+        return None
+    extras = Extras(trusted_data, None, tokenize, None)
+    texts = Texts(corpus)
+    parts: Parts = together(comm, lambda: prepare(texts, grace, facts.geometry, extras))
+    blend = corpus.blend
+    arrange = None if blend is None else lambda schedule: follow(blend, schedule)
+    pipeline = pipeline_of(comm, grace, facts.geometry, parts, arrange)
+    controller = Controller(grace, facts.geometry, pipeline, None, Verdict(job_store(comm.size)), None, lambda *_: None)
+    job.feed = Feed(controller, corpus, facts, grace.mode == "train")
+    job.feed.start(grace.run_dir)
+    return train_ds if job.feed.ring is None else Scheduled(corpus, job.feed.ring, len(train_ds))
+
+
+def refuse(config: GraceConfig) -> None:
+    """Raises a ConfigError for what does not work in a Megatron job."""
+    if config.recipe == "grace":
+        raise ConfigError(
+            "recipe: grace cannot run in a Megatron job yet: influence needs the second moments of whole layers, and those of a "
+            "row-parallel layer's input pair features of different ranks. Set recipe: prior, which needs no gradient"
+        )
+    if config.weights != "none":
+        raise ConfigError("weights: inverse_probability is not passed on to Megatron's loss; set weights: none")
+
+
+def transport(config: GraceConfig, data: bool) -> Comm:
+    """Between the ranks that hold the dataset; every other rank is alone.  Collective over all ranks."""
+    if not dist.is_initialized():
+        return choose(config.comm, timeout=config.refresh.timeout_seconds)
+    holding: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(holding, data)
+    members = [rank for rank, holds in enumerate(holding) if holds]
+    if not members:
+        raise ConfigError(
+            "no rank has a training dataset: grace_ds.megatron.wrap got None everywhere; pass what the provider built"
+        )
+    mine = members if data else [dist.get_rank()]
+    return choose(config.comm, members=mine, timeout=config.refresh.timeout_seconds)
+
+
+def together_world(train_ds: Any) -> Corpus | None:
+    """The corpus, built in step with all ranks."""
+    if not dist.is_initialized():
+        return one_epoch(train_ds, True, lambda: None)
+    return one_epoch(train_ds, dist.get_rank() == 0, dist.barrier)

@@ -1,0 +1,100 @@
+"""A run taken up again: its schedules are in ``run_dir``, and everything else follows from them and the samples consumed.
+
+Megatron's checkpoints are its own (several formats, written asynchronously), and it resumes by ``consumed_samples`` alone.
+So does GRACE: the schedules decided up to that step are read back, later ones are of a future that did not happen and are
+put aside.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from grace_ds.broadcast import broadcast_schedule
+from grace_ds.errors import CheckpointError
+from grace_ds.files import write_atomic
+from grace_ds.integrations.controller import Controller
+from grace_ds.integrations.together import together
+from grace_ds.records import Schedule
+from grace_ds.schedule import Ledger, load_schedule
+
+log = logging.getLogger("grace_ds")
+
+_FACTS = "dataset.json"
+
+
+def keep_facts(run_dir: str, digest: str, samples: int, batch: int) -> None:
+    """Writes down what the run's ids mean; on one rank."""
+    facts = {"digest": digest, "samples": samples, "batch": batch}
+    try:
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        write_atomic(Path(run_dir) / _FACTS, json.dumps(facts, indent=1).encode())
+    except OSError as error:
+        raise CheckpointError(f"run_dir {run_dir} cannot be written ({error}): a resume would not find its schedules") from error
+
+
+def resume(c: Controller, run_dir: str | None, digest: str, step: int, cursor: int) -> bool:
+    """Puts the controller where the run stood after ``step`` steps.  Collective.
+
+    Returns:
+        Whether there was anything to take up; False on every rank where not.
+
+    Raises:
+        CheckpointError: on every rank: another dataset, or schedules that are missing or damaged.
+    """
+    found = together(c.comm, lambda: _read(run_dir, digest, c, step, cursor) if c.comm.rank == 0 else [])
+    count = int(c.comm.broadcast(np.array([len(found)], np.int64))[0])
+    if not count:
+        return False
+    schedules = [broadcast_schedule(c.comm, found[i] if found else None) for i in range(count)]
+    last = schedules[-1]
+    c.book.replace(schedules)
+    c.ledger, c.counted = Ledger(), schedules[0].start  # counted anew at the next refresh, from all schedules
+    c.metrics.version, c.metrics.refreshes = last.version, last.version + 1
+    c.next_refresh = int(last.meta["next_refresh_step"])
+    c.stand_at(step, cursor)
+    return True
+
+
+def _read(run_dir: str | None, digest: str, c: Controller, step: int, cursor: int) -> list[Schedule]:
+    """The schedules of the run so far, on one rank; later ones are put aside."""
+    folder = Path(run_dir or "") / "schedules"
+    if run_dir is None or not (Path(run_dir) / _FACTS).is_file():
+        return []
+    facts = json.loads((Path(run_dir) / _FACTS).read_text())
+    if facts["digest"] != digest:
+        raise CheckpointError(
+            f"{run_dir} was made with the dataset {facts['digest']} of {facts['samples']} samples, this one is {digest}: its "
+            "path, split, seed, sequence length or tokeniser has changed, so that ids mean other samples. Restore the old "
+            "settings, or begin another selection with a fresh run_dir"
+        )
+    if facts["batch"] != c.geometry.batch:
+        raise CheckpointError(
+            f"{run_dir} was made with {facts['batch']} samples a step, this run has {c.geometry.batch}: steps would not be the "
+            "same ones; restore --global-batch-size, or give a fresh run_dir"
+        )
+    kept: list[Schedule] = []
+    for path in sorted(folder.glob("schedule-*.safetensors")):
+        schedule = load_schedule(path)
+        if int(schedule.meta["decided_at_step"]) > step:
+            path.rename(path.with_suffix(".abandoned"))
+        else:
+            kept.append(schedule)
+    if kept and [s.version for s in kept] != list(range(len(kept))):
+        missing = sorted(set(range(len(kept))) - {s.version for s in kept})
+        raise CheckpointError(f"{folder} lacks schedule {missing[0]}; restore it, or give a fresh run_dir")
+    if kept and kept[0].start > cursor:
+        raise CheckpointError(f"{folder} begins at sample {kept[0].start}, and the job resumes at {cursor}; give a fresh run_dir")
+    return kept
+
+
+def begin(run_dir: str) -> None:
+    """Puts schedules aside that an earlier run left in ``run_dir``: this one begins at its first step.  On one rank."""
+    folder = Path(run_dir) / "schedules"
+    if folder.is_dir():
+        number = next(i for i in itertools.count() if not folder.with_name(f"schedules-{i}").exists())
+        folder.rename(folder.with_name(f"schedules-{number}"))

@@ -1,0 +1,81 @@
+"""Which sample stands at a position, told to the data workers through shared memory.
+
+The ring is anonymous: torch unlinks the segment as soon as the processes hold it, so that nothing is left behind, however
+the job ends.  Every entry carries its position, so that a reader knows an entry that is not there yet, or not any more,
+from one that is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from grace_ds.errors import DataError
+from grace_ds.records import IntArray
+
+_CURE = (
+    "the data workers run further ahead than lag allows: pass a larger lag to grace_ds.megatron.wrap, or lower num_workers or "
+    "prefetch_factor"
+)
+
+
+class Ring:
+    """Ids of the positions around the cursor.
+
+    Args:
+        capacity: positions that it holds at once; 16 bytes each.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.end = 0  # in the process that writes: first position that is not published
+        self._ids = torch.zeros(capacity, dtype=torch.int64)
+        self._positions = torch.full((capacity,), -1, dtype=torch.int64)
+        for tensor in (self._ids, self._positions):
+            tensor.share_memory_()  # type: ignore[no-untyped-call]
+
+    def write(self, start: int, ids: IntArray) -> None:
+        """Publishes the ids (n,) of the positions from ``start`` on; those ``capacity`` before them are forgotten."""
+        at = torch.from_numpy(np.arange(start, start + len(ids), dtype=np.int64))
+        slots = at % self.capacity
+        self._positions[slots] = -1  # no reader may take a half-written entry for a whole one
+        self._ids[slots] = torch.from_numpy(np.ascontiguousarray(ids))
+        self._positions[slots] = at
+        self.end = start + len(ids)
+
+    def read(self, position: int) -> int:
+        """The id at ``position``; in any process.
+
+        Raises:
+            DataError: it is not published, or has been overwritten.
+        """
+        slot = position % self.capacity
+        before = int(self._positions[slot])
+        found = int(self._ids[slot])
+        if before == position == int(self._positions[slot]):
+            return found
+        if before < position:
+            raise DataError(
+                f"sample {position} of the run is asked for, and the schedule is not published that far (found {before}): either "
+                f"grace_ds.megatron.attach(model) was not called, or {_CURE}"
+            )
+        raise DataError(f"sample {position} of the run is asked for, long after it was to be read (found {before}); {_CURE}")
+
+
+class Scheduled(Dataset[Any]):
+    """The job's training dataset with the schedule's samples in it: position p of the run → ``corpus[ring[p]]``.
+
+    As long as the job's own; it travels to data workers with a share in the ring.
+    """
+
+    def __init__(self, corpus: Any, ring: Ring, length: int) -> None:
+        self.corpus, self.ring, self.length = corpus, ring, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, position: int | None) -> Any:
+        return self.corpus[None if position is None else self.ring.read(int(position))]

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# A GPT by megatron-core on samples that GRACE chooses: launch/megatron.sh CONFIG.yaml [key=value ...]
+#   configs/megatron_cpu.yaml: toy size on 2 CPU processes; configs/megatron_gpu.yaml: 8 GPUs.
+# A second call goes on from the last checkpoint in the config's `out`.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+(($# >= 1)) && [[ -f "$1" ]] || die "usage: launch/megatron.sh CONFIG.yaml [key=value ...]"
+grace_setup megatron,cpu
+processes="$("$PYTHON" -c 'import sys; from omegaconf import OmegaConf as O; print(O.merge(O.load(sys.argv[1]), O.from_dotlist(sys.argv[2:])).processes)' "$@")"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$processes" "$ROOT/launch/megatron_gpt.py" "$@"

@@ -1,0 +1,59 @@
+"""The worked example from its own command, under three layouts of the ranks: one order of samples, resumed where it stopped."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+pytest.importorskip("megatron.core", reason="megatron-core is not installed (pip install grace_ds[megatron])")
+
+from grace_ds.schedule import load_book
+from tests.multirank.harness import ROOT, run_command
+
+CONFIG = ROOT / "configs" / "megatron_cpu.yaml"
+SHORT = ["train.steps=12", "train.log_every=1", "train.save_every=4", "grace.refresh.interval_steps=5"]
+
+
+def train(out: Path, processes: int, *settings: str) -> dict[str, float]:
+    """Step (or "end", for the validation) → loss."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    said = run_command([*launch, "launch/megatron_gpt.py", CONFIG, f"out={out}", *SHORT, *settings], timeout=110)
+    losses = {step: float(loss) for step, loss in re.findall(r"step (\d+): loss ([\d.]+)", said)}
+    return losses | {"end": float(re.findall(r"validation loss ([\d.]+)", said)[0])}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_megatron_example_trains_alike_however_the_model_is_split(tmp_path):
+    one = train(tmp_path / "one", 1, "parallel.tensor=1")
+    tensor = train(tmp_path / "tensor", 2, "parallel.tensor=2", "train.stop_after=8")
+    pipeline = train(tmp_path / "pipeline", 2, "parallel.tensor=1", "parallel.pipeline=2")
+    assert sorted(map(int, set(tensor) - {"end"})) == list(range(1, 9))
+    again = train(tmp_path / "tensor", 2, "parallel.tensor=2")  # goes on from its checkpoint
+    assert sorted(map(int, set(again) - {"end"})) == [9, 10, 11, 12]
+    books = [
+        [s.digest() for s in load_book(tmp_path / name / "grace" / "schedules").schedules]
+        for name in ("one", "tensor", "pipeline")
+    ]
+    assert len(books[0]) == 3 and books[0] == books[1] == books[2]
+    lines = (tmp_path / "one" / "grace" / "refreshes.jsonl").read_text().splitlines()
+    assert [json.loads(line)["objective"] for line in lines] == ["uniform", "sample", "sample"]
+    # The same samples, other initial weights for each layout: it learns, and about equally fast.
+    for losses in (one, tensor | again, pipeline):
+        assert losses["1"] > 5 and losses["end"] < losses["1"] - 0.5
+    assert max(one["end"], again["end"], pipeline["end"]) - min(one["end"], again["end"], pipeline["end"]) < 0.3
+
+
+def test_megatron_gpu_form_differs_by_its_numbers_alone():
+    cpu, gpu = (OmegaConf.load(ROOT / "configs" / f"megatron_{device}.yaml") for device in ("cpu", "gpu"))
+
+    def keys(node):
+        return {k: keys(v) if OmegaConf.is_dict(v) else None for k, v in node.items()}
+
+    assert keys(gpu.train) == keys(cpu.train) and keys(gpu.model) == keys(cpu.model) and keys(gpu.parallel) == keys(cpu.parallel)
+    assert set(gpu) == set(cpu)
