@@ -166,12 +166,20 @@ class StreamSampler(Sampler[Any]):
 
 
 class Outstanding:
-    """The batches that are out, and the recognition of the one that a forward is about."""
+    """The batches that are out, and the recognition of the one that a forward is about.
+
+    Attributes:
+        most: batches that it remembers.
+    """
 
     def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
+        self.most = _OUTSTANDING
         self._batches: deque[IssuedBatch] = deque(maxlen=_OUTSTANDING)
         self._warned = False
+
+    def __len__(self) -> int:
+        return len(self._batches)
 
     def issue(self, positions: torch.Tensor, ids: torch.Tensor, batch: Any) -> None:
         """Remembers a batch that goes to the user."""

@@ -17,6 +17,7 @@ from grace_ds.errors import ConfigError
 from grace_ds.features import ContentFeatures, TokenReader, content_features
 from grace_ds.harvest import Harvester
 from grace_ds.integrations.controller import Controller
+from grace_ds.integrations.engine import is_pipeline, shares_model
 from grace_ds.integrations.record import monitor_of
 from grace_ds.integrations.together import together
 from grace_ds.integrations.trust import TrustedProbe, probed
@@ -57,7 +58,15 @@ def build_controller(
     if config.total_steps:
         repeats = check_repeats(config.total_steps, geometry.batch, config.budget, n, config.max_repeats)
         log.info("implied repeats of a chosen sample: %.2f", repeats)
-    comm = choose(config.comm, dp_group=engine.data_parallel_group, timeout=config.refresh.timeout_seconds)
+    # Ranks that work on the same samples must agree on them, so that all take part in one refresh.
+    shared = shares_model(engine)
+    if (shared or is_pipeline(engine)) and config.replay is None and config.uses_gradients:
+        raise ConfigError(
+            "recipe: grace fits its trusted basis to layers that a rank sees whole; with tensor, sequence or pipeline "
+            "parallelism set recipe: prior, which needs no gradient"
+        )
+    group = None if shared else engine.data_parallel_group
+    comm = choose(config.comm, dp_group=group, timeout=config.refresh.timeout_seconds)
     parts: Parts = together(comm, lambda: prepare(dataset, config, geometry, extras))
     pipeline = pipeline_of(comm, config, geometry, parts)
     harvester = None

@@ -26,7 +26,7 @@ from grace_ds.errors import ConfigError
 from grace_ds.integrations import checkpoint, weights
 from grace_ds.integrations.build import build_controller
 from grace_ds.integrations.controller import Controller
-from grace_ds.integrations.engine import config_of, dp_rank, geometry_of, outputs
+from grace_ds.integrations.engine import config_of, dp_rank, geometry_of, is_pipeline, outputs
 from grace_ds.integrations.record import keep_config
 from grace_ds.integrations.trusted_set import Extras
 from grace_ds.integrations.world import refuse_lonely
@@ -91,9 +91,9 @@ def initialize(
         bound.arguments["config"] = copy.deepcopy(bound.arguments["config"])  # DeepSpeed writes into it
     engine, optimizer, _, scheduler = original(*bound.args, **bound.kwargs)
     extras = Extras(trusted_data, validation_data, tokenize, loss_fn)
-    handle = Grace(engine, data, grace, bound.arguments.get("collate_fn"), extras)
+    handle = _handle_class(engine)(engine, data, grace, bound.arguments.get("collate_fn"), extras)
     engine.training_data = data
-    engine.training_dataloader = handle.deepspeed_loader()
+    engine.training_dataloader = handle.feed()
     preempt.from_environment(engine)
     return engine, optimizer, engine.training_dataloader, scheduler
 
@@ -142,7 +142,15 @@ def attach(
         raise ConfigError("grace is not enabled in this config; set enabled: true, or leave attach out and use your own loader")
     if getattr(engine, "grace_ds", None) is not None:
         raise ConfigError("GRACE is attached to this engine already; call engine.grace_ds.detach() first")
-    return Grace(engine, dataset, grace, collate_fn, Extras(trusted_data, validation_data, tokenize, loss_fn))
+    return _handle_class(engine)(engine, dataset, grace, collate_fn, Extras(trusted_data, validation_data, tokenize, loss_fn))
+
+
+def _handle_class(engine: Any) -> type[Grace]:
+    if not is_pipeline(engine):
+        return Grace
+    from grace_ds.integrations.pipeline import PipelineGrace
+
+    return PipelineGrace
 
 
 class Grace:
@@ -151,7 +159,10 @@ class Grace:
     Attributes:
         controller: the state; ``controller.book`` is what the sampler reads.
         config: as resolved.
+        job_shuffles: whether the engine's own sampler, which shadow mode leaves in force, shuffles.
     """
+
+    job_shuffles = True
 
     def __init__(
         self,
@@ -169,7 +180,7 @@ class Grace:
         self.collate = TicketedCollate(self._job_collate)
         geometry = geometry_of(engine)
         self.controller: Controller = build_controller(engine, dataset, config, geometry, self.collate.collate, extras)
-        if config.run_dir is not None and geometry.rank == 0:
+        if config.run_dir is not None and self.controller.comm.rank == 0:
             keep_config(config)
         if config.mode == "train":
             self.controller.sampler = self._stream_sampler(geometry, len(dataset))
@@ -184,10 +195,14 @@ class Grace:
         """Totals of the run on this rank; see :class:`~grace_ds.integrations.controller.Metrics`."""
         return self.controller.snapshot()
 
+    def feed(self) -> Any:
+        """The loader that ``initialize`` returns."""
+        return self.deepspeed_loader()
+
     def deepspeed_loader(self, num_local_io_workers: int | None = None) -> TicketedLoader:
         """The engine's own kind of loader (``engine.deepspeed_io``) over the schedule, or the job's order in shadow mode."""
         sampler: Any = self.controller.sampler
-        if sampler is None and dp_rank(self.engine) != self.engine.global_rank:
+        if sampler is None and (not self.job_shuffles or dp_rank(self.engine) != self.engine.global_rank):
             sampler = self._job_sampler()
         inner = self.engine.deepspeed_io(
             self.dataset, data_sampler=sampler, collate_fn=self.collate, num_local_io_workers=num_local_io_workers
@@ -213,7 +228,7 @@ class Grace:
 
     def _job_sampler(self) -> DistributedSampler[Any]:
         g = self.controller.geometry
-        return DistributedSampler(self.dataset, num_replicas=g.ranks, rank=g.rank)
+        return DistributedSampler(self.dataset, num_replicas=g.ranks, rank=g.rank, shuffle=self.job_shuffles)
 
     def _stream_sampler(self, g: Geometry, samples: int) -> StreamSampler:
         length = -(-samples // g.ranks)

@@ -37,6 +37,20 @@ def dp_rank(engine: Any) -> int:
     return dist.get_rank(engine.data_parallel_group) if dist.is_initialized() else 0
 
 
+def is_pipeline(engine: Any) -> bool:
+    """Whether the engine is a PipelineEngine, which pulls its data itself."""
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    return isinstance(engine, PipelineEngine)
+
+
+def shares_model(engine: Any) -> bool:
+    """Whether several ranks work on the same samples: tensor, sequence or pipeline parallelism."""
+    import torch.distributed as dist
+
+    return bool(dist.is_initialized() and dist.get_world_size() > engine.dp_world_size)
+
+
 def config_of(arguments: dict[str, Any]) -> Any:
     """The DeepSpeed config where ``deepspeed.initialize`` looks for it."""
     for key in ("config", "config_params"):

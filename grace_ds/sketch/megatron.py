@@ -109,7 +109,12 @@ def _tp_rank(group: Any, size: int) -> int:
 
 
 def select_parallel(
-    chunks: Sequence[nn.Module], patterns: Sequence[str], exclude: Sequence[str], tp_rank: int, share: Share
+    chunks: Sequence[nn.Module],
+    patterns: Sequence[str],
+    exclude: Sequence[str],
+    tp_rank: int,
+    share: Share,
+    time_major: bool = True,
 ) -> list[Layer]:
     """The layers to sketch of a model that lies on several ranks: all of them, in the same order on every rank.
 
@@ -122,6 +127,7 @@ def select_parallel(
         tp_rank: of this rank; a layer that is no tensor-parallel one is counted on rank 0 only, unless its weight says that it
             sees a share of the tokens (``weight.sequence_parallel``).
         share: gives every such rank's value, in rank order.
+        time_major: plain layers see (tokens, samples, features), as Megatron's models are; False for DeepSpeed's PipelineModule.
 
     Raises:
         ConfigError: on every rank alike: a layer of Transformer Engine, a pattern that matches nothing, no layer left.
@@ -140,7 +146,7 @@ def select_parallel(
                 raise ConfigError(f"layer {name} is {both}: its blocks need a global layer_number")
     names = sorted(union, key=lambda name: _order(name, union[name][2]))
     kept = _chosen(names, union, patterns, exclude)
-    return [_layer(name, mine.get(name), union[name], tp_rank) for name in kept]
+    return [_layer(name, mine.get(name), union[name], tp_rank, time_major) for name in kept]
 
 
 def global_name(chunk: nn.Module, name: str) -> tuple[str, tuple[str, int] | None]:
@@ -157,6 +163,8 @@ def global_name(chunk: nn.Module, name: str) -> tuple[str, tuple[str, int] | Non
         if part.isdigit() and isinstance(number, int):
             block = block or (canonical_name(".".join(parts)), number - 1)
             part = str(number - 1)
+        elif part.isdigit() and not parts:  # DeepSpeed's PipelineModule: its layers have the whole pipeline's numbers
+            block = ("", int(part))
         parts.append(part)
     while parts and parts[0] == "module":  # DistributedDataParallel, Float16Module
         parts.pop(0)
@@ -235,7 +243,7 @@ def _last_half(union: Mapping[str, tuple[int, int, Any]]) -> set[str]:
     return {name for name, (_, _, block) in union.items() if block is not None and block[0] == blocks and block[1] in last}
 
 
-def _layer(name: str, found: Found | None, facts: tuple[int, int, Any], tp_rank: int) -> Layer:
+def _layer(name: str, found: Found | None, facts: tuple[int, int, Any], tp_rank: int, time_major: bool) -> Layer:
     if found is None:
         return Layer(name, None, None, facts[0], facts[1])
     module, rule, _ = found
@@ -243,4 +251,4 @@ def _layer(name: str, found: Found | None, facts: tuple[int, int, Any], tp_rank:
     if isinstance(rule, _ParallelRule):
         return layer
     shares_tokens = bool(getattr(getattr(module, "weight", None), "sequence_parallel", False))
-    return dataclasses.replace(layer, split=Split(counted=tp_rank == 0 or shares_tokens, time_major=True))
+    return dataclasses.replace(layer, split=Split(counted=tp_rank == 0 or shares_tokens, time_major=time_major))

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from grace_ds.errors import ConfigError
+from grace_ds.methods import replace_method
 from grace_ds.records import IntArray
 from grace_ds.sketch.binding import Binding
 from grace_ds.sketch.sketcher import Sketcher
@@ -41,10 +42,10 @@ class MicroBatches:
         self.sketcher, self.count, self.ids, self.counts_losses = sketcher, count, ids, counts_losses
         self._bindings: dict[int, Binding] = {}
         self._forwards = [0] * len(chunks)
-        self._handles = []
+        self._undo: list[Callable[[], None]] = []
         for index, chunk in enumerate(chunks):
-            self._handles.append(chunk.register_forward_pre_hook(self._before(index), with_kwargs=True))
-            self._handles.append(chunk.register_forward_hook(self._after(index), with_kwargs=True))
+            self._undo.append(chunk.register_forward_pre_hook(self._before(index), with_kwargs=True).remove)
+            self._undo.append(chunk.register_forward_hook(self._after(index), with_kwargs=True).remove)
 
     def take(self) -> list[Binding]:
         """The bindings of the step that has just been applied, in order; the next forward begins another step."""
@@ -59,11 +60,24 @@ class MicroBatches:
             self.sketcher.discard(binding)
 
     def detach(self) -> None:
-        """Removes the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        """Removes the hooks, and gives the step in progress up."""
+        while self._undo:
+            self._undo.pop()()
         self.restart()
+
+    def follow_loss(self, owner: Any, name: str) -> None:
+        """Reads the losses from what ``owner.name(...)`` returns, where a job computes them outside of its model.
+
+        It must be called right after the micro-batch's forward, as PipelineEngine does with ``module.loss_fn``.
+        """
+
+        def ours(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            loss = original(*args, **kwargs)
+            if torch.is_grad_enabled() and self.counts_losses:
+                self.sketcher.observe_loss(loss)
+            return loss
+
+        self._undo.append(replace_method(owner, name, ours))
 
     def _before(self, index: int) -> Callable[..., None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,0 +1,85 @@
+"""DeepSpeed's PipelineEngine and GRACE: the schedule is fed to ``train_batch``, and a step is what it does in one call.
+
+The engine pulls micro-batches itself, on the first and the last stage only, and runs them through its own schedule; its
+``backward`` and ``step`` are not called.  So nothing is recognised at a forward: a step consumes as many micro-batches as the
+engine accumulates, and it is over when ``train_batch`` returns, which is also where all stages are at the same point.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from grace_ds.errors import ConfigError
+from grace_ds.integrations import checkpoint
+from grace_ds.integrations.deepspeed import Grace
+from grace_ds.methods import replace_method
+from grace_ds.sampler import Geometry, StreamSampler, TicketedLoader
+
+
+class EndlessSampler(StreamSampler):
+    """Goes on for ever, as the loader of a PipelineEngine does: an epoch may end in the middle of a step."""
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        g, self.issued = self.geometry, self.frontier
+        for q in itertools.count(self.frontier):
+            start = q * g.micro + g.rank * g.rows
+            ids = self.book.slots(start, g.rows).ids.tolist()
+            self.issued = max(self.issued, q + 1)
+            yield from zip(range(start, start + g.rows), ids, strict=True)
+
+
+class PipelineGrace(Grace):
+    """The handle ``engine.grace_ds`` of a PipelineEngine."""
+
+    job_shuffles = False  # its default sampler does not
+
+    def attach_hooks(self) -> None:
+        """Replaces ``train_batch``, ``save_checkpoint`` and ``load_checkpoint``; undone by :meth:`detach`."""
+        if self.config.weights != "none":
+            raise ConfigError("weights: inverse_probability is not passed on to a PipelineEngine's loss; set weights: none")
+        self._fed: TicketedLoader | None = None
+        ours: dict[str, Callable[..., Any]] = {
+            "train_batch": self._train_batch,
+            "save_checkpoint": functools.partial(checkpoint.save, self.controller, self.engine),
+            "load_checkpoint": self._load,
+        }
+        self._restore += [replace_method(self.engine, name, method) for name, method in ours.items()]
+
+    def feed(self, num_local_io_workers: int | None = None) -> Any:
+        """Gives the engine its loader, on the stages that load anything; returns what the engine then calls its own."""
+        self._fed = self.deepspeed_loader(num_local_io_workers)
+        if self.controller.sampler is None:  # shadow: the job's order has an end
+            from deepspeed.utils import RepeatingLoader
+
+            self._fed = RepeatingLoader(self._fed)
+        self.engine.set_dataloader(self._fed)
+        return self.engine.training_dataloader
+
+    def _stream_sampler(self, g: Geometry, samples: int) -> StreamSampler:
+        return EndlessSampler(self.controller.book, g, 0, -(-samples // g.ranks))
+
+    def _train_batch(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        c, accumulation = self.controller, self.controller.geometry.accumulation
+        c.outstanding.clear()
+        result = original(*args, **kwargs)
+        loads = self.engine.is_first_stage() or self.engine.is_last_stage()
+        if loads and len(c.outstanding) != min(accumulation, c.outstanding.most):
+            raise ConfigError(
+                f"train_batch took {len(c.outstanding)} micro-batches of the schedule and {accumulation} make a step: it was "
+                "given data of its own; pass iter(engine.grace_ds.loader()), or nothing"
+            )
+        if isinstance(c.sampler, StreamSampler):
+            c.sampler.frontier += accumulation
+            c.sampler.issued = max(c.sampler.issued, c.sampler.frontier)
+        c.outstanding.clear()
+        c.after_step(self.engine.global_steps, self.engine.was_step_applied(), 1.0)
+        return result
+
+    def _load(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = checkpoint.load(self.controller, self.engine, original, *args, **kwargs)
+        if self._fed is not None:  # what an iterator has prefetched is of another place in the run
+            self.engine.set_dataloader(self._fed)
+        return result
