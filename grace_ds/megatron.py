@@ -8,8 +8,8 @@ The lines::
     …
     return grace_ds.megatron.wrap(train_ds, "grace.yaml"), valid_ds, test_ds   # at the end of the datasets' provider
 
-The model's side may come first or second, and is called once for each chunk of an interleaved pipeline.  Both are called on
-every rank: the provider must say ``is_distributed = True``, as Megatron-LM's does.
+The model's side may come first or second.  Both are called on every rank: the provider must say ``is_distributed = True``, as
+Megatron-LM's does.  The loader must be Megatron's ``single`` one (its default).
 """
 
 from __future__ import annotations

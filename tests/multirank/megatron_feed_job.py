@@ -194,6 +194,12 @@ def work(world: World, folder: str) -> dict[str, Any]:
     grace_ds.megatron.detach()
     found["refused"] = refusals(home, train)
     parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(1, 2, virtual_pipeline_model_parallel_size=2)
+    try:
+        wrap(train, settings(None))
+    except ConfigError as error:
+        found["refused"]["interleaved"] = str(error)
+    parallel_state.destroy_model_parallel()
     return found
 
 

@@ -90,11 +90,13 @@ def test_megatron_refusals_say_why(ranks):
         assert "second moments" in said["grace"] and "recipe: prior" in said["grace"]
         assert "holds no schedule of this run" in said["missing"]
         assert "between two steps" in said["between"]
+        assert "virtual stages" in said["interleaved"]
         assert said["left in /dev/shm"] == ""
 
 
 def test_megatron_arguments_that_cannot_be_served(monkeypatch):
-    for name, value in (("dataloader_type", "cyclic"), ("rampup_batch_size", [8, 8, 100])):
+    cases = {"dataloader_type": "cyclic", "rampup_batch_size": [8, 8, 100], "phase_transition_iterations": [5]}
+    for name, value in (cases | {"hybrid_context_parallel": True}).items():
         args = SimpleNamespace(
             consumed_train_samples=0, micro_batch_size=1, global_batch_size=4, num_workers=2, dataloader_type="single"
         )

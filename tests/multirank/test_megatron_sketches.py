@@ -6,10 +6,12 @@ import math
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed (pip install grace_ds[megatron])")
 
-from tests.multirank.harness import run_ranks
+from grace_ds.config.schema import HarvestConfig
+from tests.multirank.harness import ROOT, run_ranks
 from tests.multirank.megatron_job import DIM, LENGTH, VOCAB, Case, refusals, work
 
 TENSOR = [Case(tp=2, sp=sp, recompute=recompute) for sp in (False, True) for recompute in (False, True)]
@@ -78,6 +80,19 @@ def test_megatron_sums_are_small(results):
         samples = case.micro * case.rows
         window, once = samples * (DIM + 3) * 4, samples * (9 * 64 + 1) * 4
         assert all(rank["bytes"] == window + once for rank in ranks)
+
+
+def test_megatron_sums_are_a_thousandth_of_the_gradients():
+    """At the size of configs/megatron_gpu.yaml: what a rank hands to the sums of a step, beside its gradients in bfloat16."""
+    c = OmegaConf.load(ROOT / "configs" / "megatron_gpu.yaml")
+    parts = c.parallel.tensor * c.parallel.pipeline
+    gradients = 12 * c.model.layers * c.model.hidden**2 / parts * 2
+    samples = c.train.batch / (c.processes / parts)
+    dim = HarvestConfig().dim
+    assert dim == DIM  # what the test above has counted
+    assert 0.0005 < samples * (dim + 3) * 4 / gradients < 0.001
+    once = samples * (c.model.layers // 2 * 4 * HarvestConfig().rank ** 2 + 1) * 4
+    assert once / (gradients * c.grace.refresh.interval_steps) < 0.0001  # the layers' scale, in a run's first window only
 
 
 LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")

@@ -87,6 +87,14 @@ def _arguments() -> Any:
     return getattr(module, "_GLOBAL_ARGS", None)
 
 
+# Arguments of Megatron-LM under which position p is not row p of the dataset, or a step not what it seems.
+_REFUSED = {
+    "rampup_batch_size": "it changes the samples of a step during the run, and refreshes are counted in steps",
+    "phase_transition_iterations": "the dataset begins again at each phase, and its positions are then no more those of the run",
+    "hybrid_context_parallel": "its sampler reads a whole batch at once and deals its samples out anew",
+}
+
+
 def _refuse(args: Any) -> None:
     kind = getattr(args, "dataloader_type", "single")
     if kind not in ("single", None):
@@ -94,10 +102,9 @@ def _refuse(args: Any) -> None:
             f"--dataloader-type {kind} draws an order of its own, and a schedule is one; use --dataloader-type single, and "
             "shuffle nothing: the schedule is shuffled"
         )
-    if getattr(args, "rampup_batch_size", None):
-        raise ConfigError(
-            "--rampup-batch-size changes the samples of a step during the run, and refreshes are counted in steps; leave it out"
-        )
+    for name, why in _REFUSED.items():
+        if getattr(args, name, None):
+            raise ConfigError(f"--{name.replace('_', '-')} cannot be served: {why}; leave it out, or leave GRACE out")
 
 
 def _data_parallel() -> tuple[int, int]:
@@ -109,4 +116,9 @@ def _data_parallel() -> tuple[int, int]:
         if dist.is_initialized() and dist.get_world_size() > 1:
             raise ConfigError("megatron.core.parallel_state is not initialised: call wrap after initialize_model_parallel")
         return 1, 0
+    if module.get_virtual_pipeline_model_parallel_world_size() is not None:
+        raise ConfigError(
+            "an interleaved pipeline (virtual stages) builds its datasets stage by stage, which wrap cannot follow yet; leave "
+            "--num-layers-per-virtual-pipeline-stage out"
+        )
     return int(module.get_data_parallel_world_size()), int(module.get_data_parallel_rank())
