@@ -28,6 +28,10 @@ class ExecutorError(GraceError):
     """The Dask executor could not finish a graph; the refresh is given up, the transport and the job go on."""
 
 
+class DamagedState(CheckpointError):
+    """A file of ours in a checkpoint is missing, torn or altered; the engine's own part may well be whole."""
+
+
 class TransportError(GraceError):
     """The transport between ranks cannot be used as asked (wrong MPI world, unequal calls on the ranks)."""
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from grace_ds.comm.base import Comm
 from grace_ds.config.schema import HarvestConfig
+from grace_ds.errors import CheckpointError
 from grace_ds.records import FloatArray, Rows
 from grace_ds.sketch.binding import Binding, Harvested
 from grace_ds.sketch.sketcher import Sketcher
@@ -106,6 +107,17 @@ class Harvester:
     def state_dict(self) -> dict[str, Any]:
         """JSON-able; equal on all ranks when taken right after :meth:`drained` (and once the layer scale is frozen)."""
         return {"sketcher": self.sketcher.state_dict(), "running_mean": self.running_mean}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Whether :meth:`load_state_dict` can take ``state`` over; changes nothing.
+
+        Raises:
+            CheckpointError: it belongs to other layers, another seed or other widths.
+        """
+        mean = state.get("running_mean", "missing")
+        if not isinstance(mean, float | None) or not isinstance(state.get("sketcher"), dict):
+            raise CheckpointError(f"the checkpoint's harvest cannot be read (running mean {mean!r}); use another checkpoint")
+        self.sketcher.check_state(state["sketcher"])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what :meth:`state_dict` gave; rows not drained are forgotten."""

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
 from grace_ds.errors import CheckpointError
-from grace_ds.files import write_atomic
+from grace_ds.files import digest, write_atomic
 from grace_ds.records import Array, Coreset, IntArray, Role, Schedule
 
 _PREFIX = "schedule-"
@@ -185,30 +185,46 @@ class Ledger:
 def save_schedule(schedule: Schedule, directory: str | Path) -> Path:
     """Writes ``schedule-VERSION.safetensors`` into a directory, atomically; returns its path."""
     target = Path(directory) / f"{_PREFIX}{schedule.version:06d}.safetensors"
-    facts = {"version": schedule.version, "start": schedule.start, "seed": schedule.seed, "digest": schedule.digest()}
-    header = {"schedule": json.dumps(facts), "meta": json.dumps(dict(schedule.meta))}
+    facts = json.dumps({"version": schedule.version, "start": schedule.start, "seed": schedule.seed, "digest": schedule.digest()})
+    meta = json.dumps(dict(schedule.meta))
+    header = {"schedule": facts, "meta": meta, "check": _check(facts, meta)}
     arrays: dict[str, Array] = {"ids": schedule.ids, "roles": schedule.roles, "weights": schedule.weights}
     write_atomic(target, save(arrays, metadata=header))
     return target
 
 
 def load_schedule(path: str | Path) -> Schedule:
-    """Reads one schedule back and checks its digest.
+    """Reads one schedule back and checks that it is whole.
 
     Raises:
         CheckpointError: missing, torn, or altered; names the file.
     """
-    from safetensors import safe_open
-
     try:
-        arrays = load_file(str(path))
-        with safe_open(str(path), framework="np") as f:
-            header = f.metadata() or {}
+        return parse_schedule(Path(path).read_bytes(), path)
+    except OSError as e:
+        raise CheckpointError(f"schedule {path} cannot be read ({e.strerror}); restore it or choose an older one") from e
+
+
+def parse_schedule(data: bytes, path: str | Path) -> Schedule:
+    """A schedule from its file's bytes.
+
+    Raises:
+        CheckpointError: torn or altered; names ``path``.
+    """
+    try:
+        arrays = load(data)
+        # The library gives the metadata of files only; the format: the header's length, then the header in JSON.
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         facts, meta = json.loads(header["schedule"]), json.loads(header["meta"])
         version, start, seed = int(facts["version"]), int(facts["start"]), int(facts["seed"])
         schedule = Schedule(version, start, arrays["ids"], arrays["roles"], arrays["weights"], seed, meta)
-        intact = schedule.digest() == facts["digest"] and schedule.start >= 0
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, OverflowError) as e:
+        intact = (
+            {name: (a.dtype, a.shape) for name, a in arrays.items()} == _form(len(schedule))
+            and header["check"] == _check(header["schedule"], header["meta"])
+            and schedule.digest() == facts["digest"]
+            and schedule.start >= 0
+        )
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as e:
         raise CheckpointError(
             f"schedule {path} cannot be read ({type(e).__name__}: {e}); restore it or choose an older one"
         ) from e
@@ -221,9 +237,27 @@ def load_book(directory: str | Path) -> ScheduleBook:
     """Every schedule in ``directory``.
 
     Raises:
-        CheckpointError: none there, or one of them is damaged.
+        CheckpointError: none there, or one of them is damaged or missing between the others.
     """
     paths = sorted(Path(directory).glob(f"{_PREFIX}*.safetensors"))
     if not paths:
         raise CheckpointError(f"no {_PREFIX}*.safetensors in {directory}; give the folder 'schedules' of a run's run_dir")
-    return ScheduleBook([load_schedule(p) for p in paths])
+    schedules = [load_schedule(p) for p in paths]
+    first = schedules[0].version
+    for expected, schedule, path in zip(range(first, first + len(paths)), schedules, paths, strict=True):
+        if schedule.version != expected:
+            raise CheckpointError(
+                f"{path} holds schedule {schedule.version} where {expected} must follow: a file is missing from {directory}, "
+                "or was overwritten by another; restore it"
+            )
+    return ScheduleBook(schedules)
+
+
+def _check(facts: str, meta: str) -> str:
+    """Digest of what the header says; the arrays have theirs in ``facts``."""
+    return digest(f"{facts}\n{meta}".encode())
+
+
+def _form(length: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    """Types and shapes of a schedule's arrays, which its digest does not tell apart from others of the same bytes."""
+    return {name: (np.dtype(kind), (length,)) for name, kind in (("ids", "i8"), ("roles", "u1"), ("weights", "f4"))}

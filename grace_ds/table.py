@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grace_ds.buckets import N_BUCKETS, bucket_of, buckets_of, owner_of
-from grace_ds.errors import CheckpointError, DataError
+from grace_ds.errors import CheckpointError, DamagedState, DataError
 from grace_ds.files import digest as digest_of
 from grace_ds.files import write_atomic
 from grace_ds.records import Array, IntArray, Rows
@@ -165,6 +165,11 @@ def _ranges(files: Mapping[str, str]) -> dict[str, range]:
     return ordered
 
 
+def _fits(column: Array, name: str, rows: int) -> bool:
+    usual = np.empty(0, np.int32) if name == "visits" else getattr(Rows.empty(0), name)
+    return column.dtype == usual.dtype and column.ndim == usual.ndim and len(column) == rows
+
+
 def _read(path: Path, digest: str, buckets: range, dim: int) -> Table:
     """One file, verified: what is parsed is what was hashed."""
     from safetensors import SafetensorError
@@ -173,19 +178,27 @@ def _read(path: Path, digest: str, buckets: range, dim: int) -> Table:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; load another checkpoint") from error
+        raise DamagedState(f"{path} cannot be read: {error}; load another checkpoint") from error
     if digest_of(data) != digest:
-        raise CheckpointError(f"{path} has digest {digest_of(data)}, not {digest}: torn or changed; load another checkpoint")
+        raise DamagedState(f"{path} has digest {digest_of(data)}, not {digest}: torn or changed; load another checkpoint")
     try:
         columns = load(data)
         schema, visits = int(columns.pop("schema")[0]), columns.pop("visits")
-    except (SafetensorError, KeyError) as error:
-        raise CheckpointError(f"{path} is not a table file: {error!r}") from error
+    except (SafetensorError, KeyError, IndexError) as error:
+        raise CheckpointError(f"{path} is not a table file ({error!r}); load another checkpoint") from error
     if schema != SCHEMA or set(columns) != {f.name for f in fields(Rows)}:
-        raise CheckpointError(f"{path} has schema {schema} with columns {sorted(columns)}; this version reads {SCHEMA}")
+        raise CheckpointError(
+            f"{path} has schema {schema} with columns {sorted(columns)}; this version reads {SCHEMA}; "
+            "load it with the grace_ds that wrote it, or use another checkpoint"
+        )
     rows = Rows(**columns)
+    odd = [name for name, found in {**columns, "visits": visits}.items() if not _fits(found, name, len(rows))]
+    if odd:
+        raise CheckpointError(f"{path} has columns of another type or length: {', '.join(odd)}; load another checkpoint")
     if rows.sketch.shape[1] != dim:
-        raise CheckpointError(f"{path} has sketches of width {rows.sketch.shape[1]}, this run harvest.dim={dim}")
+        raise CheckpointError(
+            f"{path} has sketches of width {rows.sketch.shape[1]}, this run harvest.dim={dim}; use the same in both"
+        )
     where = bucket_of(rows.ids)
     if (np.diff(rows.ids) <= 0).any() or (where < buckets.start).any() or (where >= buckets.stop).any():
         raise CheckpointError(f"{path} repeats ids or holds ids of other buckets than its name says; load another checkpoint")

@@ -12,15 +12,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from grace_ds.config import schema
 from grace_ds.config.schema import GraceConfig, Plain
+from grace_ds.config.value_types import check_types
 from grace_ds.errors import ConfigError
 
 HOME = "data_efficiency.data_sampling.grace"
 ALIAS = "grace_ds"
+_ABSENT = object()  # a key that is not there, as opposed to null
 
 
 def read_ds_config(config: str | Path | Mapping[str, Any]) -> Plain:
@@ -34,11 +37,13 @@ def read_ds_config(config: str | Path | Mapping[str, Any]) -> Plain:
     import hjson  # DeepSpeed's own reader: a config with comments that it takes must not fail here
 
     try:
-        loaded = hjson.loads(Path(config).read_text())
+        loaded = hjson.loads(Path(config).read_text(), object_pairs_hook=_without_repeats)
     except OSError as e:
         raise ConfigError(f"DeepSpeed config {str(config)!r} cannot be read ({e.strerror}); give an existing file") from e
     except hjson.HjsonDecodeError as e:
         raise ConfigError(f"DeepSpeed config {str(config)!r} is no JSON: line {e.lineno}: {e.msg}") from e
+    except (ValueError, RecursionError) as e:  # no text, too deep, or a key given twice
+        raise ConfigError(f"DeepSpeed config {str(config)!r} is no JSON: {e}") from e
     if not isinstance(loaded, dict):
         raise ConfigError(f"DeepSpeed config {str(config)!r} holds a {type(loaded).__name__}; it must be a JSON object")
     return loaded
@@ -55,18 +60,17 @@ def find_block(ds_config: Mapping[str, Any]) -> tuple[str, Plain] | None:
         raise ConfigError(
             f"a grace block stands at {found[0]!r}, where DeepSpeed ignores it; move it to {HOME!r} (or top-level {ALIAS!r})"
         )
-    home = _get(ds_config, HOME)
-    alias = ds_config.get(ALIAS)
-    if home is not None and alias is not None:
+    home, alias = _get(ds_config, HOME, _ABSENT), ds_config.get(ALIAS, _ABSENT)
+    if home is not _ABSENT and alias is not _ABSENT:
         raise ConfigError(f"both {HOME!r} and {ALIAS!r} are given; keep one")
-    if home is None and alias is None:
+    if home is _ABSENT and alias is _ABSENT:
         return None
-    path, block = (HOME, home) if home is not None else (ALIAS, alias)
+    path, block = (HOME, home) if home is not _ABSENT else (ALIAS, alias)
     if not isinstance(block, Mapping):
         raise ConfigError(f'{path} is {block!r}; it must be an object, such as {{"enabled": true, "budget": 0.2}}')
     if path == HOME and block.get("enabled", True):
         for parent in ("data_efficiency", "data_efficiency.data_sampling"):
-            if not _enabled(ds_config, parent):
+            if _get(ds_config, f"{parent}.enabled") is not True:
                 raise ConfigError(f"{HOME} is on but {parent}.enabled is not true; set it to true, or grace.enabled to false")
     return path, dict(block)
 
@@ -83,21 +87,24 @@ def load_config(block: Mapping[str, Any], path: str = HOME, dotlist: Sequence[st
     """
     given = dict(block)
     layers: list[Any] = []
-    file = given.pop("file", None)
-    if file is not None:
-        try:
-            layers.append(OmegaConf.load(str(file)))
-        except (OSError, OmegaConfBaseException, ValueError) as e:
-            raise ConfigError(f"{path}.file = {file!r} cannot be read: {e}") from e
-    layers += [OmegaConf.create(given), OmegaConf.from_dotlist(list(dotlist))]
+    try:
+        if "file" in given:
+            layers.append(_read_file(given.pop("file"), path))
+        layers += [OmegaConf.create(given), OmegaConf.from_dotlist(list(dotlist))]
+    except (OmegaConfBaseException, TypeError, ValueError) as e:
+        raise ConfigError(f"{path} cannot be read: {_first_line(e)}") from e
     merged = OmegaConf.structured(GraceConfig)
     for layer in layers:
-        _check_sections(layer, path)
+        raw = cast(Plain, OmegaConf.to_container(layer, resolve=False))
+        check_types(raw, GraceConfig(), path)
         try:
             merged = OmegaConf.merge(merged, layer)
             config = cast(GraceConfig, OmegaConf.to_object(merged))
-        except OmegaConfBaseException as e:
-            raise _explain(e, layer, path) from None
+        except (OmegaConfBaseException, RecursionError) as e:  # what is left are interpolations
+            key = getattr(e, "full_key", "") or "an interpolation"
+            raise ConfigError(f"{path}.{key} = {_get(raw, key)!r} cannot be resolved: {_first_line(e)}") from None
+    # Once more, for what interpolations have brought.
+    check_types(dataclasses.asdict(config), GraceConfig(), path)
     validate(config, path)
     return config
 
@@ -120,6 +127,7 @@ def validate(c: GraceConfig, path: str = HOME) -> None:
         ("graph.executor", c.graph.executor, schema.EXECUTORS),
         ("selection.objective", c.selection.objective, schema.OBJECTIVES),
         ("checkpoint.on_missing_state", c.checkpoint.on_missing_state, schema.MISSING_STATE),
+        ("checkpoint.on_damaged_state", c.checkpoint.on_damaged_state, schema.MISSING_STATE),
     ]
     for key, value, allowed in choices:
         if value not in allowed:
@@ -129,6 +137,7 @@ def validate(c: GraceConfig, path: str = HOME) -> None:
     numbers: list[tuple[str, float, bool, str]] = [
         ("budget", c.budget, 0 < c.budget <= 1, "in (0, 1]"),
         ("window", c.window, c.window >= 0, "0 (automatic) or a number of samples"),
+        ("seed", c.seed, c.seed >= 0, "0 or more"),
         ("max_repeats", c.max_repeats, c.max_repeats > 0, "above 0"),
         ("start_step", c.start_step, c.start_step >= -1, "-1 (after the first interval), 0 or more"),
         ("total_steps", c.total_steps, c.total_steps >= 0, "0 (unknown) or more"),
@@ -201,11 +210,11 @@ def write_resolved(config: GraceConfig, directory: str | Path) -> Path:
     return target
 
 
-def _get(tree: Mapping[str, Any], path: str) -> Any:
+def _get(tree: Mapping[str, Any], path: str, default: Any = None) -> Any:
     node: Any = tree
     for key in path.split("."):
         if not isinstance(node, Mapping) or key not in node:
-            return None
+            return default
         node = node[key]
     return node
 
@@ -228,34 +237,27 @@ def _paths_of_blocks(node: Any, prefix: str = "") -> list[str]:
     return found
 
 
-def _check_sections(layer: Any, path: str) -> None:
-    """OmegaConf's own message for a scalar in a section's place names no key; this one does."""
-    if not isinstance(layer, DictConfig):
+def _read_file(file: Any, path: str) -> DictConfig:
+    """The YAML file that a block names."""
+    try:
+        if not isinstance(file, str):
+            raise TypeError("it must be a path")
+        loaded = OmegaConf.load(file)
+    except (OSError, OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as e:
+        raise ConfigError(f"{path}.file = {file!r} cannot be read: {e}") from e
+    if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}.file holds no mapping of keys to values; write it as YAML keys")
-    defaults = GraceConfig()
-    for f in dataclasses.fields(GraceConfig):
-        value: Any = layer._get_node(f.name)
-        if dataclasses.is_dataclass(getattr(defaults, f.name)) and value is not None and not isinstance(value, DictConfig):
-            known = ", ".join(_known_keys(f.name))
-            raise ConfigError(f"{path}.{f.name} = {layer[f.name]!r} must be an object with keys among: {known}")
+    return loaded
 
 
-def _known_keys(prefix: str) -> list[str]:
-    """Names of the keys below a dotted prefix of the schema ('' = the top)."""
-    node: Any = GraceConfig()
-    for key in filter(None, prefix.split(".")):
-        node = getattr(node, key, None)
-    return [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+def _without_repeats(pairs: list[tuple[str, Any]]) -> Plain:
+    """An object of the JSON file; DeepSpeed refuses a key that is given twice, so do we."""
+    keys = [key for key, _ in pairs]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ValueError(f"the key {twice[0]!r} is given twice; keep one")
+    return dict(pairs)
 
 
-def _explain(error: OmegaConfBaseException, layer: Any, path: str) -> ConfigError:
-    key = error.full_key or "?"
-    value = _get(cast(Plain, OmegaConf.to_container(layer, resolve=False)), key)
-    parent, _, name = key.rpartition(".")
-    if isinstance(error, ConfigKeyError):
-        known = _known_keys(parent)
-        near = difflib.get_close_matches(name, known, 1)
-        cure = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        return ConfigError(f"{path}.{key} = {value!r} is no key of grace_ds; {cure}")
-    reason = str(error).splitlines()[0]
-    return ConfigError(f"{path}.{key} = {value!r} has the wrong type: {reason}")
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -100,7 +100,8 @@ class GuardConfig:
 class CheckpointConfig:
     """What to do with our own state in a checkpoint."""
 
-    on_missing_state: str = "rebuild"  # rebuild: start afresh at the checkpoint's step; error
+    on_missing_state: str = "rebuild"  # the checkpoint has none: rebuild (start afresh at its step) | error
+    on_damaged_state: str = "error"  # a file of it is torn, altered or missing; the log names it either way
 
 
 @dataclass

@@ -15,25 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
-from grace_ds.errors import CheckpointError
+from grace_ds.errors import CheckpointError, DamagedState
 from grace_ds.files import digest, write_atomic
 from grace_ds.gather import gather_rows
 from grace_ds.integrations.controller import Controller
+from grace_ds.integrations.saved import BASIS, LEDGER, MANIFEST, SCHEMA, Saved, read_saved
 from grace_ds.integrations.together import together
 from grace_ds.records import Array
-from grace_ds.schedule import Ledger, load_schedule, save_schedule
-from grace_ds.sketch.basis import TrustedBasis
-from grace_ds.table import Table
+from grace_ds.schedule import save_schedule
 
 log = logging.getLogger("grace_ds")
 
-SCHEMA = 1
 FOLDER = "grace_ds"
-_MANIFEST = "manifest.json"
 
 
 def save(controller: Controller, engine: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -48,6 +43,8 @@ def save(controller: Controller, engine: Any, original: Callable[..., Any], *arg
     tag = str(given["tag"]) if given["tag"] is not None else f"global_step{engine.global_steps}"
     if controller.frozen:
         log.warning("GRACE is frozen (its transport has failed): checkpoint %s goes without its state", tag)
+        if controller.comm.rank == 0:  # of an earlier checkpoint by the same tag
+            (Path(given["save_dir"]) / tag / FOLDER / MANIFEST).unlink(missing_ok=True)
     else:
         state = together(controller.comm, lambda: write(controller, Path(given["save_dir"]) / tag / FOLDER))
         given["tag"], given["client_state"] = tag, {**(given["client_state"] or {}), FOLDER: state}
@@ -58,25 +55,44 @@ def load(controller: Controller, engine: Any, original: Callable[..., Any], *arg
     """``engine.load_checkpoint`` with our state; a checkpoint without one is taken up at its step, or refused.
 
     Raises:
-        CheckpointError: the state is missing and ``on_missing_state: error``, or it is damaged, of another schema, or of
-            another dataset; on every rank.
+        CheckpointError: the state is missing and ``on_missing_state: error``, damaged and ``on_damaged_state: error``, of
+            another schema or of another run; on every rank, with GRACE as it was before.
+        Exception: the engine's own part cannot be loaded; an error on every rank.
     """
-    result = original(*args, **kwargs)
-    path, client_state = result
+    comm, config = controller.comm, controller.config.checkpoint
+    path, client_state = result = together(comm, lambda: original(*args, **kwargs))
     bound = inspect.signature(original).bind(*args, **kwargs)
     if path is None or bound.arguments.get("load_module_only", False):
         return result
-    state = (client_state or {}).get(FOLDER)
-    if state is not None:
-        folder = _folder(Path(path))
-        together(controller.comm, lambda: read(controller, folder, state, engine.global_steps))
-    elif controller.config.checkpoint.on_missing_state == "error":
-        raise CheckpointError(
-            f"checkpoint {path} holds no GRACE state; set checkpoint.on_missing_state: rebuild to start a coreset at its step"
-        )
+    state, folder, step = (client_state or {}).get(FOLDER), _folder(Path(path)), engine.global_steps
+
+    def read() -> Saved | None:
+        if state is None:
+            if (folder / MANIFEST).exists():
+                raise DamagedState(
+                    f"{folder} holds GRACE state that the engine's checkpoint does not name: one of them was altered; "
+                    "use an older checkpoint"
+                )
+            return None
+        saved = read_saved(folder, state, comm.rank, comm.size, controller.config.harvest.dim)
+        check(controller, saved, state, step)
+        return saved
+
+    try:
+        saved = together(comm, read)
+        why = f"checkpoint {path} holds no GRACE state"
+        missing = config.on_missing_state
+    except DamagedState as error:
+        if config.on_damaged_state == "error":
+            raise
+        saved, why, missing = None, str(error), "rebuild"
+    if saved is not None:
+        take_over(controller, saved, step)
+    elif missing == "error":
+        raise CheckpointError(f"{why}; set checkpoint.on_missing_state: rebuild to start a coreset at its step")
     else:
-        log.info("checkpoint %s holds no GRACE state: a coreset is started at step %d", path, engine.global_steps)
-        controller.begin_at(engine.global_steps, engine.global_steps * controller.geometry.batch)
+        log.warning("%s: a coreset is started at step %d", why, step)
+        controller.begin_at(step, step * controller.geometry.batch)
     return result
 
 
@@ -101,59 +117,57 @@ def write(c: Controller, folder: Path) -> dict[str, Any]:
     files = {name: named for part in parts for name, named in json.loads(part.tobytes()).items()}
     manifest = json.dumps({"schema": SCHEMA, "files": files, **scalars(c)}, indent=1, sort_keys=True).encode()
     if c.comm.rank == 0:
-        write_atomic(folder / _MANIFEST, manifest)
+        write_atomic(folder / MANIFEST, manifest)
     return {"schema": SCHEMA, "manifest": digest(manifest), "step": c.step}
 
 
-def read(c: Controller, folder: Path, state: dict[str, Any], step: int) -> None:
-    """Takes over what :func:`write` wrote, at any number of ranks."""
-    if int(state["schema"]) > SCHEMA:
+def check(c: Controller, saved: Saved, state: dict[str, Any], step: int) -> None:
+    """Whether a state can be taken over by this run, at the engine's step.
+
+    Raises:
+        CheckpointError: it is of another step, dataset, batch geometry or other layers.
+    """
+    folder, at, n = saved.folder, saved.numbers, c.pipeline.pool.n
+    if at["samples"] != n:
+        raise CheckpointError(f"{folder} was made with a dataset of {at['samples']} samples, this one has {n}; use the same data")
+    if not at["step"] == step == state.get("step"):
         raise CheckpointError(
-            f"{folder} has schema {state['schema']}, this grace_ds knows up to {SCHEMA}; install a newer grace_ds"
+            f"{folder} is of step {at['step']}, the engine's checkpoint of step {step} (client state: {state.get('step')!r}): "
+            "they do not belong together; use an older checkpoint"
         )
-    raw = _read_checked(folder / _MANIFEST, state["manifest"])
-    manifest = json.loads(raw)
-    n = c.pipeline.pool.n
-    if manifest["samples"] != n:
+    if at["cursor"] % c.geometry.micro:
         raise CheckpointError(
-            f"{folder} was made with a dataset of {manifest['samples']} samples, this one has {n}; use the same data"
-        )
-    if manifest["step"] != step:
-        raise CheckpointError(
-            f"{folder} is of step {manifest['step']}, the engine's checkpoint of step {step}; they do not belong together"
-        )
-    if manifest["cursor"] % c.geometry.micro:
-        raise CheckpointError(
-            f"{folder} stands at sample {manifest['cursor']}, which is no multiple of ranks × micro-batch = {c.geometry.micro}; "
+            f"{folder} stands at sample {at['cursor']}, which is no multiple of ranks × micro-batch = {c.geometry.micro}; "
             f"choose a micro-batch that divides it"
         )
-    files = manifest["files"]
-    arrays = {name: _load_file(folder / name, files) for name in ("ledger.safetensors", "basis.safetensors") if name in files}
-    for name, expected in files.items():
-        if name.startswith("schedule-"):
-            _read_checked(folder / name, expected)
-    schedules = [load_schedule(folder / name) for name in sorted(files) if name.startswith("schedule-")]
-    shards = {name: expected for name, expected in files.items() if name.startswith("rows-")}
-    table = Table.load(folder, shards, c.comm.rank, c.comm.size, c.config.harvest.dim)
-    if c.harvester is not None and manifest["harvest"] is not None:
-        c.harvester.load_state_dict(manifest["harvest"])
+    if c.harvester is None:
+        return
+    try:
+        if saved.harvest is not None:
+            c.harvester.check_state(saved.harvest)
+        if saved.basis is not None:
+            c.harvester.sketcher.check_basis(saved.basis)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
+def take_over(c: Controller, saved: Saved, step: int) -> None:
+    """Makes a state that all ranks have read and checked this run's, at any number of ranks.  Collective."""
+    at = saved.numbers
+    if c.harvester is not None and saved.harvest is not None:
+        c.harvester.load_state_dict(saved.harvest)
     if c.config.replay is None:
-        c.book.replace(schedules)
-        c.next_refresh = manifest["next_refresh"]
-    c.table = table
-    ledger = arrays["ledger.safetensors"]
-    c.ledger = Ledger(ledger["ids"], ledger["counts"])
-    c.reference = {int(k): float(v) for k, v in manifest["reference"].items()}
+        c.book.replace(saved.schedules)
+        c.next_refresh = at["next_refresh"]
+    c.table, c.ledger, c.reference = saved.table, saved.ledger, dict(saved.reference)
     if c.harvester is not None:
-        saved = manifest["basis"]
-        c.take_basis(None if saved is None else TrustedBasis.from_arrays(saved, arrays["basis.safetensors"]))
-    c.counted = manifest["counted"]
-    c.metrics.version, c.metrics.refreshes = manifest["version"], manifest["refreshes"]
-    c.lead = manifest["lead"]
-    c.stand_at(step, manifest["cursor"])
-    if c.config.replay is None and not schedules:
-        log.info("%s was saved under replay and holds no schedule: a coreset is started at step %d", folder, step)
-        c.begin_at(step, manifest["cursor"])
+        c.take_basis(saved.basis)
+    c.counted, c.lead = at["counted"], at["lead"]
+    c.metrics.version, c.metrics.refreshes = at["version"], at["refreshes"]
+    c.stand_at(step, at["cursor"])
+    if c.config.replay is None and not saved.schedules:
+        log.info("%s was saved under replay and holds no schedule: a coreset is started at step %d", saved.folder, step)
+        c.begin_at(step, at["cursor"])
 
 
 def scalars(c: Controller) -> dict[str, Any]:
@@ -180,9 +194,9 @@ def _write_shared(c: Controller, folder: Path) -> dict[str, str]:
     for schedule in c.book.schedules if c.config.replay is None else []:
         path = save_schedule(schedule, folder)
         digests[path.name] = digest(path.read_bytes())
-    groups: dict[str, dict[str, Array]] = {"ledger.safetensors": {"ids": c.ledger.ids, "counts": c.ledger.counts}}
+    groups: dict[str, dict[str, Array]] = {LEDGER: {"ids": c.ledger.ids, "counts": c.ledger.counts}}
     if c.basis is not None:
-        groups["basis.safetensors"] = dict(c.basis.to_arrays())
+        groups[BASIS] = dict(c.basis.to_arrays())
     for name, arrays in groups.items():
         data = save_arrays({key: np.ascontiguousarray(value) for key, value in arrays.items()})
         write_atomic(folder / name, data)
@@ -193,23 +207,3 @@ def _write_shared(c: Controller, folder: Path) -> dict[str, str]:
 def _folder(path: Path) -> Path:
     """Our folder beside the engine's file or folder that was loaded."""
     return (path if path.is_dir() else path.parent) / FOLDER
-
-
-def _load_file(path: Path, files: dict[str, str]) -> dict[str, Array]:
-    try:
-        arrays: dict[str, Array] = load_arrays(_read_checked(path, files[path.name]))
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); restore it or use an older checkpoint") from error
-    return arrays
-
-
-def _read_checked(path: Path, expected: str) -> bytes:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} is missing or cannot be read ({error.strerror}); restore it or use an older checkpoint"
-        ) from error
-    if digest(data) != expected:
-        raise CheckpointError(f"{path} does not match its digest: torn, altered, or of another checkpoint; use an older one")
-    return data

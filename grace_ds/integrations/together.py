@@ -9,11 +9,11 @@ from typing import TypeVar
 import numpy as np
 
 from grace_ds.comm.base import Comm
-from grace_ds.errors import CheckpointError, ConfigError, DataError, GraceError, PeerFailed, TransportError
+from grace_ds.errors import CheckpointError, ConfigError, DamagedState, DataError, GraceError, PeerFailed, TransportError
 
 T = TypeVar("T")
 
-_KINDS = {kind.__name__: kind for kind in (CheckpointError, ConfigError, DataError)}
+_KINDS = {kind.__name__: kind for kind in (CheckpointError, DamagedState, ConfigError, DataError)}
 
 
 def together(comm: Comm, work: Callable[[], T]) -> T:

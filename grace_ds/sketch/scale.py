@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 from grace_ds.errors import CheckpointError, ConfigError
 
+Sums = npt.NDArray[np.float64]
+
 
 class LayerScale:
     """sigma of each layer, 1 until frozen, and the sums it is frozen from.
@@ -23,7 +25,7 @@ class LayerScale:
         self.names = list(names)
         self.sigma = np.ones(len(self.names))
         self.frozen = False
-        self._sums: npt.NDArray[np.float64] = np.zeros(len(self.names) + 1)
+        self._sums: Sums = np.zeros(len(self.names) + 1)
 
     def by_name(self) -> dict[str, float]:
         """The scale keyed by the layer's global name."""
@@ -65,15 +67,26 @@ class LayerScale:
         """Takes over a saved scale.
 
         Raises:
-            CheckpointError: it belongs to other layers.
+            CheckpointError: as :meth:`read`.
         """
-        if sorted(state["sigma"]) != sorted(self.names):
-            odd = sorted(set(state["sigma"]) ^ set(self.names))
-            raise CheckpointError(
-                f"the checkpoint sketched other layers than this run ({len(odd)} differ, e.g. {odd[0]}); restore the "
-                "old harvest.layers, or start without the old GRACE state"
-            )
-        self.sigma = np.array([float(state["sigma"][name]) for name in self.names])
-        self.frozen = bool(state["frozen"])
-        saved = dict(zip(state["sigma"], state["sums"], strict=False))
-        self._sums = np.array([saved[name] for name in self.names] + [float(state["sums"][-1])])
+        self.sigma, self.frozen, self._sums = self.read(state)
+
+    def read(self, state: Mapping[str, Any]) -> tuple[Sums, bool, Sums]:
+        """``sigma``, ``frozen`` and the sums of a saved scale, in this one's order of layers; changes nothing.
+
+        Raises:
+            CheckpointError: it belongs to other layers, or is no scale.
+        """
+        try:
+            saved, frozen, sums = dict(state["sigma"]), bool(state["frozen"]), list(state["sums"])
+            by_name = dict(zip(saved, sums, strict=False))
+            if sorted(saved) != sorted(self.names):
+                odd = sorted(set(saved) ^ set(self.names))
+                raise CheckpointError(
+                    f"the checkpoint sketched other layers than this run ({len(odd)} differ, e.g. {odd[0]}); restore the "
+                    "old harvest.layers, or start without the old GRACE state"
+                )
+            sigma = np.array([saved[name] for name in self.names], np.float64)
+            return sigma, frozen, np.array([by_name[name] for name in self.names] + [sums[-1]], np.float64)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise CheckpointError(f"the checkpoint's layer scale cannot be read ({error!r}); use another checkpoint") from error

@@ -236,18 +236,43 @@ class Sketcher:
         """JSON-able: what old sketches need to compare with new ones, that is widths, seed and the per-layer scale."""
         return {"seed": self.seed, "dim": self.dim, "rank": self.rank, "scale": self.scale.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over a state saved by :meth:`state_dict`.
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Whether :meth:`load_state_dict` can take ``state`` over; changes nothing.
 
         Raises:
             CheckpointError: it belongs to other layers, another seed or other widths, so old sketches do not compare.
         """
         for key, value in (("seed", self.seed), ("dim", self.dim), ("rank", self.rank)):
-            if state[key] != value:
+            if state.get(key) != value:
                 raise CheckpointError(
-                    f"the checkpoint's sketches were made with {key}={state[key]}, this run has {key}={value}; restore "
+                    f"the checkpoint's sketches were made with {key}={state.get(key)}, this run has {key}={value}; restore "
                     "the old harvest settings, or start without the old GRACE state"
                 )
+        self.scale.read(state.get("scale", {}))
+
+    def check_basis(self, basis: TrustedBasis) -> None:
+        """Whether :meth:`set_basis` can take a saved basis; changes nothing.
+
+        Raises:
+            CheckpointError: it lacks a layer of this run's, or has one of another shape.
+        """
+        for layer in self.layers:
+            found = basis.factors.get(layer.name)
+            shapes = [f.shape for f in found] if found is not None else []
+            rank = shapes[1][:1] if shapes else ()
+            if shapes != [(layer.inputs, *rank), rank, (layer.outputs, *rank)]:
+                raise CheckpointError(
+                    f"the checkpoint's trusted basis does not fit layer {layer.name} ({layer.inputs} inputs, {layer.outputs} "
+                    "outputs); restore the old model and harvest.layers, or start without the old GRACE state"
+                )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over a state saved by :meth:`state_dict`.
+
+        Raises:
+            CheckpointError: as :meth:`check_state`.
+        """
+        self.check_state(state)
         self.scale.load_state_dict(state["scale"])
 
     # -- hooks ---------------------------------------------------------------------------------------------------------

@@ -68,6 +68,8 @@ def records(folder: Path, small_disk: Path | None) -> Records:
     for name, (how, pattern, _) in DAMAGES.items():
         broken = {"source": saved, "how": how, "name": pattern}
         jobs[name] = {**BASE, "load": str(folder / name.replace(" ", "-")), "damage": broken}
+        on = {**GRACE, "checkpoint": {"on_damaged_state": "rebuild"}}
+        jobs[f"{name} on"] = {**jobs[name], "load": str(folder / name.replace(" ", "-")) + "-on", "grace": on}
     if small_disk is not None:
         fill = {"folder": str(small_disk), "leave": 8192}
         jobs["full"] = {**BASE, "save": str(small_disk / "saved"), "save_at": [4, STEP], "fill": fill}
@@ -79,7 +81,7 @@ def records(folder: Path, small_disk: Path | None) -> Records:
 @pytest.mark.parametrize("name", list(DAMAGES))
 def test_a_damaged_checkpoint_is_refused_by_every_rank_with_file_and_cure(records: Records, name: str) -> None:
     for rank in records[name]:
-        assert rank["error"].startswith("CheckpointError: ")
+        assert rank["error"].startswith("CheckpointError: " if name == "newer schema" else "DamagedState: ")
         for words in DAMAGES[name][2]:
             assert words in rank["error"]
 
@@ -88,6 +90,17 @@ def test_what_only_one_rank_has_seen_the_others_tell_with_its_number(records: Re
     assert "on rank 1" in records["rows of rank 1 torn"][0]["error"]
     assert "on rank" not in records["rows of rank 1 torn"][1]["error"]
     assert "on rank 0" in records["rows of rank 0 missing"][1]["error"]
+
+
+@pytest.mark.parametrize("name", list(DAMAGES))
+def test_on_damaged_state_rebuild_starts_a_coreset_at_its_step_but_never_with_another_schema(records: Records, name: str) -> None:
+    for rank in records[f"{name} on"]:
+        if name == "newer schema":
+            assert "install a newer grace_ds" in rank["error"]
+            continue
+        assert rank["metrics"]["step"] == BASE["steps"] and len(rank["steps"]) == BASE["steps"] - STEP
+        assert rank["schedules"] and rank["schedules"] == records[f"{name} on"][0]["schedules"]
+        assert min(start for _, start, _ in rank["schedules"]) >= 8 * STEP  # nothing of before is left
 
 
 def test_a_checkpoint_of_another_dataset_is_refused(records: Records) -> None:
