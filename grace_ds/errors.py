@@ -7,9 +7,28 @@ together.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class GraceError(Exception):
-    """Base of every error that grace_ds raises on purpose."""
+    """Base of every error that grace_ds raises on purpose.
+
+    Attributes:
+        stage: of the refresh in which it was raised; empty elsewhere.
+    """
+
+    stage = ""
+
+
+@contextmanager
+def during(stage: str) -> Iterator[None]:
+    """Notes ``stage`` on an error of ours that leaves the block; the innermost one counts."""
+    try:
+        yield
+    except GraceError as error:
+        error.stage = error.stage or stage
+        raise
 
 
 class ConfigError(GraceError):
@@ -50,3 +69,7 @@ class PeerFailed(TransportError):
 
 class TransportTimeout(TransportError):
     """A peer did not take part within the time limit; the transport must not be used again."""
+
+
+class PeerLost(GraceError):
+    """A rank's process has ended or its host cannot be reached: the job cannot go on; raised on every survivor that notices."""

@@ -11,11 +11,11 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from grace_ds.comm.limits import job_limit
 from grace_ds.errors import ConfigError
 from grace_ds.methods import replace_method
 
@@ -24,7 +24,6 @@ log = logging.getLogger("grace_ds")
 RESUME_ME = 75  # EX_TEMPFAIL of sysexits.h: try again
 VARIABLE = "GRACE_DS_PREEMPT_DIR"  # set by ``grace-ds run --preempt-dir``
 SIGNALS = ("SIGTERM", "SIGUSR1")
-_JOIN_SECONDS = 600.0  # limit of the wait for the slowest rank's step
 
 
 class PreemptionWatch:
@@ -131,4 +130,5 @@ def _cpu_group() -> Any:
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
-    return dist.new_group(backend="gloo", timeout=timedelta(seconds=_JOIN_SECONDS))
+    # As long as the job itself waits for its slowest rank, in a step or in a checkpoint.
+    return dist.new_group(backend="gloo", timeout=job_limit())

@@ -19,6 +19,7 @@ from grace_ds.broadcast import activation, broadcast_schedule
 from grace_ds.choice import Seen, choose, uniform_schedule
 from grace_ds.comm.base import Comm
 from grace_ds.config.schema import GraceConfig
+from grace_ds.errors import during
 from grace_ds.features import ContentFeatures
 from grace_ds.gather import gather_rows
 from grace_ds.graph.build import knn
@@ -49,7 +50,8 @@ class Stopwatch:
         """Counts the seconds of the block under ``stage``."""
         start = time.perf_counter()
         try:
-            yield
+            with during(stage):
+                yield
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 

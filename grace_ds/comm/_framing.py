@@ -280,6 +280,10 @@ class FramedComm:
         """See :class:`~grace_ds.comm.base.Comm`."""
         self._meet(Op.ABORT)
 
+    def abandon(self) -> None:
+        """See :class:`~grace_ds.comm.base.Comm`."""
+        self._retire(self._retired or "a rank is lost")
+
     def close(self) -> None:
         """See :class:`~grace_ds.comm.base.Comm`."""
         if self._doing != "closed":

@@ -73,6 +73,10 @@ class Comm(Protocol):
         """
         ...
 
+    def abandon(self) -> None:
+        """A rank is lost: this process's end waits for nobody."""
+        ...
+
     def close(self) -> None:
         """Frees what the transport holds.  Safe to call twice."""
         ...

@@ -75,7 +75,7 @@ def choose(kind: str, *, dp_group: Any = None, members: Sequence[int] | None = N
         raise ConfigError(f"comm: {kind!r} is not one of {', '.join(KINDS)}")
     if not _torch_ready():
         return _alone(kind, timeout)
-    everyone = _share(_facts(kind, dp_group, members))
+    everyone = share(_facts(kind, dp_group, members))
     if len({f.kind for f in everyone}) > 1:
         raise TransportError(f"comm differs between the ranks: {[f.kind for f in everyone]}; use one configuration")
     me = everyone[_torch_rank()]
@@ -188,7 +188,7 @@ def _torch_rank() -> int:
     return dist.get_rank()
 
 
-def _share(mine: Any) -> list[Any]:
+def share(mine: Any) -> list[Any]:
     """Everybody's value in torch's rank order, whatever the backend of the job."""
     import torch.distributed as dist
 
@@ -199,4 +199,4 @@ def _share(mine: Any) -> list[Any]:
 
 def _first(found: str) -> str:
     """The findings of all ranks, joined into one answer: empty only where every rank found nothing."""
-    return next((f for f in _share(found) if f), "")
+    return next((f for f in share(found) if f), "")

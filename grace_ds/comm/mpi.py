@@ -21,6 +21,7 @@ from grace_ds.records import Array, IntArray
 _HOT_HEADER = 2e-3  # seconds; the ranks of a refresh mostly come within this
 _HOT_RATE = 1e8  # bytes a second; MPI may move a payload only while it is polled
 _EXIT_LEAST = 30.0  # seconds that the ranks' exits may lie apart, however short the transport's limit
+_EXIT_LOST = 2.0  # seconds for the end of a process whose world is not whole
 _abandoned: list[Any] = []  # buffers and requests of calls given up on: MPI may still write to them
 
 
@@ -37,10 +38,19 @@ def world() -> tuple[int, int]:
     return comm.Get_rank(), comm.Get_size()
 
 
+_exit_limits: list[float] = []  # seconds; the last one counts
+
+
 def _limit_exit(seconds: float) -> None:
-    """At exit, lets MPI_Finalize take ``seconds``; it would wait for ever for a rank that is stuck."""
+    """At exit, lets MPI_Finalize take ``seconds``; it would wait for ever for a rank that is stuck or gone."""
+    if not _exit_limits:
+        atexit.register(_set_alarm)
+    _exit_limits.append(seconds)
+
+
+def _set_alarm() -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(math.ceil(max(seconds, _EXIT_LEAST)))
+    signal.alarm(math.ceil(_exit_limits[-1]))
 
 
 class _Polled(FramedComm):
@@ -57,7 +67,12 @@ class _Polled(FramedComm):
 
     def _retire(self, why: str) -> None:
         super()._retire(why)
-        atexit.register(_limit_exit, self.timeout)
+        _limit_exit(max(self.timeout, _EXIT_LEAST))
+
+    def abandon(self) -> None:
+        """See :class:`~grace_ds.comm.base.Comm`."""
+        super().abandon()
+        _limit_exit(_EXIT_LOST)
 
 
 class MpiComm(_Polled):

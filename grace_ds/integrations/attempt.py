@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from grace_ds.errors import GraceError, PeerFailed, TransportError, TransportTimeout
+from grace_ds.errors import GraceError, PeerFailed, PeerLost, TransportError, TransportTimeout, during
 from grace_ds.harvest import Harvester
 from grace_ds.integrations import cadence
+from grace_ds.integrations.lookout import Lookout
 from grace_ds.integrations.trust import TrustedProbe
 from grace_ds.integrations.verdict import Verdict
 from grace_ds.refresh import Outcome, refresh
@@ -63,10 +64,19 @@ class Refresher:
         harvester: None where nothing is harvested.
         trust: fits the trusted basis; None without a trusted set.
         verdict: the agreement of last resort.
+        lookout: tells a rank that is late from one that is lost.
     """
 
-    def __init__(self, pipeline: Pipeline, harvester: Harvester | None, trust: TrustedProbe | None, verdict: Verdict) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        harvester: Harvester | None,
+        trust: TrustedProbe | None,
+        verdict: Verdict,
+        lookout: Lookout,
+    ) -> None:
         self.pipeline, self.harvester, self.trust, self.verdict = pipeline, harvester, trust, verdict
+        self.lookout = lookout
         self.comm = pipeline.comm
         self._attempts = 0
 
@@ -76,21 +86,28 @@ class Refresher:
         Args:
             stand: gives what this rank knows by itself: all inputs but the rows, with the interval that it would choose.
                 Called in here, so that an error in it is agreed on like any other.
+
+        Raises:
+            PeerLost: a rank's process has ended or its host cannot be reached.
         """
         self._attempts += 1
+        where = f"in refresh {version} at step {step}"
         try:
             fresh = self._make(stand)
-            return Result(fresh, self._agree())
+            return Result(fresh, self._agree(where))
+        except PeerLost:
+            raise
         except PeerFailed as error:
             log.warning("step %d: %s; schedule %d stays", step, error, version - 1)
             return Result(None, None)
         except TransportError as error:
+            self.lookout.check(error, where)
             return Result(None, error)
         except Exception as error:
             trace = self.pipeline.config.debug or not isinstance(error, GraceError)
             message = "step %d: refresh %d failed on this rank (%s: %s); schedule %d stays"
             log.warning(message, step, version, type(error).__name__, error, version - 1, exc_info=trace)
-            return Result(None, self._tell_others())
+            return Result(None, self._tell_others(where))
 
     def _make(self, stand: Callable[[], Inputs]) -> Fresh:
         x = stand()
@@ -99,11 +116,13 @@ class Refresher:
         reference, basis = x.reference, None
         wanted = self._wants_basis(x, interval) and cadence.basis_due(reference, x.version)
         if self.trust is not None and wanted:
-            basis, unit = self.trust.fit(x.version, self.pipeline.pool.window_at(x.version))
+            with during("trusted basis"):
+                basis, unit = self.trust.fit(x.version, self.pipeline.pool.window_at(x.version))
             reference = {**reference, x.version: unit}
         rows, mean = x.rows, None
         if self.harvester is not None:
-            rows, mean = self.harvester.pending(self.comm)
+            with during("harvest"):
+                rows, mean = self.harvester.pending(self.comm)
         x = dataclasses.replace(x, rows=rows, interval=interval, reference=reference)
         outcome = refresh(self.pipeline, x)
         outcome = dataclasses.replace(outcome, counts=self._of_all_ranks(outcome.counts))
@@ -126,13 +145,15 @@ class Refresher:
         looked_at = x.decision is None or x.decision.level == "grace" or x.version >= x.decision.look > 0
         return looked_at and cadence.wants_basis(self.pipeline.config, x.step, interval)
 
-    def _agree(self) -> TransportError | None:
+    def _agree(self, where: str) -> TransportError | None:
         """Returns when the refresh counts on every rank, with what has befallen the transport; raises when it does not."""
         try:
-            self.comm.agree()
+            with during("agreement"):
+                self.comm.agree()
         except PeerFailed:
             raise
         except TransportError as error:
+            self.lookout.check(error, where)  # the store may lie on the host that is lost
             # Every rank may have come and only the answer been lost: then the others have published, and so must we.
             if not self.verdict.abort(self._attempts):
                 raise
@@ -141,9 +162,10 @@ class Refresher:
             raise TransportTimeout("another rank had given this refresh up when its wait ran out")
         return None
 
-    def _tell_others(self) -> TransportError | None:
+    def _tell_others(self, where: str) -> TransportError | None:
         try:
             self.comm.abort()
         except TransportError as error:
+            self.lookout.check(error, where)
             return error
         return None

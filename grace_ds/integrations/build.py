@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from grace_ds.comm.base import Comm
 from grace_ds.comm.choose import choose
+from grace_ds.comm.rollcall import RollCall
 from grace_ds.config.schema import GraceConfig
 from grace_ds.errors import ConfigError
 from grace_ds.features import ContentFeatures, TokenReader, content_features
@@ -91,7 +93,8 @@ def build_controller(
             config.seed,
             probed(config.refresh.probe_share, config.refresh.interval_steps, geometry.batch),
         )
-    return Controller(config, geometry, pipeline, harvester, Verdict(job_store(comm.size)), trust, monitor_of(engine))
+    verdict, call = Verdict(job_store(comm.size)), RollCall.open(os.environ)
+    return Controller(config, geometry, pipeline, harvester, verdict, call, trust, monitor_of(engine))
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,14 @@ import time
 from typing import Any
 
 from grace_ds.comm.base import Comm
+from grace_ds.comm.rollcall import RollCall
 from grace_ds.config.schema import GraceConfig
 from grace_ds.errors import GraceError, TransportError
 from grace_ds.harvest import Harvester
 from grace_ds.integrations import cadence
 from grace_ds.integrations.attempt import Fresh, Refresher
 from grace_ds.integrations.judging import by_role, decision_of, worth_harvesting
+from grace_ds.integrations.lookout import Lookout
 from grace_ds.integrations.record import EventWriter, Metrics, Recorder
 from grace_ds.integrations.trust import TrustedProbe
 from grace_ds.integrations.verdict import Verdict
@@ -41,6 +43,7 @@ class Controller:
         pipeline: of the refresh; its ``comm`` is the transport.
         harvester: with an attached sketcher; None where nothing is harvested (``replay``, uniform objectives).
         verdict: the agreement of last resort.
+        call: who can be asked whether he is still there.
         trust: fits the trusted basis at a refresh; None without a trusted set.
         write_events: called on rank 0 after each refresh.
     """
@@ -52,13 +55,15 @@ class Controller:
         pipeline: Pipeline,
         harvester: Harvester | None,
         verdict: Verdict,
+        call: RollCall,
         trust: TrustedProbe | None,
         write_events: EventWriter,
     ) -> None:
         self.config, self.geometry, self.pipeline = config, geometry, pipeline
         self.harvester, self.trust = harvester, trust
-        self.refresher = Refresher(pipeline, harvester, trust, verdict)
         self.comm: Comm = pipeline.comm
+        self.lookout = Lookout(call, self.comm, lambda: f"in training step {self.step + 1}")
+        self.refresher = Refresher(pipeline, harvester, trust, verdict, self.lookout)
         self.recorder = Recorder(config.run_dir, write_events) if self.comm.rank == 0 else Recorder(None, None)
         self.book = ScheduleBook()
         self.outstanding = Outstanding(geometry)
@@ -129,6 +134,7 @@ class Controller:
         self.frozen = True
         if self.harvester is not None:
             self.harvester.sketcher.detach()
+        self.lookout.close()
         self.comm.close()
 
     # -- the micro-batch -----------------------------------------------------------------------------------------------
@@ -204,6 +210,7 @@ class Controller:
                 else:
                     self.harvester.discard(bindings)
             except TransportError as error:
+                self.lookout.check(error, f"after training step {step}, stage scale")
                 self._retire(error)
                 self.recorder.events({"frozen": 1.0}, self.cursor)
         g = self.geometry

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler
 
 from grace_ds import preempt
+from grace_ds.comm.limits import adopt_job_limit
 from grace_ds.config.load import ALIAS, HOME, find_block, load_config, read_ds_config, refuse_curriculum
 from grace_ds.config.schema import GraceConfig
 from grace_ds.errors import ConfigError
@@ -175,6 +176,7 @@ class Grace:
         self.engine, self.config = engine, config
         _speak_up()
         refuse_lonely(dist.get_world_size() if dist.is_initialized() else 1, os.environ)
+        adopt_job_limit()
         self.dataset = TicketedDataset(dataset)
         self._job_collate = collate_fn or getattr(engine, "collate_fn", None)
         self.collate = TicketedCollate(self._job_collate)

@@ -1,0 +1,50 @@
+"""The job's time limit, given to the groups that were made without one.
+
+``deepspeed.init_distributed(timeout=...)`` reaches torch's default group only: DeepSpeed makes ZeRO's groups by
+``new_group(ranks)``, and so they wait torch's 30 minutes for a peer whose link is cut (10 minutes over NCCL).
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import timedelta
+from typing import Any
+
+log = logging.getLogger("grace_ds")
+
+
+def job_limit() -> timedelta | None:
+    """Time limit of torch's default group; None without one, or over a backend that tells none."""
+    import torch.distributed as dist
+
+    return _limit(dist.group.WORLD) if dist.is_initialized() else None
+
+
+def adopt_job_limit() -> int:
+    """Gives every group of this process that waits torch's default time the default group's limit; returns how many.
+
+    Groups that were made with a limit of their own keep it.  Not collective: a limit is this rank's affair.
+    """
+    limit = job_limit()
+    if limit is None:
+        return 0
+    from torch.distributed import distributed_c10d as c10d
+
+    changed = 0
+    for group in list(c10d._world.pg_map):
+        usual = c10d._get_default_timeout(c10d.Backend(c10d.get_backend(group)))
+        if _limit(group) == usual != limit:
+            c10d._set_pg_timeout(limit, group)
+            changed += 1
+    if changed:
+        log.debug("%d process group(s) wait %g s now, as the job's own", changed, limit.total_seconds())
+    return changed
+
+
+def _limit(group: Any) -> timedelta | None:
+    for device in group._device_types:
+        options = getattr(group._get_backend(device), "options", None)
+        found = getattr(options, "_timeout", None)
+        if isinstance(found, timedelta):
+            return found
+    return None
