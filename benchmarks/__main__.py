@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-NAMES = ("harvest", "refresh", "graph", "quickstart", "greedy", "selection")
+NAMES = ("harvest", "refresh", "graph", "quickstart", "greedy", "selection", "soak")
 
 
 def main(argv: list[str] | None = None) -> int:

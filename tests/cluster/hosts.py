@@ -105,7 +105,7 @@ class Hosts:
         """Starts a command on a host; its output goes to ``out``."""
         spaces = ["--net", "--mount", "--uts", "--pid", "--wd=" + str(cwd)]
         whole = ["nsenter", "-t", str(self._inside[name]), *spaces, "--", *command]
-        return subprocess.Popen(whole, env={**env, "PATH": PATH}, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+        return subprocess.Popen(whole, env={"PATH": PATH, **env}, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
 
     def inside(self, name: str) -> int:
         """Number out here of a host's first process, by which its namespaces are entered."""

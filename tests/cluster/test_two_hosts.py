@@ -1,0 +1,113 @@
+"""An unchanged script on two hosts by ssh: deepspeed's pdsh and openmpi launchers on a hostfile, and a host that is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from grace_ds.schedule import load_book
+from tests.cluster.hosts import ADDRESSES, PATH, Hosts, missing
+from tests.multirank.launch import HARVESTING, environment, stream
+from tests.multirank.test_entries import living, wait_until, write_config
+
+WHY = missing("sshd", "ssh-keygen", "pdsh")
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300), pytest.mark.skipif(bool(WHY), reason=WHY or "-")]
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+JOB = str(ROOT / "tests" / "multirank" / "plain_job.py")
+STEPS = 12
+# Each way: options of the deepspeed launcher, and the transport that the job must find.
+WAYS = {
+    "one host": (["--num_accelerators", "2", "--master_port", "29501"], "torch"),
+    "pdsh": (["--hostfile", "{hostfile}", "--master_addr", ADDRESSES[0], "--master_port", "29500"], "torch"),
+    "openmpi": (["--hostfile", "{hostfile}", "--launcher", "openmpi", "--launcher_args=--allow-run-as-root"], "mpi"),
+}
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    pair = Hosts(tmp_path_factory.mktemp("hosts") / "at", ssh=True)
+    try:
+        pair.start()
+        yield pair
+    finally:
+        pair.stop()
+
+
+def hostfile(folder: Path) -> Path:
+    """As in hostfile.example, of which the comments are read over."""
+    example = (ROOT / "hostfile.example").read_text().splitlines()
+    path = folder / "hostfile"
+    path.write_text("\n".join(line.replace("node-", "n").replace("slots=8", "slots=1") for line in example) + "\n")
+    return path
+
+
+def start(hosts: Hosts, folder: Path, way: str, *more: str) -> tuple[subprocess.Popen[bytes], Path]:
+    folder.mkdir(exist_ok=True)
+    config = write_config(folder / "on.json", {**HARVESTING, "run_dir": str(folder / "run")})
+    env = {**environment(folder), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0", "PATH": f"{BIN}:{PATH}"}
+    # What deepspeed's launchers give to the ranks on the other hosts; it is read in the folder where they are started.
+    (folder / ".deepspeed_env").write_text("".join(f"{key}={value}\n" for key, value in env.items()))
+    options = [word.format(hostfile=hostfile(folder)) for word in WAYS[way][0]]
+    script = ["--module", "grace_ds.run", JOB, "--deepspeed_config", str(config), "--out", str(folder), *more]
+    out = folder / "out"
+    command = [str(BIN / "deepspeed"), *options, *script]
+    return hosts.popen("n1", command, {**os.environ, **env}, folder, out.open("w")), out
+
+
+@pytest.fixture(scope="module")
+def made(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folder of a whole run of each way."""
+    folders = {way: tmp_path_factory.mktemp(way.replace(" ", "-")) for way in WAYS}
+    for way, folder in folders.items():
+        child, out = start(hosts, folder, way, "--steps", str(STEPS))
+        try:
+            assert child.wait(120) == 0, f"{way}: {out.read_text()[-3000:]}"
+            assert living(str(folder / "ext")) == {}
+        finally:
+            child.kill()
+    return folders
+
+
+def test_two_hosts_train_on_the_schedules_of_one(made: dict[str, Path]) -> None:
+    books = [[s.digest() for s in load_book(folder / "run" / "schedules").schedules] for folder in made.values()]
+    assert len(books[0]) >= 4 and books == [books[0]] * len(WAYS)
+    ids = [stream([json.loads((folder / f"first-{r}.json").read_text()) for r in range(2)]) for folder in made.values()]
+    assert len(ids[0]) == STEPS and ids == [ids[0]] * len(WAYS)
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_the_transport_is_that_of_the_launcher(made: dict[str, Path], way: str) -> None:
+    assert f"transport: {WAYS[way][1]}, 2 data-parallel rank(s)" in (made[way] / "out").read_text()
+
+
+def net_of(pid: int) -> str:
+    return os.readlink(f"/proc/{pid}/ns/net")
+
+
+def is_rank(pid: int) -> bool:
+    """Whether a process runs the script itself, and is no launcher or shell that has its name among its arguments."""
+    words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    return Path(words[0]).name.startswith("python") and "grace_ds.run" in words and "deepspeed.launcher.launch" not in words
+
+
+@pytest.mark.parametrize("way", ["pdsh", "openmpi"])
+def test_a_killed_rank_ends_the_job_on_both_hosts(hosts: Hosts, tmp_path: Path, way: str) -> None:
+    child, out = start(hosts, tmp_path, way, "--steps", "1000", "--pause", "0.05")
+    try:
+        wait_until(lambda: "step 5" in out.read_text() or child.poll() is not None, 90)
+        far = [pid for pid in living(str(tmp_path / "ext")) if is_rank(pid) and net_of(pid) == net_of(hosts.inside("n2"))]
+        os.kill(min(far), 9)
+        assert child.wait(40) not in (0, None), out.read_text()[-3000:]
+        wait_until(lambda: not living(str(tmp_path / "ext")), 15)
+    finally:
+        for pid in living(str(tmp_path / "ext")):
+            os.kill(pid, 9)
+        child.kill()
