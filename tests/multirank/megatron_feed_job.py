@@ -111,9 +111,11 @@ class Trainer:
         self.optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3, clip_grad=0.0), [self.model])
         self.model.config.finalize_model_grads_func = example.finalize_model_grads
         self.model.config.grad_scale_func = self.optimizer.scale_loss
-        self.data = Looked(
-            iter(DataLoader(train, batch_sampler=example.Single(consumed, len(train), MICRO), num_workers=workers))
-        )
+        how: dict[str, Any] = (
+            {"multiprocessing_context": "fork"} if workers else {}
+        )  # as in jobs; the harness has another default
+        sampler = example.Single(consumed, len(train), MICRO)
+        self.data = Looked(iter(DataLoader(train, batch_sampler=sampler, num_workers=workers, **how)))
         feed = job.feed
         assert feed is not None
         self.known = {feed.corpus[i]["tokens"].numpy().tobytes(): i for i in range(len(feed.corpus))}
@@ -178,7 +180,7 @@ def work(world: World, folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {"none": consume(train, settings(home / "run0"), 0, STEPS, 0)}
     lines = (home / "run0" / "refreshes.jsonl").read_text().splitlines()
     found["objectives"] = [json.loads(line)["objective"] for line in lines]
-    found["coreset"] = json.loads(lines[1])["coreset"]
+    found["coreset"], found["window"] = (json.loads(lines[1])[key] for key in ("coreset", "window"))
     found["workers"] = consume(train, settings(home / "run1"), 0, STEPS, 2)
     # A run that goes on after its last checkpoint, and is then taken up at that.
     found["before"] = consume(train, settings(home / "run2"), 0, 9, 2)

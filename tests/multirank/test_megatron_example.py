@@ -1,4 +1,4 @@
-"""The worked example from its own command, under three layouts of the ranks: one order of samples, resumed where it stopped."""
+"""The worked example from its own command, under three layouts of the ranks: one order of samples."""
 
 from __future__ import annotations
 
@@ -16,26 +16,23 @@ from grace_ds.schedule import load_book
 from tests.multirank.harness import ROOT, run_command
 
 CONFIG = ROOT / "configs" / "megatron_cpu.yaml"
-SHORT = ["train.steps=12", "train.log_every=1", "train.save_every=4", "grace.refresh.interval_steps=5"]
+SHORT = ["train.steps=12", "train.log_every=1", "grace.refresh.interval_steps=5"]
 
 
 def train(out: Path, processes: int, *settings: str) -> dict[str, float]:
     """Step (or "end", for the validation) → loss."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    said = run_command([*launch, "launch/megatron_gpt.py", CONFIG, f"out={out}", *SHORT, *settings], timeout=110)
+    said = run_command([*launch, "launch/megatron_gpt.py", CONFIG, f"out={out}", *SHORT, *settings], timeout=180)
     losses = {step: float(loss) for step, loss in re.findall(r"step (\d+): loss ([\d.]+)", said)}
     return losses | {"end": float(re.findall(r"validation loss ([\d.]+)", said)[0])}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_megatron_example_trains_alike_however_the_model_is_split(tmp_path):
     one = train(tmp_path / "one", 1, "parallel.tensor=1")
-    tensor = train(tmp_path / "tensor", 2, "parallel.tensor=2", "train.stop_after=8")
+    tensor = train(tmp_path / "tensor", 2, "parallel.tensor=2")
     pipeline = train(tmp_path / "pipeline", 2, "parallel.tensor=1", "parallel.pipeline=2")
-    assert sorted(map(int, set(tensor) - {"end"})) == list(range(1, 9))
-    again = train(tmp_path / "tensor", 2, "parallel.tensor=2")  # goes on from its checkpoint
-    assert sorted(map(int, set(again) - {"end"})) == [9, 10, 11, 12]
     books = [
         [s.digest() for s in load_book(tmp_path / name / "grace" / "schedules").schedules]
         for name in ("one", "tensor", "pipeline")
@@ -44,9 +41,12 @@ def test_megatron_example_trains_alike_however_the_model_is_split(tmp_path):
     lines = (tmp_path / "one" / "grace" / "refreshes.jsonl").read_text().splitlines()
     assert [json.loads(line)["objective"] for line in lines] == ["uniform", "sample", "sample"]
     # The same samples, other initial weights for each layout: it learns, and about equally fast.
-    for losses in (one, tensor | again, pipeline):
+    ends = []
+    for losses in (one, tensor, pipeline):
+        assert set(losses) == {str(step) for step in range(1, 13)} | {"end"}
         assert losses["1"] > 5 and losses["end"] < losses["1"] - 0.5
-    assert max(one["end"], again["end"], pipeline["end"]) - min(one["end"], again["end"], pipeline["end"]) < 0.3
+        ends.append(losses["end"])
+    assert max(ends) - min(ends) < 0.3
 
 
 def test_megatron_gpu_form_differs_by_its_numbers_alone():

@@ -20,7 +20,7 @@ from tests.multirank.megatron_feed_job import BATCH, INTERVAL, STEPS, work
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
-    return run_ranks(work, 2, str(tmp_path_factory.mktemp("feed")), timeout=140)
+    return run_ranks(work, 2, str(tmp_path_factory.mktemp("feed")), timeout=240)
 
 
 def stream(ranks: list[dict[str, Any]], name: str) -> list[list[int]]:
@@ -29,7 +29,7 @@ def stream(ranks: list[dict[str, Any]], name: str) -> list[list[int]]:
     return [[i for micro in zip(*step, strict=True) for rows in micro for i in rows] for step in steps]
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.mark.parametrize("name", ["none", "workers", "before", "after", "rerun", "blend"])
@@ -65,8 +65,7 @@ def test_megatron_pool_is_one_epoch_whatever_the_length_of_the_run(ranks):
 
 def test_megatron_selects_once_the_opening_is_over(ranks):
     assert ranks[0]["objectives"] == ["uniform", "sample", "sample", "sample"]
-    samples = ranks[0]["none"]["samples"]
-    assert ranks[0]["coreset"] == round(samples / 2)
+    assert ranks[0]["coreset"] == ranks[0]["window"] // 2 < ranks[0]["none"]["samples"] // 2
 
 
 def test_megatron_blend_keeps_its_weights(ranks):

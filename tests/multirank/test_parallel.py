@@ -17,7 +17,7 @@ from tests.multirank.launch import environment, free_port
 
 STEPS = 12  # of parallel_job, which is not imported here: it imports DeepSpeed
 KINDS = {"one": 1, "ulysses": 2, "pipeline": 2}
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def records(tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
             str(free_port()),
         ]
         (out / kind).mkdir()
-        run_command([*launcher, "--module", "tests.multirank.parallel_job", kind, out / kind], timeout=120, env=environment(out))
+        run_command([*launcher, "--module", "tests.multirank.parallel_job", kind, out / kind], timeout=180, env=environment(out))
         found[kind] = [json.loads((out / kind / f"{kind}-{rank}.json").read_text()) for rank in range(ranks)]
     return found
 
