@@ -5,12 +5,18 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 # GRACE_TEST_GPU_WHEELS=1 checks the GPU code against the real RAPIDS, without a GPU; its wheels are about 4 GB.
 grace_setup "test${GRACE_TEST_GPU_WHEELS:+,gpu-cu12}"
 cd "$ROOT"
-# The tests on a real Slurm (tests/cluster) skip with a reason where it is missing and cannot be had.
-if [[ "$(id -u)" == 0 ]] && command -v apt-get >/dev/null && ! command -v slurmctld >/dev/null; then
-    say "installing slurm-wlm for tests/cluster"
+# The tests on a real Slurm and on two hosts (tests/cluster) skip with a reason where a tool is missing and cannot be had.
+missing=()
+for pair in "slurmctld slurm-wlm libpmix2 munge" "pdsh pdsh" "sshd openssh-server" "ssh openssh-client" "ip iproute2"; do
+    PATH="$PATH:/usr/sbin:/sbin" command -v "${pair%% *}" >/dev/null || read -ra packages <<<"${pair#* }"
+    missing+=(${packages[@]+"${packages[@]}"})
+    packages=()
+done
+if ((${#missing[@]})) && [[ "$(id -u)" == 0 ]] && command -v apt-get >/dev/null; then
+    say "installing ${missing[*]} for tests/cluster"
     { DEBIAN_FRONTEND=noninteractive apt-get update -qq &&
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm libpmix2; } >/dev/null 2>&1 ||
-        say "slurm-wlm cannot be installed: its tests will be skipped"
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"; } >/dev/null 2>&1 ||
+        say "they cannot be installed: the tests that need them will be skipped"
 fi
 # Several processes share the cores; see tests/conftest.py for the rest of the tests' environment.
 export OMP_NUM_THREADS=1

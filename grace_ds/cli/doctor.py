@@ -17,7 +17,9 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from grace_ds.cli.memory import Job, needs
 from grace_ds.comm.choose import UNKNOWN, launcher_world
+from grace_ds.errors import ConfigError
 
 OK, NOTE, WARNING, FAILURE = "ok", "note", "warning", "failure"
 _GPU = {
@@ -27,6 +29,7 @@ _GPU = {
 }
 _SKEW_SECONDS = 2.0  # that the clocks of this machine and of shared storage may differ
 _SHM_BYTES = 64 << 20  # below it gloo and data workers fail in ways that do not name it
+_TIGHT = 0.8  # of the free memory, beyond which little is left for activations
 _FILES = 1024  # open files that a rank with data workers should be allowed
 
 
@@ -47,12 +50,13 @@ class Finding:
     cure: str = ""
 
 
-def examine(environ: Mapping[str, str], shared: Path | None) -> list[Finding]:
+def examine(environ: Mapping[str, str], shared: Path | None, job: Job | None = None) -> list[Finding]:
     """All findings on this machine, in the order in which they are told.
 
     Args:
         environ: of the job to be.
         shared: a folder on the storage that the checkpoints will lie on; None: not looked at.
+        job: whose memory is compared with what is free; None: free memory is told alone.
     """
     looks: list[Callable[[], list[Finding]]] = [
         packages,
@@ -61,6 +65,7 @@ def examine(environ: Mapping[str, str], shared: Path | None) -> list[Finding]:
         lambda: extensions(environ),
         lambda: port(environ),
         limits,
+        lambda: memory(job),
     ]
     if shared is not None:
         looks.append(lambda: storage(shared))
@@ -147,7 +152,7 @@ def port(environ: Mapping[str, str]) -> list[Finding]:
 
 
 def limits() -> list[Finding]:
-    """Shared memory, open files, memory."""
+    """Shared memory and open files."""
     shm = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
     if shm is None or shm.free < _SHM_BYTES:
         said = "there is no /dev/shm" if shm is None else f"{shm.free >> 20} MiB free of {shm.total >> 20}"
@@ -157,9 +162,44 @@ def limits() -> list[Finding]:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     cure = "" if files >= _FILES else "raise it: ulimit -n 65536"
     found.append(Finding("open files", OK if files >= _FILES else WARNING, f"at most {files}", cure))
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    found.append(Finding("memory", OK, f"{free / 2**30:.1f} GiB free, before caches"))
     return found
+
+
+def memory(job: Job | None) -> list[Finding]:
+    """Free memory, and whether it holds at least the states of the job's ranks on this machine."""
+    free = available()
+    if job is None:
+        return [Finding("memory", OK, f"{free / 2**30:.1f} GiB available")]
+    try:
+        model, ours = needs(job)
+    except ConfigError as error:
+        return [Finding("memory", FAILURE, str(error), "mend it: the job would not start either")]
+    room = {"memory": (free, ours), **gpu_room(model)} if gpu_room(model) else {"memory": (free, model + ours)}
+    return [_enough(what, has, needed) for what, (has, needed) in room.items()]
+
+
+def _enough(what: str, free: int, needed: int) -> Finding:
+    said = f"{free / 2**30:.1f} GiB available, {needed / 2**30:.1f} GiB for the states of the ranks here, activations come on top"
+    if needed > free:
+        return Finding(what, FAILURE, said, "more ranks, a higher ZeRO stage, or fewer ranks on this machine")
+    tight = needed > _TIGHT * free
+    return Finding(what, WARNING if tight else OK, said, "leave more room for activations and data workers" if tight else "")
+
+
+def available() -> int:
+    """Bytes that can be had without swapping, caches included."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def gpu_room(model: int) -> dict[str, tuple[int, int]]:
+    """Free and needed bytes of all GPUs together, where the model's states lie on them; empty without a GPU."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {"gpu memory": (sum(torch.cuda.mem_get_info(i)[0] for i in range(count)), model)} if count else {}
 
 
 def storage(folder: Path) -> list[Finding]:
@@ -185,9 +225,9 @@ def storage(folder: Path) -> list[Finding]:
     return found
 
 
-def doctor(environ: Mapping[str, str], shared: Path | None, as_json: bool) -> tuple[str, int]:
+def doctor(environ: Mapping[str, str], shared: Path | None, as_json: bool, job: Job | None = None) -> tuple[str, int]:
     """The report, and the exit status: 1 where something would stop a job."""
-    found = examine(environ, shared)
+    found = examine(environ, shared, job)
     failed = any(f.status == FAILURE for f in found)
     if as_json:
         return json.dumps({"ok": not failed, "findings": [asdict(f) for f in found]}, indent=1) + "\n", int(failed)

@@ -40,6 +40,11 @@ def parser() -> argparse.ArgumentParser:
         "the job is started, to see what its ranks see. Exit status 1 where something would stop a job.",
     )
     checker.add_argument("--shared", type=Path, metavar="DIR", help="folder that checkpoints will lie in")
+    checker.add_argument("--config", type=Path, metavar="FILE", help="DeepSpeed config of the job, to compare its memory too")
+    checker.add_argument("--parameters", type=float, default=0, metavar="N", help="of the model, such as 1.3e9 (with --config)")
+    checker.add_argument("--samples", type=float, default=0, metavar="N", help="of the dataset (with --config)")
+    checker.add_argument("--ranks", type=int, default=1, metavar="N", help="data-parallel ranks of the job (with --config)")
+    checker.add_argument("--here", type=int, metavar="N", help="ranks on this machine (default: all)")
     checker.add_argument("--json", action="store_true", help="print JSON instead of lines")
     return top
 
@@ -55,8 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "doctor":
             from grace_ds.cli.doctor import doctor
+            from grace_ds.cli.memory import Job
 
-            said, status = doctor(os.environ, args.shared, args.json)
+            job = None
+            if args.config is not None:
+                job = Job(
+                    args.config, args.parameters, args.samples, args.ranks, args.here if args.here is not None else args.ranks
+                )
+            said, status = doctor(os.environ, args.shared, args.json, job)
             sys.stdout.write(said)
             return status
         from grace_ds.cli.trace import trace

@@ -46,7 +46,7 @@ def save(controller: Controller, engine: Any, original: Callable[..., Any], *arg
         if controller.comm.rank == 0:  # of an earlier checkpoint by the same tag
             (Path(given["save_dir"]) / tag / FOLDER / MANIFEST).unlink(missing_ok=True)
     else:
-        state = together(controller.comm, lambda: write(controller, Path(given["save_dir"]) / tag / FOLDER))
+        state = together(controller.comm, lambda: write(controller, Path(given["save_dir"]), tag))
         given["tag"], given["client_state"] = tag, {**(given["client_state"] or {}), FOLDER: state}
     return original(*bound.args, **bound.kwargs)
 
@@ -64,7 +64,8 @@ def load(controller: Controller, engine: Any, original: Callable[..., Any], *arg
     bound = inspect.signature(original).bind(*args, **kwargs)
     if path is None or bound.arguments.get("load_module_only", False):
         return result
-    state, folder, step = (client_state or {}).get(FOLDER), _folder(Path(path)), engine.global_steps
+    state, step = (client_state or {}).get(FOLDER), engine.global_steps
+    folder = _folder(Path(path), state)
 
     def read() -> Saved | None:
         if state is None:
@@ -96,8 +97,9 @@ def load(controller: Controller, engine: Any, original: Callable[..., Any], *arg
     return result
 
 
-def write(c: Controller, folder: Path) -> dict[str, Any]:
-    """Writes our files into ``folder``; returns the client state, the same on all ranks.  Collective."""
+def write(c: Controller, save_dir: Path, tag: str) -> dict[str, Any]:
+    """Writes our files below ``save_dir/tag``; returns the client state, the same on all ranks.  Collective."""
+    folder = save_dir / tag / FOLDER
     if c.harvester is not None:
         # The table at the next refresh must not depend on whether somebody saved in between, nor on the number of
         # ranks that load: what is still on its way to its owner is delivered now.
@@ -118,7 +120,7 @@ def write(c: Controller, folder: Path) -> dict[str, Any]:
     manifest = json.dumps({"schema": SCHEMA, "files": files, **scalars(c)}, indent=1, sort_keys=True).encode()
     if c.comm.rank == 0:
         write_atomic(folder / MANIFEST, manifest)
-    return {"schema": SCHEMA, "manifest": digest(manifest), "step": c.step}
+    return {"schema": SCHEMA, "manifest": digest(manifest), "step": c.step, "tag": tag}
 
 
 def check(c: Controller, saved: Saved, state: dict[str, Any], step: int) -> None:
@@ -204,6 +206,14 @@ def _write_shared(c: Controller, folder: Path) -> dict[str, str]:
     return digests
 
 
-def _folder(path: Path) -> Path:
-    """Our folder beside the engine's file or folder that was loaded."""
-    return (path if path.is_dir() else path.parent) / FOLDER
+def _folder(path: Path, state: Any) -> Path:
+    """Our folder beside the engine's file or folder that was loaded, or beside what that was converted from.
+
+    ``ds_to_universal`` writes the engine's part into a folder of its own and leaves ours where it is; that it is the right
+    one, its digest tells.
+    """
+    beside = path if path.is_dir() else path.parent
+    tag = state.get("tag") if isinstance(state, dict) else None
+    if not (beside / FOLDER).exists() and isinstance(tag, str) and (beside.parent / tag / FOLDER / MANIFEST).is_file():
+        return beside.parent / tag / FOLDER
+    return beside / FOLDER

@@ -13,7 +13,7 @@ import pytest
 from grace_ds.schedule import load_book
 from tests.cluster.slurm import Slurm, missing
 from tests.multirank.launch import HARVESTING, environment, free_port, stream
-from tests.multirank.test_entries import write_config
+from tests.multirank.test_entries import living, write_config
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300), pytest.mark.skipif(bool(missing()), reason=missing() or "-")]
 
@@ -106,3 +106,30 @@ def test_a_job_told_to_go_is_saved_requeued_and_goes_on(slurm: Slurm, made: dict
     ended = slurm.end(job, 120)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), out.read_text()
     assert ids_of(tmp_path) == ids_of(made[way])[step:]
+
+
+@pytest.mark.parametrize("preempt", [True, False], ids=["preempt dir", "none"])
+def test_a_cancelled_job_ends_within_the_kill_wait_and_its_last_checkpoint_goes_on(
+    slurm: Slurm, tmp_path: Path, preempt: bool
+) -> None:
+    saved, out = tmp_path / "saved", tmp_path / "out"
+    grace = {**HARVESTING, "run_dir": str(tmp_path / "run")}
+    config = json.loads(write_config(tmp_path / "ds.json", grace).read_text())
+    spec = {"config": config, "folder": str(tmp_path), "limit": 60, "save": str(saved)}
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    first.write_text(json.dumps({**spec, "steps": 10**6}))
+    second.write_text(json.dumps({**spec, "steps": 4, "load": str(saved)}))
+    env = variables(tmp_path, "srun") | ({"GRACE_PREEMPT_DIR": str(saved)} if preempt else {})
+    job = slurm.submit([], SCRIPT, [str(ROOT / "tests" / "cluster" / "fault_job.py"), str(first)], env, tmp_path)
+    slurm.until(lambda: out.exists() and "step 10\n" in out.read_text(), 120, "step 10")
+    slurm.run("scancel", str(job))
+    assert slurm.end(job, 40)["JobState"] == "CANCELLED", out.read_text()
+    slurm.until(lambda: not living(str(tmp_path)), 20, "the end of its processes")
+    assert "back to the queue" not in out.read_text()
+    at = int((saved / "latest").read_text().removeprefix("global_step"))
+    assert at >= 8 and (preempt or at % 4 == 0)
+    env |= {"MASTER_PORT": str(free_port())}
+    job = slurm.submit([], SCRIPT, [str(ROOT / "tests" / "cluster" / "fault_job.py"), str(second)], env, tmp_path)
+    assert slurm.end(job, 120)["JobState"] == "COMPLETED", out.read_text()
+    told = [json.loads((tmp_path / f"done-{r}.json").read_text()) for r in range(2)]
+    assert [t["first"] for t in told] == [at, at] and len(stream(told)) == 4

@@ -13,6 +13,7 @@ import pytest
 
 from grace_ds.cli import doctor as module
 from grace_ds.cli.doctor import Finding, examine
+from grace_ds.cli.memory import Job, needs
 
 COMMAND = [sys.executable, "-m", "grace_ds.cli.main", "doctor"]
 
@@ -90,3 +91,25 @@ def test_a_version_out_of_range_names_the_range(monkeypatch: pytest.MonkeyPatch)
     old, gone = (finding(module.packages(), name) for name in ("deepspeed", "hjson"))
     assert old.status == gone.status == "failure"
     assert "0.5.0" in old.said and "pip install 'deepspeed" in old.cure and gone.said == "not installed"
+
+
+def test_memory_is_compared_with_what_the_ranks_of_a_job_hold(tmp_path: Path) -> None:
+    config = tmp_path / "ds.json"
+    found = {}
+    for stage in (0, 1, 2, 3):
+        config.write_text(json.dumps({"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}))
+        found[stage] = needs(Job(config, parameters=7.5e9, samples=1e6, ranks=64, here=1))
+    # The figures of the ZeRO paper's first illustration: 7.5 billion parameters on 64 ranks.
+    assert [round(model / 1e9, 1) for model, _ in found.values()] == [120.0, 31.4, 16.6, 1.9]
+    assert {ours for _, ours in found.values()} == {0}
+    config.write_text(json.dumps({"grace_ds": {"recipe": "grace", "harvest": {"dim": 256}, "window": 6400}}))
+    eight = needs(Job(config, parameters=1e6, samples=1e6, ranks=64, here=8))
+    assert eight == (8 * 16_000_000, 8 * (12_000_000 + 100 * (512 + 36)))
+    too_large = finding(module.memory(Job(config, 1e15, 1e6, 2, 2)), "memory")
+    assert too_large.status == module.FAILURE and "ZeRO stage" in too_large.cure
+    assert finding(module.memory(Job(config, 1e3, 1e3, 2, 2)), "memory").status == module.OK
+    assert "--parameters must be above 0" in finding(module.memory(Job(config, 0, 1e6, 2, 2)), "memory").said
+    done = subprocess.run(
+        [*COMMAND, "--config", str(config), "--parameters", "1e15", "--samples", "10"], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "GiB for the states of the ranks here" in done.stdout

@@ -9,6 +9,7 @@ data and need no schedule.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import nn
 from grace_ds.choice import slack
 from grace_ds.comm.base import Comm
 from grace_ds.comm.choose import choose
+from grace_ds.comm.rollcall import RollCall
 from grace_ds.config.load import load_config
 from grace_ds.config.schema import GraceConfig
 from grace_ds.errors import CheckpointError, ConfigError
@@ -231,6 +233,7 @@ def wrap(
     # The first schedule is used until the second takes over, ``lag`` steps after it is made.
     grace.refresh.slack_steps = max(slack(grace, grace.refresh.interval_steps), facts.lag)
     comm = transport(grace, train_ds is not None)
+    call = RollCall.open(os.environ)
     corpus = together_world(train_ds)
     job.wrapped = True
     if train_ds is None or corpus is None:
@@ -241,7 +244,8 @@ def wrap(
     blend = corpus.blend
     arrange = None if blend is None else lambda schedule: follow(blend, schedule)
     pipeline = pipeline_of(comm, grace, facts.geometry, parts, arrange)
-    controller = Controller(grace, facts.geometry, pipeline, None, Verdict(job_store(comm.size)), None, lambda *_: None)
+    verdict = Verdict(job_store(comm.size))
+    controller = Controller(grace, facts.geometry, pipeline, None, verdict, call, None, lambda *_: None)
     job.feed = Feed(controller, corpus, facts, grace.mode == "train")
     job.feed.start(grace.run_dir)
     return train_ds if job.feed.ring is None else Scheduled(corpus, job.feed.ring, len(train_ds))

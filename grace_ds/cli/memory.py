@@ -1,0 +1,68 @@
+"""What a job's ranks on this machine hold in memory at least, for ``grace-ds doctor`` to compare with what is free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grace_ds.config.load import find_block, load_config, read_ds_config
+from grace_ds.config.schema import GraceConfig
+from grace_ds.errors import ConfigError
+
+_ROW_BYTES = 36  # of a table's row beside its sketch
+_LEDGER_BYTES = 12  # a sample met
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as far as its memory goes.
+
+    Attributes:
+        config: path of its DeepSpeed config.
+        parameters: of the model.
+        samples: of the dataset.
+        ranks: data-parallel ranks of the job.
+        here: of them on this machine.
+    """
+
+    config: Path
+    parameters: float
+    samples: float
+    ranks: int
+    here: int
+
+
+def needs(job: Job) -> tuple[int, int]:
+    """Bytes on this machine of the model's states, and of ours; activations and the data workers are not in it.
+
+    The model's: weights, gradients, and Adam's states with float32 weights where the job computes in 16 bits, each divided
+    among the ranks from the ZeRO stage on that says so (arXiv 1910.02054, section 3.1).
+
+    Raises:
+        ConfigError: the config cannot be read, or a number is not above 0.
+    """
+    for name in ("parameters", "samples", "ranks", "here"):
+        if not getattr(job, name) > 0:
+            raise ConfigError(f"--{name} must be above 0, not {getattr(job, name)}")
+    config = read_ds_config(job.config)
+    found = find_block(config)
+    grace = load_config(found[1], found[0]) if found is not None else GraceConfig(enabled=False)
+    return round(job.here * _model(config, job)), round(job.here * _ours(grace, job)) if grace.enabled else 0
+
+
+def _model(config: Mapping[str, Any], job: Job) -> float:
+    stage = int((config.get("zero_optimization") or {}).get("stage", 0))
+    half = any((config.get(kind) or {}).get("enabled") for kind in ("bf16", "fp16"))
+    width, states = (2, 12) if half else (4, 8)
+    parts = ((width, 3), (width, 2), (states, 1))  # bytes a parameter, and the stage that divides them among the ranks
+    return sum(job.parameters * size / (job.ranks if stage >= divided else 1) for size, divided in parts)
+
+
+def _ours(grace: GraceConfig, job: Job) -> float:
+    window = min(grace.window or job.samples, job.samples)
+    row = 2 * grace.harvest.dim + _ROW_BYTES if grace.uses_gradients else 0
+    vectors = grace.graph.residuals or grace.selection.loss_tilt or grace.selection.objective == "facility_location"
+    row += 4 * grace.features.dim if vectors else 0
+    return _LEDGER_BYTES * job.samples + window / job.ranks * row
