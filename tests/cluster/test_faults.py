@@ -136,11 +136,15 @@ def play(zygote: Zygote, folder: Path, place: str, how: str, rank: int) -> Playe
         hosts.stop()
 
 
+def write_trusted(folder: Path) -> None:
+    rows = Corpus(64, salt=3).tokens
+    (folder / "trusted.jsonl").write_text("\n".join(json.dumps({"input_ids": row.tolist(), "sid": [0]}) for row in rows))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     at = tmp_path_factory.mktemp("faults")
-    rows = Corpus(64, salt=3).tokens
-    (at / "trusted.jsonl").write_text("\n".join(json.dumps({"input_ids": row.tolist(), "sid": [0]}) for row in rows))
+    write_trusted(at)
     return at
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 
 from grace_ds.schedule import load_book
 from tests.cluster.hosts import ADDRESSES, PATH, Hosts, missing
+from tests.cluster.test_faults import LIMIT, MARGIN, PLACES, write_spec, write_trusted
 from tests.multirank.launch import HARVESTING, environment, stream
 from tests.multirank.test_entries import living, wait_until, write_config
 
@@ -49,17 +52,19 @@ def hostfile(folder: Path) -> Path:
     return path
 
 
-def start(hosts: Hosts, folder: Path, way: str, *more: str) -> tuple[subprocess.Popen[bytes], Path]:
-    folder.mkdir(exist_ok=True)
-    config = write_config(folder / "on.json", {**HARVESTING, "run_dir": str(folder / "run")})
+def start(hosts: Hosts, folder: Path, way: str, script: list[str]) -> tuple[subprocess.Popen[bytes], Path]:
     env = {**environment(folder), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0", "PATH": f"{BIN}:{PATH}"}
     # What deepspeed's launchers give to the ranks on the other hosts; it is read in the folder where they are started.
     (folder / ".deepspeed_env").write_text("".join(f"{key}={value}\n" for key, value in env.items()))
     options = [word.format(hostfile=hostfile(folder)) for word in WAYS[way][0]]
-    script = ["--module", "grace_ds.run", JOB, "--deepspeed_config", str(config), "--out", str(folder), *more]
     out = folder / "out"
     command = [str(BIN / "deepspeed"), *options, *script]
     return hosts.popen("n1", command, {**os.environ, **env}, folder, out.open("w")), out
+
+
+def script(folder: Path, *more: str) -> list[str]:
+    config = write_config(folder / "on.json", {**HARVESTING, "run_dir": str(folder / "run")})
+    return ["--module", "grace_ds.run", JOB, "--deepspeed_config", str(config), "--out", str(folder), *more]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +72,7 @@ def made(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     """The folder of a whole run of each way."""
     folders = {way: tmp_path_factory.mktemp(way.replace(" ", "-")) for way in WAYS}
     for way, folder in folders.items():
-        child, out = start(hosts, folder, way, "--steps", str(STEPS))
+        child, out = start(hosts, folder, way, script(folder, "--steps", str(STEPS)))
         try:
             assert child.wait(120) == 0, f"{way}: {out.read_text()[-3000:]}"
             assert living(str(folder / "ext")) == {}
@@ -100,7 +105,7 @@ def is_rank(pid: int) -> bool:
 
 @pytest.mark.parametrize("way", ["pdsh", "openmpi"])
 def test_a_killed_rank_ends_the_job_on_both_hosts(hosts: Hosts, tmp_path: Path, way: str) -> None:
-    child, out = start(hosts, tmp_path, way, "--steps", "1000", "--pause", "0.05")
+    child, out = start(hosts, tmp_path, way, script(tmp_path, "--steps", "1000", "--pause", "0.05"))
     try:
         wait_until(lambda: "step 5" in out.read_text() or child.poll() is not None, 90)
         far = [pid for pid in living(str(tmp_path / "ext")) if is_rank(pid) and net_of(pid) == net_of(hosts.inside("n2"))]
@@ -110,4 +115,32 @@ def test_a_killed_rank_ends_the_job_on_both_hosts(hosts: Hosts, tmp_path: Path, 
     finally:
         for pid in living(str(tmp_path / "ext")):
             os.kill(pid, 9)
+        child.kill()
+
+
+@pytest.mark.parametrize(("way", "place", "how"), [("pdsh", "train", "drop"), ("openmpi", "gather", "link")])
+def test_a_cut_link_leaves_nothing_on_either_host(tmp_path: Path, way: str, place: str, how: str) -> None:
+    hosts, at = Hosts(tmp_path / "hosts", ssh=True), tmp_path / "job"
+    write_trusted(tmp_path)
+    fault = {"rank": 1, "how": "cut", "place": PLACES[place][0]}
+    spec = write_spec(at, "spec.json", steps=1000, save=str(at / "saved"), fault=fault)
+    hosts.start()
+    child, out = start(hosts, at, way, [str(ROOT / "tests" / "cluster" / "fault_job.py"), str(spec)])
+    try:
+        wait_until(lambda: (at / "here").exists() or child.poll() is not None, 120)
+        hosts.cut("n2", how)
+        (at / "cut").touch()
+        struck = time.monotonic()
+        assert child.wait(LIMIT + 3 * MARGIN) != 0, out.read_text()[-3000:]
+        # The far ranks end by themselves, their launcher with them; ssh notices within its own 15 seconds.
+        wait_until(lambda: not living(str(at / "ext")), max(1.0, struck + LIMIT + 3 * MARGIN - time.monotonic()))
+        # mpirun has noticed by itself, a little before, that the daemon over there is gone; pdsh notices nothing.
+        said = "lost: rank 1 on n2 (its host cannot be reached)" if way == "pdsh" else "Remote host:   n2"
+        assert said in out.read_text()
+        assert (at / "saved" / "latest").read_text() == "global_step4"
+    finally:
+        for pid in living(str(at / "ext")):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, 9)
+        hosts.stop()
         child.kill()

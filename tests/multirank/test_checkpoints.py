@@ -12,7 +12,7 @@ import pytest
 
 from tests.multirank.launch import HARVESTING, Records, run_jobs, stream
 
-pytestmark = [pytest.mark.multirank, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.multirank, pytest.mark.timeout(400)]
 
 GRACE: dict[str, Any] = HARVESTING
 BASE: dict[str, Any] = {"steps": 9, "bf16": False, "grace": GRACE}
@@ -75,7 +75,7 @@ def records(folder: Path, small_disk: Path | None) -> Records:
         jobs["full"] = {**BASE, "save": str(small_disk / "saved"), "save_at": [4, STEP], "fill": fill}
         jobs["full_on"] = {**BASE, "load": str(small_disk / "saved")}
         jobs["full_run_dir"] = {**BASE, "grace": {**GRACE, "run_dir": str(small_disk / "run")}}
-    return run_jobs(folder / "launch", jobs, timeout=120)[0]
+    return run_jobs(folder / "launch", jobs, timeout=300)[0]
 
 
 @pytest.mark.parametrize("name", list(DAMAGES))
