@@ -1,4 +1,4 @@
-"""``grace-ds``: run a script with GRACE, read a schedule back, look at a machine before a job does."""
+"""``grace-ds``: run a script with GRACE, read a schedule back, look at a machine, or at sizes, before a job does."""
 
 from __future__ import annotations
 
@@ -46,7 +46,52 @@ def parser() -> argparse.ArgumentParser:
     checker.add_argument("--ranks", type=int, default=1, metavar="N", help="data-parallel ranks of the job (with --config)")
     checker.add_argument("--here", type=int, metavar="N", help="ranks on this machine (default: all)")
     checker.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    planner = commands.add_parser(
+        "plan",
+        help="what a refresh will cost each rank: memory, bytes sent, seconds",
+        description="From the sizes of a job: the window, how its graph is built, memory, traffic and time of a refresh. "
+        "The graph is built by selection.objective facility_location and graph.residuals; other refreshes cost less.",
+    )
+    planner.add_argument("--samples", type=_count, required=True, metavar="N", help="of the corpus, such as 1e8")
+    planner.add_argument("--ranks", type=_count, required=True, metavar="P", help="data-parallel ranks")
+    planner.add_argument("--dim", type=_count, default=128, metavar="D", help="features.dim (default: 128)")
+    planner.add_argument("--batch", type=_count, default=256, metavar="B", help="samples of an optimizer step (default: 256)")
+    planner.add_argument("--interval", type=_count, default=500, metavar="R", help="refresh.interval_steps (default: 500)")
+    planner.add_argument("--budget", type=float, default=0.2, help="share of the window in a coreset (default: 0.2)")
+    planner.add_argument("--tokens", type=_count, default=1024, metavar="T", help="of a sample (default: 1024)")
+    planner.add_argument("--steps", type=_count, default=0, metavar="S", help="of the run, for the implied repeats")
+    planner.add_argument("--gflops", type=float, default=0.0, help="of a rank, in Gflop/s (default: measured here)")
+    planner.add_argument("--gbits", type=float, default=10.0, help="between two ranks, in Gbit/s (default: 10)")
+    planner.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the config, such as graph.tier=exact")
+    planner.add_argument("--json", action="store_true", help="print JSON instead of lines")
     return top
+
+
+def _count(word: str) -> int:
+    """A whole number, also as 1e8."""
+    value = float(word)
+    if not (value >= 0 and value == int(value)):
+        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number")
+    return int(value)
+
+
+def _plan(args: argparse.Namespace) -> str:
+    from grace_ds.cli.plan import Sizes, plan, told
+    from grace_ds.config.load import load_config
+
+    sizes = Sizes(
+        args.samples,
+        args.dim,
+        args.ranks,
+        args.batch,
+        args.interval,
+        args.budget,
+        args.tokens,
+        args.steps,
+        args.gflops,
+        args.gbits,
+    )
+    return told(plan(sizes, load_config({}, dotlist=args.set)), args.json)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,6 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             said, status = doctor(os.environ, args.shared, args.json, job)
             sys.stdout.write(said)
             return status
+        if args.command == "plan":
+            sys.stdout.write(_plan(args))
+            return 0
         from grace_ds.cli.trace import trace
 
         sys.stdout.write(trace(args.where, args.step, as_json=args.json))

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 EXPECTED_OVERLAP = 3  # for the figures; the build measures what it needs
 IMBALANCE = 1.5  # of sum over clusters of m^2, measured 1.2 ... 1.7 on clustered data and text
+PAIR_SECONDS, VISIT_SECONDS = 2.5e-9, 8e-6  # one thread of a 2020s x86 core, k = 15, 128 columns: within a factor of two
 FIXED_BYTES = 8 << 20  # scratch blocks of the leaf, of exact similarities and of the assignment
 
 
@@ -34,6 +35,8 @@ class GraphPlan:
         clusters: of the clustered tier; 0 otherwise.
         overlap: clusters that a row is expected to go to; 0 in the exact tier.
         flop: multiplications and additions of the similarities.
+        pairs: similarities that are sorted.
+        visits: queries times the shards or clusters that each is compared in.
         wire_bytes: sent.
         host_bytes: held at the peak, beyond the rows themselves and including the result.
     """
@@ -43,8 +46,16 @@ class GraphPlan:
     clusters: int
     overlap: int
     flop: float
+    pairs: float
+    visits: float
     wire_bytes: int
     host_bytes: int
+
+    def seconds(self, gflops: float, gbits: float) -> float:
+        """Expected seconds on a CPU rank: products at ``gflops``, sorting and exact similarities, ``gbits`` on the wire."""
+        return (
+            self.flop / gflops / 1e9 + self.pairs * PAIR_SECONDS + self.visits * VISIT_SECONDS + 8 * self.wire_bytes / gbits / 1e9
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -80,7 +91,8 @@ def _exact(config: GraphConfig, n_q: int, n_x: int, d: int, ranks: int, alike: b
     keys = 8 * (config.k + 1)
     held = (2 * x * row if ranks > 1 else 0) + q * (3 * keys + 12 * config.k) + q * 8 * (config.k + 9)
     leaf = int(4 * d * x) + (16 << 20)  # faiss keeps a copy of the rows
-    return GraphPlan("exact", why, 0, 0, 2.0 * q * n_x * d, int((ranks - 1) * x * row), int(held) + leaf + FIXED_BYTES)
+    wire = int((ranks - 1) * x * row)
+    return GraphPlan("exact", why, 0, 0, 2.0 * q * n_x * d, q * n_x, q * ranks, wire, int(held) + leaf + FIXED_BYTES)
 
 
 def _clustered(config: GraphConfig, n_q: int, n_x: int, d: int, ranks: int, alike: bool, why: str) -> GraphPlan:
@@ -91,9 +103,10 @@ def _clustered(config: GraphConfig, n_q: int, n_x: int, d: int, ranks: int, alik
     pairs = IMBALANCE * o * o * n_q * n_x / c
     # similarities; assignment, k-means (on root, the slowest rank) and the exact search of the sample count as they are
     flop = 2.0 * d * (pairs / ranks + travelling * c + sample * c * ROUNDS + min(SAMPLE_QUERIES, n_q) * x)
-    wire = (ranks - 1) / ranks * o * (travelling * (4 * d + 8) + q * 8 * (config.k + 1)) + sample * (4 * d + 8) / ranks
+    wire = (ranks - 1) / ranks * o * (travelling * (4 * d + 8) + q * 8 * (config.k + 1))
+    wire += (ranks - 1) * sample * (4 * d + 8) / ranks
     held = travelling * (4 * MOST + 16 * o + 40)  # where each row goes, and its order
     fitting = sample * 20 * d  # the sample as it is sent, gathered, sorted and converted
     keys, result = 8.8 * (config.k + 1) * q, 12 * config.k * q
     peak = fitting + held + keys + max(3 * wave_bytes(n_x, d, ranks), result)
-    return GraphPlan("clustered", why, c, o, flop, int(wire), int(peak) + FIXED_BYTES)
+    return GraphPlan("clustered", why, c, o, flop, pairs / ranks, o * q, int(wire), int(peak) + FIXED_BYTES)
