@@ -7,15 +7,18 @@ old value, to its neighbours' values and (by ``shrink``) to zero, the mean of a 
 not carry its whole value over, and a sample that nothing is known of gets the mean.
 
 Shapes: n = rows of this rank, k = neighbours, s = signals.  Pure functions of arrays; a row's result depends on that row
-only, bit for bit, however rows are spread over ranks.
+only, bit for bit, however rows are spread over ranks.  Written on the array API (https://data-apis.org/array-api): NumPy,
+torch and CuPy arrays are taken alike, where they lie; all arrays of a call are of one library.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from array_api_compat import array_namespace
 
 from grace_ds.errors import ConfigError, DataError
 from grace_ds.records import Array, FloatArray
@@ -65,21 +68,22 @@ def propagate(
         DataError: the shapes do not fit together.
     """
     _check(own, own_age, nbr_values, nbr_age, similarity, shrink, decay)
+    xp = array_namespace(own, nbr_values, similarity)
     weight = confidence(nbr_age, decay) * _closeness(similarity)
-    known = ~np.isnan(own)
-    evidence = np.where(known, confidence(own_age, decay)[:, None], 0.0)
-    total = evidence * np.where(known, own, 0.0)
+    known = ~xp.isnan(own)
+    evidence = xp.where(known, confidence(own_age, decay)[:, None], 0.0)
+    total = evidence * _double(xp.where(known, own, 0.0))
     # Neighbour by neighbour: a sum along an axis may be split differently for other shapes, this one cannot.
     for j in range(similarity.shape[1]):
         value, usable = _column(nbr_values, weight, j)
         total += usable * value
         evidence += usable
     values = total / (shrink + evidence)
-    fresh = known & (np.asarray(own_age) == 0)[:, None]
-    values = np.where(fresh, own, values)
-    sure = np.where(fresh[:, 0], 1.0, evidence[:, 0] / (shrink + evidence[:, 0]))
+    fresh = known & (_double(own_age) == 0)[:, None]
+    values = xp.where(fresh, _double(own), values)
+    sure = xp.where(fresh[:, 0], 1.0, evidence[:, 0] / (shrink + evidence[:, 0]))
     disagreement = _spread(nbr_values[:, :, :1], weight)
-    return Propagated(values.astype(np.float32), sure.astype(np.float32), disagreement.astype(np.float32))
+    return Propagated(*(xp.astype(x, xp.float32) for x in (values, sure, disagreement)))
 
 
 def priority(staleness: Array, disagreement: FloatArray) -> FloatRows:
@@ -93,13 +97,15 @@ def priority(staleness: Array, disagreement: FloatArray) -> FloatRows:
     Returns:
         (n,) float64, finite, not negative; 0 for just harvested rows, and the higher the sooner to be re-scored.
     """
-    age = np.asarray(staleness, np.float64)
-    never = ~np.isfinite(age)
-    age = np.where(never, np.max(age, where=~never, initial=0.0) + 1.0, np.maximum(age, 0.0))
-    doubt = np.asarray(disagreement, np.float64)
-    unknown = ~np.isfinite(doubt)
-    largest = float(np.max(doubt, where=~unknown, initial=0.0)) or 1.0
-    doubt = np.where(unknown, largest, np.maximum(doubt, LEAST_DISAGREEMENT * largest))
+    xp = array_namespace(staleness, disagreement)
+    age = _double(staleness)
+    never = ~xp.isfinite(age)
+    age = xp.where(never, _largest(xp, xp.where(never, 0.0, age)) + 1.0, xp.where(age > 0, age, 0.0))
+    doubt = _double(disagreement)
+    unknown = ~xp.isfinite(doubt)
+    largest = _largest(xp, xp.where(unknown, 0.0, doubt)) or 1.0
+    floor = LEAST_DISAGREEMENT * largest
+    doubt = xp.where(unknown, largest, xp.where(doubt > floor, doubt, floor))
     result: FloatRows = age * doubt
     return result
 
@@ -109,40 +115,54 @@ def confidence(age: Array, decay: float) -> FloatRows:
 
     0 for a row that was never harvested, also where decay is 1.
     """
-    age = np.ascontiguousarray(age, np.float64)
-    result: FloatRows = np.where(np.isfinite(age), np.power(decay, np.where(np.isfinite(age), age, 0.0)), 0.0)
+    xp = array_namespace(age)
+    age = _double(age)
+    there = xp.isfinite(age)
+    result: FloatRows = xp.where(there, decay ** xp.where(there, age, 0.0), 0.0)
     return result
+
+
+def _double(x: Array) -> Any:
+    xp = array_namespace(x)
+    return xp.astype(x, xp.float64, copy=False)
+
+
+def _largest(xp: Any, x: Array) -> float:
+    return max(0.0, float(xp.max(x))) if x.shape[0] else 0.0
 
 
 def _closeness(similarity: FloatArray) -> FloatRows:
     """max(cosine, 0) ** 4, by products: they round alike everywhere."""
-    square = np.square(np.maximum(similarity.astype(np.float64), 0.0))
-    result: FloatRows = np.square(square)
+    xp = array_namespace(similarity)
+    cosine = _double(similarity)
+    square = xp.square(xp.where(cosine > 0, cosine, 0.0))
+    result: FloatRows = xp.square(square)
     return result
 
 
 def _column(nbr_values: FloatArray, weight: FloatRows, j: int) -> tuple[FloatRows, FloatRows]:
     """Neighbour j's values and weights, both (n, s) float64; 0 and 0 where a value is unknown."""
-    value = nbr_values[:, j, :].astype(np.float64)
-    unknown = np.isnan(value)
-    value[unknown] = 0.0
-    return value, np.where(unknown, 0.0, weight[:, j, None])
+    xp = array_namespace(nbr_values)
+    value = _double(nbr_values[:, j, :])
+    unknown = xp.isnan(value)
+    return xp.where(unknown, 0.0, value), xp.where(unknown, 0.0, weight[:, j, None])
 
 
 def _spread(nbr_values: FloatArray, weight: FloatRows) -> FloatRows:
     """(n,) weighted standard deviation over the neighbours of the one signal in ``nbr_values`` (n, k, 1)."""
-    evidence, total, squares = (np.zeros((len(weight), 1)) for _ in range(3))
+    xp = array_namespace(nbr_values)
+    evidence, total, squares = (xp.zeros_like(weight[:, :1]) for _ in range(3))
     for j in range(weight.shape[1]):
         value, usable = _column(nbr_values, weight, j)
         evidence += usable
         total += usable * value
     seen = evidence > 0
-    mean = np.divide(total, evidence, out=np.zeros_like(total), where=seen)
+    mass = xp.where(seen, evidence, 1.0)
+    mean = total / mass
     for j in range(weight.shape[1]):
         value, usable = _column(nbr_values, weight, j)
-        squares += usable * np.square(value - mean)
-    variance = np.divide(squares, evidence, out=np.full_like(squares, np.nan), where=seen)
-    result: FloatRows = np.sqrt(variance)[:, 0]
+        squares += usable * xp.square(value - mean)
+    result: FloatRows = xp.sqrt(xp.where(seen, squares / mass, float("nan")))[:, 0]
     return result
 
 
