@@ -185,6 +185,7 @@ def work(world: World, folder: str) -> dict[str, Any]:
     # A run that goes on after its last checkpoint, and is then taken up at that.
     found["before"] = consume(train, settings(home / "run2"), 0, 9, 2)
     found["after"] = consume(train, settings(home / "run2"), 6, STEPS, 2)
+    found["abandoned"] = [path.name for path in (home / "run2" / "schedules").glob("*.abandoned")]
     found["rerun"] = consume(train, settings(home / "run3"), 0, STEPS, 0, rerun=3, valid=valid)
     longer, _ = datasets(home, ["a"], steps=10 * STEPS)
     found["longer"] = consume(longer, settings(home / "run4"), 0, 5, 0)

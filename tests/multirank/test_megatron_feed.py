@@ -47,6 +47,7 @@ def test_megatron_data_workers_change_nothing(ranks):
 def test_megatron_resumes_by_consumed_samples(ranks):
     assert stream(ranks, "before") == stream(ranks, "none")[:9]
     assert stream(ranks, "after") == stream(ranks, "none")[6:]
+    assert ranks[0]["abandoned"] == ["schedule-000002.abandoned"]  # made after step 8, which the resumed run came to again
 
 
 def test_megatron_step_that_is_run_again_and_evaluation_count_once(ranks):
