@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,6 +35,7 @@ from grace_ds.integrations.record import keep_config
 from grace_ds.integrations.together import together
 from grace_ds.integrations.trusted_set import Extras
 from grace_ds.integrations.verdict import Verdict, job_store
+from grace_ds.integrations.world import refuse_lonely
 from grace_ds.methods import replace_method
 from grace_ds.records import IntArray
 from grace_ds.schedule import Slots
@@ -229,6 +231,8 @@ def wrap(
         job.wrapped = True
         return train_ds
     refuse(grace)
+    _speak_up()
+    refuse_lonely(dist.get_world_size() if dist.is_initialized() else 1, os.environ)
     facts = facts_of(consumed_samples, micro_batch_size, global_batch_size, num_workers, lag)
     # The first schedule is used until the second takes over, ``lag`` steps after it is made.
     grace.refresh.slack_steps = max(slack(grace, grace.refresh.interval_steps), facts.lag)
@@ -249,6 +253,16 @@ def wrap(
     job.feed = Feed(controller, corpus, facts, grace.mode == "train")
     job.feed.start(grace.run_dir)
     return train_ds if job.feed.ring is None else Scheduled(corpus, job.feed.ring, len(train_ds))
+
+
+def _speak_up() -> None:
+    """Where the job has set up no logging, rank 0 says on the screen what GRACE chose."""
+    if log.hasHandlers():
+        return
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("grace_ds: %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.WARNING if dist.is_initialized() and dist.get_rank() else logging.INFO)
 
 
 def refuse(config: GraceConfig) -> None:
