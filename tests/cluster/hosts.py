@@ -27,6 +27,7 @@ PidFile none
 UsePAM no
 StrictModes no
 PermitRootLogin yes
+SetEnv TMPDIR={at}/tmp
 """
 _SSH = """
 Host *
@@ -105,7 +106,13 @@ class Hosts:
         """Starts a command on a host; its output goes to ``out``."""
         spaces = ["--net", "--mount", "--uts", "--pid", "--wd=" + str(cwd)]
         whole = ["nsenter", "-t", str(self._inside[name]), *spaces, "--", *command]
-        return subprocess.Popen(whole, env={"PATH": PATH, **env}, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            whole,
+            env={"PATH": PATH, **env, "TMPDIR": str(self.at / "tmp")},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
 
     def inside(self, name: str) -> int:
         """Number out here of a host's first process, by which its namespaces are entered."""
@@ -128,6 +135,8 @@ class Hosts:
     def _files(self) -> None:
         at = self.at
         (at / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{a} {n}\n" for n, a in zip(NAMES, ADDRESSES, strict=True)))
+        # Daemons name their folders there by process ids, which each host counts from 1.
+        (at / "tmp").mkdir()
         (at / "dotssh").mkdir()
         (at / "dotssh" / "config").write_text(_SSH.format(at=at))
         (at / "sshd_config").write_text(_SSHD.format(at=at))
