@@ -70,7 +70,7 @@ class RollCall:
         deadline = time.monotonic() + patience
         while True:
             missing = _probe(others)
-            if missing or time.monotonic() >= deadline:
+            if missing or not others or time.monotonic() >= deadline:
                 return missing
             time.sleep(0.2)
 

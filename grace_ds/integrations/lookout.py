@@ -59,9 +59,7 @@ class Lookout:
 
     def _last_words(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         self._before(kind, error, trace)
-        if not isinstance(error, Exception):
-            return
-        missing = {} if isinstance(error, PeerLost) else self.call.absent(_PATIENCE)
+        missing = self.call.absent(_PATIENCE) if _in_a_collective(error, trace) else {}
         if missing:
             self.comm.abandon()
             sys.stderr.write(f"grace_ds: {self._words(missing, self.where())}\n")
@@ -70,3 +68,13 @@ class Lookout:
             sys.stderr.flush()
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(_EXIT_SECONDS)
+
+
+def _in_a_collective(error: BaseException, trace: TracebackType | None) -> bool:
+    """Whether an error may be another rank's doing: raised by a transport, and not by this rank's own work."""
+    if isinstance(error, TransportError):
+        return True
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = str(trace.tb_frame.f_globals.get("__name__", "")) if trace is not None else ""
+    return isinstance(error, RuntimeError) and module.startswith(("torch.distributed", "deepspeed."))
