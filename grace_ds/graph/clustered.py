@@ -24,7 +24,7 @@ from grace_ds.graph.rows import both, collapse, distinct
 from grace_ds.graph.search import search
 from grace_ds.records import Array, FloatArray, IntArray, Neighbours
 
-LEAST_WAVE = 2 << 20  # bytes of the rows that a rank is sent in a wave, at least
+LEAST_WAVE = 1 << 20  # bytes of the rows that a rank is sent in a wave, at least
 WAVE_SHARE = 32  # and a thirty-second of the index rows that it holds
 GIANT = 4  # parts of the whole work for each rank: a dearer cluster's queries are divided
 

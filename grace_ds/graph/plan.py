@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 EXPECTED_OVERLAP = 3  # for the figures; the build measures what it needs
 IMBALANCE = 1.5  # of sum over clusters of m^2, measured 1.2 ... 1.7 on clustered data and text
 PAIR_SECONDS, VISIT_SECONDS = 2.5e-9, 8e-6  # one thread of a 2020s x86 core, k = 15, 128 columns: within a factor of two
-FIXED_BYTES = 8 << 20  # scratch blocks of the leaf, of exact similarities and of the assignment
+FIXED_BYTES = 4 << 20  # scratch blocks of the leaf, of exact similarities and of the assignment
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ def _clustered(config: GraphConfig, n_q: int, n_x: int, d: int, ranks: int, alik
     flop = 2.0 * d * (pairs / ranks + travelling * c + sample * c * ROUNDS + min(SAMPLE_QUERIES, n_q) * x)
     wire = (ranks - 1) / ranks * o * (travelling * (4 * d + 8) + q * 8 * (config.k + 1))
     wire += (ranks - 1) * sample * (4 * d + 8) / ranks
-    held = travelling * (4 * MOST + 16 * o + 40)  # where each row goes, and its order
-    fitting = sample * 20 * d  # the sample as it is sent, gathered, sorted and converted
+    held = travelling * (4 * MOST + 16 * o + 16)  # where each row goes, and its order
+    fitting = sample * 16 * d  # the sample as it is sent, gathered, sorted and converted
     keys, result = 8.8 * (config.k + 1) * q, 12 * config.k * q
     peak = fitting + held + keys + max(3 * wave_bytes(n_x, d, ranks), result)
     return GraphPlan("clustered", why, c, o, flop, pairs / ranks, o * q, int(wire), int(peak) + FIXED_BYTES)

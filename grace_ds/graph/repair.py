@@ -21,7 +21,7 @@ from grace_ds.graph.clustered import nearest_keys
 from grace_ds.graph.clusters import nearest_centroids
 from grace_ds.graph.leaves import exact
 from grace_ds.graph.meet import Moved, meet
-from grace_ds.graph.merge import ID_BITS, PAD, merge, unpack, without_self
+from grace_ds.graph.merge import ID_BITS, PAD, ROWS, merge, unpack, without_self
 from grace_ds.graph.placement import Placement, centroids_of, place, sampled_recall
 from grace_ds.graph.plan import clusters_for
 from grace_ds.graph.rows import prepared
@@ -92,10 +92,12 @@ def repair(comm: Comm, kept: KeptGraph, ids: IntArray, X: FloatArray, config: Gr
     X = prepared(ids, X)
     known, there = _found_again(kept.ids, ids)
     moved = ~known
-    moved[known] = _gone_further(kept.X[there], X[known], drift)
+    moved[known] = _gone_further(_rows(kept.X, there), _rows(X, np.flatnonzero(known)), drift)
     stays, old = ~moved, there[~moved[known]]
-    rows = X.copy()
-    rows[stays] = kept.X[old]
+    rows = X
+    if drift > 0:  # whoever has not gone far is left where its edges were computed
+        rows = X.copy()
+        rows[stays] = kept.X[old]
     where = np.empty((len(ids), kept.where.shape[1]), np.int32)
     where[stays], where[moved] = kept.where[old], nearest_centroids(X[moved], kept.centroids, where.shape[1])
     keys, depth = np.full((len(ids), config.k + SPARE), PAD), np.full(len(ids), PAD)
@@ -123,9 +125,15 @@ def _found_again(old: IntArray, new: IntArray) -> tuple[Array, IntArray]:
     return known, at[known]
 
 
+def _rows(X: FloatArray, at: IntArray) -> FloatArray:
+    """``X[at]``, without a copy where it is all of ``X``."""
+    return X if np.array_equal(at, np.arange(len(X))) else X[at]
+
+
 def _gone_further(old: FloatArray, new: FloatArray, drift: float) -> Array:
     if drift <= 0:
-        return np.asarray((old != new).any(axis=1))
+        parts = [(old[lo : lo + ROWS] != new[lo : lo + ROWS]).any(axis=1) for lo in range(0, len(old), ROWS)]
+        return np.concatenate([np.zeros(0, bool), *parts])
     return np.asarray(1 - np.einsum("nd,nd->n", old, new) > drift)
 
 
