@@ -144,6 +144,7 @@ def told(found: RefreshPlan, as_json: bool) -> str:
         ("  harvested rows", _bytes(found.table_bytes)),
         ("  schedules, two", _bytes(found.schedule_bytes)),
         ("  graph, at its peak", _bytes(g.host_bytes)),
+        ("  graph, on the GPU", _bytes(g.device_bytes) if g.device_bytes else "none: a CPU leaf"),
         ("  selection, on rank 0", _bytes(found.select_bytes)),
         ("  in all, at the peak", _bytes(found.peak_bytes)),
     ]

@@ -39,6 +39,9 @@ def test_more_ranks_hold_and_compute_less_each(tier: str) -> None:
     for few, many in pairwise(plans):
         assert many.flop < few.flop and many.seconds(50, 1e9) < few.seconds(50, 1e9)
     assert plans[3].host_bytes < plans[1].host_bytes
+    assert plans[0].device_bytes == 0
+    gpu = [plan_graph(GraphConfig(tier=tier, leaf="cuvs"), n, n, 64, 8, True).device_bytes for n in (10**6, 10**7)]
+    assert 0 < gpu[0] < gpu[1] < 4 * 64 * 10**7
 
 
 def test_clusters_save_work_where_there_are_many_rows() -> None:
