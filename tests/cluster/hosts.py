@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ PidFile none
 UsePAM no
 StrictModes no
 PermitRootLogin yes
-SetEnv TMPDIR={at}/tmp
+SetEnv TMPDIR={tmp}
 """
 _SSH = """
 Host *
@@ -73,6 +74,9 @@ class Hosts:
     prefix: str = field(default_factory=lambda: f"gds{os.getpid()}-{next(_numbers)}")
 
     def __post_init__(self) -> None:
+        # Of these hosts alone, for daemons name their folders there by process ids, which each host counts from 1; and near
+        # the root, for sockets in it have short names only.
+        self._tmp = tempfile.mkdtemp(prefix="gds-", dir="/tmp")
         self._daemons: list[subprocess.Popen[bytes]] = []
         self._inside: dict[str, int] = {}
 
@@ -97,6 +101,7 @@ class Hosts:
         for daemon in self._daemons:
             daemon.send_signal(signal.SIGKILL)  # with --kill-child its PID namespace ends with it
             daemon.wait()
+        shutil.rmtree(self._tmp, ignore_errors=True)
         for name in ("hub", *NAMES):
             subprocess.run(["ip", "netns", "del", self._netns(name)], env={"PATH": PATH}, capture_output=True, check=False)
 
@@ -108,7 +113,7 @@ class Hosts:
         whole = ["nsenter", "-t", str(self._inside[name]), *spaces, "--", *command]
         return subprocess.Popen(
             whole,
-            env={"PATH": PATH, **env, "TMPDIR": str(self.at / "tmp")},
+            env={"PATH": PATH, **env, "TMPDIR": self._tmp},
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -135,11 +140,9 @@ class Hosts:
     def _files(self) -> None:
         at = self.at
         (at / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{a} {n}\n" for n, a in zip(NAMES, ADDRESSES, strict=True)))
-        # Daemons name their folders there by process ids, which each host counts from 1.
-        (at / "tmp").mkdir()
         (at / "dotssh").mkdir()
         (at / "dotssh" / "config").write_text(_SSH.format(at=at))
-        (at / "sshd_config").write_text(_SSHD.format(at=at))
+        (at / "sshd_config").write_text(_SSHD.format(at=at, tmp=self._tmp))
         (at / "node.sh").write_text(_NODE)
         (Path.home() / ".ssh").mkdir(mode=0o700, exist_ok=True)  # the place that the hosts' own is mounted over
         if self.ssh:
