@@ -58,6 +58,7 @@ def run(args: argparse.Namespace, console: Console) -> Record:
     os.environ.update(THREADS)  # of the processes that measure
     record = Record("graph")
     compared: list[dict[str, Any]] = []
+    errors: list[float] = []
     for n in args.sizes:
         best = _rivals(n, args.repeats, compared, console)
         ours = [_alone(ours_on, n, WIDTH) for _ in range(args.repeats)]
@@ -69,8 +70,10 @@ def run(args: argparse.Namespace, console: Console) -> Record:
             Claim(f"recall_{label}", recall, "share of the true 15 nearest", RECALL, True),
             Claim(f"cpu_ratio_to_best_{label}", seconds / best, "CPU s / best of faiss IVF, NNDescent, pynndescent", 1.1),
             Claim(f"memory_ratio_{label}", _median(ours, "memory/input"), "extra memory at the peak / input", 1.5),
-            Claim(f"plan_memory_error_{label}", _median(ours, "plan error"), "|planned - measured| / measured", 0.15),
         ]
+        errors.append(_median(ours, "plan error"))
+    unit = "|planned - measured| / measured, extra memory, the worse size"
+    record.claims.append(Claim("plan_memory_error", max(errors), unit, 0.15))
     record.rows["compared"] = compared
     if args.growth:
         record.rows["clustered tier"] = grown = [_alone(tier_b_on, n, WIDTH) for n in args.growth]
