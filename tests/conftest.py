@@ -20,8 +20,9 @@ os.environ["TORCH_EXTENSIONS_DIR"] = _EXTENSIONS
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark by place what starts several processes, and skip what needs a GPU where there is none."""
     for item in items:
-        if "multirank" in item.path.parts:
-            item.add_marker(pytest.mark.multirank)
+        for lane in ("multirank", "cluster"):
+            if lane in item.path.parts:
+                item.add_marker(getattr(pytest.mark, lane))
         if item.get_closest_marker("gpu") and not _has_gpu():
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
 

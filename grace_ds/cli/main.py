@@ -46,6 +46,12 @@ def parser() -> argparse.ArgumentParser:
     checker.add_argument("--ranks", type=int, default=1, metavar="N", help="data-parallel ranks of the job (with --config)")
     checker.add_argument("--here", type=int, metavar="N", help="ranks on this machine (default: all)")
     checker.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    reference = commands.add_parser(
+        "config",
+        help="every key of the configuration, its default and what it means",
+        description="Prints the keys of the grace block, as a dotlist names them.",
+    )
+    reference.add_argument("--markdown", action="store_true", help="print docs/config.md instead of lines")
     planner = commands.add_parser(
         "plan",
         help="what a refresh will cost each rank: memory, bytes sent, seconds",
@@ -115,6 +121,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             said, status = doctor(os.environ, args.shared, args.json, job)
             sys.stdout.write(said)
             return status
+        if args.command == "config":
+            from grace_ds.config.reference import listed, markdown
+
+            sys.stdout.write(markdown() if args.markdown else listed())
+            return 0
         if args.command == "plan":
             sys.stdout.write(_plan(args))
             return 0

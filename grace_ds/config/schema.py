@@ -50,7 +50,7 @@ class HarvestConfig:
 class FeaturesConfig:
     """Content statistics of the token ids; no gradients, no model."""
 
-    enabled: bool = True
+    enabled: bool = True  # content statistics; only recipe uniform does without
     tokens_key: str = "auto"  # key (or tuple position) of the token ids in a dataset item
     dim: int = 128  # width of the projected TF-IDF vectors
     max_tokens: int = 4096  # tokens of a sample that are looked at
@@ -62,13 +62,13 @@ class GraphConfig:
     """The k-NN graph that carries scores from harvested samples to the others."""
 
     leaf: str = (
-        "auto"  # torch: exact; faiss: exact below 30,000 rows, then tuned; cuvs: GPU, not yet run; auto: faiss, else torch
+        "auto"  # torch (exact) | faiss (exact, from 30,000 rows tuned) | cuvs (GPU, not yet run) | auto: faiss, else torch
     )
     tier: str = "auto"  # exact: every pair; clustered: rows that share a cluster; auto: clustered from 30,000 rows where it pays
     executor: str = "ring"  # ring: over the job's transport; dask: a Dask cluster inside the job, started for each graph
     clusters: int = 0  # of the clustered tier; 0: the square root of the rows
     overlap: int = 0  # clusters that each row goes to; 0: as few as reach the recall
-    k: int = 15
+    k: int = 15  # neighbours of a sample
     recall: float = 0.99  # sampled recall that an approximate leaf or the clustered tier must reach
     shrink: float = 1.0  # lambda of the propagation: neighbour evidence that counts as much as no evidence
     decay: float = 0.7  # confidence of a harvested value per refresh of age
@@ -91,7 +91,7 @@ class SelectionConfig:
 class GuardConfig:
     """What stops a selection that does not help."""
 
-    enabled: bool = True
+    enabled: bool = True  # false: the recipe is used whatever comes of it
     clean_share: float = 0.62  # effective share of the window from which content alone finds nothing worth leaving out
     confidence: float = 0.95  # of the bootstrap interval that core and audit samples are compared by
 
@@ -108,12 +108,12 @@ class CheckpointConfig:
 class GraceConfig:
     """The block ``data_efficiency.data_sampling.grace`` of a DeepSpeed config (alias: top-level ``grace_ds``)."""
 
-    enabled: bool = True
+    enabled: bool = True  # false: an exact pass-through
     recipe: str = "prior"  # grace | prior | density | uniform: the most that selection may use
     mode: str = "train"  # train | shadow: harvest, refresh and log, but leave the job's batches alone
     budget: float = 0.2  # share of the window that one coreset may hold
     window: int = 0  # samples in the rolling window; 0: so that a refresh harvests at least 5 % of it
-    seed: int = 1234
+    seed: int = 1234  # of windows, projections and draws
     total_steps: int = 0  # optimizer steps of the whole run, to check max_repeats; 0: not known
     max_repeats: float = 4.0  # implied repeats of a sample above which the run is refused
     start_step: int = -1  # first optimizer step on a coreset, uniform before; -1: after the first interval, 0: at once
