@@ -61,9 +61,7 @@ class FeaturesConfig:
 class GraphConfig:
     """The k-NN graph that carries scores from harvested samples to the others."""
 
-    leaf: str = (
-        "auto"  # torch (exact) | faiss (exact, from 30,000 rows tuned) | cuvs (GPU, not yet run) | auto: faiss, else torch
-    )
+    leaf: str = "auto"  # torch: exact | faiss: exact, tuned from 30,000 rows | cuvs: GPU, not yet run | auto: faiss, else torch
     tier: str = "auto"  # exact: every pair; clustered: rows that share a cluster; auto: clustered from 30,000 rows where it pays
     executor: str = "ring"  # ring: over the job's transport; dask: a Dask cluster inside the job, started for each graph
     clusters: int = 0  # of the clustered tier; 0: the square root of the rows

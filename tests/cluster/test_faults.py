@@ -41,7 +41,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "gather": (["grace_ds.refresh", "gather_rows"], "stage gather"),
     "table": (["grace_ds.refresh", "owner_of"], "in refresh"),
     "features": (["grace_ds.integrations.build", "content_features"], "in refresh"),
-    "graph": (["grace_ds.refresh", "nearest"], "stage graph"),
+    "graph": (["grace_ds.refresh", "knn"], "stage graph"),
     "propagate": (["grace_ds.signals", "propagate"], "in refresh"),
     "select": (["grace_ds.refresh", "collect"], "stage select"),
     "broadcast": (["grace_ds.refresh", "broadcast_schedule"], "stage broadcast"),

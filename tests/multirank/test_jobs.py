@@ -22,7 +22,7 @@ FAULTS = {
     "gather": ("grace_ds.refresh", "gather_rows"),
     "table": ("grace_ds.refresh", "owner_of"),
     "features": ("grace_ds.integrations.build", "content_features"),
-    "graph": ("grace_ds.refresh", "nearest"),
+    "graph": ("grace_ds.refresh", "knn"),
     "propagate": ("grace_ds.signals", "propagate"),
     "select": ("grace_ds.refresh", "collect"),
     "broadcast": ("grace_ds.refresh", "broadcast_schedule"),
