@@ -16,7 +16,7 @@ from grace_ds.schedule import compose
 from grace_ds.selection.guard import Decision, contrast, decide, effective_share
 from grace_ds.selection.objectives import select
 from grace_ds.selection.prior import CUT, SOFTNESS
-from grace_ds.selection.probability import combine, rank01, soft_pass
+from grace_ds.selection.probability import LOSS_BASE, combine, rank01, soft_pass
 from grace_ds.selection.sample import gumbel
 from grace_ds.signals import Inputs, Pipeline, Signals
 
@@ -107,11 +107,30 @@ def log_probability(level: str, s: Signals, loss_tilt: bool) -> Array:
     """(n,) float64 log of the unnormalised selection probability (design: the two tiers multiply)."""
     if level == "uniform":
         return np.zeros(len(s.ids))
+    return np.asarray(combine(*_parts(level, s, loss_tilt), n=len(s.ids)))
+
+
+def factors(level: str, s: Signals, loss_tilt: bool) -> dict[str, Array]:
+    """Name → (n,) float64 factor; their product is the exponential of :func:`log_probability`."""
+    if level == "uniform":
+        return {}
+    keep, density, tilt, filtered = _parts(level, s, loss_tilt)
+    named = {
+        "keep": keep,
+        "copies": None if density is None else 1 / (1 + density.astype(np.float64)),
+        "loss": None if tilt is None else LOSS_BASE + tilt,
+        "influence": filtered,
+    }
+    return {name: factor for name, factor in named.items() if factor is not None}
+
+
+def _parts(level: str, s: Signals, loss_tilt: bool) -> tuple[Array | None, Array | None, Array | None, Array | None]:
+    """Pass of the trusted filter, copies, rank of the loss, pass of the influence filter; None where a level has none."""
     keep = s.keep if level != "density" and np.isfinite(s.keep).any() else None
     grace = level == "grace"
     tilt = rank01(s.loss) if grace and loss_tilt and np.isfinite(s.loss).any() else None
     filtered = soft_pass(s.align, CUT, SOFTNESS) if grace and np.isfinite(s.align).any() else None
-    return np.asarray(combine(keep, s.density, tilt, filtered, n=len(s.ids)))
+    return keep, s.density, tilt, filtered
 
 
 def slack(config: GraceConfig, interval: int) -> int:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from grace_ds.features import ContentFeatures
 from grace_ds.gather import gather_rows
 from grace_ds.graph.build import knn
 from grace_ds.influence import labels
+from grace_ds.portrait import portrait
 from grace_ds.records import IntArray, Neighbours, Rows, Schedule
 from grace_ds.signals import Inputs, Pipeline, collect, spread
 from grace_ds.table import Table, owner_of
@@ -31,12 +33,21 @@ from grace_ds.table import Table, owner_of
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a refresh made: the schedule (all ranks alike), this rank's new table, seconds by stage, counts."""
+    """What a refresh made.
+
+    Attributes:
+        schedule: all ranks alike.
+        table: this rank's.
+        seconds: by stage.
+        counts: of this rank.
+        portrait: how the schedule came about, for ``run_dir``; on root only, None without one or where nothing was weighed.
+    """
 
     schedule: Schedule
     table: Table
     seconds: dict[str, float]
     counts: dict[str, float]
+    portrait: dict[str, Any] | None = None
 
 
 class Stopwatch:
@@ -72,6 +83,7 @@ def refresh(p: Pipeline, x: Inputs) -> Outcome:
         window = p.pool.window_at(x.version)
         own = window[owner_of(window, p.comm.size) == p.comm.rank]
         table = x.table.merge(received).keep(window)
+    picture = None
     if x.uniform:
         with clock("select"):
             schedule = uniform_schedule(p, x, start) if p.comm.rank == 0 else None
@@ -87,6 +99,9 @@ def refresh(p: Pipeline, x: Inputs) -> Outcome:
             signals = collect(p.comm, local)
             seen = by_role(p.comm, x, table)
             schedule = choose(p, x, start, signals, edges, seen) if signals is not None else None
+        with clock("portrait"):
+            if signals is not None and schedule is not None and p.config.run_dir is not None:
+                picture = portrait(p.config, signals, schedule)
     if p.arrange is not None and schedule is not None:
         schedule = p.arrange(schedule)
     with clock("broadcast"):
@@ -97,7 +112,7 @@ def refresh(p: Pipeline, x: Inputs) -> Outcome:
         "padding_dropped": float(dropped.out_of_range),
         "nonfinite_dropped": float(dropped.not_finite),
     }
-    return Outcome(schedule, table, clock.seconds, counts)
+    return Outcome(schedule, table, clock.seconds, counts, picture)
 
 
 def anchors_of(p: Pipeline, own: IntArray, content: ContentFeatures, table: Table) -> Neighbours | None:

@@ -70,7 +70,39 @@ def parser() -> argparse.ArgumentParser:
     planner.add_argument("--gbits", type=float, default=10.0, help="between two ranks, in Gbit/s (default: 10)")
     planner.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the config, such as graph.tier=exact")
     planner.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    _add_report(commands)
     return top
+
+
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    reporter = commands.add_parser(
+        "report",
+        help="what a run chose and why, and what it cost: one HTML page",
+        description="Reads a run_dir (or a quickstart's --out folder) and writes one page that needs no network.",
+    )
+    reporter.add_argument("where", metavar="RUN_DIR", help="a run_dir, or the --out folder of a quickstart")
+    reporter.add_argument("--html", type=Path, metavar="FILE", help="the page (default: RUN_DIR/report.html, unless --terminal)")
+    reporter.add_argument("--terminal", action="store_true", help="print a summary here")
+    reporter.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json, to show token ids as text")
+    reporter.add_argument("--sources", type=Path, metavar="FILE", help=".npy of one label for each sample of the dataset")
+    reporter.add_argument("--losses", type=Path, metavar="FILE", help='JSON: {"uniform": [[step, loss], …], "grace": …}')
+
+
+def _report(args: argparse.Namespace) -> str:
+    from grace_ds.report.load import Options, load_run
+    from grace_ds.report.page import page
+    from grace_ds.report.terminal import terminal
+
+    run = load_run(args.where, Options(args.tokenizer, args.sources, args.losses))
+    said = terminal(run, colour=sys.stdout.isatty()) if args.terminal else ""
+    target = args.html or (None if args.terminal else run.folder / "report.html")
+    if target is None:
+        return said
+    try:
+        target.write_text(page(run), "utf-8")
+    except OSError as error:
+        raise GraceError(f"the page cannot be written to {target} ({error.strerror}); name another place with --html") from error
+    return said + f"written: {target}\n"
 
 
 def _count(word: str) -> int:
@@ -128,6 +160,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if args.command == "plan":
             sys.stdout.write(_plan(args))
+            return 0
+        if args.command == "report":
+            sys.stdout.write(_report(args))
             return 0
         from grace_ds.cli.trace import trace
 

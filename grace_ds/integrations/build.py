@@ -20,7 +20,7 @@ from grace_ds.features import ContentFeatures, TokenReader, content_features
 from grace_ds.harvest import Harvester
 from grace_ds.integrations.controller import Controller
 from grace_ds.integrations.engine import is_pipeline, shares_model
-from grace_ds.integrations.record import monitor_of
+from grace_ds.integrations.record import monitor_of, preview_of
 from grace_ds.integrations.together import together
 from grace_ds.integrations.trust import TrustedProbe, probed
 from grace_ds.integrations.trusted_set import Extras, trusted_set
@@ -93,8 +93,9 @@ def build_controller(
             config.seed,
             probed(config.refresh.probe_share, config.refresh.interval_steps, geometry.batch),
         )
+    show = preview_of(dataset, config.features.tokens_key)
     verdict, call = Verdict(job_store(comm.size)), RollCall.open(os.environ)
-    return Controller(config, geometry, pipeline, harvester, verdict, call, trust, monitor_of(engine))
+    return Controller(config, geometry, pipeline, harvester, verdict, call, trust, monitor_of(engine), show)
 
 
 @dataclass(frozen=True)

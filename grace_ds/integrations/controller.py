@@ -20,7 +20,7 @@ from grace_ds.integrations import cadence
 from grace_ds.integrations.attempt import Fresh, Refresher
 from grace_ds.integrations.judging import by_role, decision_of, worth_harvesting
 from grace_ds.integrations.lookout import Lookout
-from grace_ds.integrations.record import EventWriter, Metrics, Recorder
+from grace_ds.integrations.record import EventWriter, Metrics, Preview, Recorder
 from grace_ds.integrations.trust import TrustedProbe
 from grace_ds.integrations.verdict import Verdict
 from grace_ds.records import Rows
@@ -46,6 +46,7 @@ class Controller:
         call: who can be asked whether he is still there.
         trust: fits the trusted basis at a refresh; None without a trusted set.
         write_events: called on rank 0 after each refresh.
+        preview: what the dataset shows of a sample, for ``run_dir``.
     """
 
     def __init__(
@@ -58,13 +59,14 @@ class Controller:
         call: RollCall,
         trust: TrustedProbe | None,
         write_events: EventWriter,
+        preview: Preview | None = None,
     ) -> None:
         self.config, self.geometry, self.pipeline = config, geometry, pipeline
         self.harvester, self.trust = harvester, trust
         self.comm: Comm = pipeline.comm
         self.lookout = Lookout(call, self.comm, lambda: f"in training step {self.step + 1}")
         self.refresher = Refresher(pipeline, harvester, trust, verdict, self.lookout)
-        self.recorder = Recorder(config.run_dir, write_events) if self.comm.rank == 0 else Recorder(None, None)
+        self.recorder = Recorder(config.run_dir, write_events, preview) if self.comm.rank == 0 else Recorder(None, None)
         self.book = ScheduleBook()
         self.outstanding = Outstanding(geometry)
         self.sampler: Stream | None = None  # None in shadow mode: the job's own sampler feeds it
@@ -287,7 +289,13 @@ class Controller:
         self.book.publish(schedule)
         self.book.prune(self.cursor)
         self.next_refresh = int(schedule.meta["next_refresh_step"])
-        self.recorder.made(outcome)
+        told = {
+            "train_seconds": self.metrics.train_seconds,
+            "refresh_seconds": self.metrics.refresh_seconds,
+            "harvest_seconds": self.harvester.total_seconds if self.harvester is not None else 0.0,
+            "failures": float(self.metrics.refresh_failures),
+        }
+        self.recorder.made(outcome, told)
         decision = decision_of(self.book)
         if self.comm.rank == 0 and decision is not None:
             log.info("schedule %d: %s: %s", schedule.version, decision.level, decision.reason)

@@ -5,9 +5,11 @@ Nothing here may stop training: what cannot be written is said in the log.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ import numpy as np
 
 from grace_ds.config.load import write_resolved
 from grace_ds.config.schema import GraceConfig
+from grace_ds.errors import DataError
+from grace_ds.features.tokens import tokens_of, undisturbed_rng
 from grace_ds.harvest import Harvester
 from grace_ds.records import IntArray, Role, Schedule
 from grace_ds.refresh import Outcome
@@ -24,6 +28,8 @@ from grace_ds.selection.guard import LADDER
 
 log = logging.getLogger("grace_ds")
 
+PREVIEW_CHARACTERS, PREVIEW_TOKENS = 300, 96
+Preview = Callable[[int], dict[str, Any]]  # dataset id → entries beside its reasons
 EventWriter = Callable[[dict[str, float], int], None]  # events by name, samples trained on so far
 
 
@@ -89,20 +95,21 @@ class Recorder:
     Args:
         run_dir: where every schedule is kept for ``trace`` and ``replay``, with a line about its refresh; None: nowhere.
         write_events: takes the events; None: nobody does.
+        preview: what the dataset shows of a sample, JSON-able, beside its reasons; None: nothing.
     """
 
-    def __init__(self, run_dir: str | None, write_events: EventWriter | None) -> None:
-        self.run_dir, self.write_events = run_dir, write_events
-        self._waiting: Outcome | None = None
+    def __init__(self, run_dir: str | None, write_events: EventWriter | None, preview: Preview | None = None) -> None:
+        self.run_dir, self.write_events, self.preview = run_dir, write_events, preview
+        self._waiting: tuple[Outcome, dict[str, float]] | None = None
 
     def events(self, events: dict[str, float], samples: int) -> None:
         """Passes events on, with the number of samples trained on so far."""
         if self.write_events is not None:
             self.write_events(events, samples)
 
-    def made(self, outcome: Outcome) -> None:
-        """A refresh counts; it is kept once :meth:`settle` says that training goes on with it."""
-        self._waiting = outcome
+    def made(self, outcome: Outcome, totals: dict[str, float] | None = None) -> None:
+        """A refresh counts; it is kept, with the run's ``totals`` before it, once :meth:`settle` says that training goes on."""
+        self._waiting = outcome, totals or {}
 
     def forget(self) -> None:
         """What was made last is not part of the run: a checkpoint has been loaded."""
@@ -110,9 +117,10 @@ class Recorder:
 
     def settle(self) -> None:
         """Keeps what was made last."""
-        outcome, self._waiting = self._waiting, None
-        if outcome is None or self.run_dir is None:
+        waiting, self._waiting = self._waiting, None
+        if waiting is None or self.run_dir is None:
             return
+        outcome, totals = waiting
         schedule, folder = outcome.schedule, Path(self.run_dir) / "schedules"
         line = {
             "step": schedule.meta["decided_at_step"],
@@ -120,6 +128,7 @@ class Recorder:
             **outcome.counts,
             **dict(schedule.meta),
             "seconds": outcome.seconds,
+            "before": totals,
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -128,6 +137,42 @@ class Recorder:
                 f.write(json.dumps(line) + "\n")
         except OSError as error:
             log.warning("schedule %d could not be kept in %s (%s); training goes on", schedule.version, self.run_dir, error)
+        if outcome.portrait is not None:
+            keep_portrait(outcome.portrait, folder.parent / "reports", self.preview)
+
+
+def keep_portrait(portrait: dict[str, Any], folder: Path, preview: Preview | None) -> None:
+    """Writes ``report-VERSION.json`` with what the dataset shows of the portrait's samples."""
+    version = portrait["version"]
+    try:
+        samples = portrait["samples"]
+        if preview is not None:
+            with undisturbed_rng():
+                samples = [{**sample, **preview(sample["id"])} for sample in samples]
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / f"report-{version:06d}.json"
+        temporary = target.with_suffix(".tmp")
+        temporary.write_text(json.dumps({**portrait, "samples": samples}), "utf-8")
+        os.replace(temporary, target)
+    except Exception as error:  # the dataset's own code runs here
+        log.warning("no account of refresh %d is kept (%s: %s); training goes on", version, type(error).__name__, error)
+
+
+def preview_of(dataset: Any, tokens_key: str) -> Preview:
+    """Shows a sample's ``text``, where its item is a mapping that holds one, and its first token ids."""
+
+    def show(sample: int) -> dict[str, Any]:
+        item = dataset[sample]
+        text = item.get("text") if isinstance(item, Mapping) else item if isinstance(item, str) else None
+        shown: dict[str, Any] = {}
+        if isinstance(text, str):
+            shown["text"] = text[:PREVIEW_CHARACTERS]
+        else:
+            with contextlib.suppress(DataError):  # what has no tokens is shown by its id alone
+                shown["tokens"] = tokens_of(item, tokens_key)[:PREVIEW_TOKENS].tolist()
+        return shown
+
+    return show
 
 
 def monitor_of(engine: Any) -> EventWriter:

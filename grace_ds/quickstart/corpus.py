@@ -23,6 +23,7 @@ from grace_ds.quickstart.tokenizer import encode_stream, train_tokenizer
 from grace_ds.records import Array
 
 POOLS = ("crawl", "natural")
+TOKENIZER = "tokenizer.json"
 SPLITS = ("train", "trusted", "validation")
 FORMAT = 1  # raise when the same arguments would give other data
 _SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload"}
@@ -104,10 +105,11 @@ def prepare(spec: CorpusSpec, folder: Path, root: Path | None = None) -> Corpus:
     root = root or Path(sysconfig.get_paths()["stdlib"])
     key = {"format": FORMAT, "python": platform.python_version(), "root": str(root), **asdict(spec)}
     manifest = _read_manifest(folder)
-    if manifest and manifest["key"] == key and manifest["digest"] == _digest(folder):
+    if manifest and manifest["key"] == key and manifest["digest"] == _digest(folder) and (folder / TOKENIZER).is_file():
         return Corpus(folder, manifest, reused=True)
-    arrays, facts = build(spec, root)
+    arrays, facts, tokenizer = build(spec, root)
     folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / TOKENIZER, tokenizer)
     # The manifest goes last: a build that was cut off leaves none, or one whose digest does not match.
     for name, array in arrays.items():
         temporary = folder / f".{name}.tmp.npy"
@@ -118,8 +120,8 @@ def prepare(spec: CorpusSpec, folder: Path, root: Path | None = None) -> Corpus:
     return Corpus(folder, manifest, reused=False)
 
 
-def build(spec: CorpusSpec, root: Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    """The arrays by file name, and the facts for the manifest."""
+def build(spec: CorpusSpec, root: Path) -> tuple[dict[str, Array], dict[str, Any], str]:
+    """The arrays by file name, the facts for the manifest, the tokeniser as JSON."""
     packages = read_packages(root)
     names = {split: [name for name in packages if split_of(name) == split] for split in SPLITS}
     texts = {split: [text for name in names[split] for text in packages[name]] for split in SPLITS}
@@ -144,7 +146,7 @@ def build(spec: CorpusSpec, root: Path) -> tuple[dict[str, Array], dict[str, Any
         "kinds": pool.counts(),
         "packages": names,
     }
-    return arrays, facts
+    return arrays, facts, tokenizer.to_str()
 
 
 def make_pool(spec: CorpusSpec, clean: Array, encode: Encode, vocab: int) -> Pool:

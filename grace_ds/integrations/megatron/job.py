@@ -31,7 +31,7 @@ from grace_ds.integrations.megatron.corpus import Corpus, Texts, follow, one_epo
 from grace_ds.integrations.megatron.facts import Facts, facts_of
 from grace_ds.integrations.megatron.resume import begin, keep_facts, resume
 from grace_ds.integrations.megatron.ring import Ring, Scheduled
-from grace_ds.integrations.record import keep_config
+from grace_ds.integrations.record import keep_config, preview_of
 from grace_ds.integrations.together import together
 from grace_ds.integrations.trusted_set import Extras
 from grace_ds.integrations.verdict import Verdict, job_store
@@ -248,8 +248,9 @@ def wrap(
     blend = corpus.blend
     arrange = None if blend is None else lambda schedule: follow(blend, schedule)
     pipeline = pipeline_of(comm, grace, facts.geometry, parts, arrange)
+    show = preview_of(texts, grace.features.tokens_key)
     verdict = Verdict(job_store(comm.size))
-    controller = Controller(grace, facts.geometry, pipeline, None, verdict, call, None, lambda *_: None)
+    controller = Controller(grace, facts.geometry, pipeline, None, verdict, call, None, lambda *_: None, show)
     job.feed = Feed(controller, corpus, facts, grace.mode == "train")
     job.feed.start(grace.run_dir)
     return train_ds if job.feed.ring is None else Scheduled(corpus, job.feed.ring, len(train_ds))

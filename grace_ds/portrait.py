@@ -1,0 +1,122 @@
+"""What one refresh saw and decided, small enough to keep: histograms of its signals and a few samples with their reasons.
+
+Belongs to the refresh's own layer, beside :mod:`grace_ds.choice`; ``grace-ds report`` draws it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from grace_ds.choice import factors, log_probability
+from grace_ds.config.schema import GraceConfig
+from grace_ds.records import Array, Role, Schedule
+from grace_ds.signals import Signals
+
+log = logging.getLogger("grace_ds")
+
+BINS = 24
+GROUP = 40  # samples of each group
+_SALT = 0x9027
+
+
+def portrait(config: GraceConfig, s: Signals, schedule: Schedule) -> dict[str, Any] | None:
+    """A JSON-able account of how ``schedule`` came about; on root.  At most some ten kilobytes, whatever the window.
+
+    Nothing of the schedule depends on it: what goes wrong here is said in the log, and None is returned.
+
+    Returns:
+        ``version``, ``step``, ``level`` (whose probabilities these are), ``used`` (False where the order is uniform all the
+        same), ``window`` (samples), ``histograms`` (name → ``edges``, ``window`` and ``core`` counts, ``unknown``) and
+        ``samples``: ``id``, ``group`` (most, least, chosen, passed_over), ``chance`` relative to the most likely sample,
+        ``factors`` whose product it is, ``signals`` (null where unknown), ``role``.
+    """
+    try:
+        return _portrait(config, s, schedule)
+    except Exception as error:  # the account must not cost a refresh
+        log.warning("refresh %d: no account of it can be kept (%s: %s)", schedule.version, type(error).__name__, error)
+        return None
+
+
+def _portrait(config: GraceConfig, s: Signals, schedule: Schedule) -> dict[str, Any]:
+    used = schedule.meta["objective"] != "uniform"
+    level = str(schedule.meta["guard"]["level"])
+    if level == "uniform" and config.recipe != "uniform":
+        level = "prior" if config.recipe == "grace" else config.recipe  # what the guard looked at
+    log_p = log_probability(level, s, config.selection.loss_tilt)
+    core = np.isin(s.ids, schedule.ids[schedule.roles == Role.CORE])
+    values = {
+        "keep": s.keep,
+        "density": np.log2(1 + s.density),
+        "chance": log_p / np.log(10),
+        "loss": s.loss,
+        "influence": s.align,
+    }
+    histograms = {name: _histogram(v, core) for name, v in values.items() if np.isfinite(v).any()}
+    return {
+        "version": schedule.version,
+        "step": schedule.meta["decided_at_step"],
+        "level": level,
+        "used": used,
+        "window": len(s.ids),
+        "core": int(core.sum()),
+        "histograms": histograms,
+        "samples": _samples(config, s, level, log_p, core, schedule),
+    }
+
+
+def _histogram(values: Array, core: Array) -> dict[str, Any]:
+    """Counts in ``BINS`` equal bins over the finite values, of the window and of the scheduled core."""
+    known = np.isfinite(values)
+    low, high = float(values[known].min()), float(values[known].max())
+    edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
+    return {
+        "edges": [round(float(e), 5) for e in edges],
+        "window": np.histogram(values[known], edges)[0].tolist(),
+        "core": np.histogram(values[known & core], edges)[0].tolist(),
+        "unknown": int((~known).sum()),
+    }
+
+
+def _samples(config: GraceConfig, s: Signals, level: str, log_p: Array, core: Array, schedule: Schedule) -> list[dict[str, Any]]:
+    """The likeliest, the least likely, and draws from those that are in the schedule and those that are not."""
+    rng = np.random.Generator(np.random.Philox(key=[config.seed ^ _SALT, schedule.version]))
+    # Many samples share the highest or the lowest chance: which of them are shown must not follow their ids.
+    tie = rng.random(len(log_p)) * 1e-9
+    count = min(GROUP, len(log_p))
+    groups = {
+        "most": np.argpartition(-(log_p + tie), count - 1)[:count],
+        "least": np.argpartition(log_p + tie, count - 1)[:count],
+        "chosen": _draw(rng, np.flatnonzero(core)),
+        "passed_over": _draw(rng, np.flatnonzero(~core)),
+    }
+    parts = factors(level, s, config.selection.loss_tilt)
+    best, out, met = float(log_p.max()), [], set()
+    roles = dict(zip(schedule.ids.tolist(), schedule.roles.tolist(), strict=True))
+    for group, at in groups.items():
+        for i in at.tolist():
+            if i in met:
+                continue
+            met.add(i)
+            role = roles.get(int(s.ids[i]))
+            out.append(
+                {
+                    "id": int(s.ids[i]),
+                    "group": group,
+                    "chance": _number(np.exp(log_p[i] - best)),
+                    "factors": {name: _number(v[i]) for name, v in parts.items()},
+                    "signals": {name: _number(getattr(s, name)[i]) for name in ("keep", "density", "loss", "align")},
+                    "role": Role(role).name.lower() if role is not None else None,
+                }
+            )
+    return out
+
+
+def _draw(rng: np.random.Generator, among: Array) -> Array:
+    return rng.choice(among, min(GROUP, len(among)), replace=False) if len(among) else among
+
+
+def _number(value: Any) -> float | None:
+    return float(f"{float(value):.5g}") if np.isfinite(value) else None

@@ -1,0 +1,148 @@
+"""The page's figures, by matplotlib, as SVG in data URIs: no file beside the page, no script, sharp at any width."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from grace_ds.errors import ConfigError
+from grace_ds.report.facts import Facts
+from grace_ds.report.load import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = {"uniform": "#6b7280", "grace": "#1d4ed8"}
+STAGES = ("gather", "table", "features", "graph", "propagate", "select", "portrait", "broadcast")
+PANELS = 6  # refreshes whose histograms are shown: the first, the last, and some between
+BARS = 24  # refreshes that are drawn as bars; more as a band
+LABELS = {
+    "keep": "keep: pass of the trusted filter",
+    "density": "near-duplicates of a sample, log2(1 + copies)",
+    "chance": "log10 of the unnormalised chance",
+    "loss": "loss above the running mean (nats per token)",
+    "influence": "influence, robust deviations from trusted samples",
+}
+
+
+def loss(run: Run) -> str:
+    """Each arm's loss against optimizer steps."""
+    axes = _axes()
+    for arm, curve in run.curves.items():
+        # A dollar sign would begin a formula.
+        label = f"{arm}  {curve[-1][1]:.3f}".replace("$", r"\$") if curve else arm
+        axes.plot(*zip(*curve, strict=True), marker="o", markersize=3, color=COLOURS.get(arm), label=label)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.legend(frameon=False)
+    return _uri(axes)
+
+
+def overhead(found: Facts) -> str:
+    """Seconds of each refresh, by stage."""
+    axes = _axes()
+    steps = [str(g.step) for g in found.generations]
+    names = [*STAGES, *sorted({s for g in found.generations for s in g.seconds} - set(STAGES))]
+    seconds = {name: np.array([g.seconds.get(name, 0.0) for g in found.generations]) for name in names}
+    seconds = {name: values for name, values in seconds.items() if values.sum() > 0}
+    if len(steps) <= BARS:
+        bottom, at = np.zeros(len(steps)), np.arange(len(steps))
+        for name, values in seconds.items():
+            axes.bar(at, values, bottom=bottom, label=name)
+            bottom += values
+        every = -(-len(steps) // 8)
+        axes.set_xticks(at[::every], steps[::every])
+    elif seconds:
+        axes.stackplot([g.step for g in found.generations], list(seconds.values()), labels=list(seconds))
+    axes.set(xlabel="refresh at optimizer step", ylabel="seconds (root)")
+    axes.legend(frameon=False, fontsize=8)
+    return _uri(axes)
+
+
+def coreset(found: Facts) -> str:
+    """Churn, and the ages of the core, against the step of the refresh."""
+    axes = _axes()
+    chosen = [g for g in found.generations if g.age is not None]
+    churn = [(g.step, g.churn) for g in chosen if g.churn is not None]
+    axes.plot([step for step, _ in churn], [share for _, share in churn], "o-", label="churn")
+    new = [float((g.age == 1).mean()) for g in chosen if g.age is not None]
+    old = [float((g.age >= 3).mean()) for g in chosen if g.age is not None]
+    axes.plot([g.step for g in chosen], new, "s--", label="age 1 (new)", alpha=0.6)
+    axes.plot([g.step for g in chosen], old, "^:", label="age 3 schedules or more")
+    axes.set(xlabel="refresh at optimizer step", ylabel="share of the scheduled core", ylim=(-0.03, 1.03))
+    axes.legend(frameon=False)
+    return _uri(axes)
+
+
+def shares(found: Facts) -> str:
+    """Each source's share of the pool and of what was chosen."""
+    axes = _axes()
+    shown = sorted(found.shares, key=lambda s: -max(s[1:]))[:12]
+    at = np.arange(len(shown))
+    axes.barh(at - 0.2, [s[1] for s in shown], 0.4, color=COLOURS["uniform"], label="pool")
+    axes.barh(at + 0.2, [s[2] for s in shown], 0.4, color=COLOURS["grace"], label="chosen")
+    axes.set_yticks(at, [s[0][:24].replace("$", r"\$") for s in shown])
+    axes.invert_yaxis()
+    axes.set(xlabel="share")
+    axes.legend(frameon=False)
+    return _uri(axes)
+
+
+def panels(versions: list[int]) -> list[int]:
+    """At most ``PANELS`` of the versions, evenly spread, the first and the last among them."""
+    return [versions[i] for i in sorted({round(x) for x in np.linspace(0, len(versions) - 1, min(PANELS, len(versions)))})]
+
+
+def histograms(run: Run, name: str) -> str | None:
+    """A signal's histogram at several refreshes, one above the other: window (grey) and scheduled core (blue)."""
+    shown = [p for v in panels(list(run.portraits)) if name in (p := run.portraits[v]).get("histograms", {})]
+    if not shown:
+        return None
+    figure = _figure(0.9 + 0.85 * len(shown))
+    parts: Any = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, portrait in zip(parts, shown, strict=True):
+        h = portrait["histograms"][name]
+        edges = np.asarray(h["edges"], float)
+        for part, colour in (("window", COLOURS["uniform"]), ("core", COLOURS["grace"])):
+            counts = np.asarray(h[part], float)
+            if counts.sum():
+                axes.stairs(counts / counts.sum(), edges, fill=True, alpha=0.45, color=colour)
+        axes.set_ylabel(f"step {portrait['step']}", fontsize=8)
+        axes.set_yticks([])
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    parts[-1].set_xlabel(LABELS[name])
+    return _render(figure)
+
+
+def _figure(height: float) -> Any:
+    try:
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("the page's figures need matplotlib; pip install 'grace_ds[report]', or use --terminal") from error
+    figure = Figure(figsize=(4.6, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    return figure
+
+
+def _axes() -> Axes:
+    axes: Axes = _figure(2.9).add_subplot()
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def _uri(axes: Axes) -> str:
+    return _render(axes.figure)
+
+
+def _render(figure: Any) -> str:
+    from matplotlib import rc_context
+
+    out = io.BytesIO()
+    # Without a date and with a fixed salt two reports of one run are the same bytes.
+    with rc_context({"svg.hashsalt": "grace_ds", "svg.fonttype": "path"}):
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode("ascii")

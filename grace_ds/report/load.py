@@ -1,0 +1,227 @@
+"""Reads what a run has left in its ``run_dir``.  What is missing or torn becomes a note for the page, never an error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from grace_ds.errors import CheckpointError, DataError
+from grace_ds.records import Array, Schedule
+from grace_ds.schedule import load_schedule
+
+Curve = list[tuple[float, float]]  # (optimizer step, loss in nats per token)
+_KINDS = ("unique", "duplicate", "junk")  # of the quickstart's kinds.npy
+_LOSSES = 'a JSON object such as {"uniform": [[100, 5.1], [200, 4.9]], "grace": [[100, 5.0]]}'
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line adds to a run_dir.
+
+    Attributes:
+        tokenizer: a ``tokenizer.json`` that decodes the samples; None: the quickstart's, where there is one.
+        sources: (N,) .npy, a label for every sample of the dataset; None: the quickstart's kinds, where there are any.
+        losses: JSON file of curves by arm; None: the quickstart's, where there are any.
+    """
+
+    tokenizer: Path | None = None
+    sources: Path | None = None
+    losses: Path | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as far as it can be read.
+
+    Attributes:
+        folder: the run_dir.
+        config: resolved; empty where it is missing.
+        refreshes: lines of ``refreshes.jsonl``, by version.
+        schedules: by version.
+        portraits: ``reports/report-*.json``, by version.
+        results: the quickstart's ``result.json`` by arm.
+        curves: loss by arm.
+        sources: (N,) label of every sample, and the labels' names; None without.
+        decode: token ids → text; None without a tokenizer.
+        notes: what is missing, torn or left out, in words.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    refreshes: dict[int, dict[str, Any]]
+    schedules: dict[int, Schedule]
+    portraits: dict[int, dict[str, Any]]
+    results: dict[str, dict[str, Any]]
+    curves: dict[str, Curve]
+    sources: tuple[Array, list[str]] | None
+    decode: Callable[[list[int]], str] | None
+    notes: list[str] = field(default_factory=list)
+
+
+def load_run(where: str | Path, options: Options | None = None) -> Run:
+    """Everything that can be read of the run.
+
+    Args:
+        where: a run_dir, or the ``--out`` folder of a quickstart.
+
+    Raises:
+        CheckpointError: there is no run here.
+        DataError: a file that was asked for by name cannot be used.
+    """
+    options, folder = options or Options(), find(Path(where))
+    notes: list[str] = []
+    results = _results(folder)
+    return Run(
+        folder,
+        _config(folder, notes),
+        _refreshes(folder, notes),
+        _schedules(folder, notes),
+        _portraits(folder, notes),
+        results,
+        _curves(options, results, notes),
+        _sources(options, folder),
+        _decoder(options, folder, notes),
+        notes,
+    )
+
+
+def find(where: Path) -> Path:
+    """The run_dir at ``where`` or, for a quickstart, below it."""
+    for folder in (where, where / "grace", where / "grace" / "grace"):
+        if (folder / "refreshes.jsonl").is_file() or (folder / "grace_resolved.yaml").is_file():
+            return folder
+    raise CheckpointError(
+        f"{where} holds neither refreshes.jsonl nor grace_resolved.yaml; give the folder that run_dir names in the job's "
+        "grace block (or a quickstart's --out folder)"
+    )
+
+
+def _config(folder: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load((folder / "grace_resolved.yaml").read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        notes.append(f"grace_resolved.yaml cannot be read ({type(error).__name__}): the settings are not shown.")
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _refreshes(folder: Path, notes: list[str]) -> dict[int, dict[str, Any]]:
+    """A version that a resumed run made again counts as made last."""
+    found: dict[int, dict[str, Any]] = {}
+    try:
+        lines = (folder / "refreshes.jsonl").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        notes.append("refreshes.jsonl is missing: the run ended before its first refresh was recorded.")
+        return found
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            found[int(record["version"])] = record
+        except (ValueError, KeyError, TypeError):
+            notes.append(f"line {number} of refreshes.jsonl is torn and left out, as after a kill.")
+    return dict(sorted(found.items()))
+
+
+def _schedules(folder: Path, notes: list[str]) -> dict[int, Schedule]:
+    found = {}
+    for path in sorted((folder / "schedules").glob("schedule-*.safetensors")):
+        try:
+            schedule = load_schedule(path)
+            found[schedule.version] = schedule
+        except CheckpointError as error:
+            notes.append(f"{path.name} is left out: {error}")
+    if not found:
+        notes.append("No schedule can be read: churn, age, repeats and sources are not shown.")
+    return found
+
+
+def _portraits(folder: Path, notes: list[str]) -> dict[int, dict[str, Any]]:
+    found = {}
+    for path in sorted((folder / "reports").glob("report-*.json")):
+        try:
+            portrait = json.loads(path.read_text("utf-8"))
+            if not portrait.keys() >= {"step", "histograms", "samples"}:
+                raise ValueError("entries are missing")
+            found[int(portrait["version"])] = portrait
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            notes.append(f"{path.name} cannot be read ({type(error).__name__}) and is left out.")
+    if not found:
+        notes.append(
+            "The run kept no reports/: it was made by an older version, or no refresh weighed a sample yet. "
+            "Histograms and samples are not shown."
+        )
+    return found
+
+
+def _results(folder: Path) -> dict[str, dict[str, Any]]:
+    """The arms of a quickstart, where the run_dir is that of one (OUT/grace/grace)."""
+    found = {}
+    for arm in ("uniform", "grace"):
+        try:
+            result = json.loads((folder.parent.parent / arm / "result.json").read_text("utf-8"))
+            if isinstance(result, dict) and "curve" in result:
+                found[arm] = result
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def _curves(options: Options, results: dict[str, dict[str, Any]], notes: list[str]) -> dict[str, Curve]:
+    if options.losses is not None:
+        try:
+            given = json.loads(options.losses.read_text("utf-8"))
+            return {str(arm): [(float(step), float(loss)) for step, loss in curve] for arm, curve in given.items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise DataError(f"--losses {options.losses} cannot be used ({error}); give {_LOSSES}") from error
+    curves = {arm: [(float(p["step"]), float(p["val_loss"])) for p in result["curve"]] for arm, result in results.items()}
+    if not curves:
+        notes.append(f"No loss is known: run_dir holds none. Give --losses FILE, {_LOSSES}.")
+    elif len(curves) == 1:
+        notes.append(f"Only the arm {next(iter(curves))} has a loss: whether selection helped cannot be said from this run.")
+    return curves
+
+
+def _sources(options: Options, folder: Path) -> tuple[Array, list[str]] | None:
+    if options.sources is not None:
+        try:
+            labels = np.load(options.sources, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DataError(f"--sources {options.sources} cannot be read ({error}); give a .npy of one label a sample") from error
+        if labels.ndim != 1:
+            raise DataError(f"--sources {options.sources} has shape {labels.shape}; give one label for each sample, (N,)")
+        names, codes = np.unique(labels, return_inverse=True)
+        return codes, [str(name) for name in names]
+    try:
+        kinds = np.load(folder.parent.parent / "data" / "kinds.npy", allow_pickle=False)
+    except (OSError, ValueError):
+        return None
+    known = kinds.ndim == 1 and kinds.dtype == np.uint8 and kinds.max(initial=0) < len(_KINDS)
+    return (kinds, list(_KINDS)) if known else None
+
+
+def _decoder(options: Options, folder: Path, notes: list[str]) -> Callable[[list[int]], str] | None:
+    path = options.tokenizer or folder.parent.parent / "data" / "tokenizer.json"
+    if options.tokenizer is None and not path.is_file():
+        return None
+    try:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare ones
+        if options.tokenizer is not None:
+            missing = isinstance(error, ImportError)
+            cure = "pip install tokenizers" if missing else "give a tokenizer.json of Hugging Face's tokenizers"
+            raise DataError(f"--tokenizer {path} cannot be used ({error}); {cure}") from error
+        notes.append(f"{path.name} cannot be used ({type(error).__name__}): samples are shown as token ids.")
+        return None
+
+    def decode(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=False))
+
+    return decode

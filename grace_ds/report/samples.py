@@ -1,0 +1,86 @@
+"""The samples that a refresh kept an account of: their text, and why they are likely or unlikely to be chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from grace_ds.report.load import Run
+
+CHARACTERS = 300
+GROUPS = {
+    "most": "most kept",
+    "least": "least kept",
+    "chosen": "chosen, at random",
+    "passed_over": "passed over, at random",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample; ``text`` is untrusted.
+
+    Attributes:
+        chance: relative to the likeliest sample of its window.
+        role: in the schedule; None where it is not in it.
+    """
+
+    id: int
+    group: str
+    chance: float | None
+    role: str | None
+    reason: str
+    text: str
+
+
+def shown(run: Run) -> dict[str, Any] | None:
+    """The portrait whose samples are shown: the last one that a coreset was drawn by, else the last one."""
+    used = [p for p in run.portraits.values() if p.get("used")]
+    kept = used or list(run.portraits.values())
+    return kept[-1] if kept else None
+
+
+def rows(run: Run, portrait: dict[str, Any]) -> list[Row]:
+    """The portrait's samples, with text where it can be had."""
+    return [
+        Row(int(s["id"]), GROUPS.get(s["group"], str(s["group"])), s["chance"], s["role"], reason(s), _text(run, s))
+        for s in portrait["samples"]
+    ]
+
+
+def reason(sample: dict[str, Any]) -> str:
+    """Signal by signal: each factor of the chance, and what it rests on."""
+    f, s = sample["factors"], sample["signals"]
+    parts = []
+    if "keep" in f:
+        parts.append(f"keep {f['keep']:.2f} ({_judged(f['keep'])})")
+    if "copies" in f:
+        copies = s["density"] or 0
+        parts.append(f"× {f['copies']:.2f} " + (f"({copies:.0f} near-duplicates)" if copies >= 0.5 else "(no near-duplicate)"))
+    if "loss" in f:
+        loss = "loss unknown" if s["loss"] is None else f"loss {s['loss']:+.2f} to the mean"
+        parts.append(f"× {f['loss']:.2f} ({loss})")
+    if "influence" in f:
+        influence = "influence unknown" if s["align"] is None else f"influence {s['align']:+.1f} deviations from the trusted"
+        parts.append(f"× {f['influence']:.2f} ({influence})")
+    return " ".join(parts) or "all samples alike"
+
+
+def _judged(keep: float) -> str:
+    if 0.2 <= keep <= 0.8:
+        return "at the filter's edge"
+    return "like the trusted set" if keep > 0.8 else "unlike the trusted set"
+
+
+def _text(run: Run, sample: dict[str, Any]) -> str:
+    if isinstance(sample.get("text"), str):
+        return str(sample["text"])[:CHARACTERS]
+    tokens = sample.get("tokens")
+    if not isinstance(tokens, list):
+        return ""
+    if run.decode is not None:
+        try:
+            return run.decode([int(t) for t in tokens])[:CHARACTERS]
+        except (ValueError, TypeError, OverflowError):
+            pass  # ids that the tokenizer does not know are shown as they are
+    return "token ids " + " ".join(str(t) for t in tokens)[: CHARACTERS - 10]

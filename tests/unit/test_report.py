@@ -1,0 +1,273 @@
+"""``grace-ds report``, from run_dirs that real refreshes and the real recorder leave."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from grace_ds.cli.main import main
+from grace_ds.comm.local import LocalComm
+from grace_ds.config.load import load_config, write_resolved
+from grace_ds.integrations.build import pipeline_of, prepare
+from grace_ds.integrations.record import Recorder, preview_of
+from grace_ds.integrations.trusted_set import Extras
+from grace_ds.records import Role, Rows
+from grace_ds.refresh import refresh
+from grace_ds.report.facts import facts
+from grace_ds.report.load import load_run
+from grace_ds.report.page import page
+from grace_ds.report.samples import rows, shown
+from grace_ds.report.terminal import terminal
+from grace_ds.sampler import Geometry
+from grace_ds.schedule import Ledger
+from grace_ds.signals import Inputs
+from grace_ds.table import Table
+
+N, INTERVAL, BATCH = 400, 4, 8
+MARKUP = "<script>alert(1)</script><img src=x onerror=alert(2)> $x^$ [red]"
+
+
+class Texts:
+    """Every other sample is junk; each has its text, which is markup."""
+
+    def __init__(self, n: int = N, seed: int = 0, junk: bool = True, text: str | None = MARKUP) -> None:
+        rng = np.random.default_rng(seed)
+        start = rng.integers(0, 50, n)
+        self.tokens = (start[:, None] + np.arange(24) * 3 + rng.integers(0, 2, (n, 24))) % 97
+        if junk:
+            self.tokens[::2] = rng.integers(0, 97, (len(self.tokens[::2]), 24))
+        self.text = text
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        item: dict[str, Any] = {"input_ids": self.tokens[i]}
+        return item if self.text is None else {**item, "text": f"sample {i}: {self.text}"}
+
+
+def record(folder: Path, refreshes: int = 3, data: Any = None, preview: Any = None, **block: Any) -> Path:
+    """The run_dir of a job of so many refreshes on one rank, the first of them the opening."""
+    data = data if data is not None else Texts()
+    config = load_config(
+        {
+            "enabled": True,
+            "budget": 0.2,
+            "refresh": {"interval_steps": INTERVAL, "cadence": "fixed"},
+            "run_dir": str(folder),
+            **block,
+        }
+    )
+    geometry = Geometry(1, 0, BATCH, 1)
+    trusted = Texts(96, seed=1, junk=False)
+    pipeline = pipeline_of(LocalComm(), config, geometry, prepare(data, config, geometry, Extras(trusted_data=trusted)))
+    write_resolved(config, folder)
+    recorder = Recorder(str(folder), None, preview or preview_of(data, "auto"))
+    table, step = Table.empty(config.harvest.dim), 0
+    for version in range(refreshes):
+        x = Inputs(Rows.empty(config.harvest.dim), table, Ledger(), step, version, step * BATCH, INTERVAL, uniform=version == 0)
+        outcome = refresh(pipeline, x)
+        spent = 0.5 * version
+        told = {"train_seconds": 10.0 * version, "refresh_seconds": spent, "harvest_seconds": 0.0, "failures": 0.0}
+        recorder.made(outcome, told)
+        recorder.settle()
+        table, step = outcome.table, step + INTERVAL
+    return folder
+
+
+class Seen(HTMLParser):
+    """The tags of a page with their attributes, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_a_run_is_told_on_one_page_that_needs_no_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = record(tmp_path / "run")
+    assert main(["report", str(folder)]) == 0
+    assert "report.html" in capsys.readouterr().out
+    text = (folder / "report.html").read_text("utf-8")
+    seen = Seen(text)
+    assert {tag for tag, _ in seen.tags}.isdisjoint({"link", "iframe", "object", "base"})
+    assert all(str(a.get("src", "data:")).startswith("data:") for _, a in seen.tags)
+    # No address is named outside of the figures, which name the SVG namespace.
+    assert "http" not in re.sub(r"data:[^\"]*", "", text).replace("http-equiv", "")
+    for heading in ("Loss", "What it cost", "Coreset", "Signals", "The guard", "Sources", "Map", "Samples"):
+        assert heading in seen.text
+    assert "5.0%" in seen.text  # 1 s of refreshes in 20 s of training
+    assert len(text) < 1_000_000
+
+
+def test_what_samples_hold_is_text_and_never_markup(tmp_path: Path) -> None:
+    seen = Seen(page(load_run(record(tmp_path))))
+    assert MARKUP in seen.text  # as text
+    assert [tag for tag, _ in seen.tags].count("script") == 1  # ours
+    assert not any(name.startswith("on") for _, attributes in seen.tags for name in attributes)
+    policy = next(a["content"] for tag, a in seen.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None and "default-src 'none'" in policy and "script-src 'sha256-" in policy
+
+
+def test_names_of_sources_and_settings_are_text_too(tmp_path: Path) -> None:
+    folder = record(tmp_path / "<b>run")
+    np.save(tmp_path / "sources.npy", np.array([f"<b>{i % 2}$" for i in range(N)]))
+    (tmp_path / "losses.json").write_text(json.dumps({"<b>$": [[1, 5.0]], "uniform": [[1, 4.0], [2, 3.0]]}))
+    out = tmp_path / "out.html"
+    arguments = ["--sources", str(tmp_path / "sources.npy"), "--losses", str(tmp_path / "losses.json")]
+    assert main(["report", str(folder), "--html", str(out), *arguments]) == 0
+    seen = Seen(out.read_text("utf-8"))
+    # The likes of <b> are the page's own chief numbers only, none of which holds a name.
+    assert "<b>0$" in seen.text and "<b>run" in seen.text
+    assert [tag for tag, _ in seen.tags].count("b") == [a.get("class") for _, a in seen.tags].count("card")
+
+
+def test_most_and_least_kept_are_what_the_filter_says(tmp_path: Path) -> None:
+    run = load_run(record(tmp_path))
+    portrait = shown(run)
+    assert portrait is not None and portrait["used"]
+    most = [s for s in portrait["samples"] if s["group"] == "most"]
+    least = [s for s in portrait["samples"] if s["group"] == "least"]
+    assert min(s["chance"] for s in most) > max(s["chance"] for s in least)
+    assert np.mean([s["id"] % 2 for s in most]) > 0.8  # odd ids are clean
+    assert np.mean([s["id"] % 2 for s in least]) < 0.2
+    best = most[0]
+    for s in portrait["samples"]:  # the factors explain the chance, up to one constant
+        product, reference = (np.prod(list(v["factors"].values())) for v in (s, best))
+        assert product / reference == pytest.approx(s["chance"] / best["chance"], rel=1e-3)
+    core = set(run.schedules[portrait["version"]].ids[run.schedules[portrait["version"]].roles == Role.CORE].tolist())
+    assert all((s["id"] in core) == (s["role"] == "core") for s in portrait["samples"])
+    assert all(row.text.startswith(f"sample {row.id}: ") for row in rows(run, portrait))
+
+
+def test_histograms_count_every_sample_once(tmp_path: Path) -> None:
+    run = load_run(record(tmp_path))
+    assert set(run.portraits) == {1, 2}  # the opening weighs nothing
+    for portrait in run.portraits.values():
+        assert {"keep", "density", "chance"} <= portrait["histograms"].keys()
+        for h in portrait["histograms"].values():
+            assert sum(h["window"]) + h["unknown"] == N
+            assert sum(h["core"]) <= portrait["core"]
+        assert sum(portrait["histograms"]["chance"]["core"]) == portrait["core"]
+
+
+def test_ages_and_churn_are_counted_from_the_schedules(tmp_path: Path) -> None:
+    run = load_run(record(tmp_path, refreshes=4))
+    first, second, third, fourth = facts(run).generations
+    assert first.uniform and first.age is None and second.churn is None
+    cores = [set(s.ids[s.roles == Role.CORE].tolist()) for s in run.schedules.values()]
+    assert third.churn == pytest.approx(len(cores[2] - cores[1]) / len(cores[2]))
+    assert fourth.age is not None
+    assert (fourth.age == 3).sum() == len(cores[3] & cores[2] & cores[1])
+    assert (fourth.age == 1).sum() == len(cores[3] - cores[2])
+
+
+def test_parts_that_are_missing_are_said(tmp_path: Path) -> None:
+    folder = record(tmp_path)
+    (folder / "refreshes.jsonl").write_text((folder / "refreshes.jsonl").read_text()[:-40])  # killed while writing
+    (folder / "schedules" / "schedule-000001.safetensors").write_bytes(b"torn")
+    (folder / "reports" / "report-000002.json").write_text("{")
+    (folder / "grace_resolved.yaml").unlink()
+    text = Seen(page(load_run(folder))).text
+    for said in ("line 3 of refreshes.jsonl is torn", "schedule-000001", "report-000002.json cannot be read", "No loss is known"):
+        assert said in text
+    for name in ("schedules", "reports"):
+        for path in (folder / name).iterdir():
+            path.unlink()
+    assert "No histogram was kept" in Seen(page(load_run(folder))).text
+    (folder / "refreshes.jsonl").write_text("")
+    assert "No refresh is recorded" in Seen(page(load_run(folder))).text
+
+
+@pytest.mark.parametrize(
+    "block", [{"recipe": "uniform"}, {"guard": {"enabled": False}}, {"recipe": "density"}, {"guard": {"clean_share": 0.01}}]
+)
+def test_other_recipes_and_a_guard_that_is_off_make_a_page(tmp_path: Path, block: dict[str, Any]) -> None:
+    run = load_run(record(tmp_path, **block))
+    assert "What it cost" in page(run) and "refreshes" in terminal(run, 100)
+
+
+def test_only_one_refresh_makes_a_page(tmp_path: Path) -> None:
+    run = load_run(record(tmp_path, refreshes=1))
+    assert "No decision is recorded" in page(run) and run.notes
+
+
+def test_what_is_no_run_is_one_line_with_the_cure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "run_dir" in said
+    folder = record(tmp_path / "run")
+    for option, cure in (("--tokenizer", "tokenizer.json"), ("--sources", "one label a sample"), ("--losses", "JSON object")):
+        assert main(["report", str(folder), option, str(tmp_path / "none")]) == 1
+        assert cure in capsys.readouterr().err
+    assert main(["report", str(folder), "--html", str(tmp_path / "none" / "x.html")]) == 1
+    assert "--html" in capsys.readouterr().err
+
+
+def test_the_terminal_obeys_no_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = record(tmp_path, data=Texts(text="\x1b[31mred [bold]x[/bold]"))
+    assert main(["report", str(folder), "--terminal"]) == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and "refreshes" in said
+    assert not (folder / "report.html").exists()
+
+
+def test_a_dataset_that_raises_costs_its_account_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(sample: int) -> dict[str, Any]:
+        raise RuntimeError(f"sample {sample} is gone")
+
+    run = load_run(record(tmp_path, preview=broken))
+    assert len(run.schedules) == 3 and not run.portraits
+    assert "no account of refresh 1 is kept (RuntimeError" in caplog.text
+
+
+def test_token_ids_are_read_by_the_tokenizer_that_is_given(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = record(tmp_path / "run", data=Texts(text=None))
+    words = {f"w{i}": i for i in range(97)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "w0"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    plain = Seen(page(load_run(folder)))
+    assert "token ids " in plain.text and "--tokenizer" in plain.text
+    out = tmp_path / "out.html"
+    assert main(["report", str(folder), "--html", str(out), "--tokenizer", str(tmp_path / "tokenizer.json")]) == 0
+    seen = Seen(out.read_text("utf-8"))
+    portrait = json.loads((folder / "reports" / "report-000002.json").read_text())
+    expected = " ".join(f"w{t}" for t in portrait["samples"][0]["tokens"])
+    assert expected in seen.text and "token ids " not in seen.text
+
+
+def test_figures_hold_no_script_and_no_reference(tmp_path: Path) -> None:
+    found = re.findall(r"data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)", page(load_run(record(tmp_path))))
+    assert len(found) >= 5
+    for data in found:
+        svg = base64.b64decode(data).decode()
+        assert "<script" not in svg and not re.search(r"href=\"(?!#)", svg)
+
+
+def test_a_page_stays_small_however_large_and_long_the_run(tmp_path: Path) -> None:
+    """Records of 100,000 samples and 200 refreshes, each text longer than what is shown."""
+    folder = record(tmp_path, refreshes=2, data=Texts(text=MARKUP * 100))
+    line = json.loads((folder / "refreshes.jsonl").read_text().splitlines()[-1])
+    portrait = json.loads((folder / "reports" / "report-000001.json").read_text())
+    with (folder / "refreshes.jsonl").open("a") as f:
+        for version in range(2, 200):
+            f.write(json.dumps({**line, "version": version, "step": version * INTERVAL}) + "\n")
+            (folder / "reports" / f"report-{version:06d}.json").write_text(json.dumps({**portrait, "version": version}))
+    np.save(tmp_path / "sources.npy", np.arange(100_000) % 5000)
+    assert main(["report", str(folder), "--sources", str(tmp_path / "sources.npy")]) == 0
+    assert (folder / "report.html").stat().st_size < 2_000_000
