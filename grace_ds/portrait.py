@@ -71,11 +71,12 @@ def _histogram(values: Array, core: Array) -> dict[str, Any]:
     """Counts in ``BINS`` equal bins over the finite values, of the window and of the scheduled core."""
     known = np.isfinite(values)
     low, high = float(values[known].min()), float(values[known].max())
-    edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
+    span = (low, high if high > low else low + 1)
+    counts, edges = np.histogram(values[known], BINS, span)  # by arithmetic; with given edges it would search
     return {
         "edges": [round(float(e), 5) for e in edges],
-        "window": np.histogram(values[known], edges)[0].tolist(),
-        "core": np.histogram(values[known & core], edges)[0].tolist(),
+        "window": counts.tolist(),
+        "core": np.histogram(values[known & core], BINS, span)[0].tolist(),
         "unknown": int((~known).sum()),
     }
 

@@ -50,5 +50,5 @@ def terminal(run: Run, width: int | None = None, colour: bool = False) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without what a terminal would obey."""
-    return "".join(c if c.isprintable() else " " for c in text)
+    """On one line, without what a terminal would obey."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
