@@ -95,7 +95,8 @@ def _samples(config: GraceConfig, s: Signals, level: str, log_p: Array, core: Ar
     }
     parts = factors(level, s, config.selection.loss_tilt)
     best, out, met = float(log_p.max()), [], set()
-    roles = dict(zip(schedule.ids.tolist(), schedule.roles.tolist(), strict=True))
+    here = np.isin(schedule.ids, s.ids[np.unique(np.concatenate(list(groups.values())))])
+    roles = dict(zip(schedule.ids[here].tolist(), schedule.roles[here].tolist(), strict=True))
     for group, at in groups.items():
         for i in at.tolist():
             if i in met:
