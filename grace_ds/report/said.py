@@ -17,7 +17,7 @@ def cards(run: Run, found: Facts) -> list[tuple[str, str, str]]:
     if cost.training:
         until = "whole run" if cost.whole else "up to the last refresh"
         share = (cost.refreshes + cost.harvest) / cost.training
-        spent = f"refreshes {cost.refreshes:.2f} s, harvest {cost.harvest:.2f} s of {cost.training:.0f} s, {until}"
+        spent = f"refreshes {cost.refreshes:.2f} s, harvest {cost.harvest:.2f} s of {cost.training:.1f} s, {until}"
         out.append(("added time", f"{share:.1%}", spent))
     else:
         out.append(("added time", f"{cost.refreshes:.2f} s", "in refreshes; the training time is not recorded"))
@@ -39,6 +39,8 @@ def chosen_by(run: Run, found: Facts) -> str:
     recipe = str(run.config.get("recipe", "")) or "unknown"
     opened = [g for g in found.generations if g.uniform]
     words = [f"Recipe {recipe}."]
+    if run.config.get("mode") == "shadow":
+        words.append("Shadow mode: the job trained on its own order, and on none of these schedules.")
     if opened:
         many = f"{len(opened)} of {len(found.generations)} schedules"
         words.append(f"{many} were the whole pool in uniform order (the opening, or the guard).")

@@ -63,7 +63,7 @@ def reason(sample: dict[str, Any]) -> str:
     if "influence" in f:
         influence = "influence unknown" if s["align"] is None else f"influence {s['align']:+.1f} deviations from the trusted"
         parts.append(f"× {f['influence']:.2f} ({influence})")
-    return " ".join(parts) or "all samples alike"
+    return " ".join(parts).removeprefix("× ") or "all samples alike"
 
 
 def _judged(keep: float) -> str:

@@ -206,6 +206,11 @@ def test_only_one_refresh_makes_a_page(tmp_path: Path) -> None:
     assert "No decision is recorded" in page(run) and run.notes
 
 
+def test_a_job_in_shadow_mode_is_not_said_to_have_trained_on_its_schedules(tmp_path: Path) -> None:
+    assert "on none of these schedules" in page(load_run(record(tmp_path / "a", mode="shadow")))
+    assert "on none of these schedules" not in page(load_run(record(tmp_path / "b")))
+
+
 def test_what_is_no_run_is_one_line_with_the_cure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 1
     said = capsys.readouterr().err
