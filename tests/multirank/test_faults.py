@@ -28,7 +28,7 @@ HANGS = {
     "gather": ("grace_ds.refresh", "gather_rows", 1),
     "table": ("grace_ds.refresh", "owner_of", 1),
     "features": ("grace_ds.integrations.build", "content_features", 1),
-    "graph": ("grace_ds.refresh", "knn", 0),
+    "graph": ("grace_ds.refresh", "knn", 1),
     "propagate": ("grace_ds.signals", "propagate", 0),
     "select": ("grace_ds.refresh", "collect", 1),
     "broadcast": ("grace_ds.refresh", "broadcast_schedule", 1),
