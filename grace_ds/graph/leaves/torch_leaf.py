@@ -11,7 +11,7 @@ from grace_ds.graph.leaves import padded
 from grace_ds.records import FloatArray, IntArray
 
 INDEX_BLOCK = 4096
-QUERY_BLOCK = 256  # rows of a similarity block, at least: with INDEX_BLOCK columns it is 4 MiB, and the selection twice that
+QUERY_BLOCK = 128  # rows of a similarity block, at least: with INDEX_BLOCK columns it is 2 MiB, and the selection twice that
 SCRATCH = 1 << 18  # numbers of a block that is narrower
 
 
