@@ -45,6 +45,7 @@ def knn(
         DataError: rows are malformed.
     """
     alike, over = Q is X and q_ids is ids, _executor(config.executor)
+    joined = None if over else comm  # another executor joins the leaves of its own workers
     if Q.ndim == 2 and X.ndim == 2 and Q.shape[1] != X.shape[1]:
         raise DataError(f"queries are {Q.shape[1]} wide, index rows {X.shape[1]}: use one feature space")
     X = prepared(ids, X)
@@ -58,15 +59,13 @@ def knn(
         centroids = centroids_of(comm, ids, X, clusters_for(config, n_index))
         placement = place(comm, q_ids, Q, ids, X, config.k, centroids, config.recall, config.overlap, exclude_self)
         if _worth(plan, placement, config, n_queries * n_index):
-            leaf = leaves.exact(config.leaf)
-            with leaves.opened(comm, leaf):
-                return nearest_clustered(
-                    comm, q_ids, Q, ids, X, config.k, leaf, placement, exclude_self, over and over.clustered_keys
-                )
+            leaf, many = leaves.exact(config.leaf), over.clustered_keys if over else None
+            with leaves.opened(joined, leaf):
+                return nearest_clustered(comm, q_ids, Q, ids, X, config.k, leaf, placement, exclude_self, many)
     else:
         log.info("graph: exact tier (%s)", plan.why)
     leaf = leaves.choose(config.leaf, largest, config.recall)
-    with leaves.opened(None if over else comm, leaf):
+    with leaves.opened(joined, leaf):
         return nearest(comm, q_ids, Q, ids, X, config.k, leaf, exclude_self, over.exact_keys if over else None)
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from grace_ds.config.schema import GraphConfig
 from grace_ds.graph.clustered import wave_bytes
@@ -60,10 +59,6 @@ class GraphPlan:
         return (
             self.flop / gflops / 1e9 + self.pairs * PAIR_SECONDS + self.visits * VISIT_SECONDS + 8 * self.wire_bytes / gbits / 1e9
         )
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return asdict(self)
 
 
 def plan_graph(config: GraphConfig, n_queries: int, n_index: int, dim: int, ranks: int, alike: bool) -> GraphPlan:

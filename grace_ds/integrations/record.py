@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from grace_ds.config.load import write_resolved
 from grace_ds.config.schema import GraceConfig
 from grace_ds.errors import DataError
 from grace_ds.features.tokens import tokens_of, undisturbed_rng
+from grace_ds.files import write_atomic
 from grace_ds.harvest import Harvester
 from grace_ds.records import IntArray, Role, Schedule
 from grace_ds.refresh import Outcome
@@ -149,11 +149,7 @@ def keep_portrait(portrait: dict[str, Any], folder: Path, preview: Preview | Non
         if preview is not None:
             with undisturbed_rng():
                 samples = [{**sample, **preview(sample["id"])} for sample in samples]
-        folder.mkdir(parents=True, exist_ok=True)
-        target = folder / f"report-{version:06d}.json"
-        temporary = target.with_suffix(".tmp")
-        temporary.write_text(json.dumps({**portrait, "samples": samples}), "utf-8")
-        os.replace(temporary, target)
+        write_atomic(folder / f"report-{version:06d}.json", json.dumps({**portrait, "samples": samples}).encode())
     except Exception as error:  # the dataset's own code runs here
         log.warning("no account of refresh %d is kept (%s: %s); training goes on", version, type(error).__name__, error)
 
