@@ -31,6 +31,7 @@ from grace_ds.errors import ConfigError
 from grace_ds.features import TokenReader, content_features
 from grace_ds.graph import leaves
 from grace_ds.graph.ring import nearest
+from grace_ds.graph.rows import Request
 from grace_ds.quickstart.corpus import CorpusSpec, prepare
 from grace_ds.records import Array, IntArray
 from grace_ds.selection.greedy import Coverage, coverage, lazy_greedy, objective
@@ -172,7 +173,7 @@ def pool_graph(data: Path, n: int) -> tuple[Coverage, Array, float]:
     )
     assert found.vectors is not None
     leaf = leaves.choose("auto", n, 0.99)
-    neighbours = nearest(LocalComm(3600.0), ids, found.vectors, ids, found.vectors, NEIGHBOURS, leaf)
+    neighbours = nearest(LocalComm(3600.0), Request.of(ids, found.vectors, NEIGHBOURS), leaf)
     began = time.process_time()
     graph = coverage(ids, neighbours)
     seconds = time.process_time() - began

@@ -9,13 +9,12 @@ import numpy as np
 
 from grace_ds.comm.base import Comm
 from grace_ds.config.schema import GraphConfig
-from grace_ds.errors import DataError
 from grace_ds.graph import leaves
 from grace_ds.graph.clustered import nearest_clustered
 from grace_ds.graph.placement import Placement, centroids_of, place
 from grace_ds.graph.plan import GraphPlan, clusters_for, plan_graph
 from grace_ds.graph.ring import nearest
-from grace_ds.graph.rows import prepared
+from grace_ds.graph.rows import Request
 from grace_ds.records import FloatArray, IntArray, Neighbours
 
 log = logging.getLogger(__name__)
@@ -44,29 +43,27 @@ def knn(
         ExecutorError: the Dask executor could not finish; this rank must call ``comm.abort()``.
         DataError: rows are malformed.
     """
-    alike, over = Q is X and q_ids is ids, _executor(config.executor)
-    joined = None if over else comm  # another executor joins the leaves of its own workers
-    if Q.ndim == 2 and X.ndim == 2 and Q.shape[1] != X.shape[1]:
-        raise DataError(f"queries are {Q.shape[1]} wide, index rows {X.shape[1]}: use one feature space")
-    X = prepared(ids, X)
-    Q = X if alike else prepared(q_ids, Q)
-    n_queries, n_index = (int(n) for n in comm.allreduce(np.array([len(q_ids), len(ids)], np.int64)))
-    largest = int(comm.allreduce(np.array([len(ids)], np.int64), "max")[0])
+    index = None if Q is X and q_ids is ids else (ids, X)
+    asked = Request.of(q_ids, Q, config.k, index, exclude_self)
+    sizes = comm.allgather(np.array([len(asked.q_ids), len(asked.ids)], np.int64))
+    n_queries, n_index = (int(n) for n in np.sum(sizes, axis=0))
     if n_index == 0:
         return None
-    plan = plan_graph(config, n_queries, n_index, X.shape[1], comm.size, alike)
+    over = _executor(config.executor)
+    joined = None if over else comm  # another executor joins the leaves of its own workers
+    plan = plan_graph(config, n_queries, n_index, asked.X.shape[1], comm.size, asked.alike)
     if plan.tier == "clustered":
-        centroids = centroids_of(comm, ids, X, clusters_for(config, n_index))
-        placement = place(comm, q_ids, Q, ids, X, config.k, centroids, config.recall, config.overlap, exclude_self)
+        centroids = centroids_of(comm, asked.ids, asked.X, clusters_for(config, n_index))
+        placement = place(comm, asked, centroids, config.recall, config.overlap)
         if _worth(plan, placement, config, n_queries * n_index):
-            leaf, many = leaves.exact(config.leaf), over.clustered_keys if over else None
+            leaf = leaves.exact(config.leaf)
             with leaves.opened(joined, leaf):
-                return nearest_clustered(comm, q_ids, Q, ids, X, config.k, leaf, placement, exclude_self, many)
+                return nearest_clustered(comm, asked, leaf, placement, over.clustered_keys if over else None)
     else:
         log.info("graph: exact tier (%s)", plan.why)
-    leaf = leaves.choose(config.leaf, largest, config.recall)
+    leaf = leaves.choose(config.leaf, max(int(size[1]) for size in sizes), config.recall)
     with leaves.opened(joined, leaf):
-        return nearest(comm, q_ids, Q, ids, X, config.k, leaf, exclude_self, over.exact_keys if over else None)
+        return nearest(comm, asked, leaf, over.exact_keys if over else None)
 
 
 def _executor(name: str) -> Any:

@@ -20,7 +20,7 @@ from grace_ds.comm.base import Comm
 from grace_ds.graph.leaves import Leaf
 from grace_ds.graph.merge import PAD, finished, merge
 from grace_ds.graph.placement import Placement
-from grace_ds.graph.rows import both, collapse, distinct
+from grace_ds.graph.rows import Request, both, collapse, distinct
 from grace_ds.graph.search import search
 from grace_ds.records import Array, FloatArray, IntArray, Neighbours
 
@@ -29,7 +29,7 @@ WAVE_SHARE = 32  # and a thirty-second of the index rows that it holds
 GIANT = 4  # parts of the whole work for each rank: a dearer cluster's queries are divided
 
 
-Executor = Callable[[Comm, IntArray, FloatArray, IntArray, FloatArray, int, Leaf, Placement], IntArray]
+Executor = Callable[[Comm, Request, Leaf, Placement], IntArray]
 
 
 @dataclass(frozen=True)
@@ -87,40 +87,27 @@ def wave_bytes(n_index: int, width: int, ranks: int) -> int:
     return max(LEAST_WAVE, 4 * width * n_index // (ranks * WAVE_SHARE))
 
 
-def nearest_clustered(
-    comm: Comm,
-    q_ids: IntArray,
-    Q: FloatArray,
-    ids: IntArray,
-    X: FloatArray,
-    k: int,
-    leaf: Leaf,
-    placement: Placement,
-    exclude_self: bool = True,
-    over: Executor | None = None,
-) -> Neighbours:
+def nearest_clustered(comm: Comm, asked: Request, leaf: Leaf, placement: Placement, over: Executor | None = None) -> Neighbours:
     """As :func:`grace_ds.graph.ring.nearest`, among rows that share a cluster only.  Collective.
 
     Args:
-        q_ids, Q, ids, X: as there, with rows prepared.
+        asked: of this rank.
         leaf: an exact one.
         placement: of these very rows.
         over: another executor than the ring: what :func:`nearest_keys` does.
     """
-    keys = (over or nearest_keys)(comm, q_ids, Q, ids, X, k + int(exclude_self), leaf, placement)
-    return finished(keys, q_ids, k, exclude_self)
+    keys = (over or nearest_keys)(comm, asked, leaf, placement)
+    return finished(keys, asked.q_ids, asked.k, asked.exclude_self)
 
 
-def nearest_keys(
-    comm: Comm, q_ids: IntArray, Q: FloatArray, ids: IntArray, X: FloatArray, wanted: int, leaf: Leaf, placement: Placement
-) -> IntArray:
+def nearest_keys(comm: Comm, asked: Request, leaf: Leaf, placement: Placement) -> IntArray:
     """The same as (n, wanted) keys of :mod:`grace_ds.graph.merge`, a query's own among them.  Collective."""
-    local = LocalRows(q_ids, Q, ids, X, wanted, placement, comm.size)
+    local = LocalRows(asked, placement, comm.size)
     for wave in local.waves:
         packs = [local.pack(wave, rank) for rank in range(comm.size)]
         columns = [comm.exchange(list(column)) for column in zip(*(p.arrays() for p in packs), strict=True)]
         got = [Packed.of(list(arrays)) for arrays in zip(*columns, strict=True)]
-        answers = comm.exchange(work([t for t in wave if t.owner == comm.rank], got, wanted, leaf))
+        answers = comm.exchange(work([t for t in wave if t.owner == comm.rank], got, asked.wanted, leaf))
         local.take(wave, answers)
     return local.keys
 
@@ -158,15 +145,13 @@ class LocalRows:
         keys: (n, wanted) int64, of this rank's queries.
     """
 
-    def __init__(
-        self, q_ids: IntArray, Q: FloatArray, ids: IntArray, X: FloatArray, wanted: int, p: Placement, ranks: int
-    ) -> None:
-        self.alike = Q is X
-        self._index = _Members(ids, X, p.index, p.clusters)
-        self._queries = self._index if self.alike else _Members(q_ids, Q, p.queries, p.clusters)
-        limit = wave_bytes(int(p.n_index.sum()) // p.overlap, X.shape[1], ranks)
-        self.waves = waves(p, ranks, X.shape[1], self.alike, limit)
-        self.keys = np.full((len(q_ids), wanted), PAD)
+    def __init__(self, asked: Request, p: Placement, ranks: int) -> None:
+        self.alike = asked.alike
+        self._index = _Members(asked.ids, asked.X, p.index, p.clusters)
+        self._queries = self._index if self.alike else _Members(asked.q_ids, asked.Q, p.queries, p.clusters)
+        width = asked.X.shape[1]
+        self.waves = waves(p, ranks, width, self.alike, wave_bytes(int(p.n_index.sum()) // p.overlap, width, ranks))
+        self.keys = np.full((len(asked.q_ids), asked.wanted), PAD)
 
     def pack(self, wave: list[Task], owner: int) -> Packed:
         """This rank's rows in the wave's tasks of rank ``owner``."""

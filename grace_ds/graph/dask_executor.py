@@ -20,7 +20,7 @@ from grace_ds.graph.dask_cluster import Cluster, cluster
 from grace_ds.graph.leaves import Leaf, Opened
 from grace_ds.graph.merge import PAD, merge
 from grace_ds.graph.placement import Placement
-from grace_ds.graph.rows import Shard
+from grace_ds.graph.rows import Request, Shard
 from grace_ds.graph.search import search
 from grace_ds.records import FloatArray, IntArray
 
@@ -63,23 +63,14 @@ def exact_keys(comm: Comm, queries: FloatArray, shard: Shard, wanted: int, leaf:
         return side.keys
 
 
-def clustered_keys(
-    comm: Comm,
-    q_ids: IntArray,
-    Q: FloatArray,
-    ids: IntArray,
-    X: FloatArray,
-    wanted: int,
-    leaf: Leaf,
-    placement: Placement,
-) -> IntArray:
+def clustered_keys(comm: Comm, asked: Request, leaf: Leaf, placement: Placement) -> IntArray:
     """As :func:`grace_ds.graph.clustered.nearest_keys`.  Collective.
 
     Raises:
         ExecutorError: on rank 0, which must tell the others by ``comm.abort()``.
     """
-    rows = LocalRows(q_ids, Q, ids, X, wanted, placement, comm.size)
-    with _registered(comm, _Side(comm.rank, wanted, leaf, rows=rows)) as (token, _):
+    rows = LocalRows(asked, placement, comm.size)
+    with _registered(comm, _Side(comm.rank, asked.wanted, leaf, rows=rows)) as (token, _):
         with cluster(comm) as dask:
             if dask is not None:
                 with _joined(dask, token, leaf):

@@ -14,7 +14,7 @@ from grace_ds.comm.base import Comm
 from grace_ds.graph.clusters import SAMPLE_ROWS, draw, fit, nearest_centroids
 from grace_ds.graph.leaves.torch_leaf import TorchLeaf
 from grace_ds.graph.merge import ID_BITS, PAD, unpack, without_self
-from grace_ds.graph.rows import collapse, distinct
+from grace_ds.graph.rows import Request, collapse, distinct
 from grace_ds.graph.search import search
 from grace_ds.records import Array, FloatArray, IntArray, Neighbours
 
@@ -58,30 +58,19 @@ class Placement:
         return int((self.n_queries * self.n_index).sum())
 
 
-def place(
-    comm: Comm,
-    q_ids: IntArray,
-    Q: FloatArray,
-    ids: IntArray,
-    X: FloatArray,
-    k: int,
-    centroids: FloatArray,
-    recall: float,
-    overlap: int,
-    exclude_self: bool,
-) -> Placement:
+def place(comm: Comm, asked: Request, centroids: FloatArray, recall: float, overlap: int) -> Placement:
     """Assigns all rows to clusters.  Collective; the same for any number of ranks.
 
     Args:
-        q_ids, Q, ids, X: as for :func:`grace_ds.graph.ring.nearest`, rows prepared.
+        asked: of this rank.
         centroids: of :func:`centroids_of`.
         recall: to be reached by the smallest overlap that does; the largest one where none does.
         overlap: fixes it; 0: by the recall.
     """
     most = min(overlap or MOST, len(centroids))
-    index = nearest_centroids(X, centroids, most)
-    queries = index if Q is X else nearest_centroids(Q, centroids, most)
-    measured = _measured(comm, q_ids, Q, queries, ids, X, index, k, exclude_self)
+    index = nearest_centroids(asked.X, centroids, most)
+    queries = index if asked.alike else nearest_centroids(asked.Q, centroids, most)
+    measured = _measured(comm, asked, queries, index)
     reached = np.flatnonzero(measured >= recall)
     o = overlap or (int(reached[0]) + 1 if len(reached) else most)
     o = min(o, most)
@@ -119,37 +108,30 @@ def _true_here(sample: IntArray, rows: FloatArray, ids: IntArray, X: FloatArray,
     return search(unique, collapse(ids, X, wanted), wanted, TorchLeaf())[which]
 
 
-def _measured(
-    comm: Comm,
-    q_ids: IntArray,
-    Q: FloatArray,
-    queries: Array,
-    ids: IntArray,
-    X: FloatArray,
-    index: Array,
-    k: int,
-    exclude_self: bool,
-) -> FloatArray:
-    """(overlaps,) float64: recall at overlap 1, 2, ..., over a sample of all ranks' queries."""
-    most = queries.shape[1]
-    sample, rows, theirs = draw(comm, q_ids, SAMPLE_QUERIES, Q, queries)
-    wanted = k + int(exclude_self)
-    keys = _true_here(sample, rows, ids, X, wanted)
+def _measured(comm: Comm, asked: Request, queries: Array, index: Array) -> FloatArray:
+    """(overlaps,) float64: recall at overlap 1, 2, ..., over a sample of all ranks' queries.
+
+    Args:
+        queries, index: (n, overlaps), (m, overlaps) int32, the clusters of this rank's queries and index rows.
+    """
+    most, ids = queries.shape[1], asked.ids
+    sample, rows, theirs = draw(comm, asked.q_ids, SAMPLE_QUERIES, asked.Q, queries)
+    keys = _true_here(sample, rows, ids, asked.X, asked.wanted)
     order = np.argsort(ids, kind="stable")
     named = np.minimum(np.searchsorted(ids, keys & ((1 << ID_BITS) - 1), sorter=order), max(len(ids) - 1, 0))
     found = index[order[named]] if len(ids) else np.zeros((*keys.shape, most), np.int32)
     every, clusters = comm.gather(keys), comm.gather(found)
     shares = np.ones(most)
     if every is not None and clusters is not None and len(sample):
-        shares = _shares(np.concatenate(every, 1), np.concatenate(clusters, 1), sample, theirs, k, exclude_self)
+        shares = _shares(np.concatenate(every, 1), np.concatenate(clusters, 1), sample, theirs, asked)
     return np.asarray(comm.broadcast(shares))
 
 
-def _shares(keys: IntArray, clusters: Array, sample: IntArray, theirs: IntArray, k: int, exclude_self: bool) -> Array:
+def _shares(keys: IntArray, clusters: Array, sample: IntArray, theirs: IntArray, asked: Request) -> Array:
     """Of each query's k nearest in ``keys`` (s, j), whose ``clusters`` are (s, j, o), the share that it meets."""
-    nearest = without_self(keys, sample, k) if exclude_self else np.sort(keys, axis=1)[:, :k]
+    nearest = without_self(keys, sample, asked.k) if asked.exclude_self else np.sort(keys, axis=1)[:, : asked.k]
     true = (keys <= nearest[:, -1:]) & (keys != PAD)
-    if exclude_self:
+    if asked.exclude_self:
         true &= (keys & ((1 << ID_BITS) - 1)) != sample[:, None]
     met = np.zeros((*keys.shape,), bool)
     shares = np.ones(clusters.shape[2])

@@ -24,7 +24,7 @@ from grace_ds.graph.meet import Moved, meet
 from grace_ds.graph.merge import ID_BITS, PAD, ROWS, merge, unpack, without_self
 from grace_ds.graph.placement import Placement, centroids_of, place, sampled_recall
 from grace_ds.graph.plan import clusters_for
-from grace_ds.graph.rows import prepared
+from grace_ds.graph.rows import Request, prepared
 from grace_ds.records import Array, FloatArray, IntArray, Neighbours
 
 log = logging.getLogger(__name__)
@@ -71,13 +71,17 @@ def build_kept(comm: Comm, ids: IntArray, X: FloatArray, config: GraphConfig) ->
         X: (n, d) float32, unit norm or zero.
         config: k, recall, clusters, overlap, leaf; the clustered tier is always taken (1 cluster: exact).
     """
-    X = prepared(ids, X)
+    asked = Request.of(ids, X, config.k)
     n = int(comm.allreduce(np.array([len(ids)], np.int64))[0])
-    wanted = config.k + SPARE
-    centroids = centroids_of(comm, ids, X, clusters_for(config, n))
-    p = place(comm, ids, X, ids, X, config.k, centroids, config.recall, config.overlap, True)
-    keys = without_self(nearest_keys(comm, ids, X, ids, X, wanted + 1, exact(config.leaf), p), ids, wanted)
-    return KeptGraph(config.k, ids, X, centroids, p.index, keys, keys[:, -1].copy())
+    centroids = centroids_of(comm, ids, asked.X, clusters_for(config, n))
+    p = place(comm, asked, centroids, config.recall, config.overlap)
+    keys = _searched(comm, replace(asked, k=config.k + SPARE), config, p)
+    return KeptGraph(config.k, ids, asked.X, centroids, p.index, keys, keys[:, -1].copy())
+
+
+def _searched(comm: Comm, asked: Request, config: GraphConfig, p: Placement) -> IntArray:
+    """(n, k) keys of the queries' nearest rows but themselves.  Collective."""
+    return without_self(nearest_keys(comm, asked, exact(config.leaf), p), asked.q_ids, asked.k)
 
 
 def repair(comm: Comm, kept: KeptGraph, ids: IntArray, X: FloatArray, config: GraphConfig, drift: float = 0.0) -> KeptGraph:
@@ -168,9 +172,8 @@ def _refilled(comm: Comm, g: KeptGraph, config: GraphConfig) -> KeptGraph:
     todo = int(comm.allreduce(np.array([short.sum()], np.int64))[0])
     if not todo:
         return g
-    q_ids, Q = g.ids[short], np.ascontiguousarray(g.X[short])
-    wanted = g.k + SPARE
+    asked = Request(g.ids[short], np.ascontiguousarray(g.X[short]), g.ids, g.X, g.k + SPARE)
     p = Placement.of(comm, g.where[short], g.where, len(g.centroids))
-    keys = without_self(nearest_keys(comm, q_ids, Q, g.ids, g.X, wanted + 1, exact(config.leaf), p), q_ids, wanted)
+    keys = _searched(comm, asked, config, p)
     g.keys[short], g.depth[short] = keys, keys[:, -1]
     return g

@@ -1,4 +1,4 @@
-"""What is searched: the distinct rows of a shard and the ids behind each, made ready for exact similarities."""
+"""What is asked and what is searched: rows made ready for exact similarities, and the distinct ones among them with their ids."""
 
 from __future__ import annotations
 
@@ -11,6 +11,54 @@ from grace_ds.grid import on_grid
 from grace_ds.records import FloatArray, IntArray
 
 _HASH_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one rank asks of the k-NN graph and what it brings to it; rows are on the grid already (:meth:`of`).
+
+    Attributes:
+        q_ids: (n,) int64, dataset ids of the queries, this rank.
+        Q: (n, d) float32, unit norm, or zero where a sample has no features.
+        ids: (m,) int64, below 2**40, of the index rows, this rank; each on one rank only; m differs from rank to rank.
+        X: (m, d) float32; the very array ``Q`` where the queries are the index rows, which are then held and sent once.
+        k: neighbours wanted.
+        exclude_self: whether a query's own id is no neighbour of it.
+    """
+
+    q_ids: IntArray
+    Q: FloatArray
+    ids: IntArray
+    X: FloatArray
+    k: int
+    exclude_self: bool = True
+
+    @staticmethod
+    def of(
+        q_ids: IntArray, Q: FloatArray, k: int, index: tuple[IntArray, FloatArray] | None = None, exclude_self: bool = True
+    ) -> Request:
+        """The queries ``q_ids``, ``Q`` against the ids and rows of ``index``; None: against themselves.
+
+        Raises:
+            DataError: a row is not finite or longer than 1, or shapes disagree.
+        """
+        if index is None:
+            ids, X = q_ids, prepared(q_ids, Q)
+            return Request(ids, X, ids, X, k, exclude_self)
+        ids, X = index
+        if Q.ndim == 2 and X.ndim == 2 and Q.shape[1] != X.shape[1]:
+            raise DataError(f"queries are {Q.shape[1]} wide, index rows {X.shape[1]}: use one feature space")
+        return Request(q_ids, prepared(q_ids, Q), ids, prepared(ids, X), k, exclude_self)
+
+    @property
+    def alike(self) -> bool:
+        """Whether the queries are the index rows."""
+        return self.Q is self.X
+
+    @property
+    def wanted(self) -> int:
+        """Nearest rows to look for, so that k are left without a query's own."""
+        return self.k + int(self.exclude_self)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from grace_ds.graph import leaves
 from grace_ds.graph.build import knn
 from grace_ds.graph.leaves.torch_leaf import TorchLeaf
 from grace_ds.graph.ring import nearest
+from grace_ds.graph.rows import Request
 from tests.unit.test_graph import clustered, rows_of
 
 pytestmark = [
@@ -38,8 +39,8 @@ def test_brute_force_gives_the_graph_of_the_cpu_bit_for_bit() -> None:
     x, ids = clustered(3000, 64), np.arange(3000) * 7
     leaf = leaf_of(1.0)
     with leaves.opened(LocalComm(60.0), leaf):
-        found = nearest(LocalComm(60.0), ids, x, ids, x, K, leaf)
-    wanted = nearest(LocalComm(60.0), ids, x, ids, x, K, TorchLeaf())
+        found = nearest(LocalComm(60.0), Request.of(ids, x, K), leaf)
+    wanted = nearest(LocalComm(60.0), Request.of(ids, x, K), TorchLeaf())
     assert found.ids.tobytes() == wanted.ids.tobytes()
 
 
@@ -67,7 +68,7 @@ def test_large_shards_reach_the_recall_by_descent_and_by_lists(itself: bool, mon
 def test_half_precision_rows_keep_the_recall() -> None:
     x, leaf = rows_of("clustered", 20_000, 128), leaf_of(0.99, half=True)
     with leaves.opened(LocalComm(60.0), leaf):
-        found = nearest(LocalComm(60.0), np.arange(len(x)), x, np.arange(len(x)), x, K, leaf)
+        found = nearest(LocalComm(60.0), Request.of(np.arange(len(x)), x, K), leaf)
     sample = np.arange(0, len(x), 61)
     bar = dense(x, x[sample], K + 1)[:, -1:]
     assert np.mean(found.similarity[sample] >= bar - 1e-5) > 0.99

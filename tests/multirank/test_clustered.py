@@ -15,7 +15,7 @@ from grace_ds.graph.build import knn
 from grace_ds.graph.clusters import fit, nearest_centroids
 from grace_ds.graph.leaves import exact
 from grace_ds.graph.ring import nearest
-from grace_ds.graph.rows import prepared
+from grace_ds.graph.rows import Request, prepared
 from grace_ds.grid import ROW_GRID
 from grace_ds.records import Neighbours
 from tests.multirank.harness import World, run_ranks
@@ -71,19 +71,16 @@ def test_any_number_of_ranks_finds_the_same_edges() -> None:
                 assert got.tobytes() == getattr(one[key[0], "even", key[2]][1], column).tobytes(), (column, key, size)
 
 
-def placed(
-    clusters: int, overlap: int = 0, recall: float = 0.99, n: int = N
-) -> tuple[np.ndarray, np.ndarray, placement.Placement]:
-    ids, x = corpus(n)
-    x, comm = prepared(ids, x), LocalComm(5.0)
-    centroids = placement.centroids_of(comm, ids, x, clusters)
-    return ids, x, placement.place(comm, ids, x, ids, x, K, centroids, recall, overlap, True)
+def placed(clusters: int, overlap: int = 0, recall: float = 0.99, n: int = N) -> tuple[Request, placement.Placement]:
+    asked, comm = Request.of(*corpus(n), K), LocalComm(5.0)
+    centroids = placement.centroids_of(comm, asked.ids, asked.X, clusters)
+    return asked, placement.place(comm, asked, centroids, recall, overlap)
 
 
 def test_one_cluster_is_the_exact_tier() -> None:
-    ids, x, p = placed(1)
-    graph = clustered.nearest_clustered(LocalComm(5.0), ids, x, ids, x, K, exact("torch"), p)
-    wanted = nearest(LocalComm(5.0), ids, x, ids, x, K, exact("torch"))
+    asked, p = placed(1)
+    graph = clustered.nearest_clustered(LocalComm(5.0), asked, exact("torch"), p)
+    wanted = nearest(LocalComm(5.0), asked, exact("torch"))
     assert p.recall == 1
     assert graph.ids.tobytes() == wanted.ids.tobytes() and graph.similarity.tobytes() == wanted.similarity.tobytes()
 
@@ -91,21 +88,21 @@ def test_one_cluster_is_the_exact_tier() -> None:
 @pytest.mark.parametrize("overlap", [1, 2, 3])
 def test_the_foretold_recall_is_what_the_search_reaches(overlap: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "SAMPLE_QUERIES", N)  # all of them: then it is no estimate
-    ids, x, p = placed(40, overlap)
-    graph = clustered.nearest_clustered(LocalComm(5.0), ids, x, ids, x, K, exact("torch"), p)
-    true = nearest(LocalComm(5.0), ids, x, ids, x, K, exact("torch"))
+    asked, p = placed(40, overlap)
+    graph = clustered.nearest_clustered(LocalComm(5.0), asked, exact("torch"), p)
+    true = nearest(LocalComm(5.0), asked, exact("torch"))
     assert p.recall == pytest.approx(np.mean([np.isin(t, g).mean() for t, g in zip(true.ids, graph.ids, strict=True)]), abs=1e-12)
     assert p.recall < 1
-    at = np.searchsorted(ids, graph.ids)
+    at, x = np.searchsorted(asked.ids, graph.ids), asked.X
     cosine = np.einsum("nkd,nd->nk", x[at].astype(np.float64), x.astype(np.float64))
     there = graph.ids >= 0
     assert np.abs(cosine - graph.similarity)[there].max() < 1e-6
 
 
 def test_the_smallest_overlap_that_reaches_the_recall_is_taken() -> None:
-    recalls = [placed(40, o)[2].recall for o in range(1, 9)]
+    recalls = [placed(40, o)[1].recall for o in range(1, 9)]
     assert recalls == sorted(recalls) and recalls[0] < 0.9
-    chosen = placed(40, 0, 0.97)[2]
+    chosen = placed(40, 0, 0.97)[1]
     assert chosen.overlap == next(o for o, r in enumerate(recalls, 1) if r >= 0.97)
 
 
@@ -117,7 +114,7 @@ def test_rows_that_do_not_cluster_are_searched_exactly(caplog: pytest.LogCapture
     with pytest.MonkeyPatch.context() as patch, caplog.at_level("INFO"):
         patch.setattr("grace_ds.graph.plan.FLAT_ROWS", 500)
         graph = knn(LocalComm(5.0), ids, x, ids, x, GraphConfig(k=K))
-    wanted = nearest(LocalComm(5.0), ids, x, ids, x, K, exact("torch"))
+    wanted = nearest(LocalComm(5.0), Request.of(ids, x, K), exact("torch"))
     assert graph is not None and graph.ids.tobytes() == wanted.ids.tobytes()
     assert "hardly cluster" in caplog.text
 
@@ -139,7 +136,7 @@ def test_centroids_are_distinct_unit_and_balanced() -> None:
 
 
 def test_waves_hold_every_task_once_within_the_limit_and_share_the_work() -> None:
-    _, _, p = placed(40, 2)
+    _, p = placed(40, 2)
     for ranks in (1, 3, 4):
         for alike in (True, False):
             limit = 4 * D * 150

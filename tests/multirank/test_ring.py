@@ -10,6 +10,7 @@ import numpy as np
 from grace_ds.comm.choose import choose
 from grace_ds.graph import leaves
 from grace_ds.graph.ring import nearest
+from grace_ds.graph.rows import Request
 from grace_ds.records import Neighbours
 from tests.multirank.harness import World, run_ranks
 
@@ -54,7 +55,8 @@ def search_all(world: World) -> dict[tuple[str, str, str], tuple[np.ndarray, Nei
         index = np.arange(len(ids)) % every == 0
         index &= (world.rank == 0) if split == "index on one" else queries
         leaf = leaves.choose(name, len(ids))
-        found[case, split, name] = ids[queries], nearest(comm, ids[queries], x[queries], ids[index], x[index], k, leaf)
+        asked = Request.of(ids[queries], x[queries], k, (ids[index], x[index]))
+        found[case, split, name] = asked.q_ids, nearest(comm, asked, leaf)
     return found
 
 

@@ -9,6 +9,7 @@ from grace_ds.comm.local import LocalComm
 from grace_ds.errors import ConfigError
 from grace_ds.graph import leaves
 from grace_ds.graph.ring import nearest
+from grace_ds.graph.rows import Request
 from grace_ds.propagate import priority, propagate
 
 
@@ -24,7 +25,7 @@ def test_graph_equals_dense_search(name: str) -> None:
     if name == "faiss":
         pytest.importorskip("faiss")
     x, ids = clustered(600, 16), np.sort(np.random.default_rng(1).choice(5000, 600, replace=False)).astype(np.int64)
-    got = nearest(LocalComm(5.0), ids, x, ids, x, 7, leaves.choose(name, 600))
+    got = nearest(LocalComm(5.0), Request.of(ids, x, 7), leaves.choose(name, 600))
     exact = x.astype(np.float64) @ x.T.astype(np.float64)
     np.fill_diagonal(exact, -np.inf)
     expected = -np.sort(-exact, axis=1)[:, :7]
@@ -66,7 +67,7 @@ def test_a_large_shard_is_searched_to_the_asked_recall(kind: str, d: int) -> Non
 
 def test_fewer_candidates_than_neighbours_are_padded() -> None:
     x, ids = clustered(4, 8), np.arange(4)
-    got = nearest(LocalComm(5.0), ids, x, ids[:2], x[:2], 3, leaves.choose("torch", 2))
+    got = nearest(LocalComm(5.0), Request.of(ids, x, 3, (ids[:2], x[:2])), leaves.choose("torch", 2))
     assert (got.ids[2:] >= 0).sum(1).tolist() == [2, 2]
     assert (got.ids[:2] >= 0).sum(1).tolist() == [1, 1]
     assert np.isneginf(got.similarity[got.ids < 0]).all()

@@ -16,6 +16,7 @@ from grace_ds.config.schema import GraceConfig, GraphConfig
 from grace_ds.graph.build import knn
 from grace_ds.graph.placement import centroids_of, place
 from grace_ds.graph.plan import plan_graph
+from grace_ds.graph.rows import Request
 from tests.unit.test_graph import rows_of
 
 SIZES = Sizes(10**8, 128, 64, 2048, 500, 0.2, 1024, 100_000, 50.0, 10.0)
@@ -56,7 +57,7 @@ def test_the_planned_pairs_are_those_of_a_real_placement() -> None:
         config = GraphConfig(tier="clustered", overlap=overlap)
         planned = plan_graph(config, len(x), len(x), 32, 1, True)
         centroids = centroids_of(comm, ids, x, planned.clusters)
-        real = place(comm, ids, x, ids, x, config.k, centroids, 0.99, overlap, True)
+        real = place(comm, Request.of(ids, x, config.k), centroids, 0.99, overlap)
         assert 0.4 < real.pairs / planned.pairs < 2.5
     assert knn(comm, ids[:500], x[:500], ids[:500], x[:500], GraphConfig()) is not None
 

@@ -9,6 +9,7 @@ from grace_ds.comm.local import LocalComm
 from grace_ds.features import ContentFeatures, TokenReader, content_features
 from grace_ds.graph import leaves
 from grace_ds.graph.ring import nearest
+from grace_ds.graph.rows import Request
 from grace_ds.records import Array, IntArray, Neighbours
 from grace_ds.selection.objectives import select
 from grace_ds.selection.sample import sample_without_replacement
@@ -33,7 +34,7 @@ def content_graph(view: View) -> Neighbours:
     """(n, 15): each row's nearest rows by TF-IDF cosine."""
     vectors = content(view, density=False, tfidf=True).vectors
     assert vectors is not None
-    return nearest(LocalComm(), view.ids, vectors, view.ids, vectors, NEIGHBOURS, leaves.choose("auto", view.n))
+    return nearest(LocalComm(), Request.of(view.ids, vectors, NEIGHBOURS), leaves.choose("auto", view.n))
 
 
 class Facility(SubsetArm):
