@@ -13,7 +13,7 @@ from rich.console import Console
 from benchmarks.record import Record
 from benchmarks.selection.arms import ARMS
 from benchmarks.selection.claims import claims
-from benchmarks.selection.corpora import STDLIB
+from benchmarks.selection.corpora import STDLIB, CorpusSpec
 from benchmarks.selection.pools import GROUPS, SPECS, prepare_pool
 from benchmarks.selection.report import PoolRuns, tables
 from benchmarks.selection.runs import RunSpec, run_all
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--final", action="store_true", help="by the test rows: for the final tables, after everything is fixed")
     add("--tried", nargs="+", default=[], metavar="N|ARM=N", help="configurations tried of every arm, or of one")
     add("--corpus", type=Path, help="folder of the second corpus: gsm8k/train.jsonl, tinyshakespeare/input.txt")
+    add("--division", type=int, default=0, help="another one than 0 divides the documents anew, without the final test ones")
     add("--allow-missing-kinds", action="store_true", help="leave out junk kinds whose text is not on this machine")
     add("--jobs", type=int, default=2, help="processes at once, each on one thread")
     add("--limit", type=float, default=3600.0, help="seconds of one run, at most")
@@ -97,7 +98,8 @@ def prepare(args: argparse.Namespace, name: str) -> Stored:
     spec = replace(SPECS[name], size=args.pool_size)
     root = None if spec.corpus == STDLIB else args.corpus
     try:
-        return prepare_pool(spec, args.out / "pools", root=root, allow_missing=args.allow_missing_kinds)
+        clean = CorpusSpec(division=args.division)
+        return prepare_pool(spec, args.out / "pools", corpus=clean, root=root, allow_missing=args.allow_missing_kinds)
     except GraceError as error:
         raise SystemExit(str(error)) from None
 

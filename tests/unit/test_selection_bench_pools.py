@@ -81,6 +81,18 @@ def test_a_split_keeps_its_documents_and_dev_and_test_part_the_validation() -> N
     assert share["dev"] == pytest.approx(0.06, abs=0.02) and share["test"] == pytest.approx(0.06, abs=0.02)
 
 
+def test_another_division_mixes_the_documents_anew_and_never_sees_the_final_test_ones() -> None:
+    names = [f"package{i}" for i in range(4000)]
+    first, final = [split_name(n) for n in names], {n for n in names if split_name(n) == "test"}
+    for division in (1, 2):
+        other = [split_name(n, division) for n in names]
+        assert {n for n, split in zip(names, other, strict=True) if split == "unused"} == final
+        held = [(a, b) for a, b in zip(first, other, strict=True) if a == "trusted" and b != "unused"]
+        assert sum(b == "trusted" for _, b in held) / len(held) == pytest.approx(0.10, abs=0.06)
+        assert other.count("dev") / len(names) == pytest.approx(0.06, abs=0.02)
+    assert [split_name(n, 1) for n in names] != [split_name(n, 2) for n in names]
+
+
 @pytest.mark.parametrize("spec", [SPECS["crawl"], SPECS["natural"], SPECS["dose-25"], SPECS["dev"]], ids=lambda s: s.name)
 def test_a_pool_has_the_shares_of_its_spec(folder: Path, spec: PoolSpec) -> None:
     asked = PoolSpec(spec.name, spec.duplicates, spec.junk, tuple(k for k in spec.kinds if k != "prose"), size=500)
