@@ -148,7 +148,7 @@ def check(c: Controller, saved: Saved, state: dict[str, Any], step: int) -> None
         if saved.harvest is not None:
             c.harvester.check_state(saved.harvest)
         if saved.basis is not None:
-            c.harvester.sketcher.check_basis(saved.basis)
+            saved.basis.check(c.harvester.sketcher.layers)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
 

@@ -35,6 +35,22 @@ class TrustedBasis:
     version: int
     factors: Mapping[str, Factors]
 
+    def check(self, layers: Sequence[Layer]) -> None:
+        """Whether a saved basis is one of ``layers``.
+
+        Raises:
+            CheckpointError: it lacks one of them, or has one of another shape.
+        """
+        for layer in layers:
+            found = self.factors.get(layer.name)
+            shapes = [f.shape for f in found] if found is not None else []
+            rank = shapes[1][:1] if shapes else ()
+            if shapes != [(layer.inputs, *rank), rank, (layer.outputs, *rank)]:
+                raise CheckpointError(
+                    f"the checkpoint's trusted basis does not fit layer {layer.name} ({layer.inputs} inputs, {layer.outputs} "
+                    "outputs); restore the old model and harvest.layers, or start without the old GRACE state"
+                )
+
     def to_arrays(self) -> dict[str, FloatArray]:
         """Flat mapping for a checkpoint's file: "layer/U", "layer/s", "layer/V"."""
         return {f"{n}/{k}": a for n, factors in self.factors.items() for k, a in zip("UsV", factors, strict=True)}

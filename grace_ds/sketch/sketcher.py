@@ -250,22 +250,6 @@ class Sketcher:
                 )
         self.scale.read(state.get("scale", {}))
 
-    def check_basis(self, basis: TrustedBasis) -> None:
-        """Whether :meth:`set_basis` can take a saved basis; changes nothing.
-
-        Raises:
-            CheckpointError: it lacks a layer of this run's, or has one of another shape.
-        """
-        for layer in self.layers:
-            found = basis.factors.get(layer.name)
-            shapes = [f.shape for f in found] if found is not None else []
-            rank = shapes[1][:1] if shapes else ()
-            if shapes != [(layer.inputs, *rank), rank, (layer.outputs, *rank)]:
-                raise CheckpointError(
-                    f"the checkpoint's trusted basis does not fit layer {layer.name} ({layer.inputs} inputs, {layer.outputs} "
-                    "outputs); restore the old model and harvest.layers, or start without the old GRACE state"
-                )
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over a state saved by :meth:`state_dict`.
 
