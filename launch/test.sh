@@ -26,5 +26,7 @@ say mypy
 "$PYTHON" -m mypy --strict -p grace_ds -p benchmarks
 say import-linter
 "$VENV/bin/lint-imports"
+say documentation
+"$PYTHON" -m sphinx -W --keep-going -q -E docs build/docs
 say pytest
 "$PYTHON" -m pytest "$@"

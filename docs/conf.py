@@ -1,0 +1,29 @@
+"""The documentation's build: Markdown in this folder to pages that are read without a network."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version as installed
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+
+project = "grace_ds"
+author = "the grace_ds authors"
+release = version = installed("grace_ds")
+language = "en"
+
+extensions = ["myst_parser", "mathml"]
+exclude_patterns = ["_ext"]
+html_math_renderer = "mathml"
+nitpicky = True
+myst_enable_extensions = ["dollarmath", "deflist"]
+myst_heading_anchors = 3
+
+html_theme = "furo"
+html_title = f"grace_ds {release}"
+html_static_path = ["_static"]
+html_css_files = ["grace.css"]
+html_show_sphinx = False
+html_copy_source = False
+html_show_sourcelink = False

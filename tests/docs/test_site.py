@@ -1,0 +1,44 @@
+"""The documentation builds without a warning, and its pages load nothing from elsewhere."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LOADED = re.compile(
+    r"""<(?:script|img|iframe|source)\b[^>]*\bsrc="([^"]+)"|<link\b[^>]*\bhref="([^"]+)"|"""
+    r"""url\(([^)]+)\)|@import\s+["']?([^"';]+)"""
+)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("site")
+    # Proxies that nobody listens on: a build that asks the network for something fails.
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(out), "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-E", "docs", str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_every_page_of_the_folder_is_built_and_reachable(site: Path) -> None:
+    index = (site / "index.html").read_text("utf-8")
+    for page in (ROOT / "docs").rglob("*.md"):
+        name = page.relative_to(ROOT / "docs").with_suffix(".html")
+        assert (site / name).is_file(), name
+        assert page.stem == "index" or f'href="{name}"' in index, f"{name} is in no toctree of the first page"
+
+
+def test_no_page_loads_anything_from_a_network(site: Path) -> None:
+    files = [*site.rglob("*.html"), *site.rglob("*.css")]
+    assert len(files) > 5
+    for file in files:
+        for match in LOADED.finditer(file.read_text("utf-8")):
+            target = next(group for group in match.groups() if group)
+            assert not re.match(r"""["']?(?:https?:)?//""", target), f"{file.name} loads {target}"
