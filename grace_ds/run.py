@@ -1,4 +1,6 @@
-"""Runs an unchanged training script with GRACE: ``deepspeed --module grace_ds.run train.py …``.
+"""Runs an unchanged training script with GRACE: ``deepspeed --module grace_ds.run [--progress] train.py …``.
+
+With ``--progress`` rank 0 prints a line a minute on how the run stands; ``grace-ds run --progress`` draws it.
 
 Inside the script ``deepspeed.initialize`` is :func:`grace_ds.initialize`; whether GRACE is on is still decided by the
 script's own DeepSpeed config.
@@ -6,9 +8,12 @@ script's own DeepSpeed config.
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from pathlib import Path
+
+_USAGE = "usage: deepspeed --module grace_ds.run [--progress] train.py [arguments]"
 
 
 def run_script(script: str, arguments: list[str]) -> None:
@@ -18,7 +23,7 @@ def run_script(script: str, arguments: list[str]) -> None:
         SystemExit: the script does not exist, or exits itself.
     """
     if not Path(script).is_file():
-        raise SystemExit(f"grace_ds.run: no script {script!r}; usage: deepspeed --module grace_ds.run train.py [arguments]")
+        raise SystemExit(f"grace_ds.run: no script {script!r}; {_USAGE}")
     import deepspeed
 
     from grace_ds.integrations import deepspeed as integration
@@ -35,8 +40,13 @@ def main() -> None:
     arguments = sys.argv[1:]
     at = next((i for i, a in enumerate(arguments) if not a.startswith("-")), None)
     if at is None:
-        raise SystemExit("usage: deepspeed --module grace_ds.run train.py [arguments]")
-    run_script(arguments[at], arguments[:at] + arguments[at + 1 :])
+        raise SystemExit(_USAGE)
+    first = [a for a in arguments[:at] if a != "--progress"]
+    if len(first) < at:
+        from grace_ds.integrations.progress import LINES, VARIABLE
+
+        os.environ.setdefault(VARIABLE, LINES)
+    run_script(arguments[at], first + arguments[at + 1 :])
 
 
 if __name__ == "__main__":

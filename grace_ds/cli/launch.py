@@ -11,22 +11,28 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from grace_ds.cli.live import Screen, is_screen
+from grace_ds.errors import ConfigError
 from grace_ds.preempt import RESUME_ME, VARIABLE
 from grace_ds.processes import end_group, signal_group
 
-USAGE = "grace-ds run [--preempt-dir DIR] [launcher options] train.py [arguments]"
+USAGE = "grace-ds run [--progress] [--preempt-dir DIR] [launcher options] train.py [arguments]"
 _GRACE_SECONDS = 10.0  # that interrupted processes have to end by themselves
-_PREEMPT = "--preempt-dir"
+_PREEMPT, _PROGRESS = "--preempt-dir", "--progress"
 
 
 def run(words: Sequence[str]) -> int:
     """Starts the launcher with ``--module grace_ds.run`` before the script; returns its exit status.
 
     Args:
-        words: our option, launcher options, the script (the first word that ends in ``.py``), the script's arguments.
+        words: our options, launcher options, the script (the first word that ends in ``.py``), the script's arguments.
     """
     environment: dict[str, str] = {}
-    if words[:1] == [_PREEMPT]:
+    told: list[str] = []
+    while words[:1] in ([_PREEMPT], [_PROGRESS]):
+        if words[0] == _PROGRESS:
+            told, words = [_PROGRESS], words[1:]
+            continue
         if len(words) < 2 or words[1].startswith("-"):
             sys.stderr.write(f"grace-ds run: {_PREEMPT} needs the folder of the checkpoint; usage: {USAGE}\n")
             return 2
@@ -39,11 +45,19 @@ def run(words: Sequence[str]) -> int:
     if not Path(words[at]).is_file():
         sys.stderr.write(f"grace-ds run: there is no script {words[at]!r} in {Path.cwd()}; usage: {USAGE}\n")
         return 2
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *words[:at], "--module", "grace_ds.run", *words[at:]]
-    return supervise(launcher, environment)
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *words[:at], "--module", "grace_ds.run", *told, *words[at:]]
+    if not told or not is_screen(sys.stdout):  # into a file rank 0 writes a line now and then
+        return supervise(launcher, environment)
+    try:
+        screen = Screen()
+    except ConfigError as error:
+        sys.stderr.write(f"grace-ds run: {error}\n")
+        return 2
+    with screen:
+        return supervise(launcher, {**environment, **screen.environment}, screen.streams)
 
 
-def supervise(command: Sequence[str], environment: Mapping[str, str]) -> int:
+def supervise(command: Sequence[str], environment: Mapping[str, str], streams: Mapping[str, Any] | None = None) -> int:
     """Runs a command in a process group of its own; SIGINT and SIGTERM go to the whole group, and nothing of it stays behind.
 
     The deepspeed launcher alone, when only it is interrupted, ends and leaves its ranks running.
@@ -65,7 +79,7 @@ def supervise(command: Sequence[str], environment: Mapping[str, str]) -> int:
         # Ignored signals stay ignored in the children; only the ranks, who install a handler, hear this one.
         before[int(signal.SIGUSR1)] = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
-        child = subprocess.Popen(command, start_new_session=True, env={**os.environ, **environment})
+        child = subprocess.Popen(command, start_new_session=True, env={**os.environ, **environment}, **(streams or {}))
         if polite:
             signal.signal(signal.SIGUSR1, forward)
         if caught:  # between the handler and the start

@@ -22,7 +22,8 @@ def parser() -> argparse.ArgumentParser:
         help="run an unchanged training script with GRACE",
         usage=USAGE,
         description="Starts the deepspeed launcher on the script with deepspeed.initialize replaced by grace_ds.initialize. "
-        "Options before the script go to the launcher, those after it to the script.",
+        "Options before the script go to the launcher, those after it to the script. --progress shows below the job's output "
+        "how the run stands (a line a minute where that is no terminal); --preempt-dir names the checkpoint of a job told to go.",
     )
     tracer = commands.add_parser(
         "trace",

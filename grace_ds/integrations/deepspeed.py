@@ -24,7 +24,7 @@ from grace_ds.comm.limits import adopt_job_limit
 from grace_ds.config.load import ALIAS, HOME, find_block, load_config, read_ds_config, refuse_curriculum
 from grace_ds.config.schema import GraceConfig
 from grace_ds.errors import ConfigError
-from grace_ds.integrations import checkpoint, weights
+from grace_ds.integrations import checkpoint, progress, weights
 from grace_ds.integrations.build import build_controller
 from grace_ds.integrations.controller import Controller
 from grace_ds.integrations.engine import config_of, dp_rank, geometry_of, is_pipeline, outputs
@@ -78,6 +78,7 @@ def initialize(
     if grace is None or not grace.enabled:
         result: tuple[Any, Any, Any, Any] = original(*args, **kwargs)
         preempt.from_environment(result[0])
+        progress.say_off()
         return result
     refuse_curriculum(read_ds_config(config))
     data = bound.arguments.get("training_data")
@@ -191,6 +192,7 @@ class Grace:
         self.controller.start()
         engine.grace_ds = self
         weights.attached(self.controller)
+        progress.follow(self)
 
     @property
     def metrics(self) -> dict[str, Any]:

@@ -110,3 +110,25 @@ def test_the_graph_of_a_refresh_is_the_cpus(tier: str) -> None:
     ]
     assert made[0] is not None and made[1] is not None
     assert made[0].ids.tobytes() == made[1].ids.tobytes()
+
+
+def test_the_progress_reads_a_loss_without_waiting_for_the_device() -> None:
+    import time
+
+    import torch
+
+    from grace_ds.integrations.progress import LossReader
+
+    reader, busy = LossReader(), torch.randn(8192, 8192, device="cuda")
+    warm = LossReader()
+    warm.offer((busy @ busy).sum())
+    warm.read()  # cuBLAS and pinned memory are there from here on
+    torch.cuda.synchronize()
+    for _ in range(200):
+        busy = busy @ busy * 1e-4
+    reader.offer(busy.sum() * 0 + 2.5)
+    started = time.perf_counter()
+    assert reader.read() is None and time.perf_counter() - started < 0.5
+    torch.cuda.synchronize()
+    reader.offer(busy.sum() * 0 + 3.5)
+    assert reader.read() == 2.5
