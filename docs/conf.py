@@ -13,7 +13,7 @@ author = "the grace_ds authors"
 release = version = installed("grace_ds")
 language = "en"
 
-extensions = ["myst_parser", "mathml"]
+extensions = ["myst_parser", "mathml", "generated"]
 exclude_patterns = ["_ext"]
 html_math_renderer = "mathml"
 nitpicky = True
@@ -25,5 +25,7 @@ html_title = f"grace_ds {release}"
 html_static_path = ["_static"]
 html_css_files = ["grace.css"]
 html_show_sphinx = False
+html_show_copyright = False
+smartquotes = False  # messages and options are to be read as they are typed
 html_copy_source = False
 html_show_sourcelink = False

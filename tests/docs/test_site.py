@@ -42,3 +42,13 @@ def test_no_page_loads_anything_from_a_network(site: Path) -> None:
         for match in LOADED.finditer(file.read_text("utf-8")):
             target = next(group for group in match.groups() if group)
             assert not re.match(r"""["']?(?:https?:)?//""", target), f"{file.name} loads {target}"
+
+
+def test_formulae_messages_commands_and_figures_are_on_their_pages(site: Path) -> None:
+    """What is drawn or made from the code is there, as elements and not as its source."""
+    formulae = (site / "how-it-works.html").read_text("utf-8")
+    assert formulae.count("<math") > 30
+    assert "$" not in re.sub(r"<[^>]+>", "", formulae)
+    assert "no GRACE state" in (site / "messages.html").read_text("utf-8")
+    assert "grace-ds plan [-h]" in (site / "commands.html").read_text("utf-8")
+    assert "facility location, 100,000 rows" in (site / "measured.html").read_text("utf-8")

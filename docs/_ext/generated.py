@@ -1,0 +1,56 @@
+"""``{generated} NAME``: a part of a page that is made from the code when the documentation is built."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import messages
+from docutils import nodes
+from sphinx.util.docutils import SphinxDirective
+
+from grace_ds.cli.main import parser
+
+
+def commands() -> str:
+    """``--help`` of every command, as it is printed."""
+    top = parser()
+    lines = ["## `grace-ds`", "", "```text", top.format_help().rstrip(), "```", ""]
+    for name, command in subcommands(top):
+        lines += [f"## `grace-ds {name}`", "", "```text", command.format_help().rstrip(), "```", ""]
+    return "\n".join(lines)
+
+
+def subcommands(top: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Name and parser of each, in their order."""
+    for action in top._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            yield from action.choices.items()
+
+
+PARTS: dict[str, Callable[[], str]] = {"commands": commands, "messages": messages.markdown}
+
+
+class Generated(SphinxDirective):
+    """The named part, parsed as Markdown."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """The nodes of it."""
+        text = PARTS[self.arguments[0]]()
+        return self.parse_text_to_nodes(text, allow_section_headings=True)
+
+
+def figures_of_readme(app: Any, docname: Any, parent: str, content: list[str]) -> None:
+    """The README's tables stand on a page too; its links to folders of the repository lead nowhere there."""
+    content[0] = re.sub(r"\[([^]]+)\]\((?:benchmarks/|docs/|grace_ds/|hostfile)[^)]*\)", r"\1", content[0])
+
+
+def setup(app: Any) -> dict[str, Any]:
+    """Makes the directive known."""
+    app.add_directive("generated", Generated)
+    app.connect("include-read", figures_of_readme)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
