@@ -6,13 +6,15 @@ Belongs to the refresh's own layer, beside :mod:`grace_ds.choice`; ``grace-ds re
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from grace_ds.chart import Places
 from grace_ds.choice import factors, log_probability
 from grace_ds.config.schema import GraceConfig
-from grace_ds.records import Array, Role, Schedule
+from grace_ds.records import Array, IntArray, Role, Schedule
 from grace_ds.signals import Signals
 
 log = logging.getLogger("grace_ds")
@@ -22,8 +24,10 @@ GROUP = 40  # samples of each group
 _SALT = 0x9027
 
 
-def portrait(config: GraceConfig, s: Signals, schedule: Schedule) -> dict[str, Any] | None:
-    """A JSON-able account of how ``schedule`` came about; on root.  At most some ten kilobytes, whatever the window.
+def portrait(
+    config: GraceConfig, s: Signals, schedule: Schedule, chart: Callable[[IntArray], Places] | None = None
+) -> dict[str, Any] | None:
+    """A JSON-able account of how ``schedule`` came about; on root.  At most some hundred kilobytes, whatever the window.
 
     Nothing of the schedule depends on it: what goes wrong here is said in the log, and None is returned.
 
@@ -31,16 +35,17 @@ def portrait(config: GraceConfig, s: Signals, schedule: Schedule) -> dict[str, A
         ``version``, ``step``, ``level`` (whose probabilities these are), ``used`` (False where the order is uniform all the
         same), ``window`` (samples), ``histograms`` (name → ``edges``, ``window`` and ``core`` counts, ``unknown``) and
         ``samples``: ``id``, ``group`` (most, least, chosen, passed_over), ``chance`` relative to the most likely sample,
-        ``factors`` whose product it is, ``signals`` (null where unknown), ``role``.
+        ``factors`` whose product it is, ``signals`` (null where unknown), ``role``.  With a ``chart`` also ``map``: where some
+        of the window's samples lie, ``ids``, ``x``, ``y``, ``explained``, ``chance``, ``influence``, ``chosen``.
     """
     try:
-        return _portrait(config, s, schedule)
+        return _portrait(config, s, schedule, chart)
     except Exception as error:  # the account must not cost a refresh
         log.warning("refresh %d: no account of it can be kept (%s: %s)", schedule.version, type(error).__name__, error)
         return None
 
 
-def _portrait(config: GraceConfig, s: Signals, schedule: Schedule) -> dict[str, Any]:
+def _portrait(config: GraceConfig, s: Signals, schedule: Schedule, chart: Callable[[IntArray], Places] | None) -> dict[str, Any]:
     used = schedule.meta["objective"] != "uniform"
     level = str(schedule.meta["guard"]["level"])
     if level == "uniform" and config.recipe != "uniform":
@@ -55,7 +60,7 @@ def _portrait(config: GraceConfig, s: Signals, schedule: Schedule) -> dict[str, 
         "influence": s.align,
     }
     histograms = {name: _histogram(v, core) for name, v in values.items() if np.isfinite(v).any()}
-    return {
+    told = {
         "version": schedule.version,
         "step": schedule.meta["decided_at_step"],
         "level": level,
@@ -64,6 +69,21 @@ def _portrait(config: GraceConfig, s: Signals, schedule: Schedule) -> dict[str, 
         "core": int(core.sum()),
         "histograms": histograms,
         "samples": _samples(config, s, level, log_p, core, schedule),
+    }
+    return told if chart is None else {**told, "map": _map(chart(s.ids), s, log_p, core)}
+
+
+def _map(places: Places, s: Signals, log_p: Array, core: Array) -> dict[str, Any]:
+    """The places with what is known of each sample; ``chance`` is the decadic logarithm, 0 for the likeliest of the window."""
+    at = np.searchsorted(s.ids, places.ids)
+    return {
+        "ids": places.ids.tolist(),
+        "x": [_number(v) for v in places.xy[:, 0]],
+        "y": [_number(v) for v in places.xy[:, 1]],
+        "explained": [_number(v) for v in places.explained],
+        "chance": [_number(v) for v in (log_p[at] - log_p.max()) / np.log(10)],
+        "influence": [_number(v) for v in s.align[at]],
+        "chosen": core[at].tolist(),
     }
 
 

@@ -101,7 +101,7 @@ def refresh(p: Pipeline, x: Inputs) -> Outcome:
             schedule = choose(p, x, start, signals, edges, seen) if signals is not None else None
         with clock("portrait"):
             if signals is not None and schedule is not None and p.config.run_dir is not None:
-                picture = portrait(p.config, signals, schedule)
+                picture = portrait(p.config, signals, schedule, p.chart)
     if p.arrange is not None and schedule is not None:
         schedule = p.arrange(schedule)
     with clock("broadcast"):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from grace_ds.chart import Places
 from grace_ds.comm.base import Comm
 from grace_ds.config.schema import GraceConfig
 from grace_ds.features import ContentFeatures
@@ -37,6 +38,7 @@ class Pipeline:
         include, exclude: sorted ids that every / no coreset holds.
         trusted: (m, s) float32, content statistics of held-out trusted samples; None without a trusted model.
         arrange: what root does to a schedule before it is published; None: nothing.
+        chart: root's map of the window's samples (sorted ids in), for ``run_dir``; None: none.
     """
 
     comm: Comm
@@ -48,6 +50,7 @@ class Pipeline:
     exclude: IntArray
     trusted: FloatArray | None = None
     arrange: Callable[[Schedule], Schedule] | None = None
+    chart: Callable[[IntArray], Places] | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from grace_ds.chart import Chart
 from grace_ds.comm.base import Comm
 from grace_ds.comm.choose import choose
 from grace_ds.comm.rollcall import RollCall
@@ -156,7 +157,14 @@ def pipeline_of(
         exclude=parts.exclude,
         trusted=parts.prior.held_out if parts.prior is not None else None,
         arrange=arrange,
+        chart=_chart(config, parts) if config.run_dir is not None and comm.rank == 0 else None,
     )
+
+
+def _chart(config: GraceConfig, parts: Parts) -> Chart | None:
+    """Of the samples' tokens; None where they are not read."""
+    f = config.features
+    return None if parts.reader is None else Chart(parts.reader.dataset, f.tokens_key, f.dim, config.seed)
 
 
 class Contents:

@@ -29,6 +29,7 @@ from grace_ds.selection.guard import LADDER
 log = logging.getLogger("grace_ds")
 
 PREVIEW_CHARACTERS, PREVIEW_TOKENS = 300, 96
+MAP, MAP_CHARACTERS, MAP_TOKENS = "map.json", 160, 48
 Preview = Callable[[int], dict[str, Any]]  # dataset id → entries beside its reasons
 EventWriter = Callable[[dict[str, float], int], None]  # events by name, samples trained on so far
 
@@ -101,6 +102,7 @@ class Recorder:
     def __init__(self, run_dir: str | None, write_events: EventWriter | None, preview: Preview | None = None) -> None:
         self.run_dir, self.write_events, self.preview = run_dir, write_events, preview
         self._waiting: tuple[Outcome, dict[str, float]] | None = None
+        self._mapped: dict[int, dict[str, Any]] = {}
 
     def events(self, events: dict[str, float], samples: int) -> None:
         """Passes events on, with the number of samples trained on so far."""
@@ -138,20 +140,47 @@ class Recorder:
         except OSError as error:
             log.warning("schedule %d could not be kept in %s (%s); training goes on", schedule.version, self.run_dir, error)
         if outcome.portrait is not None:
-            keep_portrait(outcome.portrait, folder.parent / "reports", self.preview)
+            keep_portrait(outcome.portrait, folder.parent / "reports", self.preview, self._mapped)
 
 
-def keep_portrait(portrait: dict[str, Any], folder: Path, preview: Preview | None) -> None:
-    """Writes ``report-VERSION.json`` with what the dataset shows of the portrait's samples."""
+def keep_portrait(portrait: dict[str, Any], folder: Path, preview: Preview | None, known: dict[int, dict[str, Any]]) -> None:
+    """Writes ``report-VERSION.json`` and ``map.json`` with what the dataset shows of their samples.
+
+    Args:
+        known: by id, what the dataset has shown of the samples of the last map; they tend to be the same ones.
+    """
     version = portrait["version"]
     try:
-        samples = portrait["samples"]
-        if preview is not None:
-            with undisturbed_rng():
+        samples, chart = portrait["samples"], portrait.get("map")
+        with undisturbed_rng():
+            if preview is not None:
                 samples = [{**sample, **preview(sample["id"])} for sample in samples]
-        write_atomic(folder / f"report-{version:06d}.json", json.dumps({**portrait, "samples": samples}).encode())
+            if chart is not None:
+                mapped = {i: known.get(i) or (_short(preview(i)) if preview is not None else {}) for i in chart["ids"]}
+                known.clear()
+                known.update(mapped)
+        write_atomic(
+            folder / f"report-{version:06d}.json", json.dumps({**portrait, "samples": samples, "map": chart is not None}).encode()
+        )
+        if chart is not None and (portrait["used"] or not _holds_a_used_map(folder, version)):
+            facts = {key: portrait[key] for key in ("version", "step", "level", "used", "window")}
+            write_atomic(folder / MAP, json.dumps({**facts, **chart, "shown": list(mapped.values())}).encode())
     except Exception as error:  # the dataset's own code runs here
         log.warning("no account of refresh %d is kept (%s: %s); training goes on", version, type(error).__name__, error)
+
+
+def _short(shown: dict[str, Any]) -> dict[str, Any]:
+    """Less of a sample than a table shows: there are many of them."""
+    return {key: value[: MAP_CHARACTERS if key == "text" else MAP_TOKENS] for key, value in shown.items()}
+
+
+def _holds_a_used_map(folder: Path, version: int) -> bool:
+    """Whether the map that is there is of an earlier schedule that a coreset was drawn for: it says more than one of a pause."""
+    try:
+        there = json.loads((folder / MAP).read_text("utf-8"))
+        return bool(there["used"]) and int(there["version"]) < version
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def preview_of(dataset: Any, tokens_key: str) -> Preview:

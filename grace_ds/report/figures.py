@@ -7,6 +7,7 @@ import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from grace_ds.errors import ConfigError
 from grace_ds.report.facts import Facts
@@ -15,8 +16,13 @@ from grace_ds.report.load import Run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Floats = npt.NDArray[np.float64]
 COLOURS = {"uniform": "#6b7280", "grace": "#1d4ed8"}
 STAGES = ("gather", "table", "features", "graph", "propagate", "select", "portrait", "broadcast")
+MAPPED = {
+    "chance": "colour: log10 of the chance, 0 for the likeliest of the window",
+    "influence": "colour: influence, robust deviations from trusted samples",
+}
 PANELS = 6  # refreshes whose histograms are shown: the first, the last, and some between
 BARS = 24  # refreshes that are drawn as bars; more as a band
 LABELS = {
@@ -114,6 +120,34 @@ def histograms(run: Run, name: str) -> str | None:
         axes.spines[["top", "right", "left"]].set_visible(False)
     parts[-1].set_xlabel(LABELS[name])
     return _render(figure)
+
+
+def chart(found: dict[str, Any], name: str) -> tuple[str, str, Floats]:
+    """The map coloured by ``chance`` or ``influence``: the image, what its colour is, and (n, 2) where its points lie.
+
+    The latter as shares of the image's width from the left, and of its height from the top; alike for either colour.
+    """
+    xy = np.array([found["x"], found["y"]], np.float64).T
+    score = np.array([np.nan if v is None else v for v in found[name]], np.float64)
+    chosen = np.array(found["chosen"], bool)
+    figure = _figure(4.2)
+    figure.set_layout_engine("none")
+    axes = figure.add_axes((0.1, 0.11, 0.74, 0.86))
+    low, high = xy.min(0), xy.max(0)
+    margin = np.maximum(0.04 * (high - low), 1e-6)
+    axes.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
+    # A few outliers would take all colours for themselves.
+    span = np.nanpercentile(score, [2, 98]) if name == "influence" else np.array([max(float(np.nanmin(score)), -4.0), 0.0])
+    colours: Any = {"cmap": "viridis", "vmin": span[0], "vmax": max(span[1], span[0] + 1e-6), "plotnonfinite": True}
+    axes.scatter(*xy[~chosen].T, s=9, c=score[~chosen], linewidths=0, alpha=0.7, **colours)
+    ringed = axes.scatter(*xy[chosen].T, s=17, c=score[chosen], edgecolors="#b91c1c", linewidths=0.7, **colours)
+    axes.set_xlabel(f"first axis: {found['explained'][0]:.1%} of the variance", fontsize=8)
+    axes.set_ylabel(f"second axis: {found['explained'][1]:.1%} of the variance", fontsize=8)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    figure.colorbar(ringed, cax=figure.add_axes((0.87, 0.11, 0.025, 0.86))).ax.tick_params(labelsize=7)
+    places = axes.transData.transform(xy) / np.array([figure.bbox.width, figure.bbox.height])
+    return _render(figure), MAPPED[name], np.stack([places[:, 0], 1 - places[:, 1]], 1)
 
 
 def _figure(height: float) -> Any:

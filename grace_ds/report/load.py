@@ -45,6 +45,7 @@ class Run:
         refreshes: lines of ``refreshes.jsonl``, by version.
         schedules: by version.
         portraits: ``reports/report-*.json``, by version.
+        chart: ``reports/map.json``, checked; None without one.
         results: the quickstart's ``result.json`` by arm.
         curves: loss by arm.
         sources: (N,) label of every sample, and the labels' names; None without.
@@ -57,6 +58,7 @@ class Run:
     refreshes: dict[int, dict[str, Any]]
     schedules: dict[int, Schedule]
     portraits: dict[int, dict[str, Any]]
+    chart: dict[str, Any] | None
     results: dict[str, dict[str, Any]]
     curves: dict[str, Curve]
     sources: tuple[Array, list[str]] | None
@@ -83,6 +85,7 @@ def load_run(where: str | Path, options: Options | None = None) -> Run:
         _refreshes(folder, notes),
         _schedules(folder, notes),
         _portraits(folder, notes),
+        _chart(folder, notes),
         results,
         _curves(options, results, notes),
         _sources(options, folder),
@@ -157,6 +160,32 @@ def _portraits(folder: Path, notes: list[str]) -> dict[int, dict[str, Any]]:
             "Histograms and samples are not shown."
         )
     return found
+
+
+def _chart(folder: Path, notes: list[str]) -> dict[str, Any] | None:
+    path = folder / "reports" / "map.json"
+    if not path.is_file():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        count = len(found["ids"])
+        numbers = np.array([found["ids"], found["x"], found["y"]], np.float64)
+        whole = all(len(found[key]) == count for key in ("chance", "influence", "chosen", "shown"))
+        known = [v for key in ("chance", "influence") for v in found[key] if v is not None]
+        if not count or not whole or not np.isfinite(numbers).all() or not np.isfinite(np.array(known, np.float64)).all():
+            raise ValueError("entries are missing")
+        first, second = map(float, found["explained"])
+        facts = {key: int(found[key]) for key in ("version", "step", "window")}
+        return {
+            **found,
+            **facts,
+            "ids": [int(i) for i in found["ids"]],
+            "explained": (first, second),
+            "used": bool(found["used"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        notes.append(f"map.json cannot be read ({type(error).__name__}): the map is not shown.")
+        return None
 
 
 def _results(folder: Path) -> dict[str, dict[str, Any]]:

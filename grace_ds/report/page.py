@@ -9,23 +9,22 @@ from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 
-from grace_ds.report import figures
+from grace_ds.report import chart, figures
 from grace_ds.report.facts import Facts, Generation, facts
 from grace_ds.report.load import Run
 from grace_ds.report.said import cards, chosen_by, loss_said
 from grace_ds.report.samples import GROUPS, Row, rows, shown
 
 SHOWN = 60  # refreshes in the table: the first and the latest
-MAP = (
-    "There is no map: a map of the graph needs its coordinates, and runs keep none. "
-    "Runs of the default recipe build no graph at all (graph.residuals and selection.loss_tilt are off)."
-)
 
 
 def page(run: Run) -> str:
     """The whole page as text."""
     found = facts(run)
-    style, script = (files("grace_ds.report").joinpath(name).read_text("utf-8") for name in ("style.css", "search.js"))
+    style, *scripts = (
+        files("grace_ds.report").joinpath(name).read_text("utf-8") for name in ("style.css", "search.js", "map.js")
+    )
+    script = "".join(scripts)
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'; "
@@ -41,7 +40,7 @@ def page(run: Run) -> str:
             _signals(run),
             _guard(found),
             _sources(run, found),
-            _section("Map", f"<p>{MAP}</p>"),
+            _section("Map", chart.body(run)),
             _samples(run),
             _rest(run),
         )

@@ -43,7 +43,7 @@ def shown(run: Run) -> dict[str, Any] | None:
 def rows(run: Run, portrait: dict[str, Any]) -> list[Row]:
     """The portrait's samples, with text where it can be had."""
     return [
-        Row(int(s["id"]), GROUPS.get(s["group"], str(s["group"])), s["chance"], s["role"], reason(s), _text(run, s))
+        Row(int(s["id"]), GROUPS.get(s["group"], str(s["group"])), s["chance"], s["role"], reason(s), text_of(run, s))
         for s in portrait["samples"]
     ]
 
@@ -72,7 +72,8 @@ def _judged(keep: float) -> str:
     return "like the trusted set" if keep > 0.8 else "unlike the trusted set"
 
 
-def _text(run: Run, sample: dict[str, Any]) -> str:
+def text_of(run: Run, sample: dict[str, Any]) -> str:
+    """What the dataset has shown of a sample, its token ids decoded where they can be; untrusted, and empty without either."""
     if isinstance(sample.get("text"), str):
         return str(sample["text"])[:CHARACTERS]
     tokens = sample.get("tokens")

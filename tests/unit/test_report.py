@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from grace_ds.chart import POINTS, Chart, principal
 from grace_ds.cli.main import main
 from grace_ds.comm.local import LocalComm
 from grace_ds.config.load import load_config, write_resolved
 from grace_ds.integrations.build import pipeline_of, prepare
-from grace_ds.integrations.record import Recorder, preview_of
+from grace_ds.integrations.record import Recorder, keep_portrait, preview_of
 from grace_ds.integrations.trusted_set import Extras
 from grace_ds.records import Role, Rows
 from grace_ds.refresh import refresh
@@ -188,6 +189,7 @@ def test_parts_that_are_missing_are_said(tmp_path: Path) -> None:
     for name in ("schedules", "reports"):
         for path in (folder / name).iterdir():
             path.unlink()
+    assert "no refresh of this run has weighed" in page(load_run(folder))
     assert "No histogram was kept" in Seen(page(load_run(folder))).text
     (folder / "refreshes.jsonl").write_text("")
     assert "No refresh is recorded" in Seen(page(load_run(folder))).text
@@ -261,12 +263,12 @@ def test_figures_hold_no_script_and_no_reference(tmp_path: Path) -> None:
     assert len(found) >= 5
     for data in found:
         svg = base64.b64decode(data).decode()
-        assert "<script" not in svg and not re.search(r"href=\"(?!#)", svg)
+        assert "<script" not in svg and not re.search(r"href=\"(?!#|data:)", svg)  # a colour bar is an image inside
 
 
 def test_a_page_stays_small_however_large_and_long_the_run(tmp_path: Path) -> None:
-    """Records of 100,000 samples and 200 refreshes, each text longer than what is shown."""
-    folder = record(tmp_path, refreshes=2, data=Texts(text=MARKUP * 100))
+    """A window of 100,000 samples and records of 200 refreshes, each text longer than what is shown."""
+    folder = record(tmp_path, refreshes=2, data=Texts(100_000, text=MARKUP * 100), window=100_000)
     line = json.loads((folder / "refreshes.jsonl").read_text().splitlines()[-1])
     portrait = json.loads((folder / "reports" / "report-000001.json").read_text())
     with (folder / "refreshes.jsonl").open("a") as f:
@@ -275,4 +277,90 @@ def test_a_page_stays_small_however_large_and_long_the_run(tmp_path: Path) -> No
             (folder / "reports" / f"report-{version:06d}.json").write_text(json.dumps({**portrait, "version": version}))
     np.save(tmp_path / "sources.npy", np.arange(100_000) % 5000)
     assert main(["report", str(folder), "--sources", str(tmp_path / "sources.npy")]) == 0
-    assert (folder / "report.html").stat().st_size < 2_000_000
+    assert (folder / "report.html").stat().st_size < 3_000_000
+    assert "1,500 samples, drawn uniformly from a window of 100,000," in (folder / "report.html").read_text("utf-8")
+    kept = sum(path.stat().st_size for path in (folder / "reports").glob("*.json")) / 200
+    assert kept < 200_000  # of a refresh, as the README says
+
+
+# -- the map -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_map_is_of_real_samples_with_what_is_known_of_them(tmp_path: Path) -> None:
+    run = load_run(record(tmp_path))
+    chart, last = run.chart, run.schedules[2]
+    assert chart is not None and (chart["version"], chart["window"], chart["used"]) == (2, N, True)
+    core = set(last.ids[last.roles == Role.CORE].tolist())
+    assert chart["ids"] == list(range(N)) and [i in core for i in chart["ids"]] == chart["chosen"]
+    assert max(chart["chance"]) == 0 and 0 < sum(chart["explained"]) < 1
+    xy, clean = np.array([chart["x"], chart["y"]]), np.arange(N) % 2 == 1
+    centres = np.stack([xy[:, clean].mean(1), xy[:, ~clean].mean(1)])
+    assert np.linalg.norm(centres[0] - centres[1]) > 0.05  # runs and noise share no 6-grams, and few words
+    known = {s["id"]: s["chance"] for s in run.portraits[2]["samples"]}
+    for i, log_chance in zip(chart["ids"], chart["chance"], strict=True):
+        assert i not in known or 10**log_chance == pytest.approx(known[i], rel=1e-3)
+    said = Seen(page(run)).text
+    assert f"All {N} samples of the window" in said and f"{chart['explained'][0]:.1%}" in said
+    assert f"sample 7: {MARKUP}"[:100] in json.loads(re.findall(r'{"left".*?}', said)[0])["said"][7]
+
+
+def test_the_map_of_the_last_coreset_outlives_a_pause_but_not_a_new_run(tmp_path: Path) -> None:
+    def keep(version: int, used: bool) -> int:
+        portrait = {"version": version, "step": 0, "level": "prior", "used": used, "window": 2, "samples": []}
+        keep_portrait({**portrait, "map": {"ids": [3, 5]}}, tmp_path, None, {})
+        return int(json.loads((tmp_path / "map.json").read_text())["version"])
+
+    assert [keep(1, False), keep(2, False), keep(3, True), keep(4, False), keep(5, True), keep(5, False)] == [1, 2, 3, 3, 5, 5]
+    assert keep(2, False) == 2  # begun anew
+
+
+def test_samples_of_a_map_are_read_once(tmp_path: Path) -> None:
+    data, asked = Texts(), []
+    show = preview_of(data, "auto")
+
+    def counted(sample: int) -> dict[str, Any]:
+        asked.append(sample)
+        return show(sample)
+
+    run = load_run(record(tmp_path, refreshes=4, data=data, preview=counted))
+    assert run.chart is not None and len(asked) == N + sum(len(p["samples"]) for p in run.portraits.values())
+    assert all(len(s["text"]) <= 160 for s in run.chart["shown"])
+
+
+def test_why_there_is_no_map_is_said(tmp_path: Path) -> None:
+    assert "does not read it" in page(load_run(record(tmp_path / "a", recipe="uniform")))
+    assert "no refresh of this run has weighed" in page(load_run(record(tmp_path / "b", refreshes=1)))
+    folder = record(tmp_path / "c")
+    chart = json.loads((folder / "reports" / "map.json").read_text())
+    for broken in ({**chart, "x": chart["x"][1:]}, {**chart, "chosen": []}, {**chart, "y": ["<b>"] * N}, [1], {}):
+        (folder / "reports" / "map.json").write_text(json.dumps(broken))
+        said = Seen(page(load_run(folder))).text
+        assert "map.json cannot be read" in said and "There is no map: reports/map.json" in said
+    (folder / "reports" / "map.json").unlink()
+    assert "older version" in page(load_run(folder))
+
+
+def test_axes_are_the_principal_ones_whatever_the_order() -> None:
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((300, 16)) * np.linspace(3, 0.1, 16)).astype(np.float32)
+    xy, explained = principal(x)
+    left, values, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    assert np.allclose(np.abs(xy), np.abs(left[:, :2] * values[:2]), atol=1e-3)
+    assert explained == pytest.approx(values[:2] ** 2 / (values**2).sum(), rel=1e-4)
+    order = rng.permutation(300)
+    assert np.allclose(principal(x[order])[0], xy[order], atol=1e-4)
+    assert np.isfinite(principal(x[:1])[0]).all() and principal(np.ones((5, 3), np.float32))[1] == (0.0, 0.0)
+
+
+def test_a_large_window_is_drawn_from_uniformly_and_alike_while_it_rolls() -> None:
+    data = Texts(9000)
+    chart = Chart(data, "auto", 32, 7)
+    state = np.random.get_state()[1].copy()  # type: ignore[union-attr]
+    first, second = chart(np.arange(6000)), chart(np.arange(600, 6600))
+    assert np.array_equal(np.random.get_state()[1], state)  # type: ignore[index]
+    for found, low in ((first, 0), (second, 600)):
+        assert len(found.ids) == POINTS and (np.diff(found.ids) > 0).all()
+        shares = np.histogram(found.ids, 6, (low, low + 6000))[0] / POINTS
+        assert (np.abs(shares - 1 / 6) < 0.05).all()
+    assert len(np.intersect1d(first.ids, second.ids)) > 0.85 * POINTS
+    assert chart(np.arange(600, 6600)) is second

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from grace_ds.report.load import load_run
@@ -78,3 +79,30 @@ def test_search_and_group_narrow_the_samples(opened: Any) -> None:
     assert shown.count() == everything
     opened.click("summary")
     assert opened.locator("details pre").is_visible()
+
+
+@pytest.mark.slow
+def test_a_sample_of_the_map_shows_its_text(opened: Any) -> None:
+    points, card = opened.evaluate("JSON.parse(document.getElementById('points').textContent)"), opened.locator("#point")
+    image = opened.locator("figure.map img").first
+    image.scroll_into_view_if_needed()
+    box = image.bounding_box()
+    rng = np.random.default_rng(0)
+    for i in rng.choice(len(points["said"]), 12, replace=False).tolist():
+        x, y = points["left"][i] * box["width"], points["top"][i] * box["height"]
+        opened.mouse.move(box["x"] + x, box["y"] + y)
+        shown = card.inner_text()
+        # Samples may lie at one place: what is shown is one that does.
+        at = next(j for j, said in enumerate(points["said"]) if said.startswith(shown.split(";")[0] + ";"))
+        assert abs(points["left"][at] - points["left"][i]) * box["width"] < 1.5
+        assert abs(points["top"][at] - points["top"][i]) * box["height"] < 1.5
+        assert MARKUP[:60] in shown and shown.split(";")[0] == points["said"][at].split(";")[0]
+        spot = opened.locator(".spot").first.bounding_box()
+        assert abs(spot["x"] + spot["width"] / 2 - box["x"] - x) < 2 and abs(spot["y"] + spot["height"] / 2 - box["y"] - y) < 2
+    assert opened.evaluate("document.querySelectorAll('#point *').length") == 1  # markup stays text
+    opened.locator("figure.map").first.focus()
+    before = card.inner_text()
+    opened.keyboard.press("ArrowRight")
+    after = card.inner_text()
+    opened.keyboard.press("ArrowLeft")
+    assert after != before == card.inner_text()

@@ -1,0 +1,87 @@
+"""The map's section of the page: a figure, and beside it the sample that is pointed at.
+
+The figure is an image; where its points lie in it, and what to say of each, is data of the page that its script reads. As
+text, never as markup: both are escaped here, and the script writes text alone.
+"""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from grace_ds.report import figures
+from grace_ds.report.load import Run
+from grace_ds.report.samples import text_of
+
+CHARACTERS = 160
+_EMPTY = "Point at a sample, tap it, or step through them with the arrow keys once the map is focused."
+
+
+def body(run: Run) -> str:
+    """The section's inside."""
+    chart = run.chart
+    if chart is None:
+        return f"<p>{escape(_why_not(run))}</p>"
+    drawn = [figures.chart(chart, name) for name in ("chance", "influence") if np.isfinite(_floats(chart[name])).any()]
+    pictures = "".join(
+        f'<figure class="map" tabindex="0"><img src="{uri}" alt="samples on two axes; {escape(label)}">'
+        '<i class="spot" hidden></i>'
+        f"<figcaption>{escape(label)}; ringed: chosen</figcaption></figure>"
+        for uri, label, _ in drawn
+    )
+    left, top = np.round(drawn[0][2], 4).T.tolist()
+    said = [_said(run, chart, i) for i in range(len(chart["ids"]))]
+    points = escape(json.dumps({"left": left, "top": top, "said": said}))
+    return (
+        f"<p>{escape(_about(chart))}</p>"
+        f'<div class="figures">{pictures}<div id="point" role="status"><pre>{_EMPTY}</pre></div></div>'
+        f'<div id="points" hidden>{points}</div>'
+    )
+
+
+def _about(chart: dict[str, Any]) -> str:
+    first, second = chart["explained"]
+    idle = "" if chart["used"] else " That schedule was uniform all the same: this is what the filter says."
+    drawn = (
+        f"{len(chart['ids']):,} samples, drawn uniformly from a window of {chart['window']:,},"
+        if (len(chart["ids"]) < chart["window"])
+        else f"All {chart['window']:,} samples of the window"
+    )
+    return (
+        f"{drawn} at schedule {chart['version']}, step {chart['step']}.{idle} Each lies by the words that it holds: TF-IDF "
+        "vectors, by the formula of the k-NN graph, on their two principal axes, which hold "
+        f"{first:.1%} and {second:.1%} of the variance. Groups are texts that share words, such as a language, a kind of junk or "
+        "copies. The rest of the variance, gradients and the graph's edges are not in this picture: neighbours here may differ."
+    )
+
+
+def _said(run: Run, chart: dict[str, Any], i: int) -> str:
+    chance, influence = chart["chance"][i], chart["influence"][i]
+    facts = [f"sample {chart['ids'][i]}", "chosen" if chart["chosen"][i] else "not in the schedule by choice"]
+    if run.sources is not None and chart["ids"][i] < len(run.sources[0]):
+        facts.append(f"source {run.sources[1][run.sources[0][chart['ids'][i]]]}")
+    if chance is not None:
+        facts.append(f"chance {10**chance:.2g} of the likeliest")
+    if influence is not None:
+        facts.append(f"influence {influence:+.1f} deviations from the trusted")
+    text = text_of(run, chart["shown"][i])[:CHARACTERS]
+    return "; ".join(facts) + "\n" + (text or "(the dataset shows neither text nor token ids)")
+
+
+def _why_not(run: Run) -> str:
+    recipe, features = run.config.get("recipe"), run.config.get("features") or {}
+    if recipe == "uniform" or features.get("enabled") is False:
+        return "There is no map: samples are placed by their content, and this configuration does not read it."
+    if not run.portraits:
+        return "There is no map: no refresh of this run has weighed a sample yet."
+    return (
+        "There is no map: reports/map.json is missing or cannot be read. The run was made by an older version, or the map could "
+        "not be made, which the job's log says."
+    )
+
+
+def _floats(values: list[float | None]) -> figures.Floats:
+    return np.array([np.nan if v is None else v for v in values], np.float64)
