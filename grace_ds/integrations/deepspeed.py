@@ -6,13 +6,14 @@ call the original and then the controller, and two hooks watch the module; ``det
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ log = logging.getLogger("grace_ds")
 
 # Kept before anybody (``grace_ds.run``) puts our function in the place of DeepSpeed's.
 _original: Callable[..., Any] | None = None
+_left_to_attach = False
 
 
 def initialize(
@@ -75,7 +77,7 @@ def initialize(
     config = config_of(bound.arguments)
     found = find_block(read_ds_config(config)) if config is not None else None
     grace = load_config(found[1], found[0]) if found is not None else None
-    if grace is None or not grace.enabled:
+    if grace is None or not grace.enabled or _left_to_attach:
         result: tuple[Any, Any, Any, Any] = original(*args, **kwargs)
         preempt.from_environment(result[0])
         progress.say_off()
@@ -85,7 +87,8 @@ def initialize(
     if data is None:
         raise ConfigError(
             "grace is on but deepspeed.initialize got no training_data; pass the dataset, or call deepspeed.initialize as "
-            "before and grace_ds.attach(engine, dataset) for a loader of your own"
+            "before and grace_ds.attach(engine, dataset) for a loader of your own (a transformers.Trainer: "
+            "grace_ds.huggingface.attach(trainer))"
         )
     TicketedDataset(data)  # says what is wrong with the dataset before an engine is built
     bound.arguments["training_data"] = None
@@ -106,6 +109,17 @@ def replace_initialize(module: Any) -> None:
     if _original is None:
         _original = module.initialize
         module.initialize = initialize
+
+
+@contextlib.contextmanager
+def left_to_attach() -> Iterator[None]:
+    """Within it :func:`initialize` leaves the engine to :func:`attach`: somebody makes it who has no dataset to give."""
+    global _left_to_attach
+    before, _left_to_attach = _left_to_attach, True
+    try:
+        yield
+    finally:
+        _left_to_attach = before
 
 
 def attach(
@@ -282,11 +296,15 @@ class Grace:
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         boundary = self.engine.is_gradient_accumulation_boundary()
-        scale = self.controller.geometry.accumulation / float(self.engine._get_optimizer_loss_scale() or 1.0)
+        scale = self._grad_scale() if boundary else 1.0
         result = original(*args, **kwargs)
         if boundary:
             self.controller.after_step(self.engine.global_steps, self.engine.was_step_applied(), scale)
         return result
+
+    def _grad_scale(self) -> float:
+        """What the step's gradients are to be multiplied with to be those of its micro-batches' losses."""
+        return self.controller.geometry.accumulation / float(self.engine._get_optimizer_loss_scale() or 1.0)
 
 
 def _speak_up() -> None:

@@ -182,6 +182,8 @@ def _auto(modules: dict[str, nn.Module], known: dict[str, LayerRule]) -> list[st
     embeddings = [m for m in modules.values() if isinstance(m, nn.Embedding)]
     tied = {id(m.weight) for m in embeddings}
     usable = [name for name in usable if id(getattr(modules[name], "weight", None)) not in tied]
+    # Of a model that is trained in part (adapters), what its training moves is what a gradient tells about.
+    usable = [name for name in usable if _trained(modules[name])] or usable
     blocks = _blocks(modules, known)
     if blocks:
         inside = tuple(f"{name}." for name in blocks[len(blocks) // 2 :])
@@ -189,6 +191,11 @@ def _auto(modules: dict[str, nn.Module], known: dict[str, LayerRule]) -> list[st
     vocabulary = max((m.num_embeddings for m in embeddings), default=-1)
     usable = [name for name in usable if known[name].features(modules[name])[1] != vocabulary]
     return usable[len(usable) // 2 :]
+
+
+def _trained(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return weight is None or bool(weight.requires_grad)
 
 
 def _blocks(modules: dict[str, nn.Module], known: dict[str, LayerRule]) -> list[str]:

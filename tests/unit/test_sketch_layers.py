@@ -122,3 +122,13 @@ def test_layer_that_returns_a_tuple_is_sketched():
         loss.backward()
         found = sketcher.finish(binding, reduction="sum")
     assert found is not None and (found.norm > 0).all()
+
+
+def test_of_a_model_that_is_trained_in_part_auto_takes_what_is_trained() -> None:
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 4))) for _ in range(4)])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".1." in name)
+    assert [layer.name for layer in select_layers(model)] == ["2.1.0", "2.1.1", "3.1.0", "3.1.1"]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    assert len(select_layers(model)) == 6  # nothing is: then all alike, as before

@@ -1,0 +1,1 @@
+"""GRACE under ``transformers.Trainer``; the public side is :mod:`grace_ds.huggingface`."""

@@ -1,0 +1,204 @@
+"""One Trainer and GRACE: where its engine is caught, and what its training step tells.
+
+Three methods are replaced on instances: ``trainer.get_train_dataloader``, whose loader gets tickets; ``accelerator.prepare``,
+which makes the engine, after which GRACE is attached, before the Trainer loads a checkpoint into it; and
+``trainer.training_step``, where a batch is really trained on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.data import ConcatDataset
+
+from grace_ds.config.load import find_block, load_config, read_ds_config, refuse_curriculum
+from grace_ds.config.schema import GraceConfig
+from grace_ds.errors import ConfigError, GraceError
+from grace_ds.integrations.deepspeed import Grace, left_to_attach
+from grace_ds.integrations.huggingface.loader import ScheduleBatches, rebuilt, take_tickets
+from grace_ds.integrations.huggingface.refusals import refuse_data, refuse_settings, refuse_without_deepspeed
+from grace_ds.integrations.trusted_set import Extras
+from grace_ds.methods import replace_method
+from grace_ds.sampler import Geometry, StreamSampler
+
+
+def attach(trainer: Any, extras: Extras) -> TrainerJob | None:
+    """Ties GRACE to a Trainer that has not trained yet; None where its config has no block, or one that is not enabled."""
+    refuse_without_deepspeed(trainer)
+    ds_config = read_ds_config(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
+    found = find_block(ds_config)
+    config = load_config(found[1], found[0]) if found is not None else None
+    if config is None or not config.enabled:
+        return None
+    refuse_curriculum(ds_config)
+    refuse_data(trainer)
+    refuse_settings(trainer, config)
+    if getattr(trainer, "grace_ds", None) is not None:
+        raise ConfigError("GRACE is attached to this Trainer already; call grace_ds.huggingface.attach once")
+    return TrainerJob(trainer, config, extras)
+
+
+class TrainerJob:
+    """GRACE beside one Trainer, over all of its ``train()`` calls.
+
+    Attributes:
+        handle: of the engine in training; None before there is one.
+    """
+
+    def __init__(self, trainer: Any, config: GraceConfig, extras: Extras) -> None:
+        self.trainer, self.config, self.extras = trainer, config, extras
+        self.handle: TrainerGrace | None = None
+        self._loader: Any = None  # made for an engine that is still to come
+        replace_method(trainer, "get_train_dataloader", self._get_train_dataloader)
+        replace_method(trainer, "training_step", self._training_step)
+        replace_method(trainer.accelerator, "prepare", self._prepare)
+        trainer.grace_ds = self
+
+    def _get_train_dataloader(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._loader = rebuilt(original(*args, **kwargs))
+        return self._loader
+
+    def _prepare(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with left_to_attach():
+            result = original(*args, **kwargs)
+        engine = _engine_in(result)
+        # ``evaluate`` makes an engine of its own under ZeRO-3, which is not for training.
+        if engine is not None and self._loader is not None and self.trainer.is_in_train:
+            loader, self._loader = self._loader, None
+            if self.handle is not None:
+                self.handle.detach()
+            self.handle = TrainerGrace(self.trainer, engine, loader, self.config, self._extras(loader))
+        return result
+
+    def _training_step(self, original: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.handle is None:
+            raise GraceError(
+                "the Trainer trains on an engine that GRACE has not seen; call grace_ds.huggingface.attach on this very Trainer "
+                "before train(), and not with hyperparameter_search, which makes another accelerator"
+            )
+        self.handle.begin(inputs, args[0] if args else kwargs.get("num_items_in_batch"))
+        return original(model, inputs, *args, **kwargs)
+
+    def _extras(self, loader: Any) -> Extras:
+        """What the user has handed over, with what the Trainer knows anyway."""
+        trainer, given = self.trainer, self.extras
+        validation = given.validation_data
+        if validation is None and (given.trusted_data is not None or self.config.trusted is not None):
+            validation = _joined(trainer.eval_dataset)
+        return dataclasses.replace(
+            given,
+            trusted_data=self._like_the_pool(given.trusted_data),
+            validation_data=validation,
+            loss_fn=given.loss_fn or self._mean_loss,
+        )
+
+    def _like_the_pool(self, data: Any) -> Any:
+        """A trusted set of the ``datasets`` library without the columns that the Trainer takes from its training set."""
+        if data is None or not hasattr(data, "column_names"):
+            return data
+        return self.trainer._remove_unused_columns(data, description="trusted")
+
+    def _mean_loss(self, module: torch.nn.Module, batch: Any) -> torch.Tensor:
+        """The Trainer's own loss, as the mean over the batch's tokens: without the accumulated batch's token count."""
+        loss: torch.Tensor = self.trainer.compute_loss(module, self.trainer._prepare_inputs(batch))
+        return loss
+
+
+class TrainerGrace(Grace):
+    """The handle ``engine.grace_ds`` of a Trainer's engine."""
+
+    def __init__(self, trainer: Any, engine: Any, loader: Any, config: GraceConfig, extras: Extras) -> None:
+        self.trainer = trainer
+        self.batches: ScheduleBatches = loader.batch_sampler
+        self._items: Any = None  # tokens that the step's losses are divided by; None: each micro-batch by its own
+        self._first = True
+        super().__init__(engine, loader.dataset.base, config, loader.collate_fn._ticketed.collate, extras)
+        stream = self.controller.sampler
+        self.batches.stream = stream if isinstance(stream, StreamSampler) else None
+
+    def feed(self) -> Any:
+        """Not here: the Trainer has its loader."""
+        raise ConfigError("a Trainer feeds its own engine; call trainer.train()")
+
+    def _stream_sampler(self, g: Geometry, samples: int) -> StreamSampler:
+        rows = getattr(self.batches, "batch_size", g.rows)
+        if rows != g.rows:
+            raise ConfigError(
+                f"the Trainer's loader gives {rows} samples a rank, the DeepSpeed config says train_micro_batch_size_per_gpu = "
+                f'{g.rows}; set that to "auto", and leave get_train_dataloader as it is'
+            )
+        return StreamSampler(self.controller.book, g, len(self.batches), samples)
+
+    def attach_hooks(self) -> None:
+        """As on every engine; loading a checkpoint also says what the Trainer will skip."""
+        super().attach_hooks()
+        self._restore.append(replace_method(self.engine, "load_checkpoint", self._load))
+
+    def _load(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        trainer, gas = self.trainer, self.trainer.args.gradient_accumulation_steps
+        updates = max(math.ceil(len(self.batches) / gas), 1)  # of an epoch, as the Trainer counts them
+        skips = not trainer.args.ignore_data_skip
+        self.batches.skipped = trainer.state.global_step % updates * gas if skips else 0
+        self._first = True
+        return result
+
+    # -- the micro-batch -----------------------------------------------------------------------------------------------
+
+    def begin(self, inputs: Any, items: Any) -> None:
+        """At the start of a training step: the batch's tickets are taken out of it, and it is known to be out.
+
+        Args:
+            inputs: the Trainer's batch.
+            items: tokens that the losses of the step's micro-batches are divided by, of all ranks or of this one; None:
+                each is a mean.
+
+        Raises:
+            GraceError: the Trainer has passed over samples of the schedule.
+        """
+        found = take_tickets(inputs)
+        if found is None:  # a batch of somebody's own making
+            return
+        positions, ids = found
+        self._items = items
+        stream, micro = self.controller.sampler, int(positions[0]) // self.controller.geometry.micro
+        if self._first and stream is not None and micro != stream.frontier:
+            raise GraceError(
+                f"the first batch is micro-batch {micro} of the schedule and training stands at {stream.frontier}: the Trainer "
+                "has skipped samples that were never trained on; resume with the same batch size, accumulation and "
+                "dataloader_drop_last as before, or set ignore_data_skip=True"
+            )
+        self._first = False
+        self.controller.outstanding.issue(positions, ids, inputs)
+
+    def _grad_scale(self) -> float:
+        """The Trainer divides losses itself: by all tokens of the accumulated batch, or by its micro-batches."""
+        trainer, harvester = self.trainer, self.controller.harvester
+        if harvester is None:
+            return 1.0
+        divided = self._items is not None and (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None)
+        harvester.config = dataclasses.replace(self.config.harvest, reduction="sum" if divided else self.config.harvest.reduction)
+        scale = float(self._items) if divided else float(trainer.current_gradient_accumulation_steps)
+        if divided and trainer.args.average_tokens_across_devices:
+            scale /= trainer.accelerator.num_processes
+        return scale / float(self.engine._get_optimizer_loss_scale() or 1.0)
+
+
+def _engine_in(result: Any) -> Any:
+    """The DeepSpeed engine among what ``accelerator.prepare`` has returned; None where there is none."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    parts = result if isinstance(result, tuple | list) else (result,)
+    return next((part for part in parts if isinstance(part, DeepSpeedEngine)), None)
+
+
+def _joined(data: Any) -> Any:
+    """A Trainer's evaluation set as one map-style dataset; None where it has none that can be read by index."""
+    parts = list(data.values()) if isinstance(data, dict) else [data]
+    if any(not (hasattr(part, "__len__") and hasattr(part, "__getitem__")) for part in parts):
+        return None
+    return parts[0] if len(parts) == 1 else ConcatDataset(parts)

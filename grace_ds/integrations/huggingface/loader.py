@@ -1,0 +1,159 @@
+"""The Trainer's training loader with the schedule in it.
+
+Accelerate reads one batch ahead, moves batches, rebuilds the loader to skip what was trained on before a resume, and has a
+loader class of its own.  So nothing is wrapped around the loader: the tickets ride inside each batch, under a key that is taken
+out right before the training step, and of the loader only the dataset, the batch sampler and the collate function are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import BatchSampler
+
+from grace_ds.errors import ConfigError, DataError, GraceError
+from grace_ds.records import IntArray
+from grace_ds.sampler import StreamSampler, TicketedCollate, TicketedDataset
+
+KEY = "grace_ds_tickets"
+_DROPPED = (-2, -2)  # a ticket of a batch that the Trainer is to skip and never to read
+
+# What a loader passes on when it is rebuilt; accelerate does the same to skip batches.
+_OPTIONS = (
+    "num_workers",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "generator",
+    "prefetch_factor",
+    "persistent_workers",
+    "pin_memory_device",
+    "in_order",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Tickets:
+    """Which samples a batch holds.  No tensor, so that nobody moves it to a device.
+
+    Attributes:
+        first: position of its first sample; -1 in a batch of the job's own order.
+        ids: (rows,) int64, dataset ids of its rows; -1 where the collate function hid which sample a row is.
+    """
+
+    first: int
+    ids: IntArray
+
+
+class TrainerDataset(TicketedDataset):
+    """The training set with tickets for indices."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__(base)
+        if hasattr(base, "set_epoch"):
+            self.set_epoch = base.set_epoch  # accelerate looks for it
+
+    def __getitem__(self, ticket: Any) -> tuple[int, int, Any]:
+        if ticket == _DROPPED:
+            raise GraceError(
+                "the Trainer took a batch that was trained on before the resume instead of skipping it; resume with the same "
+                "batch size, accumulation and dataloader_drop_last as before, or set ignore_data_skip=True"
+            )
+        return super().__getitem__(ticket)
+
+    def _getitems(self, tickets: Any) -> list[tuple[int, int, Any]]:
+        if _DROPPED in tickets:
+            self[_DROPPED]
+        return super()._getitems(tickets)
+
+
+class TrainerCollate:
+    """The job's collate function, with :class:`Tickets` in each batch under ``KEY``."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self._ticketed = TicketedCollate(collate)
+
+    def __call__(self, items: list[tuple[int, int, Any]]) -> Any:
+        """Collates ``items`` of a :class:`TrainerDataset`."""
+        positions, ids, batch = self._ticketed(items)
+        if not isinstance(batch, MutableMapping):
+            raise DataError(f"data_collator returned a {type(batch).__name__}; a Trainer's batches are dicts: return one")
+        batch[KEY] = Tickets(int(positions[0]), ids.numpy())
+        return batch
+
+
+class ScheduleBatches(BatchSampler):
+    """This rank's micro-batches of an epoch: of the schedule once GRACE has an engine, of the job's own order before.
+
+    Args:
+        own: the job's, of this rank; its attributes are seen through this one, as accelerate sets epochs on them.
+
+    Attributes:
+        stream: the schedule's tickets; None before there is an engine, and in shadow mode.
+        skipped: micro-batches that the Trainer is going to drop at the start of the next iteration.
+    """
+
+    def __init__(self, own: Any) -> None:
+        self.own = own
+        self.stream: StreamSampler | None = None
+        self.skipped = 0
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "own":  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.own, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.stream is None:
+            yield from self.own
+            return
+        skipped, self.skipped = self.skipped, 0
+        for _ in range(skipped):
+            yield [_DROPPED]
+        # The stream begins where training stands, whatever a loader had read ahead.
+        tickets = iter(self.stream)
+        for _ in range(len(self) - skipped):
+            yield list(islice(tickets, self.stream.geometry.rows))
+
+
+def rebuilt(stock: Any) -> Any:
+    """The Trainer's prepared training loader, of the same class and options, with tickets.
+
+    Raises:
+        ConfigError: it is of a kind whose batches do not stay on the rank that reads them.
+    """
+    from accelerate.data_loader import DataLoaderShard
+
+    if not isinstance(stock, DataLoaderShard):
+        raise ConfigError(
+            f"the Trainer's training loader is a {type(stock).__name__}; GRACE feeds accelerate's DataLoaderShard only: leave "
+            "get_train_dataloader as it is and accelerator_config.dispatch_batches unset"
+        )
+    return DataLoaderShard(
+        TrainerDataset(stock.dataset),
+        device=stock.device,
+        rng_types=stock.rng_types,
+        synchronized_generator=stock.synchronized_generator,
+        batch_sampler=ScheduleBatches(stock.batch_sampler),
+        collate_fn=TrainerCollate(stock.collate_fn),
+        _drop_last=stock._drop_last,
+        _non_blocking=stock._non_blocking,
+        **{name: getattr(stock, name) for name in _OPTIONS if hasattr(stock, name)},
+    )
+
+
+def take_tickets(inputs: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(positions (1,), ids (rows,)), both int64, out of a batch; None where it holds none."""
+    tickets = inputs.pop(KEY, None) if isinstance(inputs, MutableMapping) else None
+    if tickets is None:
+        return None
+    return torch.tensor([tickets.first]), torch.from_numpy(np.asarray(tickets.ids, np.int64))
