@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
-import argparse
+import ast
 import importlib
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
+from grace_ds.commandline import Parser, in_one_line, wants_debug
+
 NAMES = ("harvest", "refresh", "graph", "quickstart", "greedy", "selection", "soak")
+EXAMPLES = {
+    "harvest": "harvest --pairs 10 --models small",
+    "refresh": "refresh --sizes 6250 12500",
+    "graph": "graph --sizes 50000 --repeats 1",
+    "quickstart": "quickstart --pools crawl --seeds 1",
+    "greedy": "greedy --sizes 6250 --libraries",
+    "selection": "selection --pool crawl --arms prior --seeds 1",
+    "soak": "soak --refreshes 3 --minutes 2",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; 0 when the benchmark ran to its end, whatever its claims say."""
-    given = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    given = list(sys.argv[1:] if argv is None else argv)
+    return in_one_line("benchmarks", lambda: _run(given), wants_debug(given))
+
+
+def _run(given: list[str]) -> int:
+    parser = Parser(
+        prog="python -m benchmarks",
+        description="Runs one benchmark, prints its tables and what it claims, and keeps its raw figures.",
+        example="""\
+            python -m benchmarks harvest --json harvest.json
+            python -m benchmarks selection --help
+            """,
+    )
     commands = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    chosen = next((word for word in given if not word.startswith("-")), None)
     for name in NAMES:
-        module = importlib.import_module(f"benchmarks.{name}")
-        command = commands.add_parser(name, help=(module.__doc__ or name).splitlines()[0], description=module.__doc__)
-        command.add_argument("--json", type=Path, help="where to write the figures")
-        module.add_arguments(command)
+        told = _told(name)
+        example = f"python -m benchmarks {EXAMPLES.get(name, name)}"
+        command = commands.add_parser(name, help=told.splitlines()[0], description=told, example=example)
+        command.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
+        if name == chosen:  # the others' libraries take seconds to import
+            importlib.import_module(f"benchmarks.{name}").add_arguments(command)
     args = parser.parse_args(given)
     console = Console(width=None if sys.stdout.isatty() else 150)
     record = importlib.import_module(f"benchmarks.{args.name}").run(args, console)
@@ -30,6 +55,13 @@ def main(argv: list[str] | None = None) -> int:
         record.write(args.json)
         console.print(f"written: {args.json}")
     return 0
+
+
+def _told(name: str) -> str:
+    """The docstring of a benchmark's module, without importing it."""
+    path = Path(__file__).with_name(name)
+    source = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text("utf-8")
+    return ast.get_docstring(ast.parse(source)) or name
 
 
 if __name__ == "__main__":

@@ -48,9 +48,9 @@ EFFORTS: dict[str, tuple[int, ...]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), metavar="N", help="rows")
     parser.add_argument("--growth", type=int, nargs="*", default=list(GROWTH), help="sizes for the exponent")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="turns of each method")
     parser.add_argument("--full", action="store_true", help="a refresh of 1,000,000 x 64")
 
 

@@ -56,11 +56,13 @@ PARTS: dict[str, tuple[bool, bool, bool, bool]] = {  # density, tfidf, prior, th
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--libraries", nargs="*", choices=LIBRARIES, default=list(LIBRARIES))
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), metavar="N", help="rows")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="turns of each library")
+    parser.add_argument(
+        "--libraries", nargs="*", choices=LIBRARIES, default=list(LIBRARIES), help="to compare with; none: ours alone"
+    )
     parser.add_argument("--limit", type=float, default=900.0, help="seconds that a library may take for one selection")
-    parser.add_argument("--sample-ids", type=int, default=SAMPLE_IDS)
+    parser.add_argument("--sample-ids", type=int, default=SAMPLE_IDS, metavar="N", help="ids to draw from")
     parser.add_argument("--data", type=Path, default=Path("runs/benchmarks/refresh-data"), help="where the pool is kept")
 
 

@@ -34,8 +34,10 @@ GOAL = 1.08
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pairs", type=int, default=40)
-    parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=sorted(MODELS, reverse=True))
+    parser.add_argument("--pairs", type=int, default=40, metavar="N", help="pairs of turns, with and without")
+    parser.add_argument(
+        "--models", nargs="+", choices=sorted(MODELS), default=sorted(MODELS, reverse=True), help="sizes of the model"
+    )
     parser.add_argument("--fp32", action="store_true", help="float32 in the place of bf16")
 
 

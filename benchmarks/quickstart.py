@@ -26,9 +26,9 @@ LEAST = 0.005  # nats: differences below this count as none
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pools", nargs="+", choices=POOLS, default=list(POOLS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--pools", nargs="+", choices=POOLS, default=list(POOLS), help="which pools")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds: 0, 1, …")
+    parser.add_argument("--steps", type=int, default=400, metavar="N", help="optimizer steps of a run")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks/quickstart"), help="where the runs are kept")
 
 

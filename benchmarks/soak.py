@@ -25,9 +25,9 @@ SETTLED = 3  # refreshes after which memory must be flat
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--refreshes", type=int, default=30)
+    parser.add_argument("--refreshes", type=int, default=30, metavar="N", help="refreshes of the job")
     parser.add_argument("--minutes", type=float, default=20.0, help="that the job is stretched to by pauses")
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes of the job")
 
 
 def run(args: argparse.Namespace, console: Console) -> Record:

@@ -13,6 +13,8 @@ import runpy
 import sys
 from pathlib import Path
 
+from grace_ds.commandline import in_one_line, wants_debug
+
 _USAGE = "usage: deepspeed --module grace_ds.run [--progress] train.py [arguments]"
 
 
@@ -50,4 +52,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # Errors of ours are one line; the script's own are the script's to show.
+    sys.exit(in_one_line("grace_ds", main, wants_debug([]), ours_only=True))

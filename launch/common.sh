@@ -9,6 +9,13 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 TORCH_PIN="torch==2.13.0"
 TORCH_CPU_INDEX="https://download.pytorch.org/whl/cpu"
 
+# grace_help ARGUMENTS: where the first is --help, what stands at the top of the calling script, and no more is done.
+grace_help() {
+    [[ "${1:-}" == -h || "${1:-}" == --help ]] || return 0
+    sed -n '2,${/^#/!q;s/^# \{0,1\}//p}' "$0"
+    exit 0
+}
+
 say() { printf '%s\n' "grace_ds: $*" >&2; }
 die() { say "$*"; exit 1; }
 

@@ -5,6 +5,7 @@
 #        launch/deepspeed.sh --hostfile hostfile -- train.py ...
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+grace_help "$@"
 options=()
 while (($#)) && [[ "$1" != -- ]]; do
     options+=("$1")

@@ -5,6 +5,7 @@
 #        launch/mpirun.sh 16 --hostfile hostfile -- train.py ...
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+grace_help "$@"
 usage="usage: launch/mpirun.sh RANKS [mpirun options] -- train.py [its arguments]"
 [[ "${1:-}" =~ ^[1-9][0-9]*$ ]] || die "$usage"
 options=(-n "$1" --oversubscribe)

@@ -2,6 +2,7 @@
 # Everything that must hold, from a clean clone: style, types, layers, tests. Arguments, if any, go to pytest.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+grace_help "$@"
 # GRACE_TEST_GPU_WHEELS=1 checks the GPU code against the real RAPIDS, without a GPU; its wheels are about 4 GB.
 grace_setup "test${GRACE_TEST_GPU_WHEELS:+,gpu-cu12}"
 cd "$ROOT"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from grace_ds.cli.main import parser
 
 def commands() -> str:
     """``--help`` of every command, as it is printed."""
+    os.environ["COLUMNS"] = "96"  # argparse asks the terminal, and a page is none
     top = parser()
     lines = ["## `grace-ds`", "", "```text", top.format_help().rstrip(), "```", ""]
     for name, command in subcommands(top):

@@ -9,19 +9,36 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grace_ds.cli.launch import USAGE, run
+from grace_ds.commandline import Parser, amount, count, in_one_line, nearest, positive, wants_debug
 from grace_ds.errors import GraceError
+
+_OURS = ("--preempt-dir", "--progress", "--debug")  # options of run that are not the launcher's
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(prog="grace-ds", description="GRACE coreset selection for DeepSpeed jobs.")
-    top.add_argument("--debug", action="store_true", help="show the full traceback of an error")
-    commands = top.add_subparsers(dest="command", required=True)
+    top = Parser(
+        prog="grace-ds",
+        description="Train on a small, always fresh part of a corpus: GRACE coreset selection for DeepSpeed jobs.",
+        example="""\
+            grace-ds doctor                                              would a job start here?
+            grace-ds run train.py --deepspeed_config ds.json             train
+            grace-ds report RUN_DIR                                      what was chosen, and why
+            grace-ds trace RUN_DIR --step 1200                           whose samples stood in that batch
+            """,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser(
         "run",
         help="run an unchanged training script with GRACE",
         usage=USAGE,
-        description="Starts the deepspeed launcher on the script with deepspeed.initialize replaced by grace_ds.initialize. "
+        example="""\
+            grace-ds run train.py --deepspeed_config ds.json
+            grace-ds run --num_gpus 8 train.py --deepspeed_config ds.json
+            grace-ds run --progress --preempt-dir /shared/checkpoints train.py --deepspeed_config ds.json
+            """,
+        description="Whether GRACE is on is decided by the block in the script's own DeepSpeed config. "
+        "Starts the deepspeed launcher on the script with deepspeed.initialize replaced by grace_ds.initialize. "
         "Options before the script go to the launcher, those after it to the script. --progress shows below the job's output "
         "how the run stands (a line a minute where that is no terminal); --preempt-dir names the checkpoint of a job told to go.",
     )
@@ -29,28 +46,45 @@ def parser() -> argparse.ArgumentParser:
         "trace",
         help="which samples stood in a global batch, and why",
         description="Reads the schedules that a run kept in its run_dir (or that a checkpoint holds) and prints the "
-        "samples of one optimizer step.",
+        "samples of one optimizer step: position in the run, id (index in the dataset), role (core: chosen; explore: to be "
+        "looked at again; audit: drawn uniformly), weight, version of the schedule. To be looked at after a spike of the loss.",
+        example="grace-ds trace runs/first --step 1200\ngrace-ds trace runs/first --step 1200 --json",
     )
     tracer.add_argument("where", help="a run_dir, its 'schedules' folder, or the grace_ds folder of a checkpoint")
-    tracer.add_argument("--step", type=int, required=True, help="optimizer step, counted from 0")
+    tracer.add_argument("--step", type=count, required=True, metavar="S", help="optimizer step, counted from 0")
     tracer.add_argument("--json", action="store_true", help="print JSON instead of a table")
     checker = commands.add_parser(
         "doctor",
         help="what would stop a job on this machine",
         description="Looks at versions, launcher, GPU libraries, stale locks, the port, limits and shared storage. Start it as "
         "the job is started, to see what its ranks see. Exit status 1 where something would stop a job.",
+        example="""\
+            grace-ds doctor
+            grace-ds doctor --shared /shared/checkpoints
+            grace-ds doctor --config ds.json --parameters 1.3e9 --samples 1e7 --ranks 16 --here 8
+            """,
     )
     checker.add_argument("--shared", type=Path, metavar="DIR", help="folder that checkpoints will lie in")
     checker.add_argument("--config", type=Path, metavar="FILE", help="DeepSpeed config of the job, to compare its memory too")
-    checker.add_argument("--parameters", type=float, default=0, metavar="N", help="of the model, such as 1.3e9 (with --config)")
-    checker.add_argument("--samples", type=float, default=0, metavar="N", help="of the dataset (with --config)")
-    checker.add_argument("--ranks", type=int, default=1, metavar="N", help="data-parallel ranks of the job (with --config)")
-    checker.add_argument("--here", type=int, metavar="N", help="ranks on this machine (default: all)")
+    checker.add_argument(
+        "--parameters",
+        type=amount,
+        default=0,
+        metavar="N",
+        help="number of the model's parameters, such as 1.3e9 (with --config)",
+    )
+    checker.add_argument(
+        "--samples", type=amount, default=0, metavar="N", help="number of samples of the dataset (with --config)"
+    )
+    checker.add_argument("--ranks", type=positive, default=1, metavar="N", help="data-parallel ranks of the job (with --config)")
+    checker.add_argument("--here", type=positive, metavar="N", help="ranks on this machine (default: all)")
     checker.add_argument("--json", action="store_true", help="print JSON instead of lines")
     reference = commands.add_parser(
         "config",
         help="every key of the configuration, its default and what it means",
-        description="Prints the keys of the grace block, as a dotlist names them.",
+        description="Prints the keys of the grace block, as a dotlist names them: refresh.interval_steps is the key "
+        "interval_steps in the section refresh.",
+        example="grace-ds config\ngrace-ds config | grep refresh",
     )
     reference.add_argument("--markdown", action="store_true", help="print docs/config.md instead of lines")
     planner = commands.add_parser(
@@ -58,15 +92,20 @@ def parser() -> argparse.ArgumentParser:
         help="what a refresh will cost each rank: memory, bytes sent, seconds",
         description="From the sizes of a job: the window, how its graph is built, memory, traffic and time of a refresh. "
         "The graph is built by selection.objective facility_location and graph.residuals; other refreshes cost less.",
+        example="""\
+            grace-ds plan --samples 1e8 --ranks 64
+            grace-ds plan --samples 1e6 --ranks 8 --batch 512 --steps 20000 --json
+            grace-ds plan --samples 1e6 --ranks 8 --set selection.objective=facility_location graph.tier=exact
+            """,
     )
-    planner.add_argument("--samples", type=_count, required=True, metavar="N", help="of the corpus, such as 1e8")
-    planner.add_argument("--ranks", type=_count, required=True, metavar="P", help="data-parallel ranks")
-    planner.add_argument("--dim", type=_count, default=128, metavar="D", help="features.dim (default: 128)")
-    planner.add_argument("--batch", type=_count, default=256, metavar="B", help="samples of an optimizer step (default: 256)")
-    planner.add_argument("--interval", type=_count, default=500, metavar="R", help="refresh.interval_steps (default: 500)")
+    planner.add_argument("--samples", type=count, required=True, metavar="N", help="of the corpus, such as 1e8")
+    planner.add_argument("--ranks", type=count, required=True, metavar="P", help="data-parallel ranks")
+    planner.add_argument("--dim", type=count, default=128, metavar="D", help="features.dim (default: 128)")
+    planner.add_argument("--batch", type=count, default=256, metavar="B", help="samples of an optimizer step (default: 256)")
+    planner.add_argument("--interval", type=count, default=500, metavar="R", help="refresh.interval_steps (default: 500)")
     planner.add_argument("--budget", type=float, default=0.2, help="share of the window in a coreset (default: 0.2)")
-    planner.add_argument("--tokens", type=_count, default=1024, metavar="T", help="of a sample (default: 1024)")
-    planner.add_argument("--steps", type=_count, default=0, metavar="S", help="of the run, for the implied repeats")
+    planner.add_argument("--tokens", type=count, default=1024, metavar="T", help="of a sample (default: 1024)")
+    planner.add_argument("--steps", type=count, default=0, metavar="S", help="of the run, for the implied repeats")
     planner.add_argument("--gflops", type=float, default=0.0, help="of a rank, in Gflop/s (default: measured here)")
     planner.add_argument("--gbits", type=float, default=10.0, help="between two ranks, in Gbit/s (default: 10)")
     planner.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the config, such as graph.tier=exact")
@@ -75,11 +114,17 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_report(commands: argparse._SubParsersAction[Parser]) -> None:
     reporter = commands.add_parser(
         "report",
         help="what a run chose and why, and what it cost: one HTML page",
-        description="Reads a run_dir (or a quickstart's --out folder) and writes one page that needs no network.",
+        description="Reads a run_dir (or a quickstart's --out folder) and writes one page that needs no network: losses, seconds "
+        "by stage, the guard's decisions, and the samples most and least likely to be chosen, with their text and the reasons.",
+        example="""\
+            grace-ds report runs/quickstart
+            grace-ds report runs/first --terminal
+            grace-ds report runs/first --html first.html --tokenizer tokenizer.json
+            """,
     )
     reporter.add_argument("where", metavar="RUN_DIR", help="a run_dir, or the --out folder of a quickstart")
     reporter.add_argument("--html", type=Path, metavar="FILE", help="the page (default: RUN_DIR/report.html, unless --terminal)")
@@ -106,14 +151,6 @@ def _report(args: argparse.Namespace) -> str:
     return said + f"written: {target}\n"
 
 
-def _count(word: str) -> int:
-    """A whole number, also as 1e8."""
-    value = float(word)
-    if not (value >= 0 and value == int(value)):
-        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number")
-    return int(value)
-
-
 def _plan(args: argparse.Namespace) -> str:
     from grace_ds.cli.plan import Sizes, plan, told
     from grace_ds.config.load import load_config
@@ -134,46 +171,70 @@ def _plan(args: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status.  Errors of ours are one line unless ``--debug``."""
+    """Entry point; returns the exit status.  Errors are one line unless ``--debug``."""
     words = list(sys.argv[1:] if argv is None else argv)
+    return in_one_line("grace-ds", lambda: _command(words), wants_debug(words))
+
+
+def _command(words: list[str]) -> int:
     command = next((i for i, word in enumerate(words) if not word.startswith("-")), len(words))
     if words[command : command + 1] == ["run"] and words[command + 1 : command + 2] not in (["-h"], ["--help"]):
         # Not by argparse: it would take the launcher's options for its own.
-        return run(words[command + 1 :])
+        return run(_ours_first(words[command + 1 :]))
     args = parser().parse_args(words)
-    try:
-        if args.command == "doctor":
-            from grace_ds.cli.doctor import doctor
-            from grace_ds.cli.memory import Job
+    if args.command == "doctor":
+        return _doctor(args)
+    commands = {"config": _config, "plan": _plan, "report": _report, "trace": _trace}
+    sys.stdout.write(commands[args.command](args))
+    sys.stdout.flush()  # a reader that has gone is noticed here, where it can be told from an error
+    return 0
 
-            job = None
-            if args.config is not None:
-                job = Job(
-                    args.config, args.parameters, args.samples, args.ranks, args.here if args.here is not None else args.ranks
-                )
-            said, status = doctor(os.environ, args.shared, args.json, job)
-            sys.stdout.write(said)
-            return status
-        if args.command == "config":
-            from grace_ds.config.reference import listed, markdown
 
-            sys.stdout.write(markdown() if args.markdown else listed())
-            return 0
-        if args.command == "plan":
-            sys.stdout.write(_plan(args))
-            return 0
-        if args.command == "report":
-            sys.stdout.write(_report(args))
-            return 0
-        from grace_ds.cli.trace import trace
+def _ours_first(words: Sequence[str]) -> list[str]:
+    """The words of ``run`` with our options before the launcher's; ``--debug``, which is taken up already, left out.
 
-        sys.stdout.write(trace(args.where, args.step, as_json=args.json))
-        return 0
-    except GraceError as error:
-        if args.debug:
-            raise
-        sys.stderr.write(f"grace-ds: {error}\n")
-        return 1
+    Raises:
+        GraceError: an option before the script is almost one of ours.
+    """
+    script = next((i for i, word in enumerate(words) if word.endswith(".py")), len(words))
+    ours: list[str] = []
+    theirs: list[str] = []
+    before = iter(words[:script])
+    for word in before:
+        name, equals, value = word.partition("=")
+        if name not in _OURS:
+            if name.startswith("--") and (near := nearest(name, _OURS)):
+                raise GraceError(f"run: there is no option {name}{near}")
+            theirs.append(word)
+        elif name == "--preempt-dir":
+            ours += [name, value if equals else next(before, "")]
+        elif name != "--debug":
+            ours.append(word)
+    return [*filter(None, ours), *theirs, *words[script:]]
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from grace_ds.cli.doctor import doctor
+    from grace_ds.cli.memory import Job
+
+    job = None
+    if args.config is not None:
+        job = Job(args.config, args.parameters, args.samples, args.ranks, args.here if args.here is not None else args.ranks)
+    said, status = doctor(os.environ, args.shared, args.json, job)
+    sys.stdout.write(said)
+    return status
+
+
+def _config(args: argparse.Namespace) -> str:
+    from grace_ds.config.reference import listed, markdown
+
+    return markdown() if args.markdown else listed()
+
+
+def _trace(args: argparse.Namespace) -> str:
+    from grace_ds.cli.trace import trace
+
+    return trace(args.where, args.step, as_json=args.json)
 
 
 if __name__ == "__main__":

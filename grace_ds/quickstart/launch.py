@@ -21,21 +21,28 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from grace_ds.errors import GraceError
 from grace_ds.processes import end_group
 
 STEP = re.compile(r"^step (\d+)/(\d+) (.*)")
 # Of a launch's many lines, those that tell what GRACE chose.
 SHOWN = re.compile(r"\bgrace\b|transport: |sketching |alignment with |implied repeats", re.IGNORECASE)
 NOISE = re.compile(r"launch\.py|runner\.py")
+CAUSE = re.compile(r"^(?:\[rank\d+\]:\s*)?(?:grace_ds: |[\w.]*(?:Error|Exception|Failed|Lost|Timeout)\b.*:)")
 TAIL = 30
 
 
-class ArmFailed(Exception):
+class ArmFailed(GraceError):
     """An arm did not end well.
 
     Attributes:
         tail: the last lines of all its ranks.
     """
+
+    @property
+    def causes(self) -> list[str]:
+        """Of the tail what names an error, without the tracebacks around it; all of it where nothing does."""
+        return list(dict.fromkeys(line for line in self.tail if CAUSE.search(line))) or self.tail
 
     def __init__(self, message: str, tail: list[str]) -> None:
         super().__init__(message)
