@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +11,17 @@ import numpy as np
 from grace_ds.config.schema import GraceConfig
 from grace_ds.pool import Permutation
 from grace_ds.propagate import priority
-from grace_ds.records import Array, FloatArray, IntArray, Neighbours, Role, Schedule
+from grace_ds.records import Array, Coreset, FloatArray, IntArray, Neighbours, Role, Schedule
 from grace_ds.schedule import compose
 from grace_ds.selection.guard import Decision, contrast, decide, effective_share
 from grace_ds.selection.objectives import select
 from grace_ds.selection.prior import CUT, SOFTNESS
 from grace_ds.selection.probability import LOSS_BASE, combine, rank01, soft_pass
 from grace_ds.selection.sample import gumbel
+from grace_ds.selection.shares import by_source
 from grace_ds.signals import Inputs, Pipeline, Signals
 
+SOURCES_TOLD = 64  # in a schedule's own account
 _AUDIT_SALT = 0x5EED_A0D1  # keeps the audit draw apart from the coreset's
 
 
@@ -38,17 +40,7 @@ def choose(p: Pipeline, x: Inputs, start: int, s: Signals, edges: Neighbours | N
     allowed = ~np.isin(s.ids, p.exclude)
     k = max(1, round(p.config.budget * len(s.ids)))
     log_p = log_probability(decision.level, s, c.loss_tilt)
-    coreset = select(
-        c.objective,
-        s.ids,
-        log_p,
-        k,
-        seed=p.config.seed,
-        version=x.version,
-        neighbours=edges,
-        include=p.include,
-        exclude=p.exclude,
-    )
+    coreset = draw(p, x, s.ids, log_p, k, edges)
     length = (x.interval + slack(p.config, x.interval)) * p.batch
     outside = allowed & ~np.isin(s.ids, coreset.ids)
     # Slots for others pay only where gradients are harvested to look at them.
@@ -56,6 +48,8 @@ def choose(p: Pipeline, x: Inputs, start: int, s: Signals, edges: Neighbours | N
     audit = _draw_audit(p, x, s.ids[allowed], audits)
     wanted = priority(s.staleness, s.disagreement)
     explore = s.ids[outside][_top(wanted[outside], s.ids[outside], explores, p.config.seed, x.version)]
+    if p.sources is not None:
+        told |= {"sources": shares_told(p.sources, s.ids, coreset.ids)}
     meta = {
         "objective": c.objective,
         "batch": p.batch,
@@ -77,6 +71,28 @@ def choose(p: Pipeline, x: Inputs, start: int, s: Signals, edges: Neighbours | N
         start=start,
         meta=meta,
     )
+
+
+def draw(p: Pipeline, x: Inputs, ids: IntArray, log_p: Array, k: int, edges: Neighbours | None) -> Coreset:
+    """A coreset of ``k`` of the window's ``ids`` (n,), sources of the blend apart where they are known."""
+    c = p.config.selection
+
+    def among(ids: IntArray, log_p: Array, k: int, include: IntArray, exclude: IntArray) -> Coreset:
+        asked = {"seed": p.config.seed, "version": x.version}
+        return select(c.objective, ids, log_p, k, **asked, neighbours=edges, include=include, exclude=exclude)
+
+    if p.sources is None or c.shares == "free":
+        return among(ids, log_p, k, p.include, p.exclude)
+    # The rows of a graph are those of the whole window: a part of it is then drawn by excluding the others.
+    return by_source(among, c.shares, p.sources(ids), ids, log_p, k, p.include, p.exclude, whole=edges is not None)
+
+
+def shares_told(sources: Callable[[IntArray], IntArray], window: IntArray, coreset: IntArray) -> dict[str, list[int]]:
+    """How many samples each source has in the window and in the coreset; of the largest ``SOURCES_TOLD`` in the window."""
+    names, within = np.unique(sources(window), return_counts=True)
+    chosen = np.bincount(np.searchsorted(names, sources(coreset)), minlength=len(names))
+    top = np.sort(np.argsort(-within, kind="stable")[:SOURCES_TOLD])
+    return {"names": names[top].tolist(), "window": within[top].tolist(), "coreset": chosen[top].tolist()}
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,21 @@ def read_ids(path: str | Path, n: int) -> IntArray:
     return unique
 
 
+def read_sources(path: str | Path, n: int) -> IntArray:
+    """The source of each of ``n`` samples, (n,) int64, from a .npy file of integers.
+
+    Raises:
+        DataError: the file is missing, holds anything but integers, or not one a sample.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise DataError(f"source file {file} does not exist: correct selection.sources")
+    labels = _npy_ids(file)
+    if len(labels) != n:
+        raise DataError(f"{file} names the source of {len(labels)} samples, the dataset has {n}: give one label for each of them")
+    return labels
+
+
 def _npy_ids(file: Path) -> IntArray:
     try:
         array = np.load(file, allow_pickle=False)

@@ -36,6 +36,7 @@ class Pipeline:
         batch: samples of one optimizer step over all ranks.
         contents: content features of the window's samples that this rank owns (sorted ids in, same order out).
         include, exclude: sorted ids that every / no coreset holds.
+        sources: ids (n,) → the source of each, (n,) int64; None where they are not known.
         trusted: (m, s) float32, content statistics of held-out trusted samples; None without a trusted model.
         arrange: what root does to a schedule before it is published; None: nothing.
         chart: root's map of the window's samples (sorted ids in), for ``run_dir``; None: none.
@@ -49,6 +50,7 @@ class Pipeline:
     include: IntArray
     exclude: IntArray
     trusted: FloatArray | None = None
+    sources: Callable[[IntArray], IntArray] | None = None
     arrange: Callable[[Schedule], Schedule] | None = None
     chart: Callable[[IntArray], Places] | None = None
 

@@ -126,6 +126,7 @@ def validate(c: GraceConfig, path: str = HOME) -> None:
         ("graph.tier", c.graph.tier, schema.TIERS),
         ("graph.executor", c.graph.executor, schema.EXECUTORS),
         ("selection.objective", c.selection.objective, schema.OBJECTIVES),
+        ("selection.shares", c.selection.shares, schema.SHARES),
         ("checkpoint.on_missing_state", c.checkpoint.on_missing_state, schema.MISSING_STATE),
         ("checkpoint.on_damaged_state", c.checkpoint.on_damaged_state, schema.MISSING_STATE),
     ]

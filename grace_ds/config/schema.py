@@ -13,6 +13,7 @@ MODES = ("train", "shadow")
 TRANSPORTS = ("auto", "mpi", "torch", "local")
 RECIPES = ("grace", "prior", "density", "uniform")  # each uses everything that those after it use
 WEIGHTS = ("none", "inverse_probability")
+SHARES = ("keep", "floor", "free")
 OBJECTIVES = ("sample", "facility_location", "topk", "rs2", "uniform")
 CADENCES = ("adaptive", "fixed")
 LEAVES = ("auto", "torch", "faiss", "cuvs")
@@ -83,6 +84,8 @@ class SelectionConfig:
     audit: float = 0.01  # share of slots drawn uniformly from the window
     include: str | None = None  # file of ids (one a line, or .npy) that every coreset holds
     exclude: str | None = None  # file of ids that no coreset holds
+    sources: str | None = None  # .npy of one integer for each sample of the dataset: the source of the blend that it is from
+    shares: str = "keep"  # with sources. keep: each has its share of the window in a coreset; floor: half of it at least; free
 
 
 @dataclass

@@ -26,7 +26,7 @@ from grace_ds.integrations.together import together
 from grace_ds.integrations.trust import TrustedProbe, probed
 from grace_ds.integrations.trusted_set import Extras, trusted_set
 from grace_ds.integrations.verdict import Verdict, job_store
-from grace_ds.pool import Pool, check_repeats, read_ids
+from grace_ds.pool import Pool, check_repeats, read_ids, read_sources
 from grace_ds.records import IntArray, Schedule
 from grace_ds.refresh import carries
 from grace_ds.sampler import Geometry
@@ -109,6 +109,7 @@ class Parts:
         trusted: map-style dataset of trusted samples; None without.
         prior: the trusted n-gram model; None without.
         include, exclude: sorted ids.
+        sources: (n,) source of every sample; None where they are not known.
     """
 
     pool: Pool
@@ -117,6 +118,7 @@ class Parts:
     prior: BigramPrior | None
     include: IntArray
     exclude: IntArray
+    sources: IntArray | None = None
 
 
 def prepare(dataset: Any, config: GraceConfig, geometry: Geometry, extras: Extras) -> Parts:
@@ -136,7 +138,8 @@ def prepare(dataset: Any, config: GraceConfig, geometry: Geometry, extras: Extra
     if trusted is not None and reader is not None:
         tokens = TokenReader(trusted, config.features.tokens_key, config.features.max_tokens).all()
         prior = BigramPrior.fit(tokens.flat, tokens.offsets)
-    return Parts(pool, reader, trusted, prior, include, exclude)
+    sources = read_sources(c.sources, n) if c.sources is not None else None
+    return Parts(pool, reader, trusted, prior, include, exclude, sources)
 
 
 def pipeline_of(
@@ -156,6 +159,7 @@ def pipeline_of(
         include=parts.include,
         exclude=parts.exclude,
         trusted=parts.prior.held_out if parts.prior is not None else None,
+        sources=parts.sources.__getitem__ if parts.sources is not None else None,
         arrange=arrange,
         chart=_chart(config, parts) if config.run_dir is not None and comm.rank == 0 else None,
     )

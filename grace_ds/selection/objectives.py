@@ -87,10 +87,7 @@ def select(
         raise ConfigError(f"selection.objective = {name!r}; known: {', '.join(sorted(_OBJECTIVES))}")
     log_p = check_log_p(ids, log_p)
     first = np.intersect1d(ids, include) if include is not None else np.empty(0, np.int64)
-    if len(first) > k:
-        raise ConfigError(
-            f"selection.include holds {len(first)} samples of the window, the coreset {k}; raise budget, or list fewer"
-        )
+    check_included(len(first), k)
     may = np.isfinite(log_p)
     if exclude is not None:
         may &= ~np.isin(ids, exclude)
@@ -106,6 +103,18 @@ def select(
     order = np.argsort(joined)
     weight = np.concatenate([np.ones(len(first), np.float32), drawn.weights])
     return Coreset(joined[order], mean_one(weight[order]))
+
+
+def check_included(included: int, k: int) -> None:
+    """Whether as many ids as must be in fit in.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if included > k:
+        raise ConfigError(
+            f"selection.include holds {included} samples of the window, the coreset {k}; raise budget, or list fewer"
+        )
 
 
 def known() -> list[str]:

@@ -6,6 +6,7 @@ it.  What does is where a row was harvested, for which each world has a rule of 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -59,6 +60,7 @@ class Case:
         clean_share: of the guard; None turns it off, where it would find a window without copies, or of three, clean.
         audit: share of the audit slots.
         shadow: whether the job trains on samples of its own, so that all that are not chosen are there to compare with.
+        blend: whether the corpus has two sources, :func:`source_of`.
     """
 
     objective: str = "sample"
@@ -75,6 +77,7 @@ class Case:
     clean_share: float | None = 0.9
     audit: float = AUDIT
     shadow: bool = False
+    blend: bool = False
 
 
 OBJECTIVES = ("sample", "facility_location", "topk", "rs2", "uniform")
@@ -91,6 +94,7 @@ CASES: dict[str, Case] = {
     "stopped": Case(uniform=True),
     "residuals": Case(residuals=True),
     "clean": Case(clean_share=0.05),
+    **{f"blend {name}": Case(name, blend=True) for name in OBJECTIVES[:2]},
     "judged": Case(harvest="judged", audit=0.4),
     "harmful": Case(harvest="harmful", shadow=True),
 }
@@ -116,6 +120,11 @@ def walk(draw: np.random.Generator, n: int) -> IntArray:
 def is_junk(ids: IntArray) -> np.ndarray:
     """Which samples of the corpus are tokens drawn at random."""
     return np.asarray(ids) % 5 == 4
+
+
+def source_of(ids: IntArray) -> IntArray:
+    """The source of each sample: a small one that is half junk, and a large one."""
+    return np.asarray(ids % 10 > 7, np.int64)
 
 
 @cache
@@ -247,6 +256,7 @@ def two_refreshes(world: World, comm: Comm, case: Case, kept: Kept) -> list[Made
     include, exclude = (INCLUDE, np.setdiff1d(EXCLUDE, INCLUDE)) if case.forced else (nobody, nobody)
     trusted = prior().held_out if case.trusted else None
     p = Pipeline(comm, config_of(case), pool_of(case), BATCH, contents, include, exclude, trusted)
+    p = dataclasses.replace(p, sources=source_of) if case.blend else p
     made: list[Made] = []
     table, ledger = Table.empty(DIM), Ledger()
     decision, since, core, audit = None, -1, nobody, None if case.shadow else nobody

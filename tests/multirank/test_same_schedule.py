@@ -27,6 +27,7 @@ from tests.multirank.schedule_job import (
     harvested,
     is_junk,
     pool_of,
+    source_of,
     work,
 )
 
@@ -208,3 +209,15 @@ def test_ranks_without_samples_or_rows_took_part(worlds: Worlds) -> None:
     for size in SIZES[1:]:
         idle = worlds[size][-1]["forced sample"][0].counts
         assert idle["padding_dropped"] == idle["nonfinite_dropped"] == 0 < idle["received"]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES[:2])
+def test_a_blend_keeps_its_shares_in_every_coreset(worlds: Worlds, objective: str) -> None:
+    for version in VERSIONS:
+        told = schedule(worlds, f"blend {objective}", version).meta["sources"]
+        window = pool_of(CASES["blend sample"]).window_at(version)
+        assert told["names"] == [0, 1] and told["window"] == np.bincount(source_of(window)).tolist()
+        kept = sum(told["coreset"]) * np.array(told["window"]) / len(window)
+        assert np.abs(np.array(told["coreset"]) - kept).max() <= 1
+    free = source_of(core(worlds, objective)).mean()
+    assert free < 0.9 * source_of(pool_of(CASES[objective]).window_at(0)).mean()  # the filter alone would have shifted it
