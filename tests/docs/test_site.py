@@ -53,3 +53,10 @@ def test_formulae_messages_commands_and_figures_are_on_their_pages(site: Path) -
     assert "holds no GRACE state" in messages
     assert "grace-ds plan [-h]" in (site / "commands.html").read_text("utf-8")
     assert "facility location, 100,000 rows" in (site / "measured.html").read_text("utf-8")
+
+
+def test_links_of_the_readme_lead_to_files() -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / "README.md").read_text("utf-8"))
+    assert len(links) > 10
+    for link in links:
+        assert (ROOT / link).exists(), link
