@@ -46,13 +46,15 @@ def test_no_page_loads_anything_from_a_network(site: Path) -> None:
 
 def test_formulae_messages_commands_and_figures_are_on_their_pages(site: Path) -> None:
     """What is drawn or made from the code is there, as elements and not as its source."""
-    formulae = (site / "how-it-works.html").read_text("utf-8")
-    assert formulae.count("<math") > 30
-    assert "$" not in re.sub(r"<[^>]+>", "", formulae)
-    messages = re.sub(r"<[^>]+>", "", (site / "messages.html").read_text("utf-8"))
-    assert "holds no GRACE state" in messages
-    assert "grace-ds plan [-h]" in (site / "commands.html").read_text("utf-8")
-    assert "facility location, 100,000 rows" in (site / "measured.html").read_text("utf-8")
+    assert (site / "how-it-works.html").read_text("utf-8").count("<math") > 30
+    assert "$" not in _shown(site / "how-it-works.html")
+    assert "holds no GRACE state" in _shown(site / "messages.html")
+    assert "usage: grace-ds plan [-h]" in _shown(site / "commands.html")
+    assert "facility location, 100,000 rows" in _shown(site / "measured.html")
+
+
+def _shown(page: Path) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", page.read_text("utf-8")))
 
 
 def test_links_of_the_readme_lead_to_files() -> None:
