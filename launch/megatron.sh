@@ -18,6 +18,6 @@ try:
     print(O.merge(config, O.from_dotlist(sys.argv[2:])).processes)
 except Exception as error:
     raise SystemExit(str(error).splitlines()[0])
-' "$@")" || die "the config cannot be used: the line above says why; see the keys in $1"
+' "$@")" || die "the config cannot be used: the line above says why"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$processes" "$ROOT/launch/megatron_gpt.py" "$@"

@@ -1,4 +1,4 @@
-"""Every error message of ours, read off the places that raise it, with the part that says what to do.
+"""Every error message and warning of ours, read off the places that raise it, with the part that says what to do.
 
 A message is to name its own cure.  Where it cannot, because the cure takes a paragraph or depends on what stands in the
 log above it, ``docs/cures.yaml`` has it.  ``tests/docs/test_messages.py`` fails for a message that has neither.
@@ -24,6 +24,7 @@ _VERBS = (
     "sudo|take|turn|use|write"
 )
 _CURE = re.compile(rf"(?:[;:.(]\s+|^(?=usage))((?:{_VERBS})\b.*|(?:it |each |ids )?must be .*|usage: .*)$", re.I)
+_WARNS = ("log.warning", "log.error", "logger.warning", "logger.error")
 _MUST = re.compile(r"\b(must be .*)$")
 _SHELL = re.compile(r"""\bdie "((?:[^"\\]|\\.)*)\"""")
 
@@ -89,6 +90,8 @@ def markdown() -> str:
     lines: list[str] = []
     for area in written["areas"]:
         here = [m for m in every if area_of(m, written["areas"]) is area]
+        if not here:
+            continue
         lines += [f"## {area['title']}", "", area["about"].strip(), ""]
         for message in sorted(here, key=lambda m: m.text.lower()):
             what, own = message.parts()
@@ -116,13 +119,23 @@ def _of_module(path: Path, kinds: set[str]) -> Iterator[Message]:
                 if node.exc.func.id in kinds and isinstance(argument, ast.Constant | ast.JoinedStr | ast.BinOp):
                     kind = "exit" if node.exc.func.id == "SystemExit" else node.exc.func.id
                     yield Message(_name(path), node.lineno, kind, _words(argument, names))
-            if (
-                isinstance(node, ast.Call)
-                and ast.unparse(node.func) == "super().__init__"
-                and path.name == "errors.py"
-                and node.args
-            ):
-                yield Message(_name(path), node.lineno, "PeerFailed", _words(node.args[0], names))
+            if isinstance(node, ast.Call) and node.args:
+                called = ast.unparse(node.func)
+                if called == "super().__init__" and path.name == "errors.py":
+                    yield Message(_name(path), node.lineno, "PeerFailed", _words(node.args[0], names))
+                elif called in _WARNS or called == "self._tell":
+                    text = _warning(node.args[called == "self._tell" :], names)
+                    if text:
+                        yield Message(_name(path), node.lineno, "warning in the log", text)
+
+
+def _warning(arguments: list[ast.expr], names: Mapping[str, ast.expr]) -> str:
+    """A log message whose %-places are filled with the names of its values; empty where the text is not written out."""
+    head = names.get(arguments[0].id) if isinstance(arguments[0], ast.Name) else arguments[0]
+    if not isinstance(head, ast.Constant | ast.JoinedStr):
+        return ""
+    values = iter(arguments[1:])
+    return re.sub(r"%[-.\d]*[sdrgf]", lambda _: f"⟨{_noun(next(values))}⟩", _words(head, {}))
 
 
 def _of_script(path: Path) -> Iterator[Message]:
