@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from grace_ds.commandline import Parser, in_one_line, wants_debug
+from grace_ds.errors import ConfigError
 
 NAMES = ("harvest", "refresh", "graph", "quickstart", "greedy", "selection", "soak")
 EXAMPLES = {
@@ -48,6 +49,8 @@ def _run(given: list[str]) -> int:
         if name == chosen:  # the others' libraries take seconds to import
             importlib.import_module(f"benchmarks.{name}").add_arguments(command)
     args = parser.parse_args(given)
+    if args.json is not None and not args.json.absolute().parent.is_dir():  # not after an hour of measuring
+        raise ConfigError(f"--json {args.json}: there is no folder {args.json.absolute().parent}; make it, or name another place")
     console = Console(width=None if sys.stdout.isatty() else 150)
     record = importlib.import_module(f"benchmarks.{args.name}").run(args, console)
     record.show(console)

@@ -63,6 +63,7 @@ MISTAKES = {
     "benchmarks: no such benchmark": ([*BENCHMARKS, "harvets"], "did you mean harvest?"),
     "benchmarks: typo": ([*BENCHMARKS, "harvest", "--piars", "3"], "did you mean --pairs?"),
     "benchmarks: bad value": ([*BENCHMARKS, "soak", "--minutes", "few"], "few"),
+    "benchmarks: no such folder": ([*BENCHMARKS, "soak", "--json", "/proc/nowhere/file"], "/proc/nowhere"),
     "launch/mpirun.sh: nothing given": (["bash", "launch/mpirun.sh"], "usage: "),
     "launch/mpirun.sh: bad value": (["bash", "launch/mpirun.sh", "two", "--", "train.py"], "usage: "),
     "launch/deepspeed.sh: no script": (["bash", "launch/deepspeed.sh", "--"], "usage: "),
@@ -85,7 +86,7 @@ def test_a_mistake_is_told_in_one_line(mistake: str) -> None:
         [*CLI, "plan", "--samples", "1e6", "--ranks", "2", "--budget", "7", "--debug"],
         [*CLI, "run", "--debug", "--prempt-dir", "x", "train.py"],
         [*QUICKSTART, "--debug", "--out", "/proc/nowhere"],
-        [*BENCHMARKS, "soak", "--refreshes", "1", "--minutes", "0", "--json", "/proc/nowhere/file", "--debug", "--ranks", "0"],
+        [*BENCHMARKS, "soak", "--json", "/proc/nowhere/file", "--debug"],
     ],
     ids=lambda c: " ".join(c[2:4]),
 )
