@@ -12,7 +12,7 @@ from rich.console import Console
 from grace_ds.commandline import Parser, in_one_line, wants_debug
 from grace_ds.errors import ConfigError
 
-NAMES = ("harvest", "refresh", "graph", "quickstart", "greedy", "selection", "soak")
+NAMES = ("harvest", "refresh", "graph", "quickstart", "greedy", "selection", "soak", "finetune")
 EXAMPLES = {
     "harvest": "harvest --pairs 10 --models small",
     "refresh": "refresh --sizes 6250 12500",
@@ -21,6 +21,7 @@ EXAMPLES = {
     "greedy": "greedy --sizes 6250 --libraries",
     "selection": "selection --pool crawl --arms prior --seeds 1",
     "soak": "soak --refreshes 3 --minutes 2",
+    "finetune": "finetune --data train.jsonl --arms prior --seeds 1",
 }
 
 
