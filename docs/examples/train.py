@@ -27,7 +27,9 @@ class Sources(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index):
-        return {"input_ids": self.rows[index].long()}
+        row = self.rows[index]
+        # The text is for the report's readers alone: neither the model nor GRACE looks at it.
+        return {"input_ids": row.long(), "text": bytes(row.tolist()).decode("utf-8", "replace")}
 
 
 class GPT(nn.Module):

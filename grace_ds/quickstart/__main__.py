@@ -93,7 +93,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m grace_ds.quickstart",
         description="Trains a small GPT on the sources of the Python standard library, once on everything and once with "
-        "GRACE, and compares. Downloads nothing; about five minutes on two CPU cores.",
+        "GRACE, and compares. Downloads nothing; about three minutes on two CPU cores that do nothing else.",
         example="""\
             python -m grace_ds.quickstart
             python -m grace_ds.quickstart --pool natural --seed 1 --out runs/natural
