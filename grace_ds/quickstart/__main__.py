@@ -45,6 +45,7 @@ def _run(args: argparse.Namespace, debug: bool) -> int:
 
 def compare(args: argparse.Namespace, console: Console) -> int:
     """Data, one launch an arm, the table and the files."""
+    args.out.mkdir(parents=True, exist_ok=True)  # before a minute of reading, if it cannot be
     with console.status("reading the standard library, training the tokeniser"):
         corpus = prepare(CorpusSpec(pool=args.pool, pool_size=args.pool_size), args.out / "data")
     describe(corpus, args.pool, console)
