@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -87,31 +88,54 @@ def parser() -> argparse.ArgumentParser:
         example="grace-ds config\ngrace-ds config | grep refresh",
     )
     reference.add_argument("--markdown", action="store_true", help="print docs/config.md instead of lines")
-    planner = commands.add_parser(
-        "plan",
-        help="what a refresh will cost each rank: memory, bytes sent, seconds",
-        description="From the sizes of a job: the window, how its graph is built, memory, traffic and time of a refresh. "
-        "The graph is built by selection.objective facility_location and graph.residuals; other refreshes cost less.",
-        example="""\
-            grace-ds plan --samples 1e8 --ranks 64
-            grace-ds plan --samples 1e6 --ranks 8 --batch 512 --steps 20000 --json
-            grace-ds plan --samples 1e6 --ranks 8 --set selection.objective=facility_location graph.tier=exact
-            """,
-    )
-    planner.add_argument("--samples", type=count, required=True, metavar="N", help="of the corpus, such as 1e8")
-    planner.add_argument("--ranks", type=count, required=True, metavar="P", help="data-parallel ranks")
-    planner.add_argument("--dim", type=count, default=128, metavar="D", help="features.dim (default: 128)")
-    planner.add_argument("--batch", type=count, default=256, metavar="B", help="samples of an optimizer step (default: 256)")
-    planner.add_argument("--interval", type=count, default=500, metavar="R", help="refresh.interval_steps (default: 500)")
-    planner.add_argument("--budget", type=float, default=0.2, help="share of the window in a coreset (default: 0.2)")
-    planner.add_argument("--tokens", type=count, default=1024, metavar="T", help="of a sample (default: 1024)")
-    planner.add_argument("--steps", type=count, default=0, metavar="S", help="of the run, for the implied repeats")
-    planner.add_argument("--gflops", type=float, default=0.0, help="of a rank, in Gflop/s (default: measured here)")
-    planner.add_argument("--gbits", type=float, default=10.0, help="between two ranks, in Gbit/s (default: 10)")
-    planner.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the config, such as graph.tier=exact")
-    planner.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    _add_plan(commands)
     _add_report(commands)
     return top
+
+
+def _add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
+    planner = commands.add_parser(
+        "plan",
+        help="what GRACE will cost each rank, and how many steps it must save",
+        description="From the sizes of a job: the window, memory, traffic and seconds of a refresh, what the harvest adds, the "
+        "break-even, and a table of what-ifs. With --calibrate the rates behind it are measured here; without they are "
+        "assumed. It says which figure is which.",
+        example="""\
+            grace-ds plan --samples 1e8 --ranks 64
+            grace-ds plan --samples 1e8 --ranks 64 --tokens 1024 --batch 2048 --steps 1e5 --parameters 7e9 --tflops 400
+            grace-ds plan --samples 1e6 --ranks 8 --set recipe=grace graph.residuals=true --calibrate --json
+            """,
+    )
+    job = planner.add_argument_group("the job")
+    job.add_argument("--samples", type=count, required=True, metavar="N", help="of the corpus, such as 1e8")
+    job.add_argument("--ranks", type=count, required=True, metavar="P", help="data-parallel ranks")
+    job.add_argument("--dim", type=count, default=128, metavar="D", help="features.dim (default: 128)")
+    job.add_argument("--batch", type=count, default=256, metavar="B", help="samples of an optimizer step (default: 256)")
+    job.add_argument("--interval", type=count, default=500, metavar="R", help="refresh.interval_steps (default: 500)")
+    job.add_argument("--budget", type=float, default=0.2, help="share of the window in a coreset (default: 0.2)")
+    job.add_argument("--tokens", type=count, default=1024, metavar="T", help="of a sample (default: 1024)")
+    job.add_argument("--steps", type=count, default=0, metavar="S", help="of the run: repeats, and steps to be saved")
+    job.add_argument("--parameters", type=float, default=0.0, metavar="N", help="of the model, such as 7e9; its shape is assumed")
+    job.add_argument("--layers", type=count, default=0, metavar="L", help="blocks of the model, with --hidden")
+    job.add_argument("--hidden", type=count, default=0, metavar="H", help="width of the model, with --layers")
+    job.add_argument(
+        "--vocab", type=count, default=0, metavar="V", help="of the model's head, with --layers (default: not counted)"
+    )
+    job.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the config, such as recipe=grace graph.tier=exact"
+    )
+    speed = planner.add_argument_group("its speed")
+    speed.add_argument("--step-seconds", type=float, default=0.0, metavar="S", help="of an optimizer step of the job as it is")
+    speed.add_argument("--tflops", type=float, default=0.0, metavar="F", help="that a rank reaches in training, in Tflop/s")
+    speed.add_argument("--item-seconds", type=float, default=0.0, metavar="S", help="of dataset[i] (default: 2e-5, assumed)")
+    speed.add_argument("--gflops", type=float, default=0.0, help="of a rank's CPU, in Gflop/s (default: measured here)")
+    speed.add_argument("--gbits", type=float, default=0.0, help="between two ranks, in Gbit/s (default: 10, or measured)")
+    speed.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="measure this machine, some seconds; under torchrun --no-python the transport between its ranks too",
+    )
+    planner.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
 
 def _add_report(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -152,22 +176,25 @@ def _report(args: argparse.Namespace) -> str:
 
 
 def _plan(args: argparse.Namespace) -> str:
-    from grace_ds.cli.plan import Sizes, plan, told
+    from grace_ds.cli.plan import Sizes
+    from grace_ds.cli.plan_model import Model
+    from grace_ds.cli.plan_rates import Rates
+    from grace_ds.cli.plan_told import told
     from grace_ds.config.load import load_config
 
-    sizes = Sizes(
-        args.samples,
-        args.dim,
-        args.ranks,
-        args.batch,
-        args.interval,
-        args.budget,
-        args.tokens,
-        args.steps,
-        args.gflops,
-        args.gbits,
-    )
-    return told(plan(sizes, load_config({}, dotlist=args.set)), args.json)
+    config = load_config({}, dotlist=args.set)
+    model = Model.of(args.parameters, args.layers, args.hidden, args.vocab)
+    words = (args.samples, args.dim, args.ranks, args.batch, args.interval, args.budget, args.tokens, args.steps)
+    sizes = Sizes(*words, args.gflops, args.gbits, model, args.step_seconds, args.tflops, args.item_seconds, Rates())
+    speaks = True
+    if args.calibrate:
+        from grace_ds.cli.calibrate import calibrate, world
+
+        comm, speaks = world()
+        rates = calibrate(config, args.dim, args.tokens, model.hidden if model is not None else 0, comm)
+        comm.close()
+        sizes = dataclasses.replace(sizes, rates=rates)
+    return told(sizes, config, args.json) if speaks else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,22 +1,34 @@
-"""``grace-ds plan``: what a refresh will ask of each rank, from the sizes of a job and before there is one."""
+"""``grace-ds plan``: what GRACE will ask of each rank and when it pays, from the sizes of a job and before there is one.
+
+Memory is counted; seconds are counts over rates (:mod:`grace_ds.cli.plan_rates`), each of which is assumed, given or measured
+by ``--calibrate``.
+"""
 
 from __future__ import annotations
 
-import json
-import time
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
-import numpy as np
-
+from grace_ds.cli.calibrate import products
+from grace_ds.cli.plan_model import BYTES_AN_OPERATION, BreakEven, Harvest, Model, probe_flop
+from grace_ds.cli.plan_rates import ASSUMED, GIVEN, MEASURED, Rates
 from grace_ds.config.schema import GraceConfig
+from grace_ds.features import MEMORY_BYTES
+from grace_ds.features.density import BITS
 from grace_ds.graph.plan import GraphPlan, plan_graph
+from grace_ds.integrations.trust import probed
 from grace_ds.pool import Pool, implied_repeats
 from grace_ds.refresh import carries
+from grace_ds.selection.prior import STATISTICS
 
-TOKEN_RATE = 5e6  # tokens a second and core, both sweeps: measured 4.3 to 6.6 million (benchmarks greedy)
 SCHEDULE_BYTES = 8 + 1 + 4  # id, role, weight of a slot
-SELECT_BYTES = 16 + 6 * 4  # of a sample of the window on rank 0: what is drawn with, and its signals
+SELECT_BYTES = 3 * 32 + 48  # of a sample of the window on rank 0: its signals sent, joined and sorted; what is drawn with
+LEDGER_BYTES = 16  # of a sample met, on every rank
+ROW_BYTES = 32  # of a harvested row beside its sketch (grace_ds.records.Rows)
+TERM_BYTES = 1.7 * 5  # of a token: its distinct terms, kept between the two sweeps
+GREEDY_SECONDS = 6e-6  # of a sample of the window under facility_location: 0.60 s for 100,000 (benchmarks greedy)
+ATTACH_BYTES = 9 << 20  # of hooks, sampler, loaders and transport, before the first refresh (benchmarks plan)
+HOOK_SECONDS, ROWS_SECONDS = 2e-4, 1.5e-3  # of a layer's two hooks, of a step's rows: what small models pay for Python
+TRAINING_SHARE = 0.4  # of a core's products, reached in training
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,12 @@ class Sizes:
         tokens: of a sample.
         steps: of the run; 0: not known.
         gflops: of a rank's products; 0: measured here.
-        gbits: a second between two ranks.
+        gbits: a second between two ranks; 0: as in ``rates``.
+        model: that is trained; None: not known.
+        step_seconds: of an optimizer step without GRACE; 0: from the model and ``tflops``.
+        tflops: that a rank reaches in training; 0: from ``rates``.
+        item_seconds: of the dataset to hand out one sample; 0: as in ``rates``.
+        rates: of this machine, or assumed.
     """
 
     samples: int
@@ -46,39 +63,75 @@ class Sizes:
     steps: int
     gflops: float
     gbits: float
+    model: Model | None = None
+    step_seconds: float = 0.0
+    tflops: float = 0.0
+    item_seconds: float = 0.0
+    rates: Rates = field(default_factory=Rates)
 
 
 @dataclass(frozen=True)
 class RefreshPlan:
-    """One refresh, with the k-NN graph over the window; bytes and seconds of the busiest rank.
+    """One refresh, and what it and the harvest come to; bytes and seconds of the busiest rank.
 
     Attributes:
         window: samples of a window.
+        anchors: harvested samples at the run's end, which a graph for ``graph.residuals`` carries from; 0 without gradients.
         repeats: of a chosen sample over the run; None where its length is not known.
-        features_bytes, table_bytes, select_bytes, schedule_bytes: held.
-        feature_seconds, graph_seconds: expected.
+        rolls: whether each refresh reads content anew.
+        features_bytes, table_bytes, schedule_bytes, ledger_bytes, resting_bytes: held between refreshes.
+        scratch_bytes, select_bytes: for the features, and on rank 0 for the choice, beyond that.
+        feature_seconds, graph_seconds, root_seconds, probe_seconds, fixed_seconds: parts of a refresh, the graph's of the last.
+        step_seconds: of an optimizer step without GRACE; None where it is not known, ``step_origin`` says from where.
+        harvest_flop_share: added operations over the step's; None without a model, 0 without a harvest.
+        harvest_seconds: in each step; None where it is not known.
+        harvest_bytes: held by the hooks within a step, on the device.
+        even: None where a step's seconds are not known.
         gflops: that the seconds are for.
         builds: whether the configuration builds a graph at all; the default does not.
         graph: of the window.
     """
 
     window: int
+    anchors: int
     repeats: float | None
+    rolls: bool
     features_bytes: int
     table_bytes: int
-    select_bytes: int
     schedule_bytes: int
+    ledger_bytes: int
+    resting_bytes: int
+    scratch_bytes: int
+    select_bytes: int
     feature_seconds: float
     graph_seconds: float
+    root_seconds: float
+    probe_seconds: float
+    fixed_seconds: float
+    first_seconds: float
+    last_seconds: float
+    mean_seconds: float
+    step_seconds: float | None
+    step_origin: str
+    harvest_flop_share: float | None
+    harvest_seconds: float | None
+    harvest_bytes: int
+    even: BreakEven | None
     gflops: float
     builds: bool
     graph: GraphPlan
 
     @property
+    def held_bytes(self) -> int:
+        """Between two refreshes."""
+        return self.features_bytes + self.table_bytes + self.schedule_bytes + self.ledger_bytes + self.resting_bytes
+
+    @property
     def peak_bytes(self) -> int:
         """Of the busiest rank, at the widest point of a refresh."""
-        widest = max(self.graph.host_bytes if self.builds else 0, self.select_bytes)
-        return self.features_bytes + self.table_bytes + self.schedule_bytes + widest
+        widest = max(self.graph.host_bytes if self.builds else 0, self.select_bytes, 2 * self.table_bytes)
+        first = self.scratch_bytes + self.features_bytes + self.resting_bytes + self.schedule_bytes // 2
+        return max(self.held_bytes + widest, first)
 
 
 def plan(sizes: Sizes, config: GraceConfig) -> RefreshPlan:
@@ -87,77 +140,128 @@ def plan(sizes: Sizes, config: GraceConfig) -> RefreshPlan:
     Raises:
         ConfigError, DataError: sizes that no job can have.
     """
-    pool = Pool(sizes.samples, config.window, sizes.budget, sizes.interval, sizes.batch, config.seed)
+    rates, c = _given(sizes), config
+    pool = Pool(sizes.samples, c.window, sizes.budget, sizes.interval, sizes.batch, c.seed)
     own = -(-pool.size // sizes.ranks)
-    graph = plan_graph(config.graph, pool.size, pool.size, sizes.dim, sizes.ranks, True)
-    gflops = sizes.gflops or measured_gflops(sizes.dim)
-    row = 2 * config.harvest.dim + 8 + 4 * 3 + 8 + 4  # grace_ds.records.Rows
+    met = sizes.steps * sizes.batch or pool.size
+    anchors = min(pool.size, met // c.harvest.every) if c.uses_gradients else 0
+    whole = c.selection.objective == "facility_location"
+    builds = whole or (carries(c) and c.uses_gradients)
+    index = pool.size if whole or not builds else anchors
+    graph = plan_graph(c.graph, pool.size, index, sizes.dim, sizes.ranks, index == pool.size)
+    row = 2 * c.harvest.dim + ROW_BYTES
     slots = (sizes.interval + max(1, sizes.interval // 4)) * sizes.batch
+    vectors = carries(c) or whole
+    reads = c.recipe != "uniform" and c.features.enabled
+    feature = _feature_seconds(sizes, rates, own) if reads else 0.0
+    graph_seconds = graph.seconds(rates.gflops, rates.gbits) * rates.graph * rates.busy
+    root = rates.busy * pool.size * (rates.sample_seconds + (GREEDY_SECONDS if whole else 0.0))
+    step, origin = _step(sizes, rates)
+    probe, share, harvest, hooks = _gradients(sizes, c, rates, step)
+    rolls = bool(pool.advance)
+    built = graph_seconds if builds else 0.0
+    last = rates.fixed_seconds + root + built + probe + (feature if rolls else 0.0)
+    growing = builds and not whole and anchors < pool.size
+    mean = last - (built / 2 if growing else 0.0)
+    first = rates.fixed_seconds + feature + root + (built if whole else 0.0)
+    even = None
+    if step and harvest is not None:
+        even = BreakEven.of(step, harvest, first, mean, sizes.interval, sizes.steps)
     return RefreshPlan(
         window=pool.size,
+        anchors=anchors,
         repeats=implied_repeats(sizes.steps, sizes.batch, sizes.budget, sizes.samples) if sizes.steps else None,
-        features_bytes=own * (4 * sizes.dim + 8 + 4 + 4),  # vectors, id, density, keep
-        table_bytes=own * row if config.recipe == "grace" else 0,
-        select_bytes=pool.size * SELECT_BYTES,
+        rolls=rolls,
+        features_bytes=int(own * (8 + 4 + 4 + 4 * sizes.dim * vectors + 4 * STATISTICS * c.uses_gradients)) if reads else 0,
+        table_bytes=int((anchors + sizes.interval * sizes.batch) / sizes.ranks * row) if c.uses_gradients else 0,
         schedule_bytes=2 * slots * SCHEDULE_BYTES,
-        feature_seconds=own * sizes.tokens / TOKEN_RATE,
-        graph_seconds=graph.seconds(gflops, sizes.gbits),
-        gflops=gflops,
-        builds=carries(config) or config.selection.objective == "facility_location",
+        ledger_bytes=LEDGER_BYTES * min(sizes.samples, met),
+        resting_bytes=int(rates.resting_bytes) + ATTACH_BYTES,
+        scratch_bytes=_scratch(sizes, rates, own, vectors) if reads else 0,
+        select_bytes=pool.size * SELECT_BYTES,
+        feature_seconds=feature,
+        graph_seconds=graph_seconds,
+        root_seconds=root,
+        probe_seconds=probe,
+        fixed_seconds=rates.fixed_seconds,
+        first_seconds=first,
+        last_seconds=last,
+        mean_seconds=mean,
+        step_seconds=step or None,
+        step_origin=origin,
+        harvest_flop_share=share,
+        harvest_seconds=harvest,
+        harvest_bytes=hooks,
+        even=even,
+        gflops=rates.gflops,
+        builds=builds,
         graph=graph,
     )
 
 
-def measured_gflops(dim: int, seconds: float = 0.3) -> float:
-    """Billions of operations a second of this machine's products, of the shape that the torch leaf makes them in."""
-    import torch
-
-    rows = torch.from_numpy(np.random.default_rng(0).standard_normal((512, dim), np.float32))
-    out, done, threads = torch.empty(512, 512), 0, torch.get_num_threads()
-    torch.set_num_threads(1)  # several count their waiting for one another on a busy machine
-    try:
-        torch.mm(rows, rows.T, out=out)
-        started = time.thread_time()
-        while (spent := time.thread_time() - started) < seconds:
-            torch.mm(rows, rows.T, out=out)
-            done += 1
-    finally:
-        torch.set_num_threads(threads)
-    return done * 2 * 512 * 512 * dim / spent / 1e9
+def _given(sizes: Sizes) -> Rates:
+    """The rates, with what the command line says in their place."""
+    rates = sizes.rates
+    if sizes.gflops:
+        rates = rates.having(GIVEN, gflops=sizes.gflops)
+    elif not rates.gflops:
+        rates = rates.having(MEASURED, gflops=products(sizes.dim))
+    told = {"gbits": sizes.gbits, "item_seconds": sizes.item_seconds}
+    return rates.having(GIVEN, **{name: value for name, value in told.items() if value})
 
 
-def told(found: RefreshPlan, as_json: bool) -> str:
-    """The plan as lines, or as JSON."""
-    if as_json:
-        return json.dumps({**asdict(found), "peak_bytes": found.peak_bytes}, indent=1) + "\n"
-    g = found.graph
-    how = f"{g.tier} ({g.why})" + (f", {g.clusters:,} clusters, overlap about {g.overlap}" if g.clusters else "")
-    lines: list[tuple[str, Any]] = [
-        ("window", f"{found.window:,} samples"),
-        ("repeats of a chosen sample", "–" if found.repeats is None else f"{found.repeats:.2f} over the run"),
-        ("graph", how if found.builds else f"not built by this configuration; if it were: {how}"),
-        ("graph, operations a rank", f"{g.flop:.2e}"),
-        ("graph, sent by a rank", _bytes(g.wire_bytes)),
-        ("graph, seconds (CPU)", f"{found.graph_seconds:.1f} at {found.gflops:.0f} Gflop/s"),
-        ("features, seconds", f"{found.feature_seconds:.1f}, once for each window"),
-        ("memory of a rank: features", _bytes(found.features_bytes)),
-        ("  harvested rows", _bytes(found.table_bytes)),
-        ("  schedules, two", _bytes(found.schedule_bytes)),
-        ("  graph, at its peak", _bytes(g.host_bytes)),
-        ("  graph, on the GPU", _bytes(g.device_bytes) if g.device_bytes else "none: a CPU leaf"),
-        ("  selection, on rank 0", _bytes(found.select_bytes)),
-        ("  in all, at the peak", _bytes(found.peak_bytes)),
-    ]
-    width = max(len(name) for name, _ in lines)
-    body = "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
-    if not found.builds:
-        body += "\nTo build it: --set selection.objective=facility_location, or recipe=grace graph.residuals=true"
-    return body + "\nExpected, not measured: bytes within about 15 %, seconds within a factor of two.\n"
+def _feature_seconds(sizes: Sizes, rates: Rates, own: int) -> float:
+    """Both sweeps over this rank's share, and the sum of the 6-gram counts over the ranks beyond what was measured.
+
+    Samples whose tokens do not fit into memory between the sweeps are read twice.
+    """
+
+    def sent(ranks: int) -> float:
+        return 2 * (ranks - 1) / ranks * 8 * (8 << BITS) / rates.gbits / 1e9
+
+    more = max(0.0, sent(sizes.ranks) - sent(rates.measured_ranks))
+    again = max(0.0, 1 - MEMORY_BYTES / (2.0 * own * sizes.tokens))
+    read = own * (1 + again) * rates.item_seconds
+    return read + rates.busy * own * sizes.tokens * rates.token_seconds + rates.fixed_feature_seconds + more
 
 
-def _bytes(n: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024 or unit == "GiB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    raise AssertionError
+def _scratch(sizes: Sizes, rates: Rates, own: int, vectors: bool) -> int:
+    """Tables of counts while they are summed, tokens and terms kept between the two sweeps; the block in work is smaller."""
+    tokens = own * sizes.tokens
+    kept = min(MEMORY_BYTES, 2 * tokens) + (min(MEMORY_BYTES, TERM_BYTES * tokens) if vectors else 0)
+    return int(rates.fixed_bytes - rates.resting_bytes + kept)
+
+
+def _step(sizes: Sizes, rates: Rates) -> tuple[float, str]:
+    """Seconds of an optimizer step, 0 where they are not known, and where they come from."""
+    if sizes.step_seconds:
+        return sizes.step_seconds, GIVEN
+    if sizes.model is None:
+        return 0.0, "not known: give --step-seconds, or --parameters (or --layers and --hidden)"
+    flop = sizes.model.flop(sizes.tokens) * sizes.batch / sizes.ranks
+    if sizes.tflops:
+        return flop / sizes.tflops / 1e12, "counted, at the rate given"
+    reached = rates.gflops * TRAINING_SHARE
+    return rates.busy * flop / reached / 1e9, f"counted, at {TRAINING_SHARE:.0%} of this core's products ({ASSUMED})"
+
+
+def _gradients(sizes: Sizes, c: GraceConfig, rates: Rates, step: float) -> tuple[float, float | None, float | None, int]:
+    """Seconds of a refresh's probes; the harvest's share of operations, seconds in a step, bytes within it."""
+    if not c.uses_gradients:
+        return 0.0, 0.0, 0.0, 0
+    each = sizes.batch / sizes.ranks
+    count = 3 * max(1, probed(c.refresh.probe_share, sizes.interval, sizes.batch) // sizes.ranks)
+    if sizes.model is None or not step:
+        return count * step / each, None, None, 0
+    harvest = Harvest.of(sizes.model, c.harvest, sizes.tokens)
+    flop = sizes.model.flop(sizes.tokens)
+    probe = count * step / each * probe_flop(sizes.model, c.harvest, sizes.tokens) / flop
+    layers = len(sizes.model.sketched)
+    reached = flop * each / step  # operations a second in training
+    if rates.narrow_gflops and reached < 4e9 * rates.gflops:  # it trains on what was measured
+        seconds = rates.busy * each * harvest.flop / rates.narrow_gflops / 1e9
+    else:  # an accelerator; skinny products are bound by its memory, not by arithmetic
+        seconds = each * harvest.traffic / reached / BYTES_AN_OPERATION
+    seconds += rates.busy * (layers * HOOK_SECONDS + ROWS_SECONDS)
+    held = layers * each * harvest.width * (2 * sizes.tokens + 4 * harvest.width)
+    return probe, harvest.flop / flop / c.harvest.every, seconds / c.harvest.every, int(held)

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from grace_ds.cli.calibrate import calibrate
 from grace_ds.cli.main import main
 from grace_ds.cli.plan import Sizes, plan
+from grace_ds.cli.plan_model import BreakEven, Harvest, Model
+from grace_ds.cli.plan_rates import MEASURED, Rates
 from grace_ds.comm.local import LocalComm
 from grace_ds.config.schema import GraceConfig, GraphConfig
 from grace_ds.graph.build import knn
 from grace_ds.graph.placement import centroids_of, place
 from grace_ds.graph.plan import plan_graph
 from grace_ds.graph.rows import Request
+from grace_ds.quickstart.model import GPT, GPTConfig
+from grace_ds.sketch.layers import select_layers
+from grace_ds.sketch.sketcher import Sketcher
 from tests.unit.test_graph import rows_of
 
 SIZES = Sizes(10**8, 128, 64, 2048, 500, 0.2, 1024, 100_000, 50.0, 10.0)
@@ -80,3 +90,102 @@ def test_the_command_line_says_it_as_json_and_refuses_nonsense(capsys: pytest.Ca
     with pytest.raises(SystemExit):
         main(["plan", "--samples", "1.5", "--ranks", "8"])
     assert "not a whole number" in capsys.readouterr().err
+
+
+def counted(width: int, layers: int, tokens: int, sketched: bool) -> int:
+    """Operations of a real step of two samples, by torch's counter; with the real hooks, without a trusted basis."""
+    model = GPT(GPTConfig(vocab=512, context=tokens, width=width, layers=layers))
+    ids = torch.randint(0, 512, (2, tokens + 1))
+    sketcher = Sketcher(select_layers(model), 0)
+    # The fused attention is not counted by torch.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        if sketched:
+            sketcher.attach()
+            binding = sketcher.begin(np.arange(2))
+        loss = model(ids)
+        sketcher.end()
+        loss.backward()
+        if sketched:
+            sketcher.finish(binding)
+    sketcher.detach()
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize(("width", "layers", "tokens"), [(64, 4, 32), (128, 5, 64), (96, 2, 128)])
+def test_operations_of_a_step_and_of_its_harvest_are_those_of_a_real_one(width: int, layers: int, tokens: int) -> None:
+    model = Model(layers, width, 512, False)
+    bare, with_us = (counted(width, layers, tokens, sketched) for sketched in (False, True))
+    assert model.flop(tokens) * 2 == pytest.approx(bare, rel=0.02)
+    added = Harvest.of(model, GraceConfig().harvest, tokens, basis=False).flop * 2
+    assert added == pytest.approx(with_us - bare, rel=0.04)  # torch does not count the products of both sides, made in place
+
+
+def test_a_shape_made_up_from_parameters_has_them() -> None:
+    for parameters in (1e8, 7e9, 7e10):
+        made = Model.of(parameters, 0, 0, 0)
+        assert made is not None and made.assumed and made.weights == pytest.approx(parameters, rel=0.1)
+    assert Model.of(0, 0, 0, 0) is None
+
+
+def test_break_even_is_where_both_take_the_same_time() -> None:
+    step, harvest, first, later, interval = 0.5, 0.01, 9.0, 4.0, 50
+    even = BreakEven.of(step, harvest, first, later, interval, 10_000)
+    for steps, late in ((even.steps, False), (even.steps + 1, True)):
+        spent = steps * (step + harvest) + first + later * (steps / interval - 1)
+        assert (spent > 10_000 * step) is late
+    assert even.ratio == pytest.approx(10_000 / even.steps, rel=1e-3)
+    assert BreakEven.of(step, 0.0, 0.0, 0.0, interval, 0).ratio == 1.0
+    assert BreakEven.of(step, 0.0, 1e6, 1.0, interval, 10).ratio == float("inf")  # the first refresh alone takes longer
+
+
+def test_dearer_recipes_and_shorter_intervals_cost_more() -> None:
+    sizes = replace(SIZES, model=Model(32, 4096, 32_000, False), tflops=300.0)
+    recipes = [plan(sizes, GraceConfig(recipe=recipe)) for recipe in ("uniform", "prior", "grace")]
+    residuals = GraceConfig(recipe="grace")
+    residuals.graph.residuals = True
+    recipes.append(plan(sizes, residuals))
+    for cheap, dear in pairwise(recipes):
+        assert cheap.even is not None and dear.even is not None and cheap.even.overhead < dear.even.overhead
+        assert cheap.peak_bytes <= dear.peak_bytes
+    assert recipes[0].feature_seconds == 0 and recipes[1].harvest_seconds == 0 < (recipes[2].harvest_seconds or 0)
+    often = plan(replace(sizes, interval=50, samples=10**6), GraceConfig())
+    rare = plan(replace(sizes, interval=500, samples=10**6), GraceConfig())
+    assert often.even is not None and rare.even is not None and often.even.overhead > rare.even.overhead
+    assert not rare.rolls and rare.last_seconds < rare.first_seconds  # its features are read once
+
+
+def test_a_calibration_measures_here_and_is_quick() -> None:
+    started = time.monotonic()
+    found = calibrate(GraceConfig(recipe="grace"), 64, 128, 128, LocalComm(60.0))
+    assert time.monotonic() - started < 60  # 4 s on an idle machine
+    for name in ("gflops", "narrow_gflops", "token_seconds", "fixed_feature_seconds", "fixed_bytes", "graph"):
+        assert found.of(name) == MEASURED and getattr(found, name) > 0
+    assert found.busy >= 1 and found.of("gbits") != MEASURED
+    assert 60 << 20 < found.fixed_bytes < 300 << 20  # the 6-gram counts alone take 16 MiB, and 64 while they are summed
+    assert found.resting_bytes < found.fixed_bytes
+    sizes = replace(SIZES, gflops=0.0, gbits=0.0, samples=10_000, rates=found)
+    assert plan(sizes, GraceConfig()).gflops == found.gflops
+    assert plan(replace(sizes, gflops=7.0), GraceConfig()).gflops == 7.0
+    assert Rates().of("gflops") == "assumed"
+
+
+def test_what_is_not_known_is_said_and_what_if_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--samples", "1e5", "--ranks", "8", "--gflops", "50", "--set", "recipe=grace"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "not known: give --parameters" in said and "break-even                  not known" in said
+    assert "Assumed: " in said and "Given: products 50 Gflop/s." in said and "--calibrate measures" in said
+    model = ["--layers", "12", "--hidden", "768", "--vocab", "5e4", "--step-seconds", "0.7", "--steps", "2e4"]
+    assert main([*words, *model]) == 0
+    said = capsys.readouterr().out
+    assert "where uniform needs 1.0" in said and "of 20,000 to be saved" in said and "12 blocks of width 768" in said
+    for row in ("ranks × 2", "interval ÷ 2", "budget × 2", "recipe prior", "recipe grace, graph.residuals"):
+        assert row in said
+    assert main([*words, *model, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["what_if"]["recipe prior"]["even"]["overhead"] < told["even"]["overhead"]
+    assert told["what_if"]["interval × 2"]["even"]["overhead"] < told["even"]["overhead"]
+    assert main([*words, "--budget", "0.9", "--interval", "2"]) == 0
+    capsys.readouterr()
+    assert main([*words, "--layers", "12"]) == 1
+    assert "--layers and --hidden" in capsys.readouterr().err

@@ -1,0 +1,126 @@
+"""What a training step costs, and what the harvest adds to it: counted from the shapes of a transformer.
+
+Multiplications and additions count as two operations.  A linear layer of w weights takes 2 w a token forward and 4 w
+backward; attention scores and their product with the values, 4 T H a token and layer forward, twice that backward.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from grace_ds.config.schema import HarvestConfig
+from grace_ds.errors import ConfigError
+
+TRUSTED_RANK = 8  # of the trusted factors of a layer (grace_ds.sketch.sketcher)
+MOMENT_RANK = 32  # of the second moments that a probe sketches (grace_ds.sketch.whiten)
+ASPECT = 128  # hidden width over layers, where only the parameters are given: between GPT-3's and Llama's
+BYTES_AN_OPERATION = 0.008  # of a GPU's memory traffic against its training rate: an H100 at 400 TFLOP/s
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder of equal blocks: query-key-value H x 3H, output H x H, up H x 4H, down 4H x H.
+
+    Attributes:
+        layers: blocks.
+        hidden: H.
+        vocab: of the head.
+        assumed: whether the shape was made up from the number of parameters.
+    """
+
+    layers: int
+    hidden: int
+    vocab: int
+    assumed: bool
+
+    @staticmethod
+    def of(parameters: float, layers: int, hidden: int, vocab: int) -> Model | None:
+        """From what the command line says; None where it says nothing.
+
+        Raises:
+            ConfigError: half of a shape.
+        """
+        if bool(layers) != bool(hidden):
+            raise ConfigError("--layers and --hidden make a shape together; give both, or --parameters alone")
+        if layers:
+            return Model(layers, hidden, vocab, False)
+        if not parameters:
+            return None
+        width = max(1, round((parameters * ASPECT / 12) ** (1 / 3)))
+        return Model(max(1, round(width / ASPECT)), width, 0, True)
+
+    @property
+    def weights(self) -> float:
+        """Of the blocks and the head."""
+        return 12.0 * self.layers * self.hidden**2 + self.vocab * self.hidden
+
+    def flop(self, tokens: int) -> float:
+        """Of one sample of ``tokens`` tokens, forward and backward."""
+        return tokens * (6.0 * self.weights + 12.0 * self.layers * tokens * self.hidden)
+
+    @property
+    def sketched(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of the layers that ``harvest.layers: auto`` takes: those of the last half of the blocks."""
+        h = self.hidden
+        return [(h, 3 * h), (h, h), (h, 4 * h), (4 * h, h)] * (self.layers - self.layers // 2)
+
+
+@dataclass(frozen=True)
+class Harvest:
+    """What the hooks add, for one sample.
+
+    Attributes:
+        flop: projections of both sides and their products, with a trusted basis in force.
+        traffic: bytes of the inputs and output gradients that the projections read, in 16 bits.
+        width: rows of a projection.
+    """
+
+    flop: float
+    traffic: float
+    width: int
+
+    @staticmethod
+    def of(model: Model, config: HarvestConfig, tokens: int, basis: bool = True) -> Harvest:
+        """By the sketch's formula ``P_in aᵀ (P_out gᵀ)ᵀ``, rank + trusted rank rows a side (grace_ds.sketch.binding)."""
+        width = config.rank + (TRUSTED_RANK if basis else 0)
+        sides = sum(a + b for a, b in model.sketched)
+        flop = tokens * (2.0 * width * sides + 2.0 * width**2 * len(model.sketched))
+        return Harvest(flop, 2.0 * tokens * sides, width)
+
+
+def probe_flop(model: Model, config: HarvestConfig, tokens: int) -> float:
+    """Of one probed sample: a step's, and the sketch of second moments A Ω of both sides, Ω of ``MOMENT_RANK`` columns."""
+    sides = sum(a + b for a, b in model.sketched)
+    return model.flop(tokens) + Harvest.of(model, config, tokens).flop + tokens * 4.0 * MOMENT_RANK * sides
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """What GRACE must save to pay for itself, in optimizer steps of the job without it.
+
+    Attributes:
+        overhead: GRACE's seconds over the seconds of the steps that it trains.
+        ratio: uniform's steps over GRACE's at equal loss from which GRACE is ahead.
+        steps: that GRACE has at most, where the uniform run has ``uniform``; 0 where that is not known.
+        uniform: steps of the run.
+    """
+
+    overhead: float
+    ratio: float
+    steps: int
+    uniform: int
+
+    @staticmethod
+    def of(step: float, harvest: float, first: float, later: float, interval: int, uniform: int) -> BreakEven:
+        """From seconds of a step without GRACE, of the harvest in one, of the first refresh and of each other one.
+
+        Time spent alike: s (step + harvest) + first + later (s / interval - 1) = uniform · step; without a number of steps the
+        first refresh counts for nothing.
+        """
+        a_step = step + harvest + later / interval
+        if not uniform:
+            return BreakEven(a_step / step - 1, a_step / step, 0, 0)
+        steps = max(0.0, (uniform * step - max(0.0, first - later)) / a_step)
+        ratio = uniform / steps if steps else math.inf
+        return BreakEven(ratio - 1, ratio, math.floor(steps), uniform)

@@ -1,0 +1,203 @@
+"""The plan in words: lines with the origin of each figure, a table of what-ifs, or JSON."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+from grace_ds.cli.plan import RefreshPlan, Sizes, plan
+from grace_ds.cli.plan_rates import MEASURED
+from grace_ds.config.schema import GraceConfig
+from grace_ds.errors import GraceError
+
+Change = Callable[[Sizes, GraceConfig], Sizes]
+
+
+def told(sizes: Sizes, config: GraceConfig, as_json: bool) -> str:
+    """The plan and its what-ifs.
+
+    Raises:
+        ConfigError, DataError: sizes that no job can have.
+    """
+    found = plan(sizes, config)
+    others = [(name, found if change is None else _other(sizes, config, change)) for name, change in _changes(sizes, config)]
+    if as_json:
+        return json.dumps(_json(sizes, found, others), indent=1) + "\n"
+    lines = [*_refresh_lines(found), *_memory_lines(found), *_even_lines(found)]
+    width = max(len(name) for name, _ in lines)
+    body = "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+    if not found.builds:
+        body += "\nTo build it: --set selection.objective=facility_location, or recipe=grace graph.residuals=true"
+    return body + "\n\n" + _table(others) + "\n\n" + _origins(sizes, found)
+
+
+def _refresh_lines(p: RefreshPlan) -> list[tuple[str, str]]:
+    g = p.graph
+    how = f"{g.tier} ({g.why})" + (f", {g.clusters:,} clusters, overlap about {g.overlap}" if g.clusters else "")
+    again = "at each refresh: the window rolls" if p.rolls else "once: the window stays"
+    return [
+        ("window", f"{p.window:,} samples"),
+        ("repeats of a chosen sample", "–" if p.repeats is None else f"{p.repeats:.2f} over the run"),
+        ("refresh, seconds", f"first {p.first_seconds:.2f}, mean of the others {p.mean_seconds:.2f}, last {p.last_seconds:.2f}"),
+        ("  features", f"{p.feature_seconds:.2f}, {again}"),
+        ("  choice on rank 0", f"{p.root_seconds:.2f}"),
+        ("  trusted probes", f"{p.probe_seconds:.2f}"),
+        ("  graph", f"{p.graph_seconds:.1f} at {p.gflops:.0f} Gflop/s" + ("" if p.builds else ", not counted in")),
+        ("graph", how if p.builds else f"not built by this configuration; if it were: {how}"),
+        ("graph, operations a rank", f"{g.flop:.2e}"),
+        ("graph, sent by a rank", _bytes(g.wire_bytes)),
+    ]
+
+
+def _memory_lines(p: RefreshPlan) -> list[tuple[str, str]]:
+    g = p.graph
+    return [
+        ("memory of a rank: features", _bytes(p.features_bytes)),
+        ("  harvested rows", _bytes(p.table_bytes)),
+        ("  schedules, two, and uses", _bytes(p.schedule_bytes + p.ledger_bytes)),
+        ("  code and libraries", _bytes(p.resting_bytes)),
+        ("  held between refreshes", _bytes(p.held_bytes)),
+        ("  features, while computed", _bytes(p.scratch_bytes)),
+        ("  graph, at its peak", _bytes(g.host_bytes)),
+        ("  graph, on the GPU", _bytes(g.device_bytes) if g.device_bytes else "none: a CPU leaf"),
+        ("  selection, on rank 0", _bytes(p.select_bytes)),
+        ("  in all, at the peak", _bytes(p.peak_bytes)),
+        ("  hooks, within a step", f"{_bytes(p.harvest_bytes)}, on the device"),
+    ]
+
+
+def _even_lines(p: RefreshPlan) -> list[tuple[str, str]]:
+    lines = [("a step without GRACE", f"{p.step_seconds:.4g} s" if p.step_seconds else "not known")]
+    if p.harvest_flop_share is not None and p.harvest_seconds is not None:
+        lines.append(("harvest", f"{p.harvest_flop_share:.2%} more operations, {p.harvest_seconds:.2g} s a step"))
+    else:
+        lines.append(("harvest", "not known: give --parameters, or --layers and --hidden"))
+    if p.even is None:
+        return [*lines, ("break-even", f"not known: {'a step is' if not p.step_seconds else 'the harvest is'} not known")]
+    e = p.even
+    lines.append(("overhead", f"{e.overhead:.2%} of the steps' time"))
+    saved = f": {e.uniform - e.steps:,} of {e.uniform:,} to be saved" if e.uniform else ""
+    lines.append(("break-even", f"where uniform needs {e.ratio:.4f} × the steps for the same loss{saved}"))
+    return lines
+
+
+def _changes(sizes: Sizes, config: GraceConfig) -> list[tuple[str, Change | None]]:
+    """Name → what is otherwise."""
+
+    def recipe(name: str) -> Change:
+        def change(s: Sizes, c: GraceConfig) -> Sizes:
+            c.recipe = name
+            return s
+
+        return change
+
+    def graph(s: Sizes, c: GraceConfig) -> Sizes:
+        c.recipe, c.graph.residuals = "grace", True
+        return s
+
+    def tier(name: str) -> Change:
+        def change(s: Sizes, c: GraceConfig) -> Sizes:
+            c.graph.tier = name
+            return s
+
+        return change
+
+    rows: list[tuple[str, Change | None]] = [("as asked", None)]
+    rows += [(f"recipe {name}", recipe(name)) for name in ("density", "prior", "grace") if name != config.recipe]
+    if not (config.graph.residuals and config.recipe == "grace"):
+        rows.append(("recipe grace, graph.residuals", graph))
+    if plan(sizes, config).builds:
+        rows += [(f"tier {name}", tier(name)) for name in ("exact", "clustered")]
+    return [
+        *rows,
+        ("ranks × 2", lambda s, c: replace(s, ranks=2 * s.ranks)),
+        ("interval × 2", lambda s, c: replace(s, interval=2 * s.interval)),
+        ("interval ÷ 2", lambda s, c: replace(s, interval=max(1, s.interval // 2))),
+        ("budget × 2", lambda s, c: replace(s, budget=min(1.0, 2 * s.budget))),
+        ("budget ÷ 2", lambda s, c: replace(s, budget=s.budget / 2)),
+    ]
+
+
+def _other(sizes: Sizes, config: GraceConfig, change: Change) -> RefreshPlan | str:
+    """The plan with something otherwise; in words why there can be none."""
+    other = copy.deepcopy(config)
+    changed = change(sizes, other)
+    if changed.ranks != sizes.ranks and sizes.step_seconds:  # the same batch, over more ranks
+        changed = replace(changed, step_seconds=sizes.step_seconds * sizes.ranks / changed.ranks)
+    try:
+        return plan(changed, other)
+    except GraceError as error:
+        return str(error)
+
+
+def _table(others: list[tuple[str, RefreshPlan | str]]) -> str:
+    head = ("what if", "window", "refresh s", "memory peak", "repeats", "overhead", "steps × to break even")
+    rows = [head]
+    for name, p in others:
+        if isinstance(p, str):
+            rows.append((name, p, "", "", "", "", ""))
+            continue
+        repeats = "–" if p.repeats is None else f"{p.repeats:.2f}"
+        even = ("–", "–") if p.even is None else (f"{p.even.overhead:.2%}", f"{p.even.ratio:.4f}")
+        rows.append((name, f"{p.window:,}", f"{p.mean_seconds:.2f}", _bytes(p.peak_bytes), repeats, *even))
+    widths = [max(len(row[i]) for row in rows if row[2] or i == 0) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            f"{cell:<{w}}" if i == 0 or not row[2] else f"{cell:>{w}}"
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _origins(sizes: Sizes, p: RefreshPlan) -> str:
+    """Which figures are counted, measured, given and assumed."""
+    r = sizes.rates
+    gflops = "given" if sizes.gflops else MEASURED
+    item = ("given", sizes.item_seconds) if sizes.item_seconds else (r.of("item_seconds"), r.item_seconds)
+    gbits = ("given", sizes.gbits) if sizes.gbits else (r.of("gbits"), r.gbits)
+    shape = ""
+    if sizes.model is not None:
+        m = sizes.model
+        shape = f", the model as {m.layers} blocks of width {m.hidden}" + (" (assumed from its parameters)" if m.assumed else "")
+    rates = [
+        (f"products {p.gflops:.0f} Gflop/s", gflops),
+        (f"features {1e-6 / max(r.token_seconds, 1e-12):.1f}M tokens a second", r.of("token_seconds")),
+        (f"the dataset hands a sample out in {1e6 * item[1]:.0f} µs", item[0]),
+        (f"choice {1e6 * r.sample_seconds:.1f} µs a sample", r.of("sample_seconds")),
+        (f"between ranks {gbits[1]:.1f} Gbit/s", gbits[0]),
+        (f"graph {r.graph:.2f} × its count", r.of("graph")),
+        (f"wall {r.busy:.2f} × CPU", r.of("busy")),
+        (f"a refresh at least {r.fixed_seconds + r.fixed_feature_seconds:.2f} s", r.of("fixed_seconds")),
+        (f"and {_bytes(r.fixed_bytes)}", r.of("fixed_bytes")),
+    ]
+    origins = dict.fromkeys(origin for _, origin in rates)
+    lines = [f"{origin.capitalize()}: " + "; ".join(name for name, its in rates if its == origin) + "." for origin in origins]
+    lines = [
+        f"Counted: bytes, operations, window, repeats{shape}.",
+        f"A step: {p.step_origin}.",
+        *lines,
+        "Expected, not measured: bytes within about 15 %, seconds within a factor of two.",
+    ]
+    if r.of("token_seconds") != MEASURED:
+        lines.append("--calibrate measures the assumed ones here, in some seconds.")
+    return "\n".join(lines) + "\n"
+
+
+def _json(sizes: Sizes, found: RefreshPlan, others: list[tuple[str, RefreshPlan | str]]) -> dict[str, Any]:
+    def one(p: RefreshPlan) -> dict[str, Any]:
+        return {**asdict(p), "held_bytes": p.held_bytes, "peak_bytes": p.peak_bytes}
+
+    what_if = {name: one(p) if not isinstance(p, str) else {"error": p} for name, p in others[1:]}
+    return {**one(found), "sizes": asdict(sizes), "what_if": what_if}
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024 or unit == "GiB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    raise AssertionError
