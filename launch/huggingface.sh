@@ -3,6 +3,7 @@
 # Other arguments go to launch/huggingface_sft.py (--steps N, --resume, --out DIR, ...); GRACE_RANKS=N starts so many processes (2).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+grace_help "$@"
 [[ " $* " == *" --data"* ]] || die "usage: launch/huggingface.sh --data train.jsonl [--steps N] [--resume]; the file is GSM8K's"
 grace_setup huggingface,cpu
 # Its weights are what is wanted; the packages that it names would be compiled for minutes, and are not used.
