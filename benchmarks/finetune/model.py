@@ -35,7 +35,7 @@ def prepare_model(folder: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     where, name = files[0].parent, files[0].name
-    plain = GgufConfig(dequantize=True)  # packed weights would be unpacked again in every step
+    plain = GgufConfig(dequantize=True)  # left packed, every product would unpack them again
     model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32, quantization_config=plain)
     model.config.__dict__.pop("quantization_config", None)
     making = folder.with_name(f"{folder.name}.part")

@@ -29,7 +29,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 5}
 WORKERS = {"dataloader_num_workers": 2}
 
 
-def run_trainers(folder: Path, jobs: dict[str, Any], ranks: int) -> Records:
+def run_trainers(folder: Path, jobs: dict[str, Any], ranks: int, module: tuple[str, ...] = ()) -> Records:
     folder.mkdir(parents=True, exist_ok=True)
     specs = folder / "specs.json"
     specs.write_text(json.dumps({"out": str(folder), "jobs": jobs}))
@@ -40,7 +40,7 @@ def run_trainers(folder: Path, jobs: dict[str, Any], ranks: int) -> Records:
         "HF_DATASETS_CACHE": str(folder / "cache"),
         "TOKENIZERS_PARALLELISM": "0",
     }
-    run_command([*launcher, SCRIPT, specs], timeout=500, env=quiet)
+    run_command([*launcher, *module, SCRIPT, specs], timeout=500, env=quiet)
     return {name: [json.loads((folder / f"{name}-{r}.json").read_text()) for r in range(ranks)] for name in jobs}
 
 
@@ -81,6 +81,7 @@ def two(folder: Path) -> Records:
             "compare_norms": True,
             "args": {"learning_rate": 0.0, "average_tokens_across_devices": False},
         },
+        "again": {"grace": PRIOR, "again": True, "args": {"max_steps": 2}},
         "iterable": {"grace": PRIOR, "data": "iterable"},
         "grouped": {"grace": PRIOR, "args": {"train_sampling_strategy": "group_by_length"}},
         "dispatched": {"grace": PRIOR, "args": {"accelerator_config": {"dispatch_batches": True}}},
@@ -100,8 +101,10 @@ def two(folder: Path) -> Records:
 
 @pytest.fixture(scope="module")
 def one(folder: Path) -> Records:
+    """Under ``grace_ds.run``, which puts our ``initialize`` in the place of the one that accelerate calls."""
     run_dir = {**PRIOR, "run_dir": str(folder / "single")}
-    return run_trainers(folder / "one", run_and_resume("single", {"grace": run_dir, "stage": 0, "lora": True}), 1)
+    jobs = run_and_resume("single", {"grace": run_dir, "stage": 0, "lora": True})
+    return run_trainers(folder / "one", jobs, 1, ("--module", "grace_ds.run"))
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +241,7 @@ def test_a_harvested_row_is_the_gradient_of_the_samples_own_mean_loss(two: Recor
         ("typo", "ConfigError", "did you mean 'budget'"),
         ("without", "ConfigError", "TrainingArguments(deepspeed="),
         ("leaking", "DataError", "is validation sample"),
+        ("again", "GraceError", "a new Trainer to train again"),
     ],
 )
 def test_what_cannot_be_had_is_refused_on_every_rank(two: Records, kind: str, error: str, said: str) -> None:

@@ -175,6 +175,8 @@ def run(spec: dict[str, Any], out: str) -> dict[str, Any]:
         next(iter(trainer.get_train_dataloader()))
     resume = f"{out}/{spec['resume']}" if "resume" in spec else None
     trainer.train(resume_from_checkpoint=resume)
+    if spec.get("again"):
+        trainer.train()
     logs = [x["loss"] for x in trainer.state.log_history if "loss" in x]
     evals = [x["eval_loss"] for x in trainer.state.log_history if "eval_loss" in x]
     record = {"steps": steps.steps, "losses": logs, "evals": evals, "epoch": trainer.state.epoch}

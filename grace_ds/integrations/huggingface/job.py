@@ -158,19 +158,23 @@ class TrainerGrace(Grace):
                 each is a mean.
 
         Raises:
-            GraceError: the Trainer has passed over samples of the schedule.
+            GraceError: the batch is not the schedule's, or the Trainer has passed over samples of it.
         """
-        found = take_tickets(inputs)
-        if found is None:  # a batch of somebody's own making
+        found, stream = take_tickets(inputs), self.controller.sampler
+        if stream is not None and (found is None or int(found[0]) < 0):
+            raise GraceError(
+                "a training batch does not come from the schedule: it was made by hand, or train() was called a second time on "
+                "the same engine; leave the Trainer's loader and batches as they are, and make a new Trainer to train again"
+            )
+        if found is None:  # shadow mode, and a batch of the job's own making
             return
         positions, ids = found
         self._items = items
-        stream, micro = self.controller.sampler, int(positions[0]) // self.controller.geometry.micro
+        micro = int(positions[0]) // self.controller.geometry.micro
         if self._first and stream is not None and micro != stream.frontier:
             raise GraceError(
                 f"the first batch is micro-batch {micro} of the schedule and training stands at {stream.frontier}: the Trainer "
-                "has skipped samples that were never trained on; resume with the same batch size, accumulation and "
-                "dataloader_drop_last as before, or set ignore_data_skip=True"
+                "has skipped samples that were never trained on; set ignore_data_skip=True"
             )
         self._first = False
         self.controller.outstanding.issue(positions, ids, inputs)

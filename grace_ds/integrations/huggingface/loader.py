@@ -62,8 +62,7 @@ class TrainerDataset(TicketedDataset):
     def __getitem__(self, ticket: Any) -> tuple[int, int, Any]:
         if ticket == _DROPPED:
             raise GraceError(
-                "the Trainer took a batch that was trained on before the resume instead of skipping it; resume with the same "
-                "batch size, accumulation and dataloader_drop_last as before, or set ignore_data_skip=True"
+                "the Trainer took a batch that was trained on before the resume instead of skipping it; set ignore_data_skip=True"
             )
         return super().__getitem__(ticket)
 
