@@ -340,6 +340,17 @@ def test_why_there_is_no_map_is_said(tmp_path: Path) -> None:
     assert "older version" in page(load_run(folder))
 
 
+def test_influences_have_a_picture_of_their_own_where_there_are_any(tmp_path: Path) -> None:
+    folder = record(tmp_path)
+    pictures = [page(load_run(folder)).count('<figure class="map"')]
+    chart = json.loads((folder / "reports" / "map.json").read_text())
+    chart["influence"][::2] = [-1.5] * len(chart["influence"][::2])
+    (folder / "reports" / "map.json").write_text(json.dumps(chart))
+    text = page(load_run(folder))
+    assert [*pictures, text.count('<figure class="map"')] == [1, 2]
+    assert text.count("influence -1.5 deviations") == len(chart["ids"][::2])
+
+
 def test_axes_are_the_principal_ones_whatever_the_order() -> None:
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((300, 16)) * np.linspace(3, 0.1, 16)).astype(np.float32)
