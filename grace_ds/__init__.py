@@ -4,6 +4,7 @@
     handle = grace_ds.attach(engine, dataset)                         # for jobs that build their own loader
     grace_ds.watch_preemption(engine, save_dir)                       # checkpoint and leave on SIGTERM or SIGUSR1
     import grace_ds.megatron                                          # attach(model) and wrap(train_ds, …) for Megatron jobs
+    import grace_ds.huggingface                                       # attach(trainer) for transformers.Trainer
 
 Importing this package imports neither DeepSpeed nor MPI nor any GPU library.
 """

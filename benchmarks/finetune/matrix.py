@@ -58,13 +58,10 @@ def run(args: argparse.Namespace, console: Console) -> Record:
     for path in (args.data, args.test):
         if not path.is_file():
             raise SystemExit(f"{path} does not exist: --data takes GSM8K's train.jsonl, --test its test.jsonl")
-    began = time.monotonic()
     model = prepare_model((args.out / "smollm2").resolve())
     specs = [spec_of(args, arm, seed, model) for seed in range(args.seeds) for arm in args.arms if arm != "none" or not seed]
     results = run_all(specs, args.out / "runs", args.jobs, args.limit, say)
-    record = record_of(args, results)
-    record.notes.append(f"wall time of this command {time.monotonic() - began:.0f} s; runs that were there already not counted")
-    return record
+    return record_of(args, results)
 
 
 def spec_of(args: argparse.Namespace, arm: str, seed: int, model: Path) -> dict[str, Any]:
@@ -159,8 +156,12 @@ def record_of(args: argparse.Namespace, results: list[dict[str, Any]]) -> Record
         for theirs in ("uniform", "rs2", "full"):
             if by_arm.get(ours) and by_arm.get(theirs):
                 gap = differences(by_arm[ours], by_arm[theirs])
-                spread = f"standard error {np.std(gap, ddof=1) / len(gap) ** 0.5:.3f}" if len(gap) > 1 else "one seed"
-                unit = f"nats/answer token, mean of {len(gap)} seeds, {spread}"
+                spread = (
+                    f"mean of {len(gap)} seeds, standard error {np.std(gap, ddof=1) / len(gap) ** 0.5:.3f}"
+                    if len(gap) > 1
+                    else "one seed"
+                )
+                unit = f"nats/answer token, {spread}"
                 record.claims.append(Claim(f"{args.pool}_{ours}_minus_{theirs}", float(np.mean(gap)), unit, None))
     drawn = args.steps * args.batch
     subset = round(args.budget * args.pool_size)
@@ -170,9 +171,15 @@ def record_of(args: argparse.Namespace, results: list[dict[str, Any]]) -> Record
         f"{drawn / args.pool_size:.1f} times the pool",
         f"one seed's exact match has a standard error of about {100 * (0.05 * 0.95 / args.generate) ** 0.5:.0f} points at 5 %",
         "CPU seconds are those of the training process, choosing included; refresh and harvest are wall seconds of it",
+        f"all runs: {_total(results, 'train_cpu_s', 'judging_cpu_s'):.0f} CPU s; training took {_total(results, 'train_wall_s'):.0f} s "
+        f"of wall time, {args.jobs} runs at once",
         "none: the model as it comes; the guard is off in prior and grace; rs2 is the system's own (recipe uniform)",
     ]
     return record
+
+
+def _total(results: Rows, *keys: str) -> float:
+    return float(sum(r.get(key, 0.0) for r in results for key in keys))
 
 
 def differences(ours: Rows, theirs: Rows) -> list[float]:

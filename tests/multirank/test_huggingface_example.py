@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.extras import needs
 from tests.multirank.harness import run_command
 from tests.multirank.launch import environment, free_port
 
-if not os.environ.get("CI"):  # there the extra is part of what is tested
-    for name in ("transformers", "accelerate", "datasets", "peft"):
-        pytest.importorskip(name, reason=f"{name} is not installed (pip install grace_ds[huggingface])")
+needs("huggingface", "transformers", "accelerate", "datasets", "peft")
 
 
 def tiny_model(folder: Path) -> None:

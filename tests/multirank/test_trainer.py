@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,11 @@ from typing import Any
 import pytest
 
 from grace_ds.schedule import load_book
+from tests.extras import needs
 from tests.multirank.harness import run_command
 from tests.multirank.launch import HARVESTING, Records, environment, free_port
 
-if not os.environ.get("CI"):  # there the extra is part of what is tested
-    for name in ("transformers", "accelerate", "datasets", "peft"):
-        pytest.importorskip(name, reason=f"{name} is not installed (pip install grace_ds[huggingface])")
+needs("huggingface", "transformers", "accelerate", "datasets", "peft")
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(600)]
 

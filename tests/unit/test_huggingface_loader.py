@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
 from typing import Any
 
@@ -15,6 +16,7 @@ from grace_ds.integrations.huggingface.loader import KEY, ScheduleBatches, Train
 from grace_ds.records import Role, Schedule
 from grace_ds.sampler import Geometry, StreamSampler
 from grace_ds.schedule import ScheduleBook
+from tests.extras import needs
 
 N = 24
 
@@ -82,8 +84,8 @@ def test_what_the_trainer_drops_after_a_resume_is_never_read_and_the_rest_begins
 
 
 def test_tickets_survive_what_happens_to_a_batch_on_its_way() -> None:
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install grace_ds[huggingface])")
-    operations = pytest.importorskip("accelerate.utils.operations", reason="accelerate is not installed")
+    needs("huggingface", "transformers", "accelerate")
+    transformers, operations = (importlib.import_module(name) for name in ("transformers", "accelerate.utils.operations"))
     batch = transformers.BatchEncoding({"input_ids": torch.arange(6).reshape(2, 3)})
     collated = TrainerCollate(lambda _: batch)([(4, 7, None), (5, 9, None)])
     for moved in (collated, pickle.loads(pickle.dumps(collated)), operations.send_to_device(collated, "cpu")):

@@ -21,9 +21,9 @@ def test_base_yaml_holds_every_key_with_its_default():
     assert given == dataclasses.asdict(GraceConfig())
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_example_configs_hold_the_flag_at_its_place(stage):
-    config = json.loads((ROOT / f"configs/ds_zero{stage}.json").read_text())
+@pytest.mark.parametrize(("name", "stage"), [("ds_zero1", 1), ("ds_zero2", 2), ("ds_zero3", 3), ("huggingface", 2)])
+def test_example_configs_hold_the_flag_at_its_place(name, stage):
+    config = json.loads((ROOT / f"configs/{name}.json").read_text())
     assert config["zero_optimization"]["stage"] == stage
     sampling = config["data_efficiency"]["data_sampling"]
     assert config["data_efficiency"]["enabled"] and sampling["enabled"] and sampling["grace"]["enabled"]
@@ -36,7 +36,13 @@ def shell(command: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("script", "args"),
-    [("mpirun.sh", "train.py"), ("mpirun.sh", "2 train.py"), ("deepspeed.sh", "--num_accelerators 2"), ("deepspeed.sh", "--")],
+    [
+        ("mpirun.sh", "train.py"),
+        ("mpirun.sh", "2 train.py"),
+        ("deepspeed.sh", "--num_accelerators 2"),
+        ("deepspeed.sh", "--"),
+        ("huggingface.sh", "--steps 3"),
+    ],
 )
 def test_scripts_say_how_they_are_used(script, args):
     done = shell(f"bash {ROOT}/launch/{script} {args}")
