@@ -163,6 +163,7 @@ def record_of(args: argparse.Namespace, results: list[dict[str, Any]]) -> Record
                 )
                 unit = f"nats/answer token, {spread}"
                 record.claims.append(Claim(f"{args.pool}_{ours}_minus_{theirs}", float(np.mean(gap)), unit, None))
+    cpu, wall = _total(results, "train_cpu_s", "judging_cpu_s"), _total(results, "train_wall_s")
     drawn = args.steps * args.batch
     subset = round(args.budget * args.pool_size)
     record.notes += [
@@ -171,8 +172,7 @@ def record_of(args: argparse.Namespace, results: list[dict[str, Any]]) -> Record
         f"{drawn / args.pool_size:.1f} times the pool",
         f"one seed's exact match has a standard error of about {100 * (0.05 * 0.95 / args.generate) ** 0.5:.0f} points at 5 %",
         "CPU seconds are those of the training process, choosing included; refresh and harvest are wall seconds of it",
-        f"all runs: {_total(results, 'train_cpu_s', 'judging_cpu_s'):.0f} CPU s; training took {_total(results, 'train_wall_s'):.0f} s "
-        f"of wall time, {args.jobs} runs at once",
+        f"all runs: {cpu:.0f} CPU s; training took {wall:.0f} s of wall time, {args.jobs} runs at once beside other work",
         "none: the model as it comes; the guard is off in prior and grace; rs2 is the system's own (recipe uniform)",
     ]
     return record
