@@ -12,7 +12,7 @@ from rich.console import Console
 from grace_ds.commandline import Parser, in_one_line, wants_debug
 from grace_ds.errors import ConfigError
 
-NAMES = ("harvest", "refresh", "graph", "quickstart", "greedy", "selection", "soak", "finetune")
+NAMES = ("harvest", "refresh", "graph", "quickstart", "greedy", "selection", "soak", "finetune", "plan")
 EXAMPLES = {
     "harvest": "harvest --pairs 10 --models small",
     "refresh": "refresh --sizes 6250 12500",
@@ -22,6 +22,7 @@ EXAMPLES = {
     "selection": "selection --pool crawl --arms prior --seeds 1",
     "soak": "soak --refreshes 3 --minutes 2",
     "finetune": "finetune --data train.jsonl --arms prior --seeds 1",
+    "plan": "plan --jobs prior",
 }
 
 

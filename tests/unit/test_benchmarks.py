@@ -41,6 +41,25 @@ def test_time_to_equal_loss_lies_between_two_evaluations() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_plan_is_made_before_the_job_that_it_is_compared_with(tmp_path: Path) -> None:
+    target, words = (
+        tmp_path / "out.json",
+        ["--jobs", "prior", "--rows", "600", "--data", tmp_path / "data", "--out", tmp_path / "jobs"],
+    )
+    run_command([sys.executable, "-m", "benchmarks", "plan", *words, "--json", target], timeout=380)
+    found = json.loads(target.read_text())
+    assert [c["name"] for c in found["claims"]] == ["plan_memory_error", "plan_seconds_factor", "plan_cpu_factor"]
+    row = found["rows"]["jobs"][0]
+    assert row["ranks"] == 2 and row["rows"] == 600
+    assert row["memory error"] == pytest.approx(row["memory planned"] / row["memory"] - 1)
+    refreshes = [r for r in found["rows"]["refreshes"] if r["rank"] == 0]
+    assert len(refreshes) == 4 and sum(r["seconds"] for r in refreshes) == pytest.approx(row["refreshes"])
+    for r in refreshes:
+        assert r["gather"] + r["features"] + r["select"] <= r["seconds"] and r["peak"] >= r["start"] > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "claims"),
     [
