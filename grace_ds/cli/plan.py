@@ -14,6 +14,7 @@ from grace_ds.cli.plan_rates import ASSUMED, GIVEN, MEASURED, Rates
 from grace_ds.config.schema import GraceConfig
 from grace_ds.features import MEMORY_BYTES
 from grace_ds.features.density import BITS
+from grace_ds.features.tokens import BLOCK_TOKENS
 from grace_ds.graph.plan import GraphPlan, plan_graph
 from grace_ds.integrations.trust import probed
 from grace_ds.pool import Pool, implied_repeats
@@ -24,6 +25,7 @@ SCHEDULE_BYTES = 8 + 1 + 4  # id, role, weight of a slot
 SELECT_BYTES = 3 * 32 + 48  # of a sample of the window on rank 0: its signals sent, joined and sorted; what is drawn with
 LEDGER_BYTES = 16  # of a sample met, on every rank
 ROW_BYTES = 32  # of a harvested row beside its sketch (grace_ds.records.Rows)
+BLOCK_BYTES = 60  # of a token of a block: what the allocator of a job that trains keeps of its temporaries
 TERM_BYTES = 1.7 * 5  # of a token: its distinct terms, kept between the two sweeps
 GREEDY_SECONDS = 6e-6  # of a sample of the window under facility_location: 0.60 s for 100,000 (benchmarks greedy)
 ATTACH_BYTES = 9 << 20  # of hooks, sampler, loaders and transport, before the first refresh (benchmarks plan)
@@ -226,10 +228,11 @@ def _feature_seconds(sizes: Sizes, rates: Rates, own: int) -> float:
 
 
 def _scratch(sizes: Sizes, rates: Rates, own: int, vectors: bool) -> int:
-    """Tables of counts while they are summed, tokens and terms kept between the two sweeps; the block in work is smaller."""
+    """Tables of counts while they are summed, what is left of the last block, tokens and terms kept between the two sweeps."""
     tokens = own * sizes.tokens
     kept = min(MEMORY_BYTES, 2 * tokens) + (min(MEMORY_BYTES, TERM_BYTES * tokens) if vectors else 0)
-    return int(rates.fixed_bytes - rates.resting_bytes + kept)
+    block = BLOCK_BYTES * min(tokens, BLOCK_TOKENS, 1024 * sizes.tokens)
+    return int(rates.fixed_bytes - rates.resting_bytes + kept + block)
 
 
 def _step(sizes: Sizes, rates: Rates) -> tuple[float, str]:
