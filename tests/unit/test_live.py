@@ -66,13 +66,15 @@ def test_colours_bars_and_torn_bytes_pass_through() -> None:
         "import sys, time, os\nassert sys.stdout.isatty() and os.get_terminal_size().columns == 100\n"
         "print('\\x1b[31mred\\x1b[0m plain')\n"
         "for i in range(5): print(f'\\rbar {i}', end='', flush=True); time.sleep(0.4)\n"
-        "print()\nsys.stdout.buffer.write(b'\\xff\\xfe torn\\n' + 'ünï'.encode() + b'\\n'); sys.stderr.write('unended')"
+        "print()\nprint('other line end', end='\\r\\n')\nsys.stdout.flush()\n"
+        "sys.stdout.buffer.write(b'\\xff\\xfe torn\\n' + 'ünï'.encode() + b'\\n'); sys.stderr.write('unended')"
     )
     bars: set[str] = set()
     seen = view(job, act=lambda child, lines: bars.update(line.strip() for line in lines if line.startswith("bar ")))
     assert seen.status == 0 and seen.whole
     assert "red plain" in seen.lines and b"\x1b[31mred" in seen.raw
     assert len(bars) >= 3 and seen.lines.count("bar 4") == 1 and "bar 3" not in seen.lines
+    assert "other line end" in seen.lines
     assert "ünï" in seen.lines and "unended" in seen.lines and any(line.endswith(" torn") for line in seen.lines)
     assert "ended before GRACE was attached" in "\n".join(seen.lines)
 
