@@ -173,6 +173,7 @@ def record_of(args: argparse.Namespace, results: list[dict[str, Any]]) -> Record
         f"one seed's exact match has a standard error of about {100 * (0.05 * 0.95 / args.generate) ** 0.5:.0f} points at 5 %",
         "CPU seconds are those of the training process, choosing included; refresh and harvest are wall seconds of it",
         f"all runs: {cpu:.0f} CPU s; training took {wall:.0f} s of wall time, {args.jobs} runs at once beside other work",
+        f"{results[0]['settings'].get('versions', '')}; one thread, bfloat16",
         "none: the model as it comes; the guard is off in prior and grace; rs2 is the system's own (recipe uniform)",
     ]
     return record
