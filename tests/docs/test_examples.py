@@ -45,6 +45,7 @@ def test_shell_is_well_formed(block: Block) -> None:
 @pytest.mark.parametrize("block", of("python"), ids=str)
 def test_python_is_well_formed_and_names_what_there_is(block: Block) -> None:
     import grace_ds
+    import grace_ds.huggingface
     import grace_ds.megatron
 
     for node in ast.walk(ast.parse(block.text)):
