@@ -26,7 +26,8 @@ class Options:
 
     Attributes:
         tokenizer: a ``tokenizer.json`` that decodes the samples; None: the quickstart's, where there is one.
-        sources: (N,) .npy, a label for every sample of the dataset; None: the quickstart's kinds, where there are any.
+        sources: (N,) .npy, a label for every sample of the dataset; None: the run's own ``selection.sources``, or the
+            quickstart's kinds, where there are any.
         losses: JSON file of curves by arm; None: the quickstart's, where there are any.
     """
 
@@ -78,17 +79,17 @@ def load_run(where: str | Path, options: Options | None = None) -> Run:
     """
     options, folder = options or Options(), find(Path(where))
     notes: list[str] = []
-    results = _results(folder)
+    results, config = _results(folder), _config(folder, notes)
     return Run(
         folder,
-        _config(folder, notes),
+        config,
         _refreshes(folder, notes),
         _schedules(folder, notes),
         _portraits(folder, notes),
         _chart(folder, notes),
         results,
         _curves(options, results, notes),
-        _sources(options, folder),
+        _sources(options, folder, config, notes),
         _decoder(options, folder, notes),
         notes,
     )
@@ -216,22 +217,33 @@ def _curves(options: Options, results: dict[str, dict[str, Any]], notes: list[st
     return curves
 
 
-def _sources(options: Options, folder: Path) -> tuple[Array, list[str]] | None:
+def _sources(options: Options, folder: Path, config: dict[str, Any], notes: list[str]) -> tuple[Array, list[str]] | None:
+    own = (config.get("selection") or {}).get("sources")
     if options.sources is not None:
+        return _labels(options.sources)
+    if own is not None:
         try:
-            labels = np.load(options.sources, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise DataError(f"--sources {options.sources} cannot be read ({error}); give a .npy of one label a sample") from error
-        if labels.ndim != 1:
-            raise DataError(f"--sources {options.sources} has shape {labels.shape}; give one label for each sample, (N,)")
-        names, codes = np.unique(labels, return_inverse=True)
-        return codes, [str(name) for name in names]
+            return _labels(Path(own))
+        except DataError:
+            notes.append(f"selection.sources, {own}, cannot be read from here: sources are not shown. Give --sources FILE.")
+            return None
     try:
         kinds = np.load(folder.parent.parent / "data" / "kinds.npy", allow_pickle=False)
     except (OSError, ValueError):
         return None
     known = kinds.ndim == 1 and kinds.dtype == np.uint8 and kinds.max(initial=0) < len(_KINDS)
     return (kinds, list(_KINDS)) if known else None
+
+
+def _labels(path: Path) -> tuple[Array, list[str]]:
+    try:
+        labels = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"--sources {path} cannot be read ({error}); give a .npy of one label a sample") from error
+    if labels.ndim != 1:
+        raise DataError(f"--sources {path} has shape {labels.shape}; give one label for each sample, (N,)")
+    names, codes = np.unique(labels, return_inverse=True)
+    return codes, [str(name) for name in names]
 
 
 def _decoder(options: Options, folder: Path, notes: list[str]) -> Callable[[list[int]], str] | None:

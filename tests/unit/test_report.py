@@ -124,6 +124,21 @@ def test_what_samples_hold_is_text_and_never_markup(tmp_path: Path) -> None:
     assert policy is not None and "default-src 'none'" in policy and "script-src 'sha256-" in policy
 
 
+def test_a_runs_own_sources_are_shown_and_have_kept_their_shares(tmp_path: Path) -> None:
+    labels = np.arange(N) % 2  # source 0 is junk: the filter alone would leave next to nothing of it
+    np.save(tmp_path / "labels.npy", labels)
+    folder = record(tmp_path / "run", selection={"sources": str(tmp_path / "labels.npy")}, guard={"enabled": False})
+    run = load_run(folder)
+    assert run.sources is not None and run.sources[1] == ["0", "1"]
+    told = [s.meta["sources"] for s in run.schedules.values() if "sources" in s.meta]
+    assert told and all(t["window"] == [N // 2, N // 2] and t["coreset"] == [N // 10, N // 10] for t in told)
+    chosen = [np.unique(s.ids[s.roles == Role.CORE]) for s in run.schedules.values() if "sources" in s.meta]
+    assert all(labels[ids].mean() < 0.6 for ids in chosen)
+    (tmp_path / "labels.npy").unlink()
+    moved = load_run(folder)
+    assert moved.sources is None and any("labels.npy, cannot be read from here" in note for note in moved.notes)
+
+
 def test_names_of_sources_and_settings_are_text_too(tmp_path: Path) -> None:
     folder = record(tmp_path / "<b>run")
     np.save(tmp_path / "sources.npy", np.array([f"<b>{i % 2}$" for i in range(N)]))
