@@ -228,7 +228,7 @@ def raises(world: World) -> Any:
 def test_harness_shows_and_kills() -> None:
     start = time.monotonic()
     with pytest.raises(RanksFailed, match=r"(?s)rank\(s\) \[1\] of 2.*did not finish.*in stuck"):
-        run_ranks(stuck, 2, timeout=4)
-    assert time.monotonic() - start < 20
+        run_ranks(stuck, 2, timeout=12)
+    assert time.monotonic() - start < 60
     with pytest.raises(RanksFailed, match=r"(?s)said by 0.*broken on 0.*said by 1.*broken on 1"):
         run_ranks(raises, 2, join=False)
