@@ -186,7 +186,7 @@ def test_trace_says_what_is_wrong(two: Records, folder: Path, tmp_path: Path) ->
             (where, "--step", first - 1),
             f"step {first - 1} lies before the first schedule kept in {where}; the first .* is {first}",
         ),
-        ((where, "--step", -1), "step -1"),
+        ((where, "--step", -1), "--step: '-1' is not a whole number"),
         ((tmp_path, "--step", 0), f"no schedule-.* in {tmp_path}; give"),
         ((tmp_path / "nowhere", "--step", 0), "nowhere"),
         ((where,), "--step"),
