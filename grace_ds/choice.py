@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,8 @@ def choose(p: Pipeline, x: Inputs, start: int, s: Signals, edges: Neighbours | N
     allowed = ~np.isin(s.ids, p.exclude)
     k = max(1, round(p.config.budget * len(s.ids)))
     log_p = log_probability(decision.level, s, c.loss_tilt)
-    coreset = draw(p, x, s.ids, log_p, k, edges)
+    labels = p.sources(s.ids) if p.sources is not None else None
+    coreset = draw(p, x, s.ids, log_p, k, edges, labels)
     length = (x.interval + slack(p.config, x.interval)) * p.batch
     outside = allowed & ~np.isin(s.ids, coreset.ids)
     # Slots for others pay only where gradients are harvested to look at them.
@@ -48,8 +49,8 @@ def choose(p: Pipeline, x: Inputs, start: int, s: Signals, edges: Neighbours | N
     audit = _draw_audit(p, x, s.ids[allowed], audits)
     wanted = priority(s.staleness, s.disagreement)
     explore = s.ids[outside][_top(wanted[outside], s.ids[outside], explores, p.config.seed, x.version)]
-    if p.sources is not None:
-        told |= {"sources": shares_told(p.sources, s.ids, coreset.ids)}
+    if labels is not None:
+        told |= {"sources": shares_told(labels, labels[np.searchsorted(s.ids, coreset.ids)])}
     meta = {
         "objective": c.objective,
         "batch": p.batch,
@@ -73,24 +74,26 @@ def choose(p: Pipeline, x: Inputs, start: int, s: Signals, edges: Neighbours | N
     )
 
 
-def draw(p: Pipeline, x: Inputs, ids: IntArray, log_p: Array, k: int, edges: Neighbours | None) -> Coreset:
-    """A coreset of ``k`` of the window's ``ids`` (n,), sources of the blend apart where they are known."""
+def draw(
+    p: Pipeline, x: Inputs, ids: IntArray, log_p: Array, k: int, edges: Neighbours | None, labels: IntArray | None
+) -> Coreset:
+    """A coreset of ``k`` of the window's ``ids`` (n,), sources of the blend apart where ``labels`` (n,) tell them."""
     c = p.config.selection
 
     def among(ids: IntArray, log_p: Array, k: int, include: IntArray, exclude: IntArray) -> Coreset:
         asked = {"seed": p.config.seed, "version": x.version}
         return select(c.objective, ids, log_p, k, **asked, neighbours=edges, include=include, exclude=exclude)
 
-    if p.sources is None or c.shares == "free":
+    if labels is None or c.shares == "free":
         return among(ids, log_p, k, p.include, p.exclude)
     # The rows of a graph are those of the whole window: a part of it is then drawn by excluding the others.
-    return by_source(among, c.shares, p.sources(ids), ids, log_p, k, p.include, p.exclude, whole=edges is not None)
+    return by_source(among, c.shares, labels, ids, log_p, k, p.include, p.exclude, whole=edges is not None)
 
 
-def shares_told(sources: Callable[[IntArray], IntArray], window: IntArray, coreset: IntArray) -> dict[str, list[int]]:
-    """How many samples each source has in the window and in the coreset; of the largest ``SOURCES_TOLD`` in the window."""
-    names, within = np.unique(sources(window), return_counts=True)
-    chosen = np.bincount(np.searchsorted(names, sources(coreset)), minlength=len(names))
+def shares_told(window: IntArray, coreset: IntArray) -> dict[str, list[int]]:
+    """How many samples each source has, from the labels of both; of the ``SOURCES_TOLD`` largest in the window."""
+    names, within = np.unique(window, return_counts=True)
+    chosen = np.bincount(np.searchsorted(names, coreset), minlength=len(names))
     top = np.sort(np.argsort(-within, kind="stable")[:SOURCES_TOLD])
     return {"names": names[top].tolist(), "window": within[top].tolist(), "coreset": chosen[top].tolist()}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -148,7 +149,7 @@ def read_ids(path: str | Path, n: int) -> IntArray:
     file = Path(path)
     if not file.is_file():
         raise DataError(f"id file {file} does not exist: correct selection.include or selection.exclude")
-    ids = _npy_ids(file) if file.suffix == ".npy" else _text_ids(file)
+    ids = _npy_integers(file).astype(np.int64) if file.suffix == ".npy" else _text_ids(file)
     bad = ids[(ids < 0) | (ids >= n)]
     if len(bad):
         raise DataError(f"{file}: id {bad[0]} is outside of the dataset's [0, {n}) ({len(bad)} such): was the file made for it?")
@@ -157,7 +158,9 @@ def read_ids(path: str | Path, n: int) -> IntArray:
 
 
 def read_sources(path: str | Path, n: int) -> IntArray:
-    """The source of each of ``n`` samples, (n,) int64, from a .npy file of integers.
+    """The source of each of ``n`` samples, (n,) integers of the file's own type, mapped from a .npy file and not read.
+
+    A copy on every rank would be 8 bytes a sample of the corpus, and only root looks at a window's labels.
 
     Raises:
         DataError: the file is missing, holds anything but integers, or not one a sample.
@@ -165,21 +168,20 @@ def read_sources(path: str | Path, n: int) -> IntArray:
     file = Path(path)
     if not file.is_file():
         raise DataError(f"source file {file} does not exist: correct selection.sources")
-    labels = _npy_ids(file)
+    labels = _npy_integers(file, "r")
     if len(labels) != n:
         raise DataError(f"{file} names the source of {len(labels)} samples, the dataset has {n}: give one label for each of them")
     return labels
 
 
-def _npy_ids(file: Path) -> IntArray:
+def _npy_integers(file: Path, mapped: Literal["r"] | None = None) -> IntArray:
     try:
-        array = np.load(file, allow_pickle=False)
+        array: IntArray = np.load(file, mmap_mode=mapped, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{file} cannot be read as .npy: {error}") from error
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise DataError(f"{file} holds {array.dtype} of shape {array.shape}: a 1-D array of integer ids is needed")
-    ids: IntArray = array.astype(np.int64)
-    return ids
+    return array
 
 
 def _text_ids(file: Path) -> IntArray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from grace_ds.choice import slack
 from grace_ds.cli.calibrate import products
 from grace_ds.cli.plan_model import BYTES_AN_OPERATION, BreakEven, Harvest, Model, probe_flop
 from grace_ds.cli.plan_rates import ASSUMED, GIVEN, MEASURED, Rates
@@ -152,7 +153,7 @@ def plan(sizes: Sizes, config: GraceConfig) -> RefreshPlan:
     index = pool.size if whole or not builds else anchors
     graph = plan_graph(c.graph, pool.size, index, sizes.dim, sizes.ranks, index == pool.size)
     row = 2 * c.harvest.dim + ROW_BYTES
-    slots = (sizes.interval + max(1, sizes.interval // 4)) * sizes.batch
+    slots = (sizes.interval + slack(c, sizes.interval)) * sizes.batch
     vectors = carries(c) or whole
     reads = c.recipe != "uniform" and c.features.enabled
     feature = _feature_seconds(sizes, rates, own) if reads else 0.0

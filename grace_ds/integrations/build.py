@@ -150,6 +150,7 @@ def pipeline_of(
     arrange: Callable[[Schedule], Schedule] | None = None,
 ) -> Pipeline:
     """What a refresh works on."""
+    labels = parts.sources
     return Pipeline(
         comm=comm,
         config=config,
@@ -159,7 +160,7 @@ def pipeline_of(
         include=parts.include,
         exclude=parts.exclude,
         trusted=parts.prior.held_out if parts.prior is not None else None,
-        sources=parts.sources.__getitem__ if parts.sources is not None else None,
+        sources=(lambda ids: np.asarray(labels[ids])) if labels is not None else None,
         arrange=arrange,
         chart=_chart(config, parts) if config.run_dir is not None and comm.rank == 0 else None,
     )
