@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from grace_ds.cli.plan_model import TRUSTED_RANK
 from grace_ds.cli.plan_rates import MEASURED, Rates
 from grace_ds.comm.base import Comm
 from grace_ds.comm.choose import choose
@@ -36,6 +35,7 @@ from grace_ds.refresh import refresh
 from grace_ds.sampler import Geometry
 from grace_ds.schedule import Ledger
 from grace_ds.signals import Inputs
+from grace_ds.sketch.basis import TRUSTED_RANK
 from grace_ds.sketch.project import Side, bases
 from grace_ds.table import Table
 

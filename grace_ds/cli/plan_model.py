@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from grace_ds.config.schema import HarvestConfig
 from grace_ds.errors import ConfigError
+from grace_ds.sketch.basis import TRUSTED_RANK
+from grace_ds.sketch.whiten import RANK as MOMENT_RANK
 
-TRUSTED_RANK = 8  # of the trusted factors of a layer (grace_ds.sketch.sketcher)
-MOMENT_RANK = 32  # of the second moments that a probe sketches (grace_ds.sketch.whiten)
 ASPECT = 128  # hidden width over layers, where only the parameters are given: between GPT-3's and Llama's
 BYTES_AN_OPERATION = 0.008  # of a GPU's memory traffic against its training rate: an H100 at 400 TFLOP/s
 

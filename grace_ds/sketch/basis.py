@@ -19,6 +19,7 @@ from grace_ds.sketch.binding import Meter, Receiver, Target
 from grace_ds.sketch.layers import Layer
 from grace_ds.sketch.project import Side, product_dtype, signs
 
+TRUSTED_RANK = 8  # factors of a layer that are kept
 Factors = tuple[FloatArray, FloatArray, FloatArray]
 Matrix = npt.NDArray[np.float64]
 
@@ -80,7 +81,7 @@ class BasisAccumulator(Target):
         meter: counts the bytes held; ``Sketcher.accumulator`` passes the sketcher's own.
     """
 
-    def __init__(self, layers: Sequence[Layer], seed: int, rank: int = 8, meter: Meter | None = None) -> None:
+    def __init__(self, layers: Sequence[Layer], seed: int, rank: int = TRUSTED_RANK, meter: Meter | None = None) -> None:
         super().__init__(meter or Meter())
         self._layers = list(layers)
         self._seed, self._rank = seed, rank

@@ -19,7 +19,7 @@ from torch import nn
 
 from grace_ds.errors import CheckpointError, ConfigError
 from grace_ds.records import IntArray
-from grace_ds.sketch.basis import BasisAccumulator, TrustedBasis
+from grace_ds.sketch.basis import TRUSTED_RANK, BasisAccumulator, TrustedBasis
 from grace_ds.sketch.binding import Binding, Harvested, Meter, Plan, Target
 from grace_ds.sketch.layers import Layer
 from grace_ds.sketch.losses import sample_losses
@@ -184,7 +184,7 @@ class Sketcher:
         self._basis = basis
         self._plan = self._make_plan()
 
-    def accumulator(self, rank: int = 8) -> BasisAccumulator:
+    def accumulator(self, rank: int = TRUSTED_RANK) -> BasisAccumulator:
         """An empty accumulator for a basis of ``rank`` factors a layer, fed through :meth:`route`."""
         self._refuse_parts()
         return BasisAccumulator(self.layers, self.seed, rank, self._meter)
