@@ -24,6 +24,7 @@ from grace_ds.config.schema import GraceConfig
 from grace_ds.features import ContentFeatures, TokenReader, content_features
 from grace_ds.graph.leaves import FLAT_ROWS
 from grace_ds.graph.leaves.faiss_leaf import FaissLeaf
+from grace_ds.order import SamplerOrder
 from grace_ds.pool import Pool
 from grace_ds.quickstart.corpus import CorpusSpec, prepare
 from grace_ds.records import Array, IntArray, Rows
@@ -103,7 +104,7 @@ def measure(data: Path, n: int, dim: int, repeats: int, objective: str) -> list[
     comm = LocalComm(3600.0)
     pool = Pool(n, n, config.budget, interval, BATCH, config.seed)
     nobody = np.empty(0, np.int64)
-    pipeline = Pipeline(comm, config, pool, BATCH, contents, nobody, nobody, prior.held_out)
+    pipeline = Pipeline(comm, config, pool, SamplerOrder(n), BATCH, contents, nobody, nobody, prior.held_out)
     old, new = _harvest(n, config.harvest.dim, interval)
     inputs = Inputs(new, Table.empty(config.harvest.dim).merge(old), Ledger(), 20 * interval, 1, 0, interval, {0: 0.4})
     out = []

@@ -14,7 +14,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grace_ds.integrations.deepspeed import Grace, attach, initialize
+    from grace_ds.integrations.deepspeed import attach, initialize
+    from grace_ds.integrations.handle import Grace
     from grace_ds.integrations.weights import sample_weights
     from grace_ds.preempt import watch_preemption
 

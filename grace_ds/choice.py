@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from grace_ds.config.schema import GraceConfig
-from grace_ds.pool import Permutation
 from grace_ds.propagate import priority
 from grace_ds.records import Array, Coreset, FloatArray, IntArray, Neighbours, Role, Schedule
 from grace_ds.schedule import compose
@@ -159,13 +158,9 @@ def slack(config: GraceConfig, interval: int) -> int:
 
 
 def uniform_schedule(p: Pipeline, x: Inputs, start: int, told: Mapping[str, Any] | None = None) -> Schedule:
-    """The corpus in uniform order without replacement, as a pure function of the position; on root."""
+    """The corpus as the job's own sampler would give it, as a pure function of the position; on root."""
     length = (x.interval + slack(p.config, x.interval)) * p.batch
-    positions = np.arange(start, start + length, dtype=np.int64)
-    ids = np.empty(length, np.int64)
-    for epoch in np.unique(positions // p.pool.n):
-        here = positions // p.pool.n == epoch
-        ids[here] = Permutation(p.pool.n, p.config.seed + int(epoch))(positions[here] % p.pool.n)
+    ids = p.order(np.arange(start, start + length, dtype=np.int64))
     meta = {
         "objective": "uniform",
         "batch": p.batch,

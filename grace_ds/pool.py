@@ -12,48 +12,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from grace_ds.errors import ConfigError, DataError
-from grace_ds.records import Array, IntArray
+from grace_ds.order import Permutation
+from grace_ds.records import IntArray
 
-ROUNDS = 6
 HARVESTED_SHARE = 20  # an automatic window holds 20 refreshes' worth of samples: each harvests 5 % of it
-_GOLDEN = 0x9E3779B97F4A7C15
-
-
-class Permutation:
-    """A seeded random order of [0, n), in constant memory: a Feistel network, walked until it lands inside.
-
-    Args:
-        n: number of ids.
-        seed: of the order.
-    """
-
-    def __init__(self, n: int, seed: int) -> None:
-        self.n = n
-        self._half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))  # bits of each half; 4^half >= n
-        self._mask = np.uint64((1 << int(self._half)) - 1)
-        self._keys = [np.uint64((seed * 0xD1342543DE82EF95 + (r + 1) * _GOLDEN) % 2**64) for r in range(ROUNDS)]
-
-    def __call__(self, positions: Array) -> IntArray:
-        """(m,) int64: the ids at ``positions`` (m,), each in [0, n)."""
-        out = np.asarray(positions, np.int64).astype(np.uint64)
-        todo = np.arange(len(out))
-        while len(todo):  # at most 4 walks on the mean, as the domain is less than 4 n
-            out[todo] = self._once(out[todo])
-            todo = todo[out[todo] >= np.uint64(self.n)]
-        return out.astype(np.int64)
-
-    def _once(self, x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        left, right = x >> self._half, x & self._mask
-        for key in self._keys:
-            mixed = (right + key) * np.uint64(0xBF58476D1CE4E5B9)
-            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            mixed ^= mixed >> np.uint64(31)
-            left, right = right, left ^ (mixed & self._mask)
-        joined: npt.NDArray[np.uint64] = (left << self._half) | right
-        return joined
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from grace_ds.config.schema import GraceConfig
 from grace_ds.features import ContentFeatures
 from grace_ds.gather import fetch
 from grace_ds.influence import influence, labels
+from grace_ds.order import Order
 from grace_ds.pool import Pool
 from grace_ds.propagate import confidence, propagate
 from grace_ds.records import Array, FloatArray, IntArray, Neighbours, Rows, Schedule
@@ -33,6 +34,7 @@ class Pipeline:
         comm: transport between the data-parallel ranks.
         config: of the run.
         pool: the windows of the corpus.
+        order: of the corpus where nothing is chosen.
         batch: samples of one optimizer step over all ranks.
         contents: content features of the window's samples that this rank owns (sorted ids in, same order out).
         include, exclude: sorted ids that every / no coreset holds.
@@ -45,6 +47,7 @@ class Pipeline:
     comm: Comm
     config: GraceConfig
     pool: Pool
+    order: Order
     batch: int
     contents: Callable[[IntArray], ContentFeatures]
     include: IntArray

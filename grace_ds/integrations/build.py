@@ -26,6 +26,7 @@ from grace_ds.integrations.together import together
 from grace_ds.integrations.trust import TrustedProbe, probed
 from grace_ds.integrations.trusted_set import Extras, trusted_set
 from grace_ds.integrations.verdict import Verdict, job_store
+from grace_ds.order import Order, SeededOrder
 from grace_ds.pool import Pool, check_repeats, read_ids, read_sources
 from grace_ds.records import IntArray, Schedule
 from grace_ds.refresh import carries
@@ -105,6 +106,7 @@ class Parts:
 
     Attributes:
         pool: the windows.
+        order: of the corpus where nothing is chosen.
         reader: of the dataset's tokens; None without content features.
         trusted: map-style dataset of trusted samples; None without.
         prior: the trusted n-gram model; None without.
@@ -113,6 +115,7 @@ class Parts:
     """
 
     pool: Pool
+    order: Order
     reader: TokenReader | None
     trusted: Any
     prior: BigramPrior | None
@@ -139,7 +142,8 @@ def prepare(dataset: Any, config: GraceConfig, geometry: Geometry, extras: Extra
         tokens = TokenReader(trusted, config.features.tokens_key, config.features.max_tokens).all()
         prior = BigramPrior.fit(tokens.flat, tokens.offsets)
     sources = read_sources(c.sources, n) if c.sources is not None else None
-    return Parts(pool, reader, trusted, prior, include, exclude, sources)
+    order = extras.order or SeededOrder(n, config.seed)
+    return Parts(pool, order, reader, trusted, prior, include, exclude, sources)
 
 
 def pipeline_of(
@@ -155,6 +159,7 @@ def pipeline_of(
         comm=comm,
         config=config,
         pool=parts.pool,
+        order=parts.order,
         batch=geometry.batch,
         contents=Contents(comm, config, parts),
         include=parts.include,

@@ -1,6 +1,6 @@
 """One job's coreset: what runs at each forward, backward, step, save and load of a DeepSpeed engine.
 
-Everything that training needs is here in the order in which it happens; :mod:`grace_ds.integrations.deepspeed` ties these
+Everything that training needs is here in the order in which it happens; :mod:`grace_ds.integrations.handle` ties these
 methods to an engine and takes them off again.
 """
 

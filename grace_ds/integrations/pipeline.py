@@ -14,7 +14,7 @@ from typing import Any
 
 from grace_ds.errors import ConfigError
 from grace_ds.integrations import checkpoint
-from grace_ds.integrations.deepspeed import Grace
+from grace_ds.integrations.handle import Grace
 from grace_ds.methods import replace_method
 from grace_ds.sampler import Geometry, StreamSampler, TicketedLoader
 

@@ -11,7 +11,7 @@ import numpy as np
 from grace_ds.config.schema import GraceConfig
 from grace_ds.errors import DataError
 from grace_ds.features import TokenReader, tokens_of
-from grace_ds.pool import Permutation
+from grace_ds.order import Order, Permutation
 from grace_ds.selection.pseudo import LOOKED_AT, typical
 from grace_ds.sketch.probe import LossFn
 from grace_ds.trusted import Tokenize, TrustedDataset, load_trusted, refuse_overlap
@@ -30,12 +30,14 @@ class Extras:
         validation_data: the job's validation set, map-style; only looked at to make sure that it holds no trusted sample.
         tokenize: text → token ids, for a trusted file of text.
         loss_fn: (module, batch) → scalar mean loss, where the module's output holds none.
+        order: of the job's own sampler, which goes on where nothing is chosen; None: one of GRACE's own.
     """
 
     trusted_data: Any = None
     validation_data: Any = None
     tokenize: Tokenize | None = None
     loss_fn: LossFn | None = None
+    order: Order | None = None
 
 
 def trusted_set(dataset: Any, reader: TokenReader | None, config: GraceConfig, extras: Extras) -> Any:

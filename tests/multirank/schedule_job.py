@@ -17,6 +17,7 @@ from grace_ds.comm.base import Comm
 from grace_ds.comm.choose import choose
 from grace_ds.config.schema import FeaturesConfig, GraceConfig, GraphConfig, GuardConfig, RefreshConfig, SelectionConfig
 from grace_ds.features import ContentFeatures, TokenReader, content_features
+from grace_ds.order import SamplerOrder
 from grace_ds.pool import Pool
 from grace_ds.records import IntArray, Role, Rows, Schedule
 from grace_ds.refresh import refresh
@@ -255,7 +256,7 @@ def two_refreshes(world: World, comm: Comm, case: Case, kept: Kept) -> list[Made
     nobody = np.empty(0, np.int64)
     include, exclude = (INCLUDE, np.setdiff1d(EXCLUDE, INCLUDE)) if case.forced else (nobody, nobody)
     trusted = prior().held_out if case.trusted else None
-    p = Pipeline(comm, config_of(case), pool_of(case), BATCH, contents, include, exclude, trusted)
+    p = Pipeline(comm, config_of(case), pool_of(case), SamplerOrder(N), BATCH, contents, include, exclude, trusted)
     p = dataclasses.replace(p, sources=source_of) if case.blend else p
     made: list[Made] = []
     table, ledger = Table.empty(DIM), Ledger()

@@ -26,6 +26,11 @@ pytestmark = [pytest.mark.multirank, pytest.mark.timeout(200)]
 GRACE: dict[str, Any] = HARVESTING
 BASE: dict[str, Any] = {"steps": 10, "bf16": False, "grace": GRACE}
 SHADOW: dict[str, Any] = {**BASE, "grace": {**GRACE, "mode": "shadow"}}
+# A schedule that outlasts what two workers read ahead: one that runs out is gone through again.
+UNIFORM: dict[str, Any] = {
+    **BASE,
+    "grace": {**GRACE, "recipe": "uniform", "refresh": {**GRACE["refresh"], "slack_steps": 8}},
+}
 PLAIN: dict[str, Any] = {**BASE, "via": "deepspeed", "grace": None}
 FAULT = {"module": "grace_ds.refresh", "name": "gather_rows", "rank": 1, "after": 1}
 BIN = Path(sys.executable).parent
@@ -48,11 +53,14 @@ def records(folder: Path) -> Records:
     }
     for workers in (0, 2):
         own = {"own": {"workers": workers}}
+        seeded = {"own": {"workers": workers, "seed": 5}}
         jobs[f"attach{workers}"] = {**BASE, **own, "via": "attach", "config_file": str(folder / "attach")}
         jobs[f"clone{workers}"] = {**BASE, **own, "via": "attach", "clone": True, "ahead": True}
-        jobs[f"own{workers}"] = {**PLAIN, **own, "steps": 28}
-        jobs[f"own_shadow{workers}"] = {**SHADOW, **own, "via": "attach", "steps": 28}
+        jobs[f"own{workers}"] = {**PLAIN, **seeded, "steps": 28}
+        jobs[f"own_shadow{workers}"] = {**SHADOW, **seeded, "via": "attach", "steps": 28}
+        jobs[f"own_uniform{workers}"] = {**UNIFORM, **seeded, "via": "attach", "steps": 28}
     jobs["file"] = {**BASE, "workers": 0, "config_file": str(folder / "file")}
+    jobs["untold"] = {**UNIFORM, "own": {"workers": 0, "seed": None}, "via": "attach"}
     jobs["off"] = {**BASE, "own": {"workers": 0}, "via": "attach", "grace": {"enabled": False}}
     jobs["none"] = {**BASE, "own": {"workers": 0}, "via": "attach", "grace": None}
     for stage in (2, 3):
@@ -101,6 +109,19 @@ def test_shadow_leaves_the_jobs_own_sampler_and_batches_alone(records: Records, 
         assert ours["metrics"]["refreshes"] == refreshes(28)
     trained = {i for step in stream(records[f"own{workers}"])[1:] for i in step}
     assert {int(i) for r in records[f"own_shadow{workers}"] for i in r["table"]} == trained
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_where_nothing_is_chosen_the_order_of_the_jobs_own_sampler_goes_on(records: Records, workers: int) -> None:
+    ours, theirs = stream(records[f"own_uniform{workers}"]), stream(records[f"own{workers}"])
+    assert len(ours) == len(theirs) == 28
+    assert ours[:24] == theirs[:24]
+    assert ours[24:] != theirs[24:]  # 24 steps are an epoch: this job does not set the next, we do
+
+
+def test_a_sampler_whose_order_cannot_be_told_is_refused_on_every_rank(records: Records) -> None:
+    for rank in records["untold"]:
+        assert "the order of a RandomSampler cannot be told" in rank["error"]
 
 
 @pytest.mark.parametrize("stage", [2, 3])

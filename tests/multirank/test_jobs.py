@@ -75,6 +75,7 @@ def jobs(folder: Path) -> dict[str, Any]:
     prior = grace(recipe="prior", trusted=str(trusted))
     out["prior"] = {"steps": 10, "grace": prior, "validation": {"n": 32, "salt": 7}}  # shares nothing with the trusted set
     out["opened"] = {"steps": 10, "grace": {**prior, "start_step": -1, "run_dir": str(folder / "opened")}}
+    out["clean_plain"] = {"steps": 10, "clean": True, "via": "deepspeed"}
     # The guard as it is by default, of a corpus in which there is nothing to leave out.
     watched = grace(guard={}, trusted=str(clean), run_dir=str(folder / "clean"))
     out["clean"] = {"steps": 10, "clean": True, "workers": 0, "grace": watched}
@@ -286,12 +287,14 @@ def test_by_default_a_run_opens_on_the_pool_as_it_is_and_chooses_after_one_inter
     assert (first.meta["objective"], first.meta["guard"]["level"]) == ("uniform", "prior")
     assert [s.meta["objective"] for s in rest] == ["sample"] * len(rest) and len(rest) >= 2
     assert stream(records["opened"])[:4] == stream(records["uniform_recipe"])[:4] != stream(records["prior"])[:4]
+    assert stream(records["opened"])[:4] == stream(records["plain"])[:4]
 
 
 def test_a_clean_corpus_is_trained_on_in_uniform_order_and_costs_no_harvest(launched: tuple[Records, str], folder: Path) -> None:
     records, said = launched
     assert stream(records["clean"]) == stream(records["clean_uniform"])
     assert records["clean"][0]["params"] == records["clean_uniform"][0]["params"]
+    assert stream(records["clean"]) == stream(records["clean_plain"])  # each step holds what it would without GRACE
     (first, *rest) = load_book(folder / "clean" / "schedules").schedules
     assert len(rest) >= 2
     for schedule in (first, *rest):

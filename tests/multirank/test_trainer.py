@@ -65,6 +65,7 @@ def two(folder: Path) -> Records:
         "none": {**plain, "attach": True},
         "off": {**plain, "attach": True, "grace": {"enabled": False}},
         "shadow": {**plain, "attach": True, "grace": {**GRACE, "mode": "shadow"}},
+        "uniform": {**plain, "attach": True, "grace": {**PRIOR, "recipe": "uniform"}},
         "plain_workers": {**plain, "args": {**plain["args"], **WORKERS}},
         "shadow_workers": {**plain, "attach": True, "grace": {**PRIOR, "mode": "shadow"}, "args": {**plain["args"], **WORKERS}},
         **run_and_resume("base", {"grace": kept["base"]}),
@@ -198,6 +199,12 @@ def test_without_a_block_and_in_shadow_a_trainer_is_bit_for_bit_what_it_was(two:
             assert ours[key] == theirs[key], key
         assert ours["touched"] == (kind == "shadow")
     assert len(two["plain"][0]["evals"]) == 4
+
+
+def test_where_nothing_is_chosen_a_trainer_is_bit_for_bit_what_it_was(two: Records) -> None:
+    for ours, theirs in zip(two["uniform"], two["plain"], strict=True):
+        assert ours["steps"] == theirs["steps"] and len(theirs["steps"]) == STEPS  # beyond the first epoch
+        assert (ours["losses"], ours["params"]) == (theirs["losses"], theirs["params"])
 
 
 def test_in_shadow_with_workers_and_under_zero_3_too(two: Records, sharded: Records) -> None:

@@ -24,7 +24,7 @@ import deepspeed
 import numpy as np
 import torch
 from deepspeed.ops import __compatible_ops__
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import grace_ds
@@ -164,10 +164,12 @@ def run(spec: dict[str, Any], rank: int) -> dict[str, Any]:
     engine, _, loader, _ = start(
         model=model, model_parameters=model.parameters(), training_data=given, config=config, collate_fn=collate, **extras(spec)
     )
-    grace = grace_ds.attach(engine, data) if spec.get("via") == "attach" else getattr(engine, "grace_ds", None)
+    sampler = own_sampler(spec["own"], engine, data) if spec.get("own") else None
+    attached = spec.get("via") == "attach"
+    grace = grace_ds.attach(engine, data, sampler=sampler) if attached else getattr(engine, "grace_ds", None)
     try:
         if spec.get("own"):
-            loader = own_loader(spec["own"], engine, grace, data)
+            loader = own_loader(spec["own"], engine, grace, data, sampler)
         elif spec.get("workers") is not None and grace is not None:
             loader = grace.deepspeed_loader(num_local_io_workers=spec["workers"])
         if spec.get("damage") and torch.distributed.get_rank() == 0:
@@ -224,11 +226,18 @@ def stop_workers() -> None:
             x._shutdown_workers()
 
 
-def own_loader(own: dict[str, Any], engine: Any, grace: Any, data: Corpus) -> Any:
-    """The loader of a job that builds its own, shuffled by a seed of the job's; with the handle where there is one."""
-    sampler = DistributedSampler(data, engine.dp_world_size, torch.distributed.get_rank(), shuffle=True, seed=5)
+def own_sampler(own: dict[str, Any], engine: Any, data: Corpus) -> Any:
+    """The sampler of a job that builds its own loader; one without a seed is of a kind whose order nobody can tell."""
+    seed = own.get("seed", 0)
+    if seed is None:
+        return RandomSampler(data)
+    return DistributedSampler(data, engine.dp_world_size, torch.distributed.get_rank(), shuffle=True, seed=seed)
+
+
+def own_loader(own: dict[str, Any], engine: Any, grace: Any, data: Corpus, sampler: Any) -> Any:
+    """The loader of a job that builds its own; with the handle where there is one."""
     if grace is not None:
-        return grace.loader(sampler=sampler, num_workers=own["workers"], drop_last=True)
+        return grace.loader(num_workers=own["workers"], drop_last=True)
     rows = engine.train_micro_batch_size_per_gpu()
     return DataLoader(data, rows, sampler=sampler, num_workers=own["workers"], drop_last=True)
 

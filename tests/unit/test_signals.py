@@ -8,6 +8,7 @@ import pytest
 from grace_ds.comm.local import LocalComm
 from grace_ds.config.schema import GraceConfig, GraphConfig, RefreshConfig, SelectionConfig
 from grace_ds.features import ContentFeatures
+from grace_ds.order import SamplerOrder
 from grace_ds.pool import Pool
 from grace_ds.records import Rows
 from grace_ds.refresh import anchors_of
@@ -54,7 +55,9 @@ def believed(
     config = GraceConfig(recipe="grace", graph=edges, selection=selection, refresh=refresh)
     own, nobody = np.arange(N), np.empty(0, np.int64)
     content = ContentFeatures(own, np.zeros(N, np.float32), None, statistics, x if graph else None)
-    p = Pipeline(LocalComm(5.0), config, Pool(N, 0, 0.2, INTERVAL, 4, 1), 4, lambda _: content, nobody, nobody, trusted)
+    p = Pipeline(
+        LocalComm(5.0), config, Pool(N, 0, 0.2, INTERVAL, 4, 1), SamplerOrder(N), 4, lambda _: content, nobody, nobody, trusted
+    )
     table = Table.empty(4).merge(rows)
     inputs = Inputs(Rows.empty(4), table, Ledger(), STEP, 0, 0, INTERVAL, reference)
     return spread(p, inputs, own, content, table, anchors_of(p, own, content, table))

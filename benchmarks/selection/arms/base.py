@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 
 from benchmarks.selection.ledger import Ledger
 from benchmarks.selection.scoring import Scorer
@@ -113,6 +114,11 @@ class Laps:
             self._left = np.concatenate([self._left, self._rng.permutation(self.ids)])
         out, self._left = self._left[:count], self._left[count:]
         return out
+
+
+def job_sampler(view: View) -> DistributedSampler[Any]:
+    """The sampler that the job has without any selection; the plan's seed is its own."""
+    return DistributedSampler(view.ids, num_replicas=1, rank=0, seed=view.plan.seed)  # type: ignore[arg-type]
 
 
 class Arm:

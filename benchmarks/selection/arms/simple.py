@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from benchmarks.selection.arms.base import Arm, Batch, Laps, SubsetArm, View
+from benchmarks.selection.arms.base import Arm, Batch, Laps, SubsetArm, View, job_sampler
 from grace_ds.quickstart.pollute import Kind
 from grace_ds.records import FloatArray, IntArray
 from grace_ds.selection.objectives import select
 
 
 class Uniform(Arm):
-    """The whole pool, in another random order each epoch."""
+    """The job without any selection: its own sampler, epoch after epoch."""
+
+    def begin(self, engine: Any) -> None:
+        """The order of the whole run, laid out beforehand."""
+        self._sampler = job_sampler(self.view)
+        self._order, self._epoch = np.empty(0, np.int64), 0
+
+    def take(self, step: int) -> Batch:
+        """The sampler's next."""
+        while len(self._order) < self.plan.batch:
+            self._sampler.set_epoch(self._epoch)
+            self._order, self._epoch = np.concatenate([self._order, list(self._sampler)]), self._epoch + 1
+        ids, self._order = self._order[: self.plan.batch], self._order[self.plan.batch :]
+        return Batch(ids)
 
 
 class RepeatedRandom(SubsetArm):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.selection.arms.base import Arm, Batch, View
+from benchmarks.selection.arms.base import Arm, Batch, View, job_sampler
 from benchmarks.selection.sizes import training_flops
 from grace_ds.records import Array
 
@@ -78,7 +78,9 @@ class SystemArm(Arm):
 
     def begin(self, engine: Any) -> None:
         """Attaches the system; its first schedule is made here."""
-        self.handle = self._attach(engine, TokenRows(self.view.rows), config=block(self.name, self.view))
+        self.handle = self._attach(
+            engine, TokenRows(self.view.rows), config=block(self.name, self.view), sampler=job_sampler(self.view)
+        )
         # No workers: their processes would take CPU seconds that nobody counts.
         self._batches = self._endless(self.handle.deepspeed_loader(num_local_io_workers=0))
         self._at_start = self._clocks()

@@ -18,11 +18,13 @@ from torch.utils.data import ConcatDataset
 from grace_ds.config.load import find_block, load_config, read_ds_config, refuse_curriculum
 from grace_ds.config.schema import GraceConfig
 from grace_ds.errors import ConfigError, GraceError
-from grace_ds.integrations.deepspeed import Grace, left_to_attach
+from grace_ds.integrations.deepspeed import left_to_attach
+from grace_ds.integrations.handle import Grace
 from grace_ds.integrations.huggingface.loader import ScheduleBatches, rebuilt, take_tickets
 from grace_ds.integrations.huggingface.refusals import refuse_data, refuse_settings, refuse_without_deepspeed
 from grace_ds.integrations.trusted_set import Extras
 from grace_ds.methods import replace_method
+from grace_ds.order import order_of
 from grace_ds.sampler import Geometry, StreamSampler
 
 
@@ -94,6 +96,7 @@ class TrainerJob:
             trusted_data=self._like_the_pool(given.trusted_data),
             validation_data=validation,
             loss_fn=given.loss_fn or self._mean_loss,
+            order=order_of(loader.batch_sampler.shuffler, len(loader.dataset.base), self.config.seed),
         )
 
     def _like_the_pool(self, data: Any) -> Any:

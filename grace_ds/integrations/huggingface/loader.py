@@ -111,6 +111,11 @@ class ScheduleBatches(BatchSampler):
             raise AttributeError(name)
         return getattr(self.own, name)
 
+    @property
+    def shuffler(self) -> Any:
+        """The sampler that the job's batches are cut from; None where there is none to be found."""
+        return getattr(getattr(self.own, "batch_sampler", self.own), "sampler", None)  # of several ranks accelerate wraps it
+
     def __iter__(self) -> Iterator[Any]:
         if self.stream is None:
             yield from self.own

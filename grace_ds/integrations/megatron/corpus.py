@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from grace_ds.errors import DataError
 from grace_ds.features.tokens import fingerprint
-from grace_ds.pool import Permutation
+from grace_ds.order import Permutation
 from grace_ds.records import Array, IntArray, Role, Schedule
 
 

@@ -1,0 +1,193 @@
+"""The handle ``engine.grace_ds``: a controller tied to one DeepSpeed engine, and the job's loaders over its schedule.
+
+Nothing of the engine is subclassed or wrapped as an object: methods of it are replaced on the instance by ones that call the
+original and then the controller, and two hooks watch the module; ``detach`` takes all of it off again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, DistributedSampler
+
+from grace_ds.comm.limits import adopt_job_limit
+from grace_ds.config.schema import GraceConfig
+from grace_ds.errors import ConfigError
+from grace_ds.integrations import checkpoint, progress, weights
+from grace_ds.integrations.build import build_controller
+from grace_ds.integrations.controller import Controller
+from grace_ds.integrations.engine import dp_rank, geometry_of, outputs
+from grace_ds.integrations.record import keep_config
+from grace_ds.integrations.trusted_set import Extras
+from grace_ds.integrations.world import refuse_lonely
+from grace_ds.methods import replace_method
+from grace_ds.order import Order, SamplerOrder, shuffled
+from grace_ds.sampler import Geometry, StreamSampler, TicketedCollate, TicketedDataset, TicketedLoader
+
+log = logging.getLogger("grace_ds")
+
+
+class Grace:
+    """The handle ``engine.grace_ds``: the controller tied to one engine.
+
+    Attributes:
+        controller: the state; ``controller.book`` is what the sampler reads.
+        config: as resolved.
+        job_shuffles: whether the engine's own sampler, which shadow mode leaves in force, shuffles.
+        job_sampler: the job's, for shadow mode; None: the engine's own.
+    """
+
+    job_shuffles = True
+    job_sampler: Any = None
+
+    def __init__(
+        self,
+        engine: Any,
+        dataset: Any,
+        config: GraceConfig,
+        collate_fn: Callable[[list[Any]], Any] | None,
+        extras: Extras,
+    ) -> None:
+        self.engine, self.config = engine, config
+        _speak_up()
+        refuse_lonely(dist.get_world_size() if dist.is_initialized() else 1, os.environ)
+        adopt_job_limit()
+        self.dataset = TicketedDataset(dataset)
+        self._job_collate = collate_fn or getattr(engine, "collate_fn", None)
+        self.collate = TicketedCollate(self._job_collate)
+        geometry = geometry_of(engine)
+        if extras.order is None:
+            extras = dataclasses.replace(extras, order=self._engine_order(len(dataset)))
+        self.controller: Controller = build_controller(engine, dataset, config, geometry, self.collate.collate, extras)
+        if config.run_dir is not None and self.controller.comm.rank == 0:
+            keep_config(config)
+        if config.mode == "train":
+            self.controller.sampler = self._stream_sampler(geometry, len(dataset))
+        self._restore: list[Callable[[], None]] = []
+        self.attach_hooks()
+        self.controller.start()
+        engine.grace_ds = self
+        weights.attached(self.controller)
+        progress.follow(self)
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Totals of the run on this rank; see :class:`~grace_ds.integrations.controller.Metrics`."""
+        return self.controller.snapshot()
+
+    def feed(self) -> Any:
+        """The loader that ``initialize`` returns."""
+        return self.deepspeed_loader()
+
+    def deepspeed_loader(self, num_local_io_workers: int | None = None) -> TicketedLoader:
+        """The engine's own kind of loader (``engine.deepspeed_io``) over the schedule, or the job's order in shadow mode."""
+        sampler: Any = self.controller.sampler or self.job_sampler
+        if sampler is None and (not self.job_shuffles or dp_rank(self.engine) != self.engine.global_rank):
+            sampler = self._job_sampler()
+        inner = self.engine.deepspeed_io(
+            self.dataset, data_sampler=sampler, collate_fn=self.collate, num_local_io_workers=num_local_io_workers
+        )
+        return TicketedLoader(inner, self.controller.outstanding)
+
+    def loader(self, **options: Any) -> TicketedLoader:
+        """A torch ``DataLoader`` of micro-batches for a job that builds its own.
+
+        Args:
+            options: of ``torch.utils.data.DataLoader``, without dataset, sampler, batch_size and collate_fn.
+        """
+        for key in ("dataset", "batch_size", "sampler", "batch_sampler", "shuffle", "collate_fn"):
+            if key in options:
+                raise ConfigError(
+                    f"loader({key}=...) is decided by GRACE and the engine; leave it out (sampler and collate_fn go to attach)"
+                )
+        stream: Any = self.controller.sampler or self.job_sampler or self._job_sampler()
+        rows = self.engine.train_micro_batch_size_per_gpu()
+        inner: Any = DataLoader(self.dataset, batch_size=rows, sampler=stream, collate_fn=self.collate, **options)
+        return TicketedLoader(inner, self.controller.outstanding)
+
+    def _job_sampler(self) -> DistributedSampler[Any]:
+        g = self.controller.geometry
+        return DistributedSampler(self.dataset, num_replicas=g.ranks, rank=g.rank, shuffle=self.job_shuffles)
+
+    def _engine_order(self, n: int) -> Order:
+        """Of the sampler that DeepSpeed makes where it is given none."""
+        return shuffled(n, 0, self.config.seed) if self.job_shuffles else SamplerOrder(n, shuffle=False)
+
+    def _stream_sampler(self, g: Geometry, samples: int) -> StreamSampler:
+        length = -(-samples // g.ranks)
+        micro = length // g.rows if self.engine.dataloader_drop_last() else -(-length // g.rows)
+        return StreamSampler(self.controller.book, g, micro, length)
+
+    # -- hooks ---------------------------------------------------------------------------------------------------------
+
+    def attach_hooks(self) -> None:
+        """Ties the controller to the engine; undone by :meth:`detach`."""
+        module, controller = self.engine.module, self.controller
+        pre = module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        post = module.register_forward_hook(self._after_forward)
+        self._restore += [pre.remove, post.remove]
+        ours: dict[str, Callable[..., Any]] = {
+            "backward": self._backward,
+            "step": self._step,
+            "save_checkpoint": functools.partial(checkpoint.save, controller, self.engine),
+            "load_checkpoint": functools.partial(checkpoint.load, controller, self.engine),
+        }
+        self._restore += [replace_method(self.engine, name, method) for name, method in ours.items()]
+
+    def detach(self) -> None:
+        """Takes GRACE off the engine: hooks and methods are as before, the transport is closed.  A second call does nothing."""
+        while self._restore:
+            self._restore.pop()()
+        self.controller.close()
+        if getattr(self.engine, "grace_ds", None) is self:
+            self.engine.grace_ds = None
+        weights.detached(self.controller)
+
+    def _before_forward(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled() and module.training:
+            self.controller.before_forward((args, kwargs))
+
+    def _after_forward(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        current = self.controller.after_forward(output)
+        if current is None:
+            return
+        for tensor in outputs(output):
+            if tensor.requires_grad:
+                tensor.register_hook(lambda _: self.controller.on_backward(current))  # type: ignore[no-untyped-call]
+
+    def _backward(self, original: Callable[..., Any], loss: Any, *args: Any, **kwargs: Any) -> Any:
+        self.controller.observe_loss(loss)
+        return original(loss, *args, **kwargs)
+
+    def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        boundary = self.engine.is_gradient_accumulation_boundary()
+        scale = self._grad_scale() if boundary else 1.0
+        result = original(*args, **kwargs)
+        if boundary:
+            self.controller.after_step(self.engine.global_steps, self.engine.was_step_applied(), scale)
+        return result
+
+    def _grad_scale(self) -> float:
+        """What the step's gradients are to be multiplied with to be those of its micro-batches' losses."""
+        return self.controller.geometry.accumulation / float(self.engine._get_optimizer_loss_scale() or 1.0)
+
+
+def _speak_up() -> None:
+    """Where the job has set up no logging, rank 0 says on the screen what GRACE chose, in the form of DeepSpeed's lines."""
+    from deepspeed.utils import logger as theirs
+
+    if log.hasHandlers():
+        return
+    handler = logging.StreamHandler(sys.stdout)
+    if theirs.handlers:
+        handler.setFormatter(theirs.handlers[0].formatter)
+    log.addHandler(handler)
+    log.setLevel(logging.WARNING if dist.is_initialized() and dist.get_rank() else logging.INFO)
