@@ -13,8 +13,8 @@ from grace_ds.propagate import priority
 from grace_ds.records import Array, Coreset, FloatArray, IntArray, Neighbours, Role, Schedule
 from grace_ds.schedule import compose
 from grace_ds.selection.guard import Decision, contrast, decide, effective_share
+from grace_ds.selection.limits import CUT, SOFTNESS
 from grace_ds.selection.objectives import select
-from grace_ds.selection.prior import CUT, SOFTNESS
 from grace_ds.selection.probability import LOSS_BASE, combine, rank01, soft_pass
 from grace_ds.selection.sample import gumbel
 from grace_ds.selection.shares import by_source

@@ -18,7 +18,7 @@ import numpy as np
 from grace_ds.comm.base import Comm
 from grace_ds.features import ContentFeatures
 from grace_ds.records import Array, FloatArray, Rows
-from grace_ds.selection.prior import robust_location
+from grace_ds.selection.limits import tail_location
 from grace_ds.selection.ridge import Ridge, design, normal_equations
 
 LEAST_DEVIATION = 0.02  # of the trusted predictions, in trusted medians: below it they say nothing about their spread
@@ -31,7 +31,7 @@ class Influence:
     Attributes:
         label: (n,) float32, of the sample's own harvest; NaN where there is none.
         predicted: (n,) float32, from content.
-        centre, deviation: median and robust deviation of the predictions for held-out trusted samples.
+        centre, deviation: of the predictions for held-out trusted samples: their median, and a deviation from their lower tail.
     """
 
     label: FloatArray
@@ -40,7 +40,7 @@ class Influence:
     deviation: float
 
     def standard(self, value: Array) -> FloatArray:
-        """``value`` (n,) in robust deviations from the trusted samples' predictions."""
+        """``value`` (n,) in deviations from the trusted samples' predictions."""
         return np.asarray((value - self.centre) / self.deviation, np.float32)
 
 
@@ -77,8 +77,8 @@ def influence(
         return None
     # A trusted sample is no copy of anything in the pool: density 0.
     among = ridge.predict(design(_with_density(trusted, np.zeros(len(trusted), np.float32))))
-    centre, deviation = robust_location(among)
-    return Influence(label, ridge.predict(rows), centre, max(deviation, LEAST_DEVIATION))
+    centre, deviation = tail_location(among, least=LEAST_DEVIATION)
+    return Influence(label, ridge.predict(rows), centre, deviation)
 
 
 def _with_density(statistics: FloatArray, density: FloatArray) -> FloatArray:

@@ -4,10 +4,12 @@ The model is fitted on trusted sequences only, with hashed bigram counts c(a, b)
 
     p(b | a) = (c(a, b) + 4 p(b)) / (c(a) + 4)        p(b) = (c(b) + .5) / (n + .5 V)
 
-A sample's score is its mean log p(b | a).  What score is normal is learned from the trusted sequences themselves, each
-quarter of them scored by the model of the other three, never from the pool: quantiles of the pool turn round once junk
-prevails in it.  Quarters are contiguous, because neighbours in a file often come from one document: left out one by one,
-each would be scored by a model that has read its other half, and half of the good pool would fail that standard.
+A sample's score is its mean log p(b | a).  It passes if neither that is too low, nor its share of distinct tokens too low
+(columns of numbers) or too high (words drawn at random): :mod:`grace_ds.selection.limits`.  What is normal is learned from
+the trusted sequences themselves, each quarter of them scored by the model of the other three, never from the pool: quantiles
+of the pool turn round once junk prevails in it.  Quarters are contiguous, because neighbours in a file often come from one
+document: left out one by one, each would be scored by a model that has read its other half, and half of the good pool would
+fail that standard.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import numpy.typing as npt
 
 from grace_ds.errors import DataError
 from grace_ds.records import Array, FloatArray, IntArray
-from grace_ds.selection.probability import soft_pass
+from grace_ds.selection.limits import MIN_SPREAD, Limits
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +34,12 @@ Float64Array = npt.NDArray[np.float64]
 BITS = 18
 BACKOFF = 4.0  # pseudo-counts of the unigram model behind a bigram
 FOLDS = 4
-CUT, SOFTNESS = -1.5, 0.2  # the filter's threshold and width, in robust deviations
 MIN_TRUSTED = 64
-MIN_SPREAD = 0.01  # of a score (nats per token) or a statistic, below which trusted samples say nothing about its spread
 MAD_TO_DEVIATION = 1.4826
 STATISTICS = 5
+SCORE, DISTINCT = 0, 4  # statistics that are judged by
+SIDES = ((SCORE, -1), (DISTINCT, -1), (DISTINCT, 1))
+STRETCH = 64  # tokens over which distinct ones are counted: a long text has ever fewer new ones
 CLIP = 6.0  # robust deviations at which a statistic saturates
 _LEFT = np.uint64(0x9E3779B97F4A7C15)
 _RIGHT = np.uint64(0xC2B2AE3D27D4EB4F)
@@ -54,6 +57,7 @@ class BigramPrior:
         vocab: V.
         centre: (5,) float64, medians of the statistics of held-out trusted sequences; the first one's unit is nats per token.
         deviation: (5,) float64, their robust standard deviations.
+        limits: what passes.
         held_out: (n, 5) float32, :meth:`statistics` of the trusted sequences, each as one that was left out.
     """
 
@@ -63,6 +67,7 @@ class BigramPrior:
     vocab: int
     centre: Float64Array
     deviation: Float64Array
+    limits: Limits
     held_out: FloatArray
 
     @staticmethod
@@ -96,7 +101,8 @@ class BigramPrior:
         rows = [flat[a:b] for a, b in pairwise(offsets) if b - a >= 2]
         raw = held_out_statistics(rows, vocab)
         centre, deviation = _location(raw)
-        fitted = replace(_count(flat, offsets, vocab), centre=centre, deviation=deviation)
+        counted = _count(flat, offsets, vocab)
+        fitted = replace(counted, centre=centre, deviation=deviation, limits=Limits.fit(raw, SIDES))
         return replace(fitted, held_out=fitted._standard(raw))
 
     @cached_property
@@ -120,7 +126,7 @@ class BigramPrior:
         """(n, 5) float64, what the model says of each sample; -inf for samples without a bigram.
 
         Mean log p(b | a) (the score), its standard deviation within the sample, mean log p(b), share of bigrams that
-        the trusted set has, share of right-hand tokens that are the first of their kind in the sample.
+        the trusted set has, share of right-hand tokens that are the first of their kind in their stretch of 64.
         """
         n = len(offsets) - 1
         left, right, code, row = _bigrams(flat, offsets, self.vocab)
@@ -129,11 +135,7 @@ class BigramPrior:
         square = _row_mean(np.square(log_p - mean[row]), row, n)
         common = _row_mean(self._tables[1][right], row, n)
         seen = _row_mean((self.bigrams[code] > 0).astype(np.float64), row, n)
-        order = np.lexsort((right, row))
-        fresh = np.ones(len(row))
-        fresh[1:] = (np.diff(right[order]) != 0) | (np.diff(row[order]) != 0)
-        distinct = _row_mean(fresh, row[order], n)
-        return np.stack([mean, np.sqrt(np.maximum(square, 0.0)), common, seen, distinct], 1)
+        return np.stack([mean, np.sqrt(np.maximum(square, 0.0)), common, seen, _distinct(right, row, n)], 1)
 
     def statistics(self, flat: IntArray, offsets: IntArray) -> FloatArray:
         """(n, 5) float32 in [-6, 6]: the raw statistics in robust deviations from those of held-out trusted sequences."""
@@ -141,22 +143,24 @@ class BigramPrior:
 
     def keep(self, flat: IntArray, offsets: IntArray) -> Float64Array:
         """(n,) float64 in [0.02, 1]: pass of the trusted filter; samples without a bigram get the floor."""
-        return self._pass(self.score(flat, offsets))
+        left, right, code, row = _bigrams(flat, offsets, self.vocab)
+        raw = np.zeros((len(offsets) - 1, STATISTICS))
+        raw[:, SCORE] = _row_mean(self._log_p(left, right, code), row, len(raw))
+        raw[:, DISTINCT] = _distinct(right, row, len(raw))
+        return self.limits.keep(raw)
 
     def examine(self, flat: IntArray, offsets: IntArray) -> tuple[Float64Array, FloatArray]:
         """:meth:`keep` and :meth:`statistics` in one pass."""
         raw = self.raw_statistics(flat, offsets)
-        return self._pass(raw[:, 0]), self._standard(raw)
-
-    def _pass(self, score: Float64Array) -> Float64Array:
-        return soft_pass((score - self.centre[0]) / self.deviation[0], CUT, SOFTNESS)
+        return self.limits.keep(raw), self._standard(raw)
 
     def _standard(self, raw: Float64Array) -> FloatArray:
         return np.asarray(np.clip((raw - self.centre) / self.deviation, -CLIP, CLIP), np.float32)
 
     def digest(self) -> str:
         """32 hex digits over the counts and the calibration."""
-        h = hashlib.blake2b(np.array([self.vocab, *self.centre, *self.deviation], "<f8").tobytes(), digest_size=16)
+        calibration = [*self.centre, *self.deviation, *self.limits.middle, *self.limits.deviation, self.limits.cut]
+        h = hashlib.blake2b(np.array([self.vocab, *calibration], "<f8").tobytes(), digest_size=16)
         for counts in (self.bigrams, self.contexts, self.unigrams):
             h.update(counts.astype("<i8").tobytes())
         return h.hexdigest()
@@ -172,6 +176,7 @@ def _count(flat: IntArray, offsets: IntArray, vocab: int) -> BigramPrior:
         vocab=vocab,
         centre=np.zeros(STATISTICS),
         deviation=np.ones(STATISTICS),
+        limits=Limits((), (), (), 0.0),
         held_out=np.empty((0, STATISTICS), np.float32),
     )
 
@@ -218,6 +223,21 @@ def _bigrams(flat: IntArray, offsets: IntArray, vocab: int) -> tuple[IntArray, I
     known = np.minimum(token, np.uint64(vocab)).view(np.int64)
     within = row[1:] == row[:-1]
     return known[:-1][within], known[1:][within], code.view(np.int64)[within], row[1:][within]
+
+
+def _distinct(token: IntArray, row: IntArray, n: int) -> Float64Array:
+    """(n,) float64: share of each sample's tokens that are the first of their kind in a stretch of 64; -inf without tokens.
+
+    Args:
+        token, row: (m,) tokens and the sample of each, sample after sample.
+    """
+    sizes = np.bincount(row, minlength=n)
+    at = np.arange(len(row)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    stretch = np.cumsum(at % STRETCH == 0) - 1  # each sample begins one
+    key = np.sort((stretch << 32) | token)
+    first = np.ones(len(key))
+    first[1:] = np.diff(key) != 0
+    return _row_mean(first, row, n)  # sorting moves no token out of its sample
 
 
 def _row_mean(values: Float64Array, row: IntArray, n: int) -> Float64Array:

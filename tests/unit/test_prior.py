@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from grace_ds.errors import DataError
 from grace_ds.features.tokens import TokenBlock
+from grace_ds.selection.limits import Limits
 from grace_ds.selection.prior import BigramPrior, held_out_statistics
 from grace_ds.selection.probability import combine, rank01, soft_pass
 
@@ -148,13 +149,43 @@ def test_keeps_good_text_and_drops_junk():
     assert prior.keep(*flat_of(unknown)).max() < 0.03
 
 
-def test_threshold_lies_one_and_a_half_deviations_below():
-    """At the threshold half of the open range is kept; a fifth of a deviation either way decides."""
+def test_columns_of_numbers_and_words_drawn_at_random_fail_though_their_bigrams_are_common():
+    rng = np.random.default_rng(0)
+    book = rng.permutation(300).reshape(60, 5)  # phrases; a text comes back to its own
+    zipf = 1 / np.arange(1, 61)
+
+    def text(phrases):
+        return [0, *book[phrases].reshape(-1)]
+
+    def good(n):
+        return [text(rng.permutation(60)[rng.choice(60, 13, p=zipf / zipf.sum())]) for _ in range(n)]
+
+    prior, fresh = BigramPrior.fit(*flat_of(good(300))), good(200)
+    columns = [text([rng.integers(60)] * 13) for _ in range(50)]
+    wordy = [text(rng.permutation(60)[:13]) for _ in range(50)]
+    usual = np.quantile(prior.score(*flat_of(fresh)), [0.12, 0.5])
+    for junk in (columns, wordy):
+        assert np.median(prior.score(*flat_of(junk))) > usual[0]  # the model alone would not see it
+        assert prior.keep(*flat_of(junk)).mean() < 0.15
+    assert prior.keep(*flat_of(fresh)).mean() > 0.75
+
+
+def test_distinct_tokens_are_counted_in_stretches_so_that_long_texts_are_not_held_to_repeat_themselves():
+    rng = np.random.default_rng(0)
+    prior = BigramPrior.fit(*flat_of(rng.integers(0, 200, (80, 65)).tolist()))
+    short, long = rng.integers(0, 200, (50, 65)).tolist(), rng.integers(0, 200, (50, 1025)).tolist()
+    a, b = (prior.raw_statistics(*flat_of(rows))[:, 4] for rows in (short, long))
+    assert np.median(a) == pytest.approx(np.median(b), abs=0.02)
+    by_hand = np.mean([len(set(long[0][i : i + 64])) / 64 for i in range(1, 1025, 64)])
+    assert b[0] == pytest.approx(by_hand)
+
+
+def test_at_the_limit_half_of_the_open_range_is_kept_and_a_fifth_of_a_deviation_either_way_decides():
     prior = BigramPrior.fit(*flat_of(TRUSTED))
     score = prior.score(*flat_of([TRUSTED[0]]))[0]
 
     def shifted(z):
-        return dataclasses.replace(prior, centre=np.full(5, score - z), deviation=np.ones(5))
+        return dataclasses.replace(prior, limits=Limits(((0, -1),), (score - z,), (1.0,), -1.5))
 
     keeps = [shifted(z).keep(*flat_of([TRUSTED[0]]))[0] for z in (-1.5, -1.3, -1.7, 5, -9)]
     np.testing.assert_allclose(keeps, [0.51, 0.02 + 0.98 * 0.7310586, 0.02 + 0.98 * 0.2689414, 1.0, 0.02], atol=1e-6)
