@@ -21,6 +21,7 @@ EXECUTORS = ("ring", "dask")
 TIERS = ("auto", "exact", "clustered")
 REDUCTIONS = ("mean", "sum")
 MISSING_STATE = ("rebuild", "error")
+OPENING_SHARE = 20  # a run of known length opens for at most this part of it
 
 
 @dataclass
@@ -115,9 +116,9 @@ class GraceConfig:
     budget: float = 0.2  # share of the window that one coreset may hold
     window: int = 0  # samples in the rolling window; 0: so that a refresh harvests at least 5 % of it
     seed: int = 1234  # of windows, projections and draws
-    total_steps: int = 0  # optimizer steps of the whole run, to check max_repeats; 0: not known
+    total_steps: int = 0  # optimizer steps of the whole run, for max_repeats and the length of the opening; 0: not known
     max_repeats: float = 4.0  # implied repeats of a sample above which the run is refused
-    start_step: int = -1  # first optimizer step on a coreset, uniform before; -1: after the first interval, 0: at once
+    start_step: int = -1  # first step on a coreset, uniform before; 0: at once; -1: an interval, a 20th of total_steps at most
     stop_step: int = 0  # optimizer step at which selection ends and uniform goes on; 0: never
     trusted: str | None = None  # trusted samples: .jsonl with input_ids or text, .txt, or .npy (n, tokens)
     pseudo_trusted: bool = True  # without a trusted set: take the pool's most typical samples for one
@@ -137,7 +138,10 @@ class GraceConfig:
     @property
     def opening(self) -> int:
         """Optimizer steps at the start of a run that are trained on the pool as it is, though the window is looked at."""
-        return self.refresh.interval_steps if self.start_step < 0 else 0
+        if self.start_step >= 0:
+            return 0
+        interval = self.refresh.interval_steps
+        return min(interval, max(1, self.total_steps // OPENING_SHARE)) if self.total_steps else interval
 
     @property
     def uses_gradients(self) -> bool:

@@ -48,15 +48,15 @@ def basis_due(units: Mapping[int, float], version: int) -> bool:
 def configured_interval(c: GraceConfig, step: int) -> int:
     """Optimizer steps from ``step`` to the next refresh, as the config has it.
 
-    A run that uses gradients opens with an interval in two halves: the first gives the model and the layers' scale that a trusted
-    basis is fitted to, the second the first influences.
+    The first coreset comes when the opening is over.  A run that uses gradients opens in two halves: the first gives the model
+    and the layers' scale that a trusted basis is fitted to, the second the first influences.
     """
     if step < c.start_step:
         return c.start_step - step
-    if c.uses_gradients and step < c.refresh.interval_steps:
-        half = c.refresh.interval_steps // 2
-        return half - step if step < half else c.refresh.interval_steps - step
-    return c.refresh.interval_steps
+    interval = c.refresh.interval_steps
+    first = c.opening or (interval if c.uses_gradients else 0)
+    half = first // 2 if c.uses_gradients else 0
+    return next((end - step for end in (half, first) if step < end), interval)
 
 
 def stretched_interval(c: GraceConfig, step: int, refresh_seconds: float, step_seconds: float | None) -> int:
@@ -67,7 +67,7 @@ def stretched_interval(c: GraceConfig, step: int, refresh_seconds: float, step_s
         step_seconds: of an optimizer step on this rank, refreshes left out; None while nothing can be said.
     """
     steps = configured_interval(c, step)
-    if c.refresh.cadence == "fixed" or step < c.start_step or not step_seconds:
+    if c.refresh.cadence == "fixed" or step < max(c.start_step, c.opening) or not step_seconds:
         return steps
     return max(steps, math.ceil(refresh_seconds / (c.refresh.max_overhead * step_seconds)))
 

@@ -77,6 +77,27 @@ def test_recipe_grace_opens_with_an_interval_in_two_halves(interval: int, start:
         assert plain == [0, *range(start or interval, made[-1] + 1, interval)]
 
 
+@pytest.mark.parametrize(
+    ("interval", "total", "recipe", "made"),
+    [
+        (80, 400, "prior", [0, 20, 100, 180, 260, 340]),
+        (80, 400, "grace", [0, 10, 20, 100, 180, 260, 340]),
+        (80, 1600, "prior", [0, 80, 160]),  # a twentieth is an interval
+        (80, 10_000, "grace", [0, 40, 80, 160]),
+        (80, 0, "prior", [0, 80, 160]),  # nobody has said how long the run is
+        (80, 7, "grace", [0, 1, 81]),
+    ],
+)
+def test_a_run_of_known_length_opens_for_a_twentieth_of_it_at_most(
+    interval: int, total: int, recipe: str, made: list[int]
+) -> None:
+    c = config(interval=interval, start=-1, recipe=recipe)
+    c.total_steps = total
+    assert refreshes(c, made[-1] + 1) == made
+    assert all(cadence.stretched_interval(c, step, 1e6, 1.0) == cadence.configured_interval(c, step) for step in range(c.opening))
+    assert cadence.stretched_interval(c, c.opening, 1e6, 1.0) > interval  # the first coreset does not wait, the later ones do
+
+
 def test_an_interval_of_one_step_has_no_halves() -> None:
     assert refreshes(config(interval=1, recipe="grace"), 4) == [0, 1, 2, 3]
 
