@@ -30,15 +30,16 @@ def choose(p: Pipeline, x: Inputs, start: int, s: Signals, edges: Neighbours | N
     known = int(np.isfinite(s.align).sum())
     told = {"guard": decision.meta(), "known_loss": int(np.isfinite(s.loss).sum()), "known_align": known}
     # A run opens on the pool as it is: the varied and repetitive text that a filter leaves out helps a fresh model off its
-    # first plateau. Influences, too, must be learned from all of it; a trusted set whose halves do not agree is not waited for.
-    learning = x.learning and (not x.reference or any(unit > 0 for unit in x.reference.values()))
-    gradients = decision.level == "grace" and p.config.uses_gradients
-    if decision.level == "uniform" or x.step < p.config.opening or (gradients and not known and learning):
+    # first plateau.
+    if decision.level == "uniform" or x.step < p.config.opening:
         return uniform_schedule(p, x, start, told)
     c = p.config.selection
+    gradients = decision.level == "grace" and p.config.uses_gradients
     allowed = ~np.isin(s.ids, p.exclude)
     k = max(1, round(p.config.budget * len(s.ids)))
-    log_p = log_probability(decision.level, s, c.loss_tilt)
+    # The few influences of a fresh model's first steps mislead; those of an interval do not.
+    level = "prior" if gradients and x.step < p.config.learning else decision.level
+    log_p = log_probability(level, s, c.loss_tilt)
     labels = p.sources(s.ids) if p.sources is not None else None
     coreset = draw(p, x, s.ids, log_p, k, edges, labels)
     length = (x.interval + slack(p.config, x.interval)) * p.batch
@@ -57,6 +58,7 @@ def choose(p: Pipeline, x: Inputs, start: int, s: Signals, edges: Neighbours | N
         "coreset": len(coreset.ids),
         "decided_at_step": x.step,
         "next_refresh_step": x.step + x.interval,
+        "drawn_by": level,
         "effective_share": effective_share(log_p),
         **told,
     }

@@ -47,7 +47,7 @@ def portrait(
 
 def _portrait(config: GraceConfig, s: Signals, schedule: Schedule, chart: Callable[[IntArray], Places] | None) -> dict[str, Any]:
     used = schedule.meta["objective"] != "uniform"
-    level = str(schedule.meta["guard"]["level"])
+    level = str(schedule.meta.get("drawn_by") or schedule.meta["guard"]["level"])
     if level == "uniform" and config.recipe != "uniform":
         level = "prior" if config.recipe == "grace" else config.recipe  # what the guard looked at
     log_p = log_probability(level, s, config.selection.loss_tilt)

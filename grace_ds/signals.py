@@ -75,7 +75,6 @@ class Inputs:
         since: optimizer steps done when the schedule in force was made.
         core: (m,) int64: samples that it has chosen; empty for a uniform one.
         audit: (m,) int64: samples that it holds unchosen; None (shadow mode): all that are not in ``core``.
-        learning: alignments are being measured, or will be: not known yet does not mean never.
         uniform: make a schedule of the whole corpus in uniform order (before ``start_step``, after ``stop_step``).
     """
 
@@ -91,7 +90,6 @@ class Inputs:
     since: int = -1
     core: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
     audit: IntArray | None = field(default_factory=lambda: np.empty(0, np.int64))
-    learning: bool = False
     uniform: bool = False
 
 

@@ -16,7 +16,7 @@ from benchmarks.selection.claims import claims
 from benchmarks.selection.corpora import STDLIB, CorpusSpec
 from benchmarks.selection.pools import GROUPS, SPECS, prepare_pool
 from benchmarks.selection.report import PoolRuns, tables
-from benchmarks.selection.runs import RunSpec, run_all
+from benchmarks.selection.runs import RunSpec, run_all, take_from
 from benchmarks.selection.sizes import SHAPES
 from benchmarks.selection.store import Stored
 from grace_ds.errors import GraceError
@@ -45,7 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, default=400, help="optimizer steps of every arm")
     add("--uniform-steps", type=_counts, help="N,N,... lengths of further uniform runs; default: on crawl 400,...,1600")
     add("--batch", type=int, default=32, help="samples of a step")
-    add("--lr", type=float, default=3e-3, help="peak; the best of 1e-3, 2e-3 and 3e-3 for uniform")
+    add(
+        "--lr",
+        type=float,
+        default=5e-3,
+        help="peak; 2e-3 and 3e-3 are worse for uniform, 8e-3 and 12e-3 no better and more chancy",
+    )
     add("--budget", type=float, default=0.2, help="share of the pool that a subset holds")
     add("--model", choices=sorted(SHAPES), default="small", help="size of the model")
     add("--pool-size", type=int, default=20_000, metavar="N", help="rows of the pool")
@@ -57,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allow-missing-kinds", action="store_true", help="leave out junk kinds whose text is not on this machine")
     add("--jobs", type=int, default=2, help="processes at once, each on one thread")
     add("--limit", type=float, default=3600.0, help="seconds of one run, at most")
+    add("--known", type=Path, nargs="+", default=[], metavar="FILE", help="earlier --final records; their runs are taken again")
     add("--out", type=Path, default=Path("runs/benchmarks/selection"), help="where pools and runs are kept")
 
 
@@ -69,6 +75,8 @@ def run(args: argparse.Namespace, console: Console) -> Record:
         say(f"pool {name}: {pool.manifest['rows']['train']} rows, {pool.manifest['kinds']}, {pool.folder}")
         specs[name] = run_specs(args, name, pool)
     everything = [spec for one in specs.values() for spec in one]
+    if args.known:
+        say(f"{take_from(args.known, everything, args.out / 'runs')} runs taken from {' '.join(map(str, args.known))}")
     done = run_all(everything, args.out / "runs", jobs=args.jobs, limit_seconds=args.limit, say=say)
     results = dict(zip(everything, done, strict=True))
     metric = "test" if args.final else "dev"

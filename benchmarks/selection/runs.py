@@ -57,7 +57,7 @@ class RunSpec:
     order_seed: int
     steps: int
     batch: int = 32
-    lr: float = 3e-3
+    lr: float = 5e-3
     model: str = "small"
     budget: float = 0.2
     eval_every: int = 50
@@ -134,6 +134,37 @@ def finished(spec: RunSpec, folder: Path) -> dict[str, Any] | None:
         return result if RunSpec(**result["settings"]).stamp() == spec.stamp() else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def take_from(records: Sequence[Path], specs: Sequence[RunSpec], folder: Path) -> int:
+    """Puts results that stand in earlier records into ``folder``, for those of ``specs`` that have none there.
+
+    Args:
+        records: JSON files of this benchmark; a result is taken where everything in its stamp is equal.
+
+    Returns:
+        How many were taken.
+
+    Raises:
+        SystemExit: a record cannot be read.
+    """
+    known: dict[str, dict[str, Any]] = {}
+    for path in records:
+        try:
+            rows = json.loads(path.read_text("utf-8"))["rows"]["runs"]
+            known |= {json.dumps({k: row[k] for k in specs[0].stamp()}, sort_keys=True): row for row in rows}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"--known {path}: no record of runs can be read from it ({type(error).__name__}: {error})") from None
+    taken = 0
+    for spec in dict.fromkeys(specs):
+        row = known.get(json.dumps(spec.stamp(), sort_keys=True))
+        if row is not None and "test" in row and finished(spec, folder) is None:
+            result = {"settings": asdict(spec), **{k: v for k, v in row.items() if k not in asdict(spec)}}
+            path = folder / f"{spec.name}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result, indent=1) + "\n")
+            taken += 1
+    return taken
 
 
 @dataclass

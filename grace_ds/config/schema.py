@@ -144,6 +144,11 @@ class GraceConfig:
         return min(interval, max(1, self.total_steps // OPENING_SHARE)) if self.total_steps else interval
 
     @property
+    def learning(self) -> int:
+        """Optimizer steps at the start of a run whose influences are learned from but not yet chosen by."""
+        return self.refresh.interval_steps if self.start_step < 0 else 0
+
+    @property
     def uses_gradients(self) -> bool:
         """Whether any decision of this run asks for gradients."""
         return self.recipe == "grace" and self.selection.objective not in ("uniform", "rs2")

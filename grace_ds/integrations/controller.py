@@ -272,7 +272,6 @@ class Controller:
             since=int(last.meta["decided_at_step"]) if last is not None else -1,
             core=core,
             audit=audit,
-            learning=self.trust is not None,
             uniform=cadence.is_uniform(c, self.step),
         )
 

@@ -53,7 +53,6 @@ class Case:
         harvest: rows from two windows ("all"), none at all, rows whose losses are equal and alignments unknown ("tied"), or
             more rows, all along a basis with a unit ("judged"), which in the second interval turn against what the first
             has chosen ("harmful").
-        learning: whether influences are still to come where none is known.
         last_rank_idle: whether the last of several ranks harvests nothing.
         forced: whether ids are included and excluded.
         uniform: whether the second refresh is one after ``stop_step``.
@@ -70,7 +69,6 @@ class Case:
     trusted: bool = True
     features: bool = True
     harvest: str = "all"
-    learning: bool = False
     last_rank_idle: bool = False
     forced: bool = False
     uniform: bool = False
@@ -88,7 +86,6 @@ CASES: dict[str, Case] = {
     **{f"tied {name}": Case(name, trusted=False, harvest="tied", clean_share=None) for name in OBJECTIVES[:3]},
     **{f"tiny {name}": Case(name, window=TINY, clean_share=None) for name in OBJECTIVES[:2]},
     "nothing harvested": Case(harvest="none"),
-    "opening": Case(harvest="none", learning=True),
     "prior": Case(recipe="prior", harvest="none"),
     "density": Case(recipe="density", trusted=False, harvest="none"),
     "no features": Case(recipe="uniform", features=False),
@@ -276,7 +273,6 @@ def two_refreshes(world: World, comm: Comm, case: Case, kept: Kept) -> list[Made
             since=since,
             core=core,
             audit=audit,
-            learning=case.learning,
             uniform=case.uniform and version == 1,
         )
         out = refresh(p, x)

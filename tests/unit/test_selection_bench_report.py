@@ -18,7 +18,7 @@ from benchmarks.selection.claims import claims
 from benchmarks.selection.equal_loss import EqualLoss, equal_loss_steps, joint_bound, ratios
 from benchmarks.selection.matrix import add_arguments, chosen_arms, pool_names, read_tried, run_specs
 from benchmarks.selection.report import PoolRuns, run_row, tables
-from benchmarks.selection.runs import RunSpec, _meaning, code_digest, finished, run_all
+from benchmarks.selection.runs import RunSpec, _meaning, code_digest, finished, run_all, take_from
 from benchmarks.selection.store import Stored
 from tests.selection_pools import tiny_pool
 
@@ -235,6 +235,24 @@ def test_a_finished_run_is_taken_and_a_changed_stamp_is_run_again(monkeypatch: p
         assert finished(changed, tmp_path) is None
     run_all([replace(specs[0], code="other"), *specs[1:]], tmp_path, jobs=2, limit_seconds=30, say=lambda line: None)
     assert [starts(tmp_path, s) for s in specs] == [2, 1, 1]
+
+
+def test_runs_of_an_earlier_record_are_taken_again_where_nothing_that_they_depend_on_differs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_jobs(monkeypatch, DONE)
+    specs = [replace(SPEC, seed=s, order_seed=s) for s in range(3)]
+    rows = [{**spec.stamp(), "dev": 2.0, "test": 3.0, "cpu_total": 1.0, "cpu_selection": 0.0} for spec in specs]
+    rows[1]["code"] = "other"
+    record = tmp_path / "record.json"
+    record.write_text(json.dumps({"rows": {"runs": rows}}))
+    assert take_from([record], specs, tmp_path) == 2
+    found = run_all(specs, tmp_path, jobs=2, limit_seconds=30, say=lambda line: None)
+    assert [r["dev"] for r in found] == [2.0, 1.0, 2.0]
+    assert found[0]["settings"] == asdict(specs[0])
+    assert take_from([record], specs, tmp_path) == 0  # they are there
+    with pytest.raises(SystemExit, match="no record of runs"):
+        take_from([tmp_path / "nothing.json"], specs, tmp_path)
 
 
 def test_a_failed_run_shows_its_last_lines_and_the_others_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
