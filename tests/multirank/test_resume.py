@@ -103,10 +103,10 @@ def test_across_the_end_of_the_epoch_too(two: Records, step: int) -> None:
 def test_a_guard_that_has_stepped_down_is_taken_up_as_it_was(two: Records, folder: Path, step: int) -> None:
     lines = [json.loads(line) for line in (folder / "down-run" / "refreshes.jsonl").read_text().splitlines()]
     found = [(line["step"], line["objective"], line["guard"]["level"]) for line in lines]
-    # Two schedules in uniform order, until there are influences; then the core does harm, and twice as long the next time.
+    # Two schedules by content, until there are influences; then the core does harm, and twice as long the next time.
     assert found == [
-        (0, "uniform", "grace"),
-        (2, "uniform", "grace"),
+        (0, "sample", "grace"),
+        (2, "sample", "grace"),
         (4, "sample", "grace"),
         (8, "sample", "prior"),
         (12, "sample", "prior"),
