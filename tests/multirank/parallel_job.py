@@ -21,6 +21,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.utils import set_random_seed
 from deepspeed.sequence.layer import DistributedAttention
 from torch import nn
+from torch.utils.data import SequentialSampler
 
 import grace_ds
 from grace_ds.comm.base import Comm
@@ -154,6 +155,10 @@ def start(kind: str) -> Any:
         model = Whole(layers_of(), (dist.get_rank(), 2))
     else:
         model = Whole(layers_of())
+    if kind == "in_order":
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=ds_config())
+        handle = grace_ds.attach(engine, Corpus(), collate_fn=collate, sampler=SequentialSampler(Corpus()))
+        return engine, handle.deepspeed_loader(0)
     engine, *_ = grace_ds.initialize(model=model, model_parameters=list(model.parameters()), **options)
     if kind == "ulysses":
         for block in [m for m in model.modules() if isinstance(m, Block)]:
@@ -315,7 +320,7 @@ def main() -> None:
         grace_ds.attach(engine, Corpus(), {"recipe": "grace"}, collate_fn=collate).detach()
     except ConfigError as error:
         record["recipe grace"] = str(error)
-    if kind != "one":
+    if kind not in ("one", "in_order"):
         peers = TorchComm([list(range(dist.get_world_size()))], 30)
         record["sketches"] = sketches(kind, peers)
         peers.close()

@@ -16,7 +16,12 @@ from tests.multirank.harness import run_command
 from tests.multirank.launch import environment, free_port
 
 STEPS = 12  # of parallel_job, which is not imported here: it imports DeepSpeed
-KINDS = {"one": 1, "ulysses": 2, "pipeline": 2}
+KINDS = {
+    "one": 1,
+    "in_order": 1,
+    "ulysses": 2,
+    "pipeline": 2,
+}  # in_order: as a PipelineEngine's own sampler, which does not shuffle
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -44,9 +49,10 @@ def order(ranks: list[dict[str, Any]], key: str) -> list[list[int]]:
     return steps
 
 
-@pytest.mark.parametrize("kind", ["ulysses", "pipeline"])
-def test_megatron_like_layouts_train_on_the_one_ranks_samples(records, kind):
-    one = records["one"][0]
+@pytest.mark.parametrize(("kind", "single"), [("ulysses", "one"), ("pipeline", "in_order")])
+def test_megatron_like_layouts_train_on_the_one_ranks_samples(records, kind, single):
+    one = records[single][0]
+    assert one["steps"] != records["in_order" if single == "one" else "one"][0]["steps"]
     assert order(records[kind], "steps") == one["steps"]
     assert len(one["steps"]) == STEPS and all(len(step) == 8 for step in one["steps"])
     for rank in records[kind]:
@@ -75,7 +81,7 @@ def test_megatron_like_layouts_sketches_add_up(records, kind):
 
 def test_megatron_like_layouts_refuse_the_recipe_that_needs_whole_layers(records):
     for kind, ranks in records.items():
-        assert all(("set recipe: prior" in rank.get("recipe grace", "")) == (kind != "one") for rank in ranks)
+        assert all(("set recipe: prior" in rank.get("recipe grace", "")) == (kind in ("ulysses", "pipeline")) for rank in ranks)
 
 
 def test_megatron_like_pipeline_refuses_data_of_its_own(records):
