@@ -146,6 +146,7 @@ def attach(
         raise ConfigError("grace is not enabled in this config; set enabled: true, or leave attach out and use your own loader")
     if getattr(engine, "grace_ds", None) is not None:
         raise ConfigError("GRACE is attached to this engine already; call engine.grace_ds.detach() first")
+    TicketedDataset(dataset)  # says what is wrong with the dataset before its length is asked for
     order = order_of(sampler, len(dataset), grace.seed)
     if sampler is not None and order is None and grace.mode == "train":
         raise ConfigError(

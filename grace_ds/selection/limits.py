@@ -58,7 +58,7 @@ class Limits:
         return Limits(sides, middle, deviation, float(np.quantile(free.worst(held_out), REJECTED)))
 
     def worst(self, raw: Float64Array) -> Float64Array:
-        """(n,) deviations on the inner side of the limit that each row of (n, s) statistics comes nearest to; negative beyond."""
+        """(n,) deviations from the middle, negative towards the limit: of each row of (n, s) statistics the least over all."""
         found = [
             -side * (raw[:, statistic] - middle) / deviation
             for (statistic, side), middle, deviation in zip(self.sides, self.middle, self.deviation, strict=True)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DistributedSampler, RandomSampler, SequentialSampler
+from torch.utils.data import DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from grace_ds import order
+from grace_ds.errors import DataError
+from grace_ds.integrations.deepspeed import attach
 from grace_ds.order import Permutation, SamplerOrder, SeededOrder, order_of
 from tests.extras import needs
 
@@ -78,3 +83,15 @@ def test_a_corpus_whose_order_would_not_fit_gets_one_in_constant_memory(monkeypa
     made = order_of(DistributedSampler(Items(), 1, 0), N, seed=5)
     assert isinstance(made, SeededOrder)
     assert made(np.arange(N)).tolist() == Permutation(N, 5)(np.arange(N)).tolist()
+
+
+class Stream(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        yield 1
+
+
+@pytest.mark.parametrize("sampler", [None, SequentialSampler(Items())])
+def test_attach_says_that_a_stream_cannot_be_drawn_from_before_it_asks_for_its_length(sampler: object) -> None:
+    engine = SimpleNamespace(grace_ds=None)  # not looked at any further
+    with pytest.raises(DataError, match="map-style"):
+        attach(engine, Stream(), {"recipe": "prior"}, sampler=sampler)

@@ -16,7 +16,7 @@ class Uniform(Arm):
     """The job without any selection: its own sampler, epoch after epoch."""
 
     def begin(self, engine: Any) -> None:
-        """The order of the whole run, laid out beforehand."""
+        """The sampler, before its first epoch."""
         self._sampler = job_sampler(self.view)
         self._order, self._epoch = np.empty(0, np.int64), 0
 
