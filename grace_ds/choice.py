@@ -38,14 +38,15 @@ def choose(p: Pipeline, x: Inputs, start: int, s: Signals, edges: Neighbours | N
     allowed = ~np.isin(s.ids, p.exclude)
     k = max(1, round(p.config.budget * len(s.ids)))
     # The few influences of a fresh model's first steps mislead; those of an interval do not.
-    level = "prior" if gradients and x.step < p.config.learning else decision.level
+    level = "prior" if gradients and (x.step < p.config.learning or not (known or c.loss_tilt)) else decision.level
     log_p = log_probability(level, s, c.loss_tilt)
     labels = p.sources(s.ids) if p.sources is not None else None
     coreset = draw(p, x, s.ids, log_p, k, edges, labels)
     length = (x.interval + slack(p.config, x.interval)) * p.batch
     outside = allowed & ~np.isin(s.ids, coreset.ids)
     # Slots for others pay only where gradients are harvested to look at them.
-    audits, explores = (round(share * length) if gradients else 0 for share in (c.audit, c.explore))
+    looked_at = gradients and (x.measures or c.loss_tilt)
+    audits, explores = (round(share * length) if looked_at else 0 for share in (c.audit, c.explore))
     audit = _draw_audit(p, x, s.ids[allowed], audits)
     wanted = priority(s.staleness, s.disagreement)
     explore = s.ids[outside][_top(wanted[outside], s.ids[outside], explores, p.config.seed, x.version)]
@@ -113,14 +114,14 @@ class Seen:
 
 def judge(config: GraceConfig, x: Inputs, s: Signals, seen: Seen | None) -> Decision:
     """What this schedule may use: the recipe, or less where the guard says so."""
-    share = effective_share(log_probability("prior" if config.recipe == "grace" else config.recipe, s, False))
+    share = effective_share(log_probability("prior" if config.most == "grace" else config.most, s, False))
     if not config.guard.enabled:
-        return Decision(config.recipe, "the guard is off", numbers={"effective_share": share})
+        return Decision(config.most, "the guard is off", numbers={"effective_share": share})
     # Copies alone do not tell clean from dirty: they are worth thinning out in either.
-    filters = config.recipe in ("grace", "prior") and np.isfinite(s.keep).any()
-    clean_share = config.guard.clean_share if filters or config.recipe == "uniform" else float("inf")
+    filters = config.most in ("grace", "prior") and np.isfinite(s.keep).any()
+    clean_share = config.guard.clean_share if filters or config.most == "uniform" else float("inf")
     found = contrast(seen.core, seen.audit, config.guard.confidence, config.seed + x.version) if seen is not None else None
-    return decide(config.recipe, x.version, share, clean_share, found, x.decision)
+    return decide(config.most, x.version, share, clean_share, found, x.decision)
 
 
 def log_probability(level: str, s: Signals, loss_tilt: bool) -> Array:
