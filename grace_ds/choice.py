@@ -44,9 +44,10 @@ def choose(p: Pipeline, x: Inputs, start: int, s: Signals, edges: Neighbours | N
     coreset = draw(p, x, s.ids, log_p, k, edges, labels)
     length = (x.interval + slack(p.config, x.interval)) * p.batch
     outside = allowed & ~np.isin(s.ids, coreset.ids)
-    # Slots for others pay only where gradients are harvested to look at them.
-    looked_at = gradients and (x.measures or c.loss_tilt)
-    audits, explores = (round(share * length) if looked_at else 0 for share in (c.audit, c.explore))
+    # Audit slots pay only where gradients are harvested to look at them.  Exploration pays in any case: a few samples of what
+    # the filter leaves out are worth more than as many more of what it keeps, wherever it leaves out what the job is for.
+    audits = round(c.audit * length) if gradients else 0
+    explores = round(c.explore * length) if c.objective not in ("uniform", "rs2") else 0
     audit = _draw_audit(p, x, s.ids[allowed], audits)
     wanted = priority(s.staleness, s.disagreement)
     explore = s.ids[outside][_top(wanted[outside], s.ids[outside], explores, p.config.seed, x.version)]

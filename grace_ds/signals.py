@@ -92,11 +92,6 @@ class Inputs:
     audit: IntArray | None = field(default_factory=lambda: np.empty(0, np.int64))
     uniform: bool = False
 
-    @property
-    def measures(self) -> bool:
-        """Whether influences are being harvested: no trusted basis was fitted yet, or the last one can be judged by."""
-        return not self.reference or self.reference[max(self.reference)] > 0
-
 
 @dataclass(frozen=True)
 class Signals:

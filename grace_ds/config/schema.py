@@ -81,7 +81,7 @@ class SelectionConfig:
 
     objective: str = "sample"  # sample | facility_location | topk | rs2 | uniform
     loss_tilt: bool = False  # recipe grace: prefer samples of higher loss among those that pass; builds the graph
-    explore: float = 0.05  # share of slots for the samples whose scores are most in doubt
+    explore: float = 0.05  # share of slots for samples outside of the coreset: those most in doubt, or any
     audit: float = 0.01  # share of slots drawn uniformly from the window
     include: str | None = None  # file of ids (one a line, or .npy) that every coreset holds
     exclude: str | None = None  # file of ids that no coreset holds
