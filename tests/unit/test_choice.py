@@ -9,7 +9,7 @@ import pytest
 
 from grace_ds.choice import choose
 from grace_ds.comm.local import LocalComm
-from grace_ds.config.schema import GraceConfig, GuardConfig, RefreshConfig
+from grace_ds.config.schema import GraceConfig, GuardConfig, RefreshConfig, SelectionConfig
 from grace_ds.features import ContentFeatures
 from grace_ds.order import SamplerOrder
 from grace_ds.pool import Pool
@@ -67,3 +67,17 @@ def test_a_run_that_is_to_start_at_once_goes_by_what_influences_it_has() -> None
 def test_content_alone_has_nothing_to_learn() -> None:
     assert made(5, recipe="prior").meta["drawn_by"] == made(20, recipe="prior").meta["drawn_by"] == "prior"
     assert made(5, recipe="prior").ids.tolist() == made(20, recipe="prior").ids.tolist()
+
+
+@pytest.mark.parametrize("recipe", ["grace", "prior", "density"])
+def test_a_twentieth_of_the_slots_goes_to_what_the_coreset_leaves_out(recipe: str) -> None:
+    schedule = made(20, recipe=recipe)
+    core, others = (set(schedule.ids[schedule.roles == role].tolist()) for role in (Role.CORE, Role.EXPLORE))
+    assert len(others) == pytest.approx(len(schedule) / 20, abs=1) and not core & others
+    audits = int((schedule.roles == Role.AUDIT).sum())
+    assert (audits > 0) == (recipe == "grace")  # they are there to be measured
+
+
+@pytest.mark.parametrize("objective", ["rs2", "uniform"])
+def test_a_random_objective_stays_random(objective: str) -> None:
+    assert not made(20, recipe="prior", selection=SelectionConfig(objective=objective)).roles.any()
