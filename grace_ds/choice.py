@@ -38,7 +38,7 @@ def choose(p: Pipeline, x: Inputs, start: int, s: Signals, edges: Neighbours | N
     allowed = ~np.isin(s.ids, p.exclude)
     k = max(1, round(p.config.budget * len(s.ids)))
     # The few influences of a fresh model's first steps mislead; those of an interval do not.
-    level = "prior" if gradients and (x.step < p.config.learning or not (known or c.loss_tilt)) else decision.level
+    level = "prior" if gradients and x.step < p.config.learning else decision.level
     log_p = log_probability(level, s, c.loss_tilt)
     labels = p.sources(s.ids) if p.sources is not None else None
     coreset = draw(p, x, s.ids, log_p, k, edges, labels)
@@ -115,14 +115,14 @@ class Seen:
 
 def judge(config: GraceConfig, x: Inputs, s: Signals, seen: Seen | None) -> Decision:
     """What this schedule may use: the recipe, or less where the guard says so."""
-    share = effective_share(log_probability("prior" if config.most == "grace" else config.most, s, False))
+    share = effective_share(log_probability("prior" if config.recipe == "grace" else config.recipe, s, False))
     if not config.guard.enabled:
-        return Decision(config.most, "the guard is off", numbers={"effective_share": share})
+        return Decision(config.recipe, "the guard is off", numbers={"effective_share": share})
     # Copies alone do not tell clean from dirty: they are worth thinning out in either.
-    filters = config.most in ("grace", "prior") and np.isfinite(s.keep).any()
-    clean_share = config.guard.clean_share if filters or config.most == "uniform" else float("inf")
+    filters = config.recipe in ("grace", "prior") and np.isfinite(s.keep).any()
+    clean_share = config.guard.clean_share if filters or config.recipe == "uniform" else float("inf")
     found = contrast(seen.core, seen.audit, config.guard.confidence, config.seed + x.version) if seen is not None else None
-    return decide(config.most, x.version, share, clean_share, found, x.decision)
+    return decide(config.recipe, x.version, share, clean_share, found, x.decision)
 
 
 def log_probability(level: str, s: Signals, loss_tilt: bool) -> Array:

@@ -49,7 +49,7 @@ def _portrait(config: GraceConfig, s: Signals, schedule: Schedule, chart: Callab
     used = schedule.meta["objective"] != "uniform"
     level = str(schedule.meta.get("drawn_by") or schedule.meta["guard"]["level"])
     if level == "uniform" and config.recipe != "uniform":
-        level = "prior" if config.most == "grace" else config.most  # what the guard looked at
+        level = "prior" if config.recipe == "grace" else config.recipe  # what the guard looked at
     log_p = log_probability(level, s, config.selection.loss_tilt)
     core = np.isin(s.ids, schedule.ids[schedule.roles == Role.CORE])
     values = {

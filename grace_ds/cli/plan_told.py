@@ -106,8 +106,8 @@ def _changes(sizes: Sizes, config: GraceConfig) -> list[tuple[str, Change | None
         return change
 
     rows: list[tuple[str, Change | None]] = [("as asked", None)]
-    rows += [(f"recipe {name}", recipe(name)) for name in ("density", "prior", "grace") if name != config.most]
-    if not (config.graph.residuals and config.most == "grace"):
+    rows += [(f"recipe {name}", recipe(name)) for name in ("density", "prior", "grace") if name != config.recipe]
+    if not (config.graph.residuals and config.recipe == "grace"):
         rows.append(("recipe grace, graph.residuals", graph))
     if plan(sizes, config).builds:
         rows += [(f"tier {name}", tier(name)) for name in ("exact", "clustered")]

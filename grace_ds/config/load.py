@@ -178,7 +178,7 @@ def _validate_combinations(c: GraceConfig, path: str) -> None:
     if c.selection.explore + c.selection.audit >= 1:
         total = c.selection.explore + c.selection.audit
         raise ConfigError(f"{path}.selection: explore + audit = {total:g} leaves no slot for the coreset; keep it below 1")
-    if c.most in ("grace", "prior", "density") and not c.features.enabled and c.replay is None:
+    if c.recipe in ("grace", "prior", "density") and not c.features.enabled and c.replay is None:
         needs = "only recipe: uniform does without content features"
         raise ConfigError(f"{path}.recipe = {c.recipe!r} with features.enabled: false; {needs}, or turn them on")
     if c.selection.objective == "facility_location" and not c.features.enabled:

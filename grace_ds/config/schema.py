@@ -11,7 +11,7 @@ from typing import Any
 
 MODES = ("train", "shadow")
 TRANSPORTS = ("auto", "mpi", "torch", "local")
-RECIPES = ("auto", "grace", "prior", "density", "uniform")  # each uses everything that those after it use
+RECIPES = ("grace", "prior", "density", "uniform")  # each uses everything that those after it use
 WEIGHTS = ("none", "inverse_probability")
 SHARES = ("keep", "floor", "free")
 OBJECTIVES = ("sample", "facility_location", "topk", "rs2", "uniform")
@@ -111,7 +111,7 @@ class GraceConfig:
     """The block ``data_efficiency.data_sampling.grace`` of a DeepSpeed config (alias: top-level ``grace_ds``)."""
 
     enabled: bool = True  # false: an exact pass-through
-    recipe: str = "auto"  # auto | grace | prior | density | uniform: the most that selection may use; auto: grace where it can
+    recipe: str = "prior"  # grace | prior | density | uniform: the most that selection may use
     mode: str = "train"  # train | shadow: harvest, refresh and log, but leave the job's batches alone
     budget: float = 0.2  # share of the window that one coreset may hold
     window: int = 0  # samples in the rolling window; 0: so that a refresh harvests at least 5 % of it
@@ -149,14 +149,9 @@ class GraceConfig:
         return self.refresh.interval_steps if self.start_step < 0 else 0
 
     @property
-    def most(self) -> str:
-        """The most that a decision of this run may use: grace | prior | density | uniform."""
-        return "grace" if self.recipe == "auto" else self.recipe
-
-    @property
     def uses_gradients(self) -> bool:
         """Whether any decision of this run asks for gradients."""
-        return self.most == "grace" and self.selection.objective not in ("uniform", "rs2")
+        return self.recipe == "grace" and self.selection.objective not in ("uniform", "rs2")
 
 
 Plain = dict[str, Any]

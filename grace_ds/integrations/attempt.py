@@ -17,7 +17,6 @@ from grace_ds.errors import GraceError, PeerFailed, PeerLost, TransportError, Tr
 from grace_ds.harvest import Harvester
 from grace_ds.integrations import cadence
 from grace_ds.integrations.lookout import Lookout
-from grace_ds.integrations.together import together
 from grace_ds.integrations.trust import TrustedProbe
 from grace_ds.integrations.verdict import Verdict
 from grace_ds.refresh import Outcome, refresh
@@ -118,7 +117,7 @@ class Refresher:
         wanted = self._wants_basis(x, interval) and cadence.basis_due(reference, x.version)
         if self.trust is not None and wanted:
             with during("trusted basis"):
-                basis, unit = self._fit(self.trust, x.version)
+                basis, unit = self.trust.fit(x.version, self.pipeline.pool.window_at(x.version))
             reference = {**reference, x.version: unit}
         rows, mean = x.rows, None
         if self.harvester is not None:
@@ -128,24 +127,6 @@ class Refresher:
         outcome = refresh(self.pipeline, x)
         outcome = dataclasses.replace(outcome, counts=self._of_all_ranks(outcome.counts))
         return Fresh(x, outcome, mean, basis)
-
-    def _fit(self, trust: TrustedProbe, version: int) -> tuple[TrustedBasis | None, float]:
-        """A trusted basis and the unit of influences along it.
-
-        Under ``recipe: auto`` a model that cannot be probed is one that nothing can be judged by: no basis, unit 0, which
-        stops the harvest and is tried again ever more rarely.
-        """
-        window = self.pipeline.pool.window_at(version)
-        if self.pipeline.config.recipe != "auto":
-            return trust.fit(version, window)
-        try:
-            return together(self.comm, lambda: trust.fit(version, window))
-        except (TransportError, PeerLost):
-            raise
-        except Exception as error:
-            message = "recipe: auto goes on without influences: no trusted basis %d (%s: %s)"
-            log.warning(message, version, type(error).__name__, error, exc_info=self.pipeline.config.debug)
-            return None, 0.0
 
     def _of_all_ranks(self, counts: dict[str, float]) -> dict[str, float]:
         """Counts added up over the ranks, with those of the harvest: rank 0 writes them down for everybody."""

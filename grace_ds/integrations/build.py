@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -62,13 +62,23 @@ def build_controller(
     if config.total_steps:
         repeats = check_repeats(config.total_steps, geometry.batch, config.budget, n, config.max_repeats)
         log.info("implied repeats of a chosen sample: %.2f", repeats)
-    config, sketcher = settled(config, engine)
     # Ranks that work on the same samples must agree on them, so that all take part in one refresh.
-    group = None if shares_model(engine) else engine.data_parallel_group
+    shared = shares_model(engine)
+    if (shared or is_pipeline(engine)) and config.replay is None and config.uses_gradients:
+        raise ConfigError(
+            "recipe: grace fits its trusted basis to layers that a rank sees whole; with tensor, sequence or pipeline "
+            "parallelism set recipe: prior, which needs no gradient"
+        )
+    group = None if shared else engine.data_parallel_group
     comm = choose(config.comm, dp_group=group, timeout=config.refresh.timeout_seconds)
     parts: Parts = together(comm, lambda: prepare(dataset, config, geometry, extras))
     pipeline = pipeline_of(comm, config, geometry, parts)
-    harvester = Harvester(sketcher.attach(), config.harvest) if sketcher is not None else None
+    harvester = None
+    if config.replay is None and config.uses_gradients:
+        layers = select_layers(engine.module, config.harvest.layers, config.harvest.exclude)
+        sketcher = Sketcher(layers, config.seed, config.harvest.dim, config.harvest.rank).attach()
+        harvester = Harvester(sketcher, config.harvest)
+        log.info("sketching %d layers: %s … %s", len(layers), layers[0].name, layers[-1].name)
     trust = None
     if harvester is not None and parts.trusted is not None:
         trust = TrustedProbe(
@@ -88,42 +98,6 @@ def build_controller(
     show = preview_of(dataset, config.features.tokens_key)
     verdict, call = Verdict(job_store(comm.size)), RollCall.open(os.environ)
     return Controller(config, geometry, pipeline, harvester, verdict, call, trust, monitor_of(engine), show)
-
-
-def settled(config: GraceConfig, engine: Any) -> tuple[GraceConfig, Sketcher | None]:
-    """The config with ``recipe: auto`` decided, and the sketcher of the model's layers, not attached yet.
-
-    The sketcher is None where nothing is harvested.  What is decided depends on the model and its parallelism alone, so
-    it is the same on every rank; ``auto`` stays where gradients can be had.
-
-    Raises:
-        ConfigError: gradients or layers are asked for by name, and cannot be had.
-    """
-    if config.replay is not None or not config.uses_gradients:
-        return config, None
-    try:
-        return config, sketcher_of(config, engine)
-    except ConfigError as error:
-        if config.recipe != "auto" or list(config.harvest.layers) != ["auto"]:
-            raise
-        log.info("recipe: auto is prior here: %s", error)
-        return replace(config, recipe="prior"), None
-
-
-def sketcher_of(config: GraceConfig, engine: Any) -> Sketcher:
-    """Of the layers that the config names.
-
-    Raises:
-        ConfigError: a rank sees parts of layers only, or there is none to sketch.
-    """
-    if shares_model(engine) or is_pipeline(engine):
-        raise ConfigError(
-            "recipe: grace fits its trusted basis to layers that a rank sees whole; with tensor, sequence or pipeline "
-            "parallelism set recipe: prior, which needs no gradient"
-        )
-    layers = select_layers(engine.module, config.harvest.layers, config.harvest.exclude)
-    log.info("recipe: %s sketches %d layers: %s … %s", config.recipe, len(layers), layers[0].name, layers[-1].name)
-    return Sketcher(layers, config.seed, config.harvest.dim, config.harvest.rank)
 
 
 @dataclass(frozen=True)
@@ -162,7 +136,7 @@ def prepare(dataset: Any, config: GraceConfig, geometry: Geometry, extras: Extra
     reader = None
     if config.features.enabled and config.replay is None and config.recipe != "uniform":
         reader = TokenReader(dataset, config.features.tokens_key, config.features.max_tokens)
-    trusted = trusted_set(dataset, reader, config, extras) if config.most in ("grace", "prior") else None
+    trusted = trusted_set(dataset, reader, config, extras) if config.recipe in ("grace", "prior") else None
     prior = None
     if trusted is not None and reader is not None:
         tokens = TokenReader(trusted, config.features.tokens_key, config.features.max_tokens).all()

@@ -193,8 +193,7 @@ def work(world: World, folder: str) -> dict[str, Any]:
     found["blend"] = consume(blend, settings(home / "run5"), 0, STEPS, 0)
     found["blend"]["wanted"] = blend.dataset_index[: STEPS * BATCH].tolist()
     found["blend"]["first"] = len(_one_epoch(blend.datasets[0]))
-    found["shadow"] = wrap(train, settings(None, mode="shadow", recipe="auto")) is train
-    found["recipe auto"] = job.feed.controller.config.recipe
+    found["shadow"] = wrap(train, settings(None, mode="shadow")) is train
     grace_ds.megatron.detach()
     found["refused"] = refusals(home, train)
     parallel_state.destroy_model_parallel()

@@ -54,7 +54,6 @@ def collate(items: list[dict[str, torch.Tensor]]) -> Batch:
 
 def ds_config() -> dict[str, Any]:
     grace = {
-        "recipe": "prior",
         "budget": 0.3,
         "guard": {"enabled": False},
         "refresh": {"interval_steps": 4, "cadence": "fixed", "timeout_seconds": 30},
@@ -321,9 +320,6 @@ def main() -> None:
         grace_ds.attach(engine, Corpus(), {"recipe": "grace"}, collate_fn=collate).detach()
     except ConfigError as error:
         record["recipe grace"] = str(error)
-    handle = grace_ds.attach(engine, Corpus(), {"enabled": True}, collate_fn=collate)
-    record["recipe auto"] = handle.config.recipe
-    handle.detach()
     if kind not in ("one", "in_order"):
         peers = TorchComm([list(range(dist.get_world_size()))], 30)
         record["sketches"] = sketches(kind, peers)

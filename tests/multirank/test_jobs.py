@@ -75,12 +75,6 @@ def jobs(folder: Path) -> dict[str, Any]:
     prior = grace(recipe="prior", trusted=str(trusted))
     out["prior"] = {"steps": 10, "grace": prior, "validation": {"n": 32, "salt": 7}}  # shares nothing with the trusted set
     out["opened"] = {"steps": 10, "grace": {**prior, "start_step": -1, "run_dir": str(folder / "opened")}}
-    auto = {key: value for key, value in prior.items() if key != "selection"} | {"recipe": "auto"}
-    out["auto"] = {"steps": 14, "grace": auto}
-    out["auto_outside"] = {"steps": 14, "outside": True, "grace": {**auto, "run_dir": str(folder / "auto_outside")}}
-    broken = {"module": "grace_ds.integrations.trust", "name": "whiten", "rank": 1, "after": 0}
-    out["auto_fault"] = {"steps": 14, "fault": broken, "grace": {**auto, "run_dir": str(folder / "auto_fault")}}
-    out["grace_outside"] = {"steps": 14, "outside": True, "grace": {**auto, "recipe": "grace"}}
     out["clean_plain"] = {"steps": 10, "clean": True, "via": "deepspeed"}
     # The guard as it is by default, of a corpus in which there is nothing to leave out.
     watched = grace(guard={}, trusted=str(clean), run_dir=str(folder / "clean"))
@@ -286,31 +280,6 @@ def test_recipe_prior_hooks_and_harvests_nothing(records: Records) -> None:
         assert {level for _, level in rank["levels"]} == {"prior"}
     assert stream(records["prior"]) != stream(records["uniform_recipe"])
     assert records["uniform_recipe"][0]["layer_hooks"] == records["plain"][0]["layer_hooks"]
-
-
-def test_recipe_auto_goes_by_gradients_where_it_can(records: Records) -> None:
-    (a, b) = records["auto"]
-    assert a["layer_hooks"] == records["base"][0]["layer_hooks"]
-    assert a["reference"] == b["reference"] and any(a["reference"].values())
-    assert a["table"] and a["align"] > 0
-
-
-@pytest.mark.parametrize("name", ["auto_outside", "auto_fault"])
-def test_recipe_auto_goes_on_by_content_where_the_model_cannot_be_probed(records: Records, folder: Path, name: str) -> None:
-    (a, b) = records[name]
-    assert a["metrics"]["refresh_failures"] == b["metrics"]["refresh_failures"] == 0
-    assert a["schedules"] == b["schedules"] and a["reference"] == b["reference"]
-    failed = sorted(a["reference"].items(), key=lambda entry: int(entry[0]))[0]
-    assert failed[1] == 0.0
-    blind = [s for s in load_book(folder / name / "schedules").schedules if s.version == int(failed[0])]
-    assert [s.meta["drawn_by"] for s in blind] == ["prior"]
-
-
-def test_a_probe_that_fails_on_every_look_is_tried_ever_more_rarely_and_harvests_nothing(records: Records) -> None:
-    for rank in records["auto_outside"]:
-        assert rank["reference"] and not any(rank["reference"].values()) and rank["table"] == {}
-        assert len(rank["reference"]) < rank["metrics"]["refreshes"] - 1
-    assert all(rank["metrics"]["refresh_failures"] > 0 for rank in records["grace_outside"])  # asked for, and missing
 
 
 def test_by_default_a_run_opens_on_the_pool_as_it_is_and_chooses_after_one_interval(records: Records, folder: Path) -> None:

@@ -81,10 +81,6 @@ def test_megatron_shadow_leaves_the_dataset_alone(ranks):
     assert ranks[0]["shadow"]
 
 
-def test_megatron_goes_by_content_where_no_recipe_is_asked_for(ranks):
-    assert {rank["recipe auto"] for rank in ranks} == {"prior"}
-
-
 def test_megatron_refusals_say_why(ranks):
     for rank in ranks:
         said = rank["refused"]

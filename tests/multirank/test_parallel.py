@@ -84,10 +84,5 @@ def test_megatron_like_layouts_refuse_the_recipe_that_needs_whole_layers(records
         assert all(("set recipe: prior" in rank.get("recipe grace", "")) == (kind in ("ulysses", "pipeline")) for rank in ranks)
 
 
-def test_megatron_like_layouts_go_by_content_where_nothing_is_asked_for(records):
-    for kind, ranks in records.items():
-        assert {rank["recipe auto"] for rank in ranks} == {"prior" if kind in ("ulysses", "pipeline") else "auto"}
-
-
 def test_megatron_like_pipeline_refuses_data_of_its_own(records):
     assert all("data of its own" in rank["own data"] for rank in records["pipeline"])

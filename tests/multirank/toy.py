@@ -47,14 +47,14 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Embedding, blocks with a causal mean between them, head; returns the mean cross-entropy (``reduction`` none: each token's).
+    """Embedding, blocks with a causal mean between them, head; returns the mean cross-entropy.
 
     ``checkpointing``: none, reentrant, nonreentrant, or deepspeed (which the script must have configured).
     """
 
-    def __init__(self, checkpointing: str = "none", width: int = 32, reduction: str = "mean") -> None:
+    def __init__(self, checkpointing: str = "none", width: int = 32) -> None:
         super().__init__()
-        self.checkpointing, self.reduction = checkpointing, reduction
+        self.checkpointing = checkpointing
         self.embed = nn.Embedding(VOCAB, width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(4))
         self.head = nn.Linear(width, VOCAB, bias=False)
@@ -65,7 +65,7 @@ class Model(nn.Module):
         x = x.cumsum(1) / torch.arange(1, x.shape[1] + 1, dtype=x.dtype, device=x.device)[:, None]
         for block in self.blocks:
             x = self._run(block, x)
-        return F.cross_entropy(self.head(x).float().flatten(0, 1), ids[:, 1:].flatten(), reduction=self.reduction)
+        return F.cross_entropy(self.head(x).float().flatten(0, 1), ids[:, 1:].flatten())
 
     def _run(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
         if self.checkpointing == "none" or not self.training:

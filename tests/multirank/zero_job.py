@@ -150,7 +150,7 @@ def main() -> None:
 def run(spec: dict[str, Any], rank: int) -> dict[str, Any]:
     torch.manual_seed(0)
     undo, undo_harm = break_stage(spec, rank), find_harm(spec)
-    model = Model(spec.get("checkpointing", "none"), reduction="none" if spec.get("outside") else "mean")
+    model = Model(spec.get("checkpointing", "none"))
     if model.checkpointing == "deepspeed":
         deepspeed.checkpointing.configure(None)
     data = Corpus(spec.get("samples", SAMPLES), clean=spec.get("clean", False), bare=spec.get("bare", False))
@@ -277,7 +277,7 @@ def train(spec: dict[str, Any], engine: Any, loader: Any) -> dict[str, Any]:
                 engine(torch.utils.data.default_collate([extra[i] for i in range(4)]))
         if spec.get("clone"):  # as a move to a device does
             batch = {key: value.clone() for key, value in batch.items()}
-        loss = engine(batch).mean()  # of the model's own mean, or of its tokens' losses (``outside``)
+        loss = engine(batch)
         ids = batch.get("sid", batch["input_ids"][:, 0]).flatten().tolist()
         if spec.get("weights"):
             weighed[-1] += [[i, w] for i, w in zip(ids, grace_ds.sample_weights(engine).tolist(), strict=True)]

@@ -230,8 +230,8 @@ def wrap(
     if not grace.enabled:
         job.wrapped = True
         return train_ds
+    refuse(grace)
     _speak_up()
-    settle(grace)
     refuse_lonely(dist.get_world_size() if dist.is_initialized() else 1, os.environ)
     facts = facts_of(consumed_samples, micro_batch_size, global_batch_size, num_workers, lag)
     # The first schedule is used until the second takes over, ``lag`` steps after it is made.
@@ -266,11 +266,8 @@ def _speak_up() -> None:
     log.setLevel(logging.WARNING if dist.is_initialized() and dist.get_rank() else logging.INFO)
 
 
-def settle(config: GraceConfig) -> None:
-    """Makes ``recipe: auto`` the most that works in a Megatron job; raises a ConfigError for what does not."""
-    if config.recipe == "auto":
-        config.recipe = "prior"
-        log.info("recipe: auto is prior in a Megatron job")
+def refuse(config: GraceConfig) -> None:
+    """Raises a ConfigError for what does not work in a Megatron job."""
     if config.recipe == "grace":
         raise ConfigError(
             "recipe: grace cannot run in a Megatron job yet: influence needs the second moments of whole layers, and those of a "
