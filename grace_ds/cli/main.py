@@ -48,7 +48,8 @@ def parser() -> argparse.ArgumentParser:
         help="which samples stood in a global batch, and why",
         description="Reads the schedules that a run kept in its run_dir (or that a checkpoint holds) and prints the "
         "samples of one optimizer step: position in the run, id (index in the dataset), role (core: chosen; explore: from "
-        "outside of the coreset; audit: drawn uniformly), weight, version of the schedule. To be looked at after a spike of the loss.",
+        "outside of the coreset; audit: drawn uniformly), weight, version of the schedule. To be "
+        "looked at after a spike of the loss.",
         example="grace-ds trace runs/first --step 1200\ngrace-ds trace runs/first --step 1200 --json",
     )
     tracer.add_argument("where", help="a run_dir, its 'schedules' folder, or the grace_ds folder of a checkpoint")
