@@ -12,6 +12,7 @@ from rich.console import Console
 
 from benchmarks.record import Record
 from benchmarks.selection.arms import ARMS
+from benchmarks.selection.arms.ceiling import CEILINGS
 from benchmarks.selection.claims import claims
 from benchmarks.selection.corpora import STDLIB, CorpusSpec
 from benchmarks.selection.pools import GROUPS, SPECS, prepare_pool
@@ -24,7 +25,7 @@ from grace_ds.errors import GraceError
 ORDER = 1000  # added to the seed for the order of a further uniform run
 UNIFORM_STEPS = (400, 600, 800, 1000, 1300, 1600)
 DEFAULT_ARMS = {
-    "crawl": tuple(ARMS),
+    "crawl": tuple(arm for arm in ARMS if arm not in CEILINGS),
     "natural": ("uniform", "rs2", "dedup_filter", "dsir", "prior", "grace", "guarded"),
     "dose": ("uniform", "oracle", "prior", "grace", "guarded"),
     "heldout": ("uniform", "oracle", "dedup_filter", "dsir", "density", "prior", "grace", "pseudo", "guarded"),

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.selection.arms.ceiling import CEILINGS
 from benchmarks.selection.arms.system import RECIPES
 from grace_ds.processes import end_group
 from grace_ds.quickstart.launch import environment
@@ -29,7 +30,8 @@ _ALONE = ("uniform", "static_random", "oracle", "infobatch", "trusted_upsample")
 TAIL = 30  # lines shown of a run that failed
 _LOOP = ("job", "ledger", "scoring", "sizes", "arms/base")  # what every run executes
 _FAMILIES: dict[str, tuple[str, ...]] = {
-    "arms/system": tuple(RECIPES),
+    "arms/system": (*RECIPES, *CEILINGS),
+    "arms/ceiling": CEILINGS,
     "arms/scored": ("loss_topk", "gradnorm_topk", "rho"),
     "arms/graph": ("facility", "d2", "density"),
     "arms/filters": ("dedup_filter", "dsir"),
@@ -101,7 +103,7 @@ def code_digest(arm: str) -> str:
     here, package = ROOT / "benchmarks" / "selection", ROOT / "grace_ds"
     paths = [here / f"{name}.py" for name in _sources(arm)]
     paths += [package / name for name in ("quickstart/model.py", "quickstart/train.py", "sketch/losses.py")]
-    if arm in RECIPES:
+    if arm in _FAMILIES["arms/system"]:
         paths += [p for p in package.rglob("*.py") if not {"cli", "quickstart"} & set(p.relative_to(package).parts)]
     elif arm not in _ALONE:
         paths += [p for part in ("features", "graph") for p in (package / part).rglob("*.py")]
@@ -113,8 +115,8 @@ def code_digest(arm: str) -> str:
 
 
 def _sources(arm: str) -> list[str]:
-    family = next((name for name, arms in _FAMILIES.items() if arm in arms), "arms/simple")
-    return [*_LOOP, family]
+    families = [name for name, arms in _FAMILIES.items() if arm in arms]
+    return [*_LOOP, *(families or ["arms/simple"])]
 
 
 def _meaning(source: str) -> bytes:

@@ -273,7 +273,7 @@ def test_the_code_digest_ignores_comments_and_docstrings_but_not_code() -> None:
     a = 'def f(x: int) -> int:\n    """One."""\n    return x + 1  # why\n'
     b = 'def f(x: int) -> int:\n    """Another."""\n\n    return x + 1\n'
     assert _meaning(a) == _meaning(b) != _meaning(b.replace("+ 1", "+ 2"))
-    assert code_digest("uniform") != code_digest("rho") and code_digest("rho") != code_digest("d2")
+    assert len({code_digest(arm) for arm in ("uniform", "rho", "d2", "prior", "prior_unique")}) == 5
 
 
 # -- for real ----------------------------------------------------------------------------------------------------------
@@ -302,6 +302,19 @@ def test_two_arms_run_end_to_end(trained: tuple[list[RunSpec], list[dict[str, An
     assert uniform["flops_selection"] == 0 < d2["flops_selection"] and uniform["flops_train"] == d2["flops_train"]
     assert uniform["cpu_selection"] < 0.05 * uniform["cpu_total"] and d2["cpu_selection"] > uniform["cpu_selection"]
     assert uniform["dev"] != d2["dev"]
+
+
+@pytest.mark.slow
+def test_the_ceiling_trains_on_unique_rows_alone_once_it_chooses(
+    trained: tuple[list[RunSpec], list[dict[str, Any]], Path], tmp_path: Path
+) -> None:
+    specs, results, _ = trained
+    (found,) = run_all(
+        [replace(specs[0], arm="prior_unique").stamped()], tmp_path, jobs=1, limit_seconds=100, say=lambda line: None
+    )
+    opening = 1 / specs[0].steps  # the pool as it is
+    assert 1 - opening <= found["kinds"]["unique"] and results[0]["kinds"]["unique"] < 1 - opening
+    assert found["told"]["metrics"]["version"] > 0
 
 
 @pytest.mark.slow
