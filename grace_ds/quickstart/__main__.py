@@ -8,7 +8,6 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -31,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace, debug: bool) -> int:
     console = Console(soft_wrap=not sys.stdout.isatty())
     # A terminated quickstart must end its launches as Ctrl-C does.
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return compare(args, console)
     except ArmFailed as error:
@@ -135,10 +134,6 @@ def _train_arguments(args: argparse.Namespace, arm: str, folder: Path) -> list[s
     if args.order_seed is not None:
         values += ["--order-seed", str(args.order_seed)]
     return [*values, "--grace"] if arm == "grace" else values
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ from benchmarks.selection.claims import claims
 from benchmarks.selection.equal_loss import EqualLoss, equal_loss_steps, joint_bound, ratios
 from benchmarks.selection.matrix import add_arguments, chosen_arms, pool_names, read_tried, run_specs
 from benchmarks.selection.report import PoolRuns, run_row, tables
-from benchmarks.selection.runs import RunSpec, _meaning, code_digest, finished, run_all, take_from
+from benchmarks.selection.runs import ROOT, RunSpec, _meaning, code_digest, finished, run_all, take_from
 from benchmarks.selection.store import Stored
+from grace_ds.commandline import INTERRUPTED
+from grace_ds.processes import end_group
 from tests.selection_pools import tiny_pool
 
 SPEC = RunSpec(pool="crawl", pool_folder="/a", pool_digest="d", arm="uniform", seed=0, order_seed=0, steps=400)
@@ -315,6 +319,48 @@ def test_the_ceiling_trains_on_unique_rows_alone_once_it_chooses(
     opening = 1 / specs[0].steps  # the pool as it is
     assert 1 - opening <= found["kinds"]["unique"] and results[0]["kinds"]["unique"] < 1 - opening
     assert found["told"]["metrics"]["version"] > 0
+
+
+@pytest.mark.slow
+def test_a_benchmark_that_is_terminated_leaves_no_run_behind(tmp_path: Path) -> None:
+    program = (
+        "import runpy, sys\nfrom pathlib import Path\nimport benchmarks.selection.matrix as matrix\n"
+        "from tests.selection_pools import tiny_pool\n"
+        "matrix.prepare = lambda args, name: tiny_pool(args.out)\n"  # a second, not a minute
+        "runpy.run_module('benchmarks', run_name='__main__')\n"
+    )
+    words = ["selection", "--pool", "crawl", "--arms", "rs2", "--seeds", "1", "--steps", "100000", "--out", str(tmp_path)]
+    command = [sys.executable, "-c", program, *words]
+    with (tmp_path / "said").open("wb") as out:
+        asked = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
+    try:
+        wait_for(lambda: len(runs_below(tmp_path)) == 2, 60)
+        asked.terminate()
+        assert asked.wait(30) == INTERRUPTED, (tmp_path / "said").read_text()
+        wait_for(lambda: not runs_below(tmp_path), 5)
+    finally:
+        for pid in (asked.pid, *runs_below(tmp_path)):
+            end_group(pid, signal.SIGKILL, 5)
+
+
+def runs_below(folder: Path) -> list[int]:
+    """The processes of runs whose results would go to ``folder``."""
+    told = {int(p.parent.name): read(p) for p in Path("/proc").glob("[0-9]*/cmdline")}
+    return [pid for pid, words in told.items() if b"benchmarks.selection.job" in words and bytes(folder) in words]
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # the process has ended
+        return b""
+
+
+def wait_for(holds: Callable[[], bool], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until, f"not within {seconds:g} s"
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
