@@ -178,6 +178,10 @@ def test_the_matrix_holds_every_arm_the_orders_and_the_lengths_once() -> None:
         )
     )
     assert all(s.code and s.versions for s in specs)
+    assert {s.lr for s in specs} == {5e-3}
+    for given, rate in (([], 2e-3), (["--lr", "1e-3"], 1e-3)):
+        large = parsed("--pool", "crawl", "--model", "4m", "--seeds", "1", *given)
+        assert {s.lr for s in run_specs(large, "crawl", pool)} == {rate}
     assert chosen_arms(parsed("--pool", "dose"))[0] == "uniform"
 
 
