@@ -94,7 +94,7 @@ class GuardConfig:
     """What stops a selection that does not help."""
 
     enabled: bool = True  # false: the recipe is used whatever comes of it
-    clean_share: float = 0.62  # effective share of the window from which content alone finds nothing worth leaving out
+    clean_share: float = 0.8  # effective share of the window from which content alone finds nothing worth leaving out
     confidence: float = 0.95  # of the bootstrap interval that core and audit samples are compared by
 
 

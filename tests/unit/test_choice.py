@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grace_ds.choice import choose
+from grace_ds.choice import choose, judge
 from grace_ds.comm.local import LocalComm
 from grace_ds.config.schema import GraceConfig, GuardConfig, RefreshConfig, SelectionConfig
 from grace_ds.features import ContentFeatures
 from grace_ds.order import SamplerOrder
 from grace_ds.pool import Pool
-from grace_ds.records import Role, Rows, Schedule
+from grace_ds.records import IntArray, Role, Rows, Schedule
 from grace_ds.schedule import Ledger
+from grace_ds.selection.prior import BigramPrior
 from grace_ds.signals import Inputs, Pipeline, Signals
 from grace_ds.table import Table
 
@@ -33,11 +34,15 @@ def made(step: int, **config: Any) -> Schedule:
     nobody = np.empty(0, np.int64)
     empty = ContentFeatures(nobody, np.empty(0, np.float32), None, None, None)
     p = Pipeline(LocalComm(5.0), c, Pool(N, 0, 0.2, INTERVAL, BATCH, 1), SamplerOrder(N), BATCH, lambda _: empty, nobody, nobody)
-    x = Inputs(Rows.empty(4), Table.empty(4), Ledger(), step, 1, step * BATCH, INTERVAL, {0: 0.3})
+    x = inputs(step)
     zero = np.zeros(N, np.float32)
     influence = np.where(HELPS, 0.0, -9.0).astype(np.float32)
     s = Signals(IDS, zero, influence, zero, np.where(READS_WELL, 1.0, 0.02).astype(np.float32), zero, zero)
     return choose(p, x, step * BATCH, s, None, None)
+
+
+def inputs(step: int) -> Inputs:
+    return Inputs(Rows.empty(4), Table.empty(4), Ledger(), step, 1, step * BATCH, INTERVAL, {0: 0.3})
 
 
 def shares(schedule: Schedule) -> tuple[float, float]:
@@ -81,3 +86,28 @@ def test_a_twentieth_of_the_slots_goes_to_what_the_coreset_leaves_out(recipe: st
 @pytest.mark.parametrize("objective", ["rs2", "uniform"])
 def test_a_random_objective_stays_random(objective: str) -> None:
     assert not made(20, recipe="prior", selection=SelectionConfig(objective=objective)).roles.any()
+
+
+@pytest.mark.parametrize(("junk", "level"), [(0.0, "uniform"), (0.25, "prior")])
+def test_by_default_the_guard_leaves_alone_what_is_like_the_trusted_set_and_no_quarter_of_junk(junk: float, level: str) -> None:
+    rng = np.random.default_rng(1)
+    table = rng.dirichlet(np.full(60, 0.1), 60)
+
+    def texts(n: int) -> IntArray:
+        """(n, 40): words that follow on one another as they mostly do."""
+        rows = rng.integers(60, size=(n, 40))
+        for at in range(1, 40):
+            rows[:, at] = (table.cumsum(1)[rows[:, at - 1]] > rng.random((n, 1))).argmax(1)
+        return rows
+
+    trusted, pool = texts(200), texts(N)
+    for row in pool[: round(junk * N)]:
+        rng.shuffle(row)
+    keep = BigramPrior.fit(*flat(trusted)).keep(*flat(pool)).astype(np.float32)
+    nothing, unknown = np.zeros(N, np.float32), np.full(N, np.nan, np.float32)
+    found = judge(GraceConfig(), inputs(0), Signals(IDS, unknown, unknown, nothing, keep, nothing, unknown), None)
+    assert found.level == level, found.reason
+
+
+def flat(rows: IntArray) -> tuple[IntArray, IntArray]:
+    return rows.reshape(-1), np.arange(len(rows) + 1) * rows.shape[1]

@@ -272,6 +272,6 @@ def test_the_blocks_of_the_system_arms_are_what_the_system_takes_and_differ() ->
     assert len({str(config) for config in told.values()}) == len(RECIPES)
     for name in RECIPES:
         config = block(name, v)
-        assert ("trusted" in config) == (name != "pseudo")
+        assert ("trusted" in config) == ("pseudo" not in name)
         assert config["refresh"] == {"interval_steps": 4, "cadence": "fixed"} and config["budget"] == 0.25
         assert config["total_steps"] == 20 and config["seed"] == v.plan.seed

@@ -24,9 +24,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "prior": {"recipe": "prior", "guard": {"enabled": False}},
     "grace": {"recipe": "grace", "guard": {"enabled": False}},
     "pseudo": {"recipe": "grace", "guard": {"enabled": False}},
+    "pseudo_prior": {"recipe": "prior", "guard": {"enabled": False}},
     "guarded": {},  # what a block without either key gets
 }
-WITHOUT_TRUSTED = ("pseudo",)
+WITHOUT_TRUSTED = ("pseudo", "pseudo_prior")
 
 
 def block(name: str, view: View) -> dict[str, Any]:
