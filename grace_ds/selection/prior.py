@@ -39,6 +39,7 @@ MAD_TO_DEVIATION = 1.4826
 STATISTICS = 5
 SCORE, DISTINCT = 0, 4  # statistics that are judged by
 SIDES = ((SCORE, -1), (DISTINCT, -1), (DISTINCT, 1))
+NOTHING = np.iinfo(np.int32).max  # fills a stretch up: tokens below it are sorted as int32
 STRETCH = 64  # tokens over which distinct ones are counted: a long text has ever fewer new ones
 CLIP = 6.0  # robust deviations at which a statistic saturates
 _LEFT = np.uint64(0x9E3779B97F4A7C15)
@@ -232,12 +233,17 @@ def _distinct(token: IntArray, row: IntArray, n: int) -> Float64Array:
         token, row: (m,) tokens and the sample of each, sample after sample.
     """
     sizes = np.bincount(row, minlength=n)
-    at = np.arange(len(row)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    stretch = np.cumsum(at % STRETCH == 0) - 1  # each sample begins one
-    key = np.sort((stretch << 32) | token)
-    first = np.ones(len(key))
-    first[1:] = np.diff(key) != 0
-    return _row_mean(first, row, n)  # sorting moves no token out of its sample
+    stretches = -(-sizes // STRETCH)
+    starts = (np.cumsum(stretches) - stretches) * STRETCH
+    at = np.arange(len(row)) + np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
+    kind = np.int32 if int(token.max(initial=0)) < NOTHING else np.int64
+    grid = np.full((int(stretches.sum()), STRETCH), np.iinfo(kind).max, kind)  # a stretch a row, the last of a sample filled up
+    grid.reshape(-1)[at] = token
+    grid.sort(axis=1)
+    distinct = (grid[:, 1:] != grid[:, :-1]).sum(1) + (grid[:, -1] != np.iinfo(kind).max)
+    total = np.bincount(np.repeat(np.arange(n), stretches), weights=distinct, minlength=n)
+    share: Float64Array = np.divide(total, sizes, out=np.full(n, -np.inf), where=sizes > 0)
+    return share
 
 
 def _row_mean(values: Float64Array, row: IntArray, n: int) -> Float64Array:
