@@ -10,8 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import pytest
 from grace_ds.schedule import load_book
 from tests.multirank.harness import RanksFailed, run_command
 from tests.multirank.launch import HARVESTING, Records, environment, free_port, refreshes, run_jobs, stream
+from tests.processes import living, wait_until
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(200)]
 
@@ -229,16 +228,6 @@ def test_a_script_that_does_not_exist_is_named(tmp_path: Path) -> None:
         assert "usage" in str(caught.value)
 
 
-def living(mark: str) -> dict[int, str]:
-    """Process id and command line of every process that has ``mark`` in its environment."""
-    found = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if mark.encode() in (process / "environ").read_bytes():
-                found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ")
-    return found
-
-
 def test_an_interrupt_of_grace_ds_run_leaves_no_process_behind(tmp_path: Path) -> None:
     config, mark = write_config(tmp_path / "on.json", GRACE), str(tmp_path)
     command = command_of("cli", tmp_path, config, "--steps", "1000", "--pause", "0.1")
@@ -255,10 +244,3 @@ def test_an_interrupt_of_grace_ds_run_leaves_no_process_behind(tmp_path: Path) -
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         child.wait()
-
-
-def wait_until(true: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.1)

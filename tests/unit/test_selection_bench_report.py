@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from benchmarks.selection.runs import ROOT, RunSpec, _meaning, code_digest, fini
 from benchmarks.selection.store import Stored
 from grace_ds.commandline import INTERRUPTED
 from grace_ds.processes import end_group
+from tests.processes import living, wait_until
 from tests.selection_pools import tiny_pool
 
 SPEC = RunSpec(pool="crawl", pool_folder="/a", pool_digest="d", arm="uniform", seed=0, order_seed=0, steps=400)
@@ -335,36 +336,21 @@ def test_a_benchmark_that_is_terminated_leaves_no_run_behind(tmp_path: Path) -> 
     )
     words = ["selection", "--pool", "crawl", "--arms", "rs2", "--seeds", "1", "--steps", "100000", "--out", str(tmp_path)]
     command = [sys.executable, "-c", program, *words]
+
+    def runs() -> list[int]:
+        return [pid for pid, said in living(str(tmp_path)).items() if "benchmarks.selection.job" in said]
+
     with (tmp_path / "said").open("wb") as out:
-        asked = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
+        env = {**os.environ, "STARTED_BY": str(tmp_path)}
+        asked = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True)
     try:
-        wait_for(lambda: len(runs_below(tmp_path)) == 2, 60)
+        wait_until(lambda: len(runs()) == 2, 60)
         asked.terminate()
         assert asked.wait(30) == INTERRUPTED, (tmp_path / "said").read_text()
-        wait_for(lambda: not runs_below(tmp_path), 5)
+        wait_until(lambda: not runs(), 5)
     finally:
-        for pid in (asked.pid, *runs_below(tmp_path)):
+        for pid in (asked.pid, *runs()):
             end_group(pid, signal.SIGKILL, 5)
-
-
-def runs_below(folder: Path) -> list[int]:
-    """The processes of runs whose results would go to ``folder``."""
-    told = {int(p.parent.name): read(p) for p in Path("/proc").glob("[0-9]*/cmdline")}
-    return [pid for pid, words in told.items() if b"benchmarks.selection.job" in words and bytes(folder) in words]
-
-
-def read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:  # the process has ended
-        return b""
-
-
-def wait_for(holds: Callable[[], bool], seconds: float) -> None:
-    until = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < until, f"not within {seconds:g} s"
-        time.sleep(0.1)
 
 
 @pytest.mark.slow

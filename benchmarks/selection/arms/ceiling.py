@@ -26,14 +26,8 @@ class PriorUnique(SystemArm):
 
     def begin(self, engine: Any) -> None:
         """Attaches the system with the rows to leave out in a file, as its config takes them."""
-        attach = self._attach
-
-        def told(engine: Any, dataset: Any, config: dict[str, Any] | None = None, **rest: Any) -> Any:
-            return attach(engine, dataset, config={**(config or {}), "selection": {"exclude": str(path)}}, **rest)
-
         with tempfile.TemporaryDirectory(prefix="ceiling-") as folder:
-            path = excluded(self.view, Path(folder))
-            self._attach = told
+            self.block["selection"] = {"exclude": str(excluded(self.view, Path(folder)))}
             super().begin(engine)
 
 

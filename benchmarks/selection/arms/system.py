@@ -62,6 +62,7 @@ class SystemArm(Arm):
     """Trains on what ``grace_ds.attach`` feeds.
 
     Attributes:
+        block: of the job's config, as the system is given it.
         step_flops: of the dearest step that was counted, training included; told by the training loop.
         harvested_steps: so far.
     """
@@ -74,14 +75,13 @@ class SystemArm(Arm):
         from grace_ds.integrations.deepspeed import attach
 
         self._attach = attach
+        self.block = block(self.name, view)
         self.step_flops = 0.0
         self.harvested_steps = 0
 
     def begin(self, engine: Any) -> None:
         """Attaches the system; its first schedule is made here."""
-        self.handle = self._attach(
-            engine, TokenRows(self.view.rows), config=block(self.name, self.view), sampler=job_sampler(self.view)
-        )
+        self.handle = self._attach(engine, TokenRows(self.view.rows), config=self.block, sampler=job_sampler(self.view))
         # No workers: their processes would take CPU seconds that nobody counts.
         self._batches = self._endless(self.handle.deepspeed_loader(num_local_io_workers=0))
         self._at_start = self._clocks()
@@ -132,7 +132,7 @@ class SystemArm(Arm):
         self.handle.detach()
         plain = {k: v for k, v in metrics.items() if isinstance(v, (int, float, str, list)) and k != "train_seconds"}
         told = {"harvested_steps": self.harvested_steps, "harvest_flops_a_step": harvest, "probe_samples": probes}
-        return {"block": block(self.name, self.view), "metrics": plain, "events": dict(metrics["events"]), **told}
+        return {"block": self.block, "metrics": plain, "events": dict(metrics["events"]), **told}
 
     def _plain_step_flops(self) -> float:
         """What the counter that counted the harvested steps says of a step without the system."""
