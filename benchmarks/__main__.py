@@ -13,17 +13,18 @@ from rich.console import Console
 from grace_ds.commandline import Parser, in_one_line, wants_debug
 from grace_ds.errors import ConfigError
 
-NAMES = ("harvest", "refresh", "graph", "quickstart", "greedy", "selection", "soak", "finetune", "plan")
+NAMES = ("harvest", "refresh", "graph", "quickstart", "greedy", "selection", "soak", "finetune", "plan", "gpu_check")
 EXAMPLES = {
     "harvest": "harvest --pairs 10 --models small",
     "refresh": "refresh --sizes 6250 12500",
     "graph": "graph --sizes 50000 --repeats 1",
     "quickstart": "quickstart --pools crawl --seeds 1",
     "greedy": "greedy --sizes 6250 --libraries",
-    "selection": "selection --pool crawl --arms prior --seeds 1",
+    "selection": "selection --pool crawl --arms content --seeds 1",
     "soak": "soak --refreshes 3 --minutes 2",
-    "finetune": "finetune --data train.jsonl --arms prior --seeds 1",
-    "plan": "plan --jobs prior",
+    "finetune": "finetune --data train.jsonl --arms content --seeds 1",
+    "plan": "plan --jobs content",
+    "gpu_check": "gpu_check --rows 2000 --device cpu",
 }
 
 

@@ -10,6 +10,7 @@ counted; ours measures its own, and that is counted. ``--full`` adds a whole ref
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import multiprocessing
 import os
@@ -24,9 +25,10 @@ from benchmarks.graph_rows import clustered_rows, moved_rows, peak_above, true_b
 from benchmarks.record import Claim, Record
 from grace_ds.comm.local import LocalComm
 from grace_ds.config.schema import GraphConfig
+from grace_ds.gather import Route
 from grace_ds.graph.build import knn
+from grace_ds.graph.kept import build_kept, follow
 from grace_ds.graph.plan import plan_graph
-from grace_ds.graph.repair import build_kept, repair
 from grace_ds.grid import on_grid
 from grace_ds.propagate import propagate
 from grace_ds.records import Array, FloatArray
@@ -172,10 +174,11 @@ def repair_on(n: int, width: int) -> dict[str, Any]:
     Y, _ = moved_rows(X, MOVED)
     kept = build_kept(comm, ids, X, config)
     started = time.process_time()
-    repaired = repair(comm, kept, ids, Y, config)
+    repaired = follow(comm, kept, ids, Y, config)
     middle = time.process_time()
     rebuilt = build_kept(comm, ids, Y, config)
     ended = time.process_time()
+    assert repaired is not None and rebuilt is not None
     sample, bar = true_bar(Y, K, QUERIES)
     recalls = [float(np.mean(g.neighbours().similarity[sample] >= bar - 1e-6)) for g in (repaired, rebuilt)]
     return {
@@ -185,22 +188,25 @@ def repair_on(n: int, width: int) -> dict[str, Any]:
         "ratio": (middle - started) / (ended - middle),
         "recall": recalls[0],
         "gap": recalls[1] - recalls[0],
-        "gave up": repaired.rebuilt,
+        "gave up": repaired.change == "built",
     }
 
 
 def full_refresh(n: int, width: int) -> dict[str, Any]:
     """Graph, propagation and choice for ``n`` rows that came as fp16, half of them harvested; one process."""
     X = clustered_rows(n, width).astype(np.float16)
-    draw, ids, comm = np.random.default_rng(0), np.arange(n), LocalComm(7200.0)
+    draw, ids, comm, config = np.random.default_rng(0), np.arange(n), LocalComm(7200.0), GraphConfig()
     with peak_above() as extra:
         wall, cpu = time.perf_counter(), time.process_time()
-        graph = knn(comm, ids, rows := on_grid(X.astype(np.float32)), ids, rows, GraphConfig())
+        graph = knn(comm, ids, rows := on_grid(X.astype(np.float32)), ids, rows, config)
         assert graph is not None
         built = time.perf_counter()
         values = np.where(draw.random((n, 1)) < 0.5, draw.standard_normal((n, 1)), np.nan).astype(np.float32)
         age = np.where(np.isnan(values[:, 0]), np.inf, 1.0)
-        spread = propagate(values, age, values[graph.ids], age[graph.ids], graph.similarity, shrink=1.0, decay=0.7)
+        route = Route.of(comm, graph.ids.reshape(-1), ids)
+        place = route.place.reshape(graph.ids.shape)
+        over = functools.partial(propagate, hops=config.hops, shrink=config.shrink, decay=config.decay)
+        spread = over(values, age, place, graph.similarity, route.exchange)
         carried = time.perf_counter()
         chosen = sample_without_replacement(ids, spread.values[:, 0].astype(np.float64), n // 5, 1, 1)
         done = time.perf_counter()

@@ -26,10 +26,10 @@ MIB = 2**20
 VOCAB = 2048
 # Refreshes of recipe grace come after half an interval and a whole one, then after every interval.
 JOBS: dict[str, dict[str, Any]] = {
-    "prior": {"ranks": 2, "rows": 20_000, "tokens": 65, "recipe": "prior"},
-    "prior, long rows": {"ranks": 1, "rows": 6_000, "tokens": 513, "batch": 8, "recipe": "prior", "window": 6_000},
+    "content": {"ranks": 2, "rows": 20_000, "tokens": 65, "recipe": "content"},
+    "content, long rows": {"ranks": 1, "rows": 6_000, "tokens": 513, "batch": 8, "recipe": "content", "window": 6_000},
     "grace": {"ranks": 1, "rows": 20_000, "tokens": 65, "recipe": "grace", "window": 20_000},
-    "grace, graph": {"ranks": 2, "rows": 50_000, "tokens": 65, "recipe": "grace", "window": 50_000, "residuals": True},
+    "grace, clusters": {"ranks": 2, "rows": 50_000, "tokens": 65, "recipe": "grace", "window": 50_000},
 }
 DEFAULTS = {"batch": 32, "width": 96, "layers": 4, "interval": 20, "refreshes": 3}
 MEMORY_GOAL, SECONDS_GOAL = 0.15, 2.0
@@ -138,7 +138,7 @@ def plan(job: dict[str, Any], step: float, item: float) -> dict[str, Any]:
     words = [word for key in keys for word in (f"--{key}", str(job[key]))]
     words += ["--samples", str(job["rows"]), "--hidden", str(job["width"]), "--vocab", str(VOCAB)]
     words += ["--steps", str(steps_of(job)), "--step-seconds", str(step), "--item-seconds", str(item), "--calibrate", "--json"]
-    words += ["--set", f"recipe={job['recipe']}", f"window={job['window']}", f"graph.residuals={job.get('residuals', False)}"]
+    words += ["--set", f"recipe={job['recipe']}", f"window={job['window']}"]
     command = [sys.executable, "-m", "grace_ds.cli.main", "plan", *words]
     if job["ranks"] > 1:
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(job["ranks"]), "--master-port", str(free_port())]
@@ -162,7 +162,6 @@ def launch(job: dict[str, Any], args: argparse.Namespace, folder: Path) -> list[
         "window": job["window"],
         "refresh": {"interval_steps": job["interval"], "cadence": "fixed"},
         "guard": {"enabled": False},
-        "graph": {"residuals": job.get("residuals", False)},
     }
     sizes = {key: job[key] for key in ("rows", "tokens", "width", "layers", "batch")}
     told = json.dumps({**sizes, "steps": steps_of(job) if job["refreshes"] >= 0 else 0, "grace": block})

@@ -19,7 +19,8 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.record import Claim, Record
-from grace_ds.quickstart.corpus import POOLS
+from grace_ds.quickstart.corpus import FORMAT, POOLS
+from grace_ds.quickstart.launch import LAUNCHERS
 
 ORDER = 1000  # added to the seed for the order of the second uniform run
 LEAST = 0.005  # nats: differences below this count as none
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pools", nargs="+", choices=POOLS, default=list(POOLS), help="which pools")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds: 0, 1, …")
     parser.add_argument("--steps", type=int, default=400, metavar="N", help="optimizer steps of a run")
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="auto", help="as for the quickstart")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks/quickstart"), help="where the runs are kept")
 
 
@@ -49,7 +51,8 @@ def run(args: argparse.Namespace, console: Console) -> Record:
     record.notes += [
         "delta: validation loss of GRACE minus uniform of the same seed, after the last step; below zero GRACE is better",
         "luck: uniform minus uniform in another order, same weights",
-        "overhead: harvest and refreshes, share of GRACE's training time; slower: GRACE's training time / uniform's",
+        "choosing: collecting gradients (harvest) and refreshes, share of GRACE's training time; slower: GRACE's training time / "
+        "uniform's",
         "time to equal loss: GRACE's seconds, all cost in, until it reaches uniform's final loss / uniform's seconds; inf: never",
     ]
     record.hidden.append("runs")
@@ -69,6 +72,10 @@ def one_seed(args: argparse.Namespace, pool: str, seed: int, console: Console) -
         "grace": grace["val_loss"],
         "delta": both["delta"],
         "luck": other["uniform"]["val_loss"] - uniform["val_loss"],
+        "launcher": both["launcher"],
+        "transport": grace["transport"],
+        "sources": both["sources"],
+        "choosing_share": grace["choosing_share"],
         "harvest_overhead": grace["harvest_overhead"],
         "refresh_overhead": grace["refresh_overhead"],
         "slower": grace["train_seconds"] / uniform["train_seconds"],
@@ -82,15 +89,16 @@ def launch(args: argparse.Namespace, pool: str, seed: int, order: int, arms: str
     """The summary of one quickstart; runs it unless it is there with the same settings."""
     out = args.runs / f"{pool}-{seed}-{order}"
     options = ["--pool", pool, "--steps", str(args.steps), "--seed", str(seed), "--order-seed", str(order), "--arms", arms]
-    stamp, done = out / "options.json", out / "summary.json"
-    if not (done.exists() and stamp.exists() and json.loads(stamp.read_text()) == options):
+    options += ["--launcher", args.launcher]
+    stamp, done, settings = out / "options.json", out / "summary.json", {"options": options, "data": FORMAT}
+    if not (done.exists() and stamp.exists() and json.loads(stamp.read_text()) == settings):
         stamp.unlink(missing_ok=True)
         command = [sys.executable, "-m", "grace_ds.quickstart", "--out", str(out), *options]
         ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         if ended.returncode:
             console.print(ended.stdout, markup=False, highlight=False)
             raise SystemExit(f"{' '.join(command)} ended with {ended.returncode}")
-        stamp.write_text(json.dumps(options))
+        stamp.write_text(json.dumps(settings))
     result: dict[str, Any] = json.loads(done.read_text())
     return result
 
@@ -119,6 +127,7 @@ def summary(pool: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "± s.e.": standard_error(deltas),
         "worst": max(deltas),
         "luck, r.m.s.": float(np.sqrt(np.mean(np.square(luck)))),
+        "choosing": float(np.median([r["choosing_share"] for r in rows])),
         "harvest": float(np.median([r["harvest_overhead"] for r in rows])),
         "refresh": float(np.median([r["refresh_overhead"] for r in rows])),
         "slower": float(np.median([r["slower"] for r in rows])),

@@ -102,8 +102,6 @@ def build() -> tuple[Any, Any]:
         "budget": 0.3,
         "start_step": 0,
         "window": 3000,
-        "graph": {"residuals": True},
-        "selection": {"loss_tilt": True},  # harvested from the first step on, whatever the influences are worth
         "guard": {"enabled": False},  # it may find the pool clean, and then nothing is harvested
         "refresh": {"interval_steps": INTERVAL, "cadence": "fixed", "timeout_seconds": 120},
     }

@@ -8,45 +8,52 @@ from typing import Any
 
 import numpy as np
 
-from grace_ds.config.schema import GraceConfig
+from grace_ds.config.schema import LEAST_COLLECTED, GraceConfig
+from grace_ds.influence import enough_labels
 from grace_ds.propagate import priority
-from grace_ds.records import Array, Coreset, FloatArray, IntArray, Neighbours, Role, Schedule
+from grace_ds.recipes import Recipe, log_importance, recipe
+from grace_ds.records import Array, Coreset, FloatArray, IntArray, Neighbours, Role, Schedule, Signals
 from grace_ds.schedule import compose
 from grace_ds.selection.guard import Decision, contrast, decide, effective_share
-from grace_ds.selection.limits import CUT, SOFTNESS
 from grace_ds.selection.objectives import select
-from grace_ds.selection.probability import LOSS_BASE, combine, rank01, soft_pass
 from grace_ds.selection.sample import gumbel
 from grace_ds.selection.shares import by_source
-from grace_ds.signals import Inputs, Pipeline, Signals
+from grace_ds.signals import Estimate, Inputs, Pipeline, active_parts
 
+ANCHOR_SHARE = 1 / 32  # of the window: anchors from which scores reach the other samples over a few hops
 SOURCES_TOLD = 64  # in a schedule's own account
 _AUDIT_SALT = 0x5EED_A0D1  # keeps the audit draw apart from the coreset's
 
 
-def choose(p: Pipeline, x: Inputs, start: int, s: Signals, edges: Neighbours | None, seen: Seen | None) -> Schedule:
-    """The coreset and its order, on root."""
-    decision = judge(p.config, x, s, seen)
+def choose(p: Pipeline, x: Inputs, start: int, e: Estimate, s: Signals, edges: Neighbours | None, seen: Seen | None) -> Schedule:
+    """The coreset and its order, on root.
+
+    Args:
+        e: root's own, for what it tells of all ranks.
+        s: of all ranks.
+    """
+    decision = judge(p, x, s, seen)
     known = int(np.isfinite(s.align).sum())
     told = {"guard": decision.meta(), "known_loss": int(np.isfinite(s.loss).sum()), "known_align": known}
+    if p.config.collects:
+        told |= {"labels": e.labels, "explained": e.explained, "collect_every": collect_every(p, x, e, len(s.ids))}
     # A run opens on the pool as it is: the varied and repetitive text that a filter leaves out helps a fresh model off its
     # first plateau.
     if decision.level == "uniform" or x.step < p.config.opening:
         return uniform_schedule(p, x, start, told)
     c = p.config.selection
-    gradients = decision.level == "grace" and p.config.uses_gradients
+    whole = decision.level == p.recipe.name
+    parts = weighed_by(p, x, decision)
     allowed = ~np.isin(s.ids, p.exclude)
     k = max(1, round(p.config.budget * len(s.ids)))
-    # The few influences of a fresh model's first steps mislead; those of an interval do not.
-    level = "prior" if gradients and x.step < p.config.learning else decision.level
-    log_p = log_probability(level, s, c.loss_tilt)
+    log_p = log_importance(recipe(decision.level), s, parts)
     labels = p.sources(s.ids) if p.sources is not None else None
     coreset = draw(p, x, s.ids, log_p, k, edges, labels)
     length = (x.interval + slack(p.config, x.interval)) * p.batch
     outside = allowed & ~np.isin(s.ids, coreset.ids)
-    # Audit slots pay only where gradients are harvested to look at them.  Exploration pays in any case: a few samples of what
+    # Audit slots pay only where gradients are collected to look at them.  Exploration pays in any case: a few samples of what
     # the filter leaves out are worth more than as many more of what it keeps, wherever it leaves out what the job is for.
-    audits = round(c.audit * length) if gradients else 0
+    audits = round(c.audit * length) if whole and p.config.collects else 0
     explores = round(c.explore * length) if c.objective not in ("uniform", "rs2") else 0
     audit = _draw_audit(p, x, s.ids[allowed], audits)
     wanted = priority(s.staleness, s.disagreement)
@@ -60,7 +67,8 @@ def choose(p: Pipeline, x: Inputs, start: int, s: Signals, edges: Neighbours | N
         "coreset": len(coreset.ids),
         "decided_at_step": x.step,
         "next_refresh_step": x.step + x.interval,
-        "drawn_by": level,
+        "drawn_by": decision.level,
+        "parts": sorted(parts),
         "effective_share": effective_share(log_p),
         **told,
     }
@@ -113,46 +121,50 @@ class Seen:
     audit: FloatArray
 
 
-def judge(config: GraceConfig, x: Inputs, s: Signals, seen: Seen | None) -> Decision:
+def judge(p: Pipeline, x: Inputs, s: Signals, seen: Seen | None) -> Decision:
     """What this schedule may use: the recipe, or less where the guard says so."""
-    share = effective_share(log_probability("prior" if config.recipe == "grace" else config.recipe, s, False))
+    config, most = p.config, p.recipe
+    share = effective_share(log_importance(content_of(most), s, frozenset()))
     if not config.guard.enabled:
-        return Decision(config.recipe, "the guard is off", numbers={"effective_share": share})
+        return Decision(most.name, "the guard is off", numbers={"effective_share": share})
     # Copies alone do not tell clean from dirty: they are worth thinning out in either.
-    filters = config.recipe in ("grace", "prior") and np.isfinite(s.keep).any()
-    clean_share = config.guard.clean_share if filters or config.recipe == "uniform" else float("inf")
+    filters = most.trusted and np.isfinite(s.keep).any()
+    clean_share = config.guard.clean_share if filters or not most.content else float("inf")
     found = contrast(seen.core, seen.audit, config.guard.confidence, config.seed + x.version) if seen is not None else None
-    return decide(config.recipe, x.version, share, clean_share, found, x.decision)
+    return decide(most.name, x.version, share, clean_share, found, x.decision)
 
 
-def log_probability(level: str, s: Signals, loss_tilt: bool) -> Array:
-    """(n,) float64 log of the unnormalised selection probability (design: the two tiers multiply)."""
-    if level == "uniform":
-        return np.zeros(len(s.ids))
-    return np.asarray(combine(*_parts(level, s, loss_tilt), n=len(s.ids)))
+def collect_every(p: Pipeline, x: Inputs, e: Estimate, window: int) -> int:
+    """Each how many optimizer steps one is to be collected until the next refresh: no more than the estimates need.
+
+    They need enough labels for what content predicts of an influence, and anchors for the graph to start from.
+    """
+    least = p.config.collect_every
+    if not e.labels or x.step < p.config.learning:
+        return least
+    most = max(least, p.config.refresh.interval_steps // LEAST_COLLECTED)
+    needed = max(enough_labels(e.explained), ANCHOR_SHARE * window)
+    return int(np.clip(x.collect_every * e.labels / needed, least, most)) if np.isfinite(needed) else least
 
 
-def factors(level: str, s: Signals, loss_tilt: bool) -> dict[str, Array]:
-    """Name → (n,) float64 factor; their product is the exponential of :func:`log_probability`."""
-    if level == "uniform":
-        return {}
-    keep, density, tilt, filtered = _parts(level, s, loss_tilt)
-    named = {
-        "keep": keep,
-        "copies": None if density is None else 1 / (1 + density.astype(np.float64)),
-        "loss": None if tilt is None else LOSS_BASE + tilt,
-        "influence": filtered,
-    }
-    return {name: factor for name, factor in named.items() if factor is not None}
+def content_of(most: Recipe) -> Recipe:
+    """What is left of a recipe without gradients and graph: the first that it falls back to and that uses neither."""
+    while most.uses and most.fallback is not None:
+        most = recipe(most.fallback)
+    return most
 
 
-def _parts(level: str, s: Signals, loss_tilt: bool) -> tuple[Array | None, Array | None, Array | None, Array | None]:
-    """Pass of the trusted filter, copies, rank of the loss, pass of the influence filter; None where a level has none."""
-    keep = s.keep if level != "density" and np.isfinite(s.keep).any() else None
-    grace = level == "grace"
-    tilt = rank01(s.loss) if grace and loss_tilt and np.isfinite(s.loss).any() else None
-    filtered = soft_pass(s.align, CUT, SOFTNESS) if grace and np.isfinite(s.align).any() else None
-    return keep, s.density, tilt, filtered
+def weighed_by(p: Pipeline, x: Inputs, decision: Decision) -> frozenset[str]:
+    """The parts of the recipe that the importance of a sample is made of, under a decision of the guard.
+
+    The few influences of a fresh model's first steps mislead, those of an interval do not.  Facility location sees to
+    diversity itself, so that dividing by the graph's density would count it twice.
+    """
+    if decision.level != p.recipe.name:
+        return frozenset()
+    early = {"gradients", "loss"} if x.step < p.config.learning else set()
+    twice = {"graph"} if p.config.selection.objective == "facility_location" else set()
+    return active_parts(p, x) - early - twice
 
 
 def slack(config: GraceConfig, interval: int) -> int:

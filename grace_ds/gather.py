@@ -1,7 +1,7 @@
 """Rows and values travel to the ranks that own their ids.
 
 Rows are harvested wherever a sample was trained on, and kept where its bucket lives (:mod:`grace_ds.buckets`).
-``gather_rows`` brings them home; ``fetch`` reads a value of any sample from its owner.
+``gather_rows`` brings them home; a :class:`Route` reads values of any samples from their owners.
 """
 
 from __future__ import annotations
@@ -17,24 +17,21 @@ from grace_ds.records import Array, IntArray, Rows
 
 
 @dataclass(frozen=True)
-class Dropped:
-    """Rows of this rank that were not sent to anyone.
+class Sent:
+    """What this rank has sent, and which of its rows it has dropped.
 
     Attributes:
+        bytes: handed to the exchange, those that stay on this rank included.
         out_of_range: id outside of the dataset: padding of an incomplete batch.
         not_finite: NaN or infinity in the sketch or its norm, as after an overflow of the loss scale.
     """
 
+    bytes: int
     out_of_range: int
     not_finite: int
 
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.out_of_range + self.not_finite
 
-
-def gather_rows(comm: Comm, rows: Rows, n_dataset: int) -> tuple[Rows, Dropped]:
+def gather_rows(comm: Comm, rows: Rows, n_dataset: int) -> tuple[Rows, Sent]:
     """Sends each row to the owner of its id.  Collective.
 
     Args:
@@ -43,11 +40,10 @@ def gather_rows(comm: Comm, rows: Rows, n_dataset: int) -> tuple[Rows, Dropped]:
 
     Returns:
         The rows that this rank owns, from all ranks: sorted by id, repeats kept (of equal ids by step, and of equal
-        steps by what the rows say, never by who harvested them); and what this rank has dropped.
+        steps by what the rows say, never by who harvested them); and what this rank has sent and dropped.
     """
     inside = (rows.ids >= 0) & (rows.ids < n_dataset)
     finite = np.isfinite(rows.sketch).all(axis=1) & np.isfinite(rows.norm)
-    dropped = Dropped(int((~inside).sum()), int((inside & ~finite).sum()))
     kept = np.flatnonzero(inside & finite)
     kind = _record(rows)
     packed = np.empty(len(kept), kind)
@@ -58,35 +54,63 @@ def gather_rows(comm: Comm, rows: Rows, n_dataset: int) -> tuple[Rows, Dropped]:
     # A sample that stands twice in a batch may come from two ranks with two rows (dropout), of which the table keeps the
     # last: which one that is must not depend on the number of ranks.
     back = back[np.lexsort([back[name] for name in ("align", "loss", "norm", "step", "ids")])]
-    return Rows(**{f.name: np.ascontiguousarray(back[f.name]) for f in fields(Rows)}), dropped
+    sent = Sent(packed.nbytes, int((~inside).sum()), int((inside & ~finite).sum()))
+    return Rows(**{f.name: np.ascontiguousarray(back[f.name]) for f in fields(Rows)}), sent
 
 
-def fetch(comm: Comm, ids_wanted: IntArray, ids_here: IntArray, values: Array, fill: float) -> Array:
-    """Reads values of arbitrary samples from their owners.  Collective: two exchanges.
+@dataclass(frozen=True)
+class Route:
+    """How values of some samples are read from their owners: worked out once, used as often as the values change.
 
-    Args:
-        ids_wanted: (q,) int64, any order, with repeats; negative ids are padding and get ``fill``.
-        ids_here: (n,) int64, sorted, unique; samples that this rank owns and has a value for.
-        values: (n, ...) their values; dtype and trailing axes the same on all ranks.
-        fill: value of samples that nobody has.
-
-    Returns:
-        (q, ...) in ``values``' dtype, aligned with ``ids_wanted``.
-
-    Raises:
-        DataError: ``ids_here`` is not sorted, not aligned with ``values``, or holds ids of another owner.
+    Attributes:
+        place: (q,) int64, where each wanted sample stands in what :meth:`exchange` returns.
+        comm: between the ranks.
+        asked: of each rank, positions among this rank's samples that it wants; -1 for one that is not here.
+        order: (u,) int64, of the answers in rank order, their places.
     """
-    if len(ids_here) != len(values) or (np.diff(ids_here) <= 0).any():
-        raise DataError(f"fetch needs sorted unique ids, a value each; got {len(ids_here)} ids, {len(values)} values")
-    if (owner_of(ids_here, comm.size) != comm.rank).any():
-        raise DataError(f"fetch: rank {comm.rank} of {comm.size} offers values of ids that it does not own")
-    unique, place = np.unique(np.asarray(ids_wanted, np.int64), return_inverse=True)
-    known = np.flatnonzero(unique >= 0)
-    asked, order = _by_owner(unique[known], owner_of(unique[known], comm.size), comm.size)
-    answers = [_look_up(ids, ids_here, values, fill) for ids in comm.exchange(asked)]
-    out = np.full((len(unique), *values.shape[1:]), fill, values.dtype)
-    out[known[order]] = np.concatenate(comm.exchange(answers))
-    return np.asarray(out[place])
+
+    comm: Comm
+    place: IntArray
+    asked: list[IntArray]
+    order: IntArray
+
+    @staticmethod
+    def of(comm: Comm, ids_wanted: IntArray, ids_here: IntArray) -> Route:
+        """Collective: one exchange.
+
+        Args:
+            ids_wanted: (q,) int64, any order, with repeats; negative ids are padding.
+            ids_here: (n,) int64, sorted, unique; samples that this rank owns and has values for.
+
+        Raises:
+            DataError: ``ids_here`` is not sorted, or holds ids of another owner.
+        """
+        if (np.diff(ids_here) <= 0).any():
+            raise DataError(f"a route needs sorted unique ids; got {len(ids_here)} ids in another order")
+        if (owner_of(ids_here, comm.size) != comm.rank).any():
+            raise DataError(f"rank {comm.rank} of {comm.size} offers values of ids that it does not own")
+        unique, place = np.unique(np.asarray(ids_wanted, np.int64), return_inverse=True)
+        padding = int(np.searchsorted(unique, 0))  # at most one entry is left after these: all of them become the last row
+        known = unique[padding:]
+        place = np.where(place < padding, len(known), place - padding)
+        parts, order = _by_owner(known, owner_of(known, comm.size), comm.size)
+        asked = [_positions(ids, ids_here) for ids in comm.exchange(parts)]
+        return Route(comm, place.astype(np.int64), asked, order)
+
+    def exchange(self, values: Array, fill: float = 0.0) -> Array:
+        """The values of the wanted samples, each once, and a last row of ``fill``.  Collective: one exchange.
+
+        Args:
+            values: (n, ...) of this rank's samples; dtype and trailing axes the same on all ranks.
+            fill: of samples that nobody has.
+
+        Returns:
+            (u + 1, ...) in ``values``' dtype, to be read at :attr:`place`.
+        """
+        answers = [_taken(values, at, fill) for at in self.asked]
+        out = np.full((len(self.order) + 1, *values.shape[1:]), fill, values.dtype)
+        out[self.order] = np.concatenate(self.comm.exchange(answers))
+        return out
 
 
 def _record(rows: Rows) -> np.dtype[np.void]:
@@ -107,10 +131,16 @@ def _by_owner(x: Array, owner: IntArray, world: int) -> tuple[list[Array], IntAr
     return np.split(x[order], cuts), order
 
 
-def _look_up(ids: IntArray, ids_here: IntArray, values: Array, fill: float) -> Array:
-    out = np.full((len(ids), *values.shape[1:]), fill, values.dtype)
-    if len(ids_here):
-        at = np.minimum(np.searchsorted(ids_here, ids), len(ids_here) - 1)
-        hit = ids_here[at] == ids
-        out[hit] = values[at[hit]]
+def _positions(ids: IntArray, ids_here: IntArray) -> IntArray:
+    """(q,) int64, where each of ``ids`` stands in ``ids_here``; -1 where it does not."""
+    if not len(ids_here):
+        return np.full(len(ids), -1, np.int64)
+    at = np.minimum(np.searchsorted(ids_here, ids), len(ids_here) - 1)
+    return np.where(ids_here[at] == ids, at, -1).astype(np.int64)
+
+
+def _taken(values: Array, at: IntArray, fill: float) -> Array:
+    out = np.full((len(at), *values.shape[1:]), fill, values.dtype)
+    hit = at >= 0
+    out[hit] = values[at[hit]]
     return out

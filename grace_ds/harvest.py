@@ -39,10 +39,6 @@ class Harvester:
         self._steps: list[int] = []
         self._sums: list[tuple[float, int]] = []
 
-    def wanted(self, step: int) -> bool:
-        """Whether the optimizer step with number ``step`` (from 1) is harvested."""
-        return step % self.config.every == 0
-
     def commit(self, bindings: Sequence[Binding], step: int, grad_scale: float, comm: Comm) -> None:
         """Keeps the rows of an optimizer step that was applied.
 

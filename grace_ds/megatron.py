@@ -46,7 +46,7 @@ def wrap(
     Args:
         train_ds: what the job's provider has built; None on a rank that has none.
         config: the grace block, or the path of a YAML file with it.  ``run_dir`` is where a resumed run finds its schedules;
-            ``recipe`` prior, density or uniform.
+            ``recipe`` content (which ``auto`` is here), density or uniform.
         consumed_samples: samples trained on so far; this and the three that follow default to Megatron-LM's arguments.
         micro_batch_size: samples of a micro-batch on one data-parallel rank.
         global_batch_size: samples of an optimizer step.

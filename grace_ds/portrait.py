@@ -6,16 +6,15 @@ Belongs to the refresh's own layer, beside :mod:`grace_ds.choice`; ``grace-ds re
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from grace_ds.chart import Places
-from grace_ds.choice import factors, log_probability
-from grace_ds.config.schema import GraceConfig
-from grace_ds.records import Array, IntArray, Role, Schedule
-from grace_ds.signals import Signals
+from grace_ds.choice import content_of
+from grace_ds.recipes import Factors, log_importance, recipe
+from grace_ds.records import Array, Role, Schedule, Signals
+from grace_ds.signals import Pipeline
 
 log = logging.getLogger("grace_ds")
 
@@ -24,9 +23,7 @@ GROUP = 40  # samples of each group
 _SALT = 0x9027
 
 
-def portrait(
-    config: GraceConfig, s: Signals, schedule: Schedule, chart: Callable[[IntArray], Places] | None = None
-) -> dict[str, Any] | None:
+def portrait(p: Pipeline, s: Signals, schedule: Schedule) -> dict[str, Any] | None:
     """A JSON-able account of how ``schedule`` came about; on root.  At most some hundred kilobytes, whatever the window.
 
     Nothing of the schedule depends on it: what goes wrong here is said in the log, and None is returned.
@@ -35,22 +32,24 @@ def portrait(
         ``version``, ``step``, ``level`` (whose probabilities these are), ``used`` (False where the order is uniform all the
         same), ``window`` (samples), ``histograms`` (name → ``edges``, ``window`` and ``core`` counts, ``unknown``) and
         ``samples``: ``id``, ``group`` (most, least, chosen, passed_over), ``chance`` relative to the most likely sample,
-        ``factors`` whose product it is, ``signals`` (null where unknown), ``role``.  With a ``chart`` also ``map``: where some
-        of the window's samples lie, ``ids``, ``x``, ``y``, ``explained``, ``chance``, ``influence``, ``chosen``.
+        ``factors`` whose product it is, ``signals`` (null where unknown), ``role``.  With ``p.chart`` also ``map``: where some
+        of the window's samples lie, ``ids``, ``x``, ``y``, ``explained``, ``chance``, ``influence``, ``loss``, ``crowding``,
+        ``chosen``.
     """
     try:
-        return _portrait(config, s, schedule, chart)
+        return _portrait(p, s, schedule)
     except Exception as error:  # the account must not cost a refresh
         log.warning("refresh %d: no account of it can be kept (%s: %s)", schedule.version, type(error).__name__, error)
         return None
 
 
-def _portrait(config: GraceConfig, s: Signals, schedule: Schedule, chart: Callable[[IntArray], Places] | None) -> dict[str, Any]:
+def _portrait(p: Pipeline, s: Signals, schedule: Schedule) -> dict[str, Any]:
     used = schedule.meta["objective"] != "uniform"
-    level = str(schedule.meta.get("drawn_by") or schedule.meta["guard"]["level"])
-    if level == "uniform" and config.recipe != "uniform":
-        level = "prior" if config.recipe == "grace" else config.recipe  # what the guard looked at
-    log_p = log_probability(level, s, config.selection.loss_tilt)
+    level = recipe(str(schedule.meta.get("drawn_by") or schedule.meta["guard"]["level"]))
+    if not level.content:  # a pause: what the guard looked at
+        level = content_of(p.recipe)
+    factors = level.factors(s, frozenset(schedule.meta.get("parts", ())))
+    log_p = log_importance(level, s, frozenset(schedule.meta.get("parts", ())))
     core = np.isin(s.ids, schedule.ids[schedule.roles == Role.CORE])
     values = {
         "keep": s.keep,
@@ -58,19 +57,20 @@ def _portrait(config: GraceConfig, s: Signals, schedule: Schedule, chart: Callab
         "chance": log_p / np.log(10),
         "loss": s.loss,
         "influence": s.align,
+        "crowding": s.crowding,
     }
     histograms = {name: _histogram(v, core) for name, v in values.items() if np.isfinite(v).any()}
     told = {
         "version": schedule.version,
         "step": schedule.meta["decided_at_step"],
-        "level": level,
+        "level": level.name,
         "used": used,
         "window": len(s.ids),
         "core": int(core.sum()),
         "histograms": histograms,
-        "samples": _samples(config, s, level, log_p, core, schedule),
+        "samples": _samples(p.config.seed, s, factors, log_p, core, schedule),
     }
-    return told if chart is None else {**told, "map": _map(chart(s.ids), s, log_p, core)}
+    return told if p.chart is None else {**told, "map": _map(p.chart(s.ids), s, log_p, core)}
 
 
 def _map(places: Places, s: Signals, log_p: Array, core: Array) -> dict[str, Any]:
@@ -83,6 +83,8 @@ def _map(places: Places, s: Signals, log_p: Array, core: Array) -> dict[str, Any
         "explained": [_number(v) for v in places.explained],
         "chance": [_number(v) for v in (log_p[at] - log_p.max()) / np.log(10)],
         "influence": [_number(v) for v in s.align[at]],
+        "loss": [_number(v) for v in s.loss[at]],
+        "crowding": [_number(v) for v in s.crowding[at]],
         "chosen": core[at].tolist(),
     }
 
@@ -101,9 +103,9 @@ def _histogram(values: Array, core: Array) -> dict[str, Any]:
     }
 
 
-def _samples(config: GraceConfig, s: Signals, level: str, log_p: Array, core: Array, schedule: Schedule) -> list[dict[str, Any]]:
+def _samples(seed: int, s: Signals, parts: Factors, log_p: Array, core: Array, schedule: Schedule) -> list[dict[str, Any]]:
     """The likeliest, the least likely, and draws from those that are in the schedule and those that are not."""
-    rng = np.random.Generator(np.random.Philox(key=[config.seed ^ _SALT, schedule.version]))
+    rng = np.random.Generator(np.random.Philox(key=[seed ^ _SALT, schedule.version]))
     # Many samples share the highest or the lowest chance: which of them are shown must not follow their ids.
     tie = rng.random(len(log_p)) * 1e-9
     count = min(GROUP, len(log_p))
@@ -113,7 +115,6 @@ def _samples(config: GraceConfig, s: Signals, level: str, log_p: Array, core: Ar
         "chosen": _draw(rng, np.flatnonzero(core)),
         "passed_over": _draw(rng, np.flatnonzero(~core)),
     }
-    parts = factors(level, s, config.selection.loss_tilt)
     best, out, met = float(log_p.max()), [], set()
     here = np.isin(schedule.ids, s.ids[np.unique(np.concatenate(list(groups.values())))])
     roles = dict(zip(schedule.ids[here].tolist(), schedule.roles[here].tolist(), strict=True))
@@ -129,7 +130,7 @@ def _samples(config: GraceConfig, s: Signals, level: str, log_p: Array, core: Ar
                     "group": group,
                     "chance": _number(np.exp(log_p[i] - best)),
                     "factors": {name: _number(v[i]) for name, v in parts.items()},
-                    "signals": {name: _number(getattr(s, name)[i]) for name in ("keep", "density", "loss", "align")},
+                    "signals": {name: _number(getattr(s, name)[i]) for name in ("keep", "density", "loss", "align", "crowding")},
                     "role": Role(role).name.lower() if role is not None else None,
                 }
             )

@@ -1,29 +1,38 @@
-"""Scores spread from harvested samples (anchors) to the others along the k-NN graph, and say how much they are worth.
+"""Scores spread from the samples that the job has measured (anchors) along the k-NN graph, and say how much they are worth.
 
-    value_i = (c_i v_i + sum_j w_ij c_j v_j) / (shrink + c_i + sum_j w_ij c_j),   w = max(cosine, 0)^4,   c = decay^age
+Every hop gives each sample a mean of what its neighbours believe, and a confidence in it:
 
-over the anchors j among i's neighbours.  It minimises, over v, the confidence-weighted squared distance to the row's own
-old value, to its neighbours' values and (by ``shrink``) to zero, the mean of a centred signal.  So one weak anchor does
-not carry its whole value over, and a sample that nothing is known of gets the mean.
+    mean_i = sum_j w_ij c_j mean_j / e_i,   e_i = sum_j w_ij c_j,   c_i = e_i / (shrink + e_i),   w = max(cosine, 0)^4
 
-Shapes: n = rows of this rank, k = neighbours, s = signals.  Pure functions of arrays; a row's result depends on that row
-only, bit for bit, however rows are spread over ranks.  Written on the array API (https://data-apis.org/array-api): NumPy,
-torch and CuPy arrays are taken alike, where they lie; all arrays of a call are of one library.
+where an anchor is held at its own value, with c = decay^age.  After the last hop
+
+    value_i = (c_i v_i + e_i mean_i) / (shrink + c_i + e_i)
+
+minimises, over the value, the confidence-weighted squared distance to the sample's own old value, to its neighbours' values
+and (by ``shrink``) to zero, the mean of a centred signal.  So one weak anchor does not carry its whole value over, a sample
+that nothing is known of gets the mean, and more than one hop reaches samples without an anchor among their neighbours.
+
+Shapes: n = rows of this rank, k = neighbours, s = signals.  Pure functions of arrays; a row's result depends on the rows that
+it is reached from only, bit for bit, however rows are spread over ranks.  Written on the array API
+(https://data-apis.org/array-api): NumPy, torch and CuPy arrays are taken alike, where they lie; all arrays of a call are of
+one library.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, device
 
 from grace_ds.errors import ConfigError, DataError
-from grace_ds.records import Array, FloatArray
+from grace_ds.records import Array, FloatArray, IntArray
 
 FloatRows = npt.NDArray[np.float64]
+Exchange = Callable[[Array], Array]
 LEAST_DISAGREEMENT = 1e-3  # of the largest: where neighbours agree, staleness alone still orders the re-scoring
 
 
@@ -33,57 +42,73 @@ class Propagated:
 
     Attributes:
         values: (n, s) float32, the centred signals; a fresh row's own values where it has them.
-        confidence: (n,) float32 in [0, 1), evidence / (shrink + evidence) of signal 0; 1 where its own value is fresh.
+        reached: (n,) bool, rows that got signal 0 or a later one from others.
         disagreement: (n,) float32, weighted standard deviation of signal 0 among the neighbours, in its unit; NaN where
             no neighbour has a value.
     """
 
     values: FloatArray
-    confidence: FloatArray
+    reached: Array
     disagreement: FloatArray
 
 
 def propagate(
     own: FloatArray,
     own_age: Array,
-    nbr_values: FloatArray,
-    nbr_age: Array,
+    place: IntArray,
     similarity: FloatArray,
+    exchange: Exchange,
+    *,
+    hops: int,
     shrink: float,
     decay: float,
 ) -> Propagated:
-    """Values of this rank's rows from their own old ones and from their neighbours'.
+    """Values of this rank's rows from their own old ones and, over some hops, from those of others.
 
     Args:
         own: (n, s) float32, centred signals; NaN where unknown.
-        own_age: (n,) float, refreshes since the row's harvest; 0 for this window's anchors, inf when never harvested.
-        nbr_values: (n, k, s) float32, the neighbours' centred signals; NaN where unknown, at padding too.
-        nbr_age: (n, k) float, the neighbours' ages in refreshes; anything at padding.
+        own_age: (n,) float, refreshes since the row was measured; 0 for this interval's anchors, inf where it never was.
+        place: (n, k) integers, where each neighbour stands in what ``exchange`` returns; a row of zeros at padding.
         similarity: (n, k) float32, cosines; -inf at padding.
+        exchange: (n, c) float64, facts of this rank's rows → (m, c) those of all neighbours.  Called once a hop; collective.
+        hops: 1 or more.
         shrink: evidence that counts as much as no evidence, above 0.
         decay: confidence kept per refresh of age, in (0, 1].
 
     Raises:
-        ConfigError: ``shrink`` or ``decay`` is out of range.
+        ConfigError: ``hops``, ``shrink`` or ``decay`` is out of range.
         DataError: the shapes do not fit together.
     """
-    _check(own, own_age, nbr_values, nbr_age, similarity, shrink, decay)
-    xp = array_namespace(own, nbr_values, similarity)
-    weight = confidence(nbr_age, decay) * _closeness(similarity)
+    _check(own, own_age, place, similarity, hops, shrink, decay)
+    xp = array_namespace(own, similarity)
+    weight = closeness(similarity)
     known = ~xp.isnan(own)
-    evidence = xp.where(known, confidence(own_age, decay)[:, None], 0.0)
-    total = evidence * _double(xp.where(known, own, 0.0))
-    # Neighbour by neighbour: a sum along an axis may be split differently for other shapes, this one cannot.
-    for j in range(similarity.shape[1]):
-        value, usable = _column(nbr_values, weight, j)
-        total += usable * value
-        evidence += usable
-    values = total / (shrink + evidence)
+    value = _double(xp.where(known, own, 0.0))
+    trust = xp.where(known, confidence(own_age, decay)[:, None], 0.0)
+    mean, sure = value, trust
+    for hop in range(hops):
+        facts = exchange(xp.concat([mean, sure], axis=1))
+        evidence, total = _around(facts, place, weight)
+        if hop + 1 < hops:
+            there = evidence > 0
+            mean = xp.where(known, value, xp.where(there, total / xp.where(there, evidence, 1.0), 0.0))
+            sure = xp.where(known, trust, evidence / (shrink + evidence))
+    values = (trust * value + total) / (shrink + trust + evidence)
     fresh = known & (_double(own_age) == 0)[:, None]
-    values = xp.where(fresh, _double(own), values)
-    sure = xp.where(fresh[:, 0], 1.0, evidence[:, 0] / (shrink + evidence[:, 0]))
-    disagreement = _spread(nbr_values[:, :, :1], weight)
-    return Propagated(*(xp.astype(x, xp.float32) for x in (values, sure, disagreement)))
+    values = xp.where(fresh, value, values)
+    reached = xp.any(evidence > 0, axis=1)
+    return Propagated(xp.astype(values, xp.float32), reached, xp.astype(_spread(facts, place, weight), xp.float32))
+
+
+def crowding(similarity: FloatArray) -> FloatArray:
+    """(n,) float32, density of the graph at each row: the sum over its (n, k) neighbours of max(cosine, 0)^4."""
+    xp = array_namespace(similarity)
+    weight = closeness(similarity)
+    total = xp.zeros_like(weight[:, 0])
+    for j in range(weight.shape[1]):  # in this order: a sum along an axis may be split differently for other shapes
+        total = total + weight[:, j]
+    result: FloatArray = xp.astype(total, xp.float32)
+    return result
 
 
 def priority(staleness: Array, disagreement: FloatArray) -> FloatRows:
@@ -131,7 +156,7 @@ def _largest(xp: Any, x: Array) -> float:
     return max(0.0, float(xp.max(x))) if x.shape[0] else 0.0
 
 
-def _closeness(similarity: FloatArray) -> FloatRows:
+def closeness(similarity: FloatArray) -> FloatRows:
     """max(cosine, 0) ** 4, by products: they round alike everywhere."""
     xp = array_namespace(similarity)
     cosine = _double(similarity)
@@ -140,45 +165,48 @@ def _closeness(similarity: FloatArray) -> FloatRows:
     return result
 
 
-def _column(nbr_values: FloatArray, weight: FloatRows, j: int) -> tuple[FloatRows, FloatRows]:
-    """Neighbour j's values and weights, both (n, s) float64; 0 and 0 where a value is unknown."""
-    xp = array_namespace(nbr_values)
-    value = _double(nbr_values[:, j, :])
-    unknown = xp.isnan(value)
-    return xp.where(unknown, 0.0, value), xp.where(unknown, 0.0, weight[:, j, None])
-
-
-def _spread(nbr_values: FloatArray, weight: FloatRows) -> FloatRows:
-    """(n,) weighted standard deviation over the neighbours of the one signal in ``nbr_values`` (n, k, 1)."""
-    xp = array_namespace(nbr_values)
-    evidence, total, squares = (xp.zeros_like(weight[:, :1]) for _ in range(3))
+def _around(facts: Array, place: IntArray, weight: FloatRows) -> tuple[FloatRows, FloatRows]:
+    """Evidence and weighted sum of the neighbours' means, both (n, s), from ``facts`` (m, 2 s): means, then confidences."""
+    xp = array_namespace(facts, weight)
+    s = facts.shape[1] // 2
+    evidence = xp.zeros((weight.shape[0], s), dtype=xp.float64, device=device(weight))
+    total = xp.zeros_like(evidence)
+    # Neighbour by neighbour: a sum along an axis may be split differently for other shapes, this one cannot.
     for j in range(weight.shape[1]):
-        value, usable = _column(nbr_values, weight, j)
-        evidence += usable
-        total += usable * value
+        nearby = facts[place[:, j], :]
+        usable = weight[:, j, None] * nearby[:, s:]
+        total = total + usable * nearby[:, :s]
+        evidence = evidence + usable
+    return evidence, total
+
+
+def _spread(facts: Array, place: IntArray, weight: FloatRows) -> FloatRows:
+    """(n,) weighted standard deviation of signal 0 over the neighbours; NaN where none has a value."""
+    xp = array_namespace(facts, weight)
+    s = facts.shape[1] // 2
+    first = xp.concat([facts[:, :1], facts[:, s : s + 1]], axis=1)
+    evidence, total = _around(first, place, weight)
     seen = evidence > 0
     mass = xp.where(seen, evidence, 1.0)
     mean = total / mass
+    squares = xp.zeros_like(evidence)
     for j in range(weight.shape[1]):
-        value, usable = _column(nbr_values, weight, j)
-        squares += usable * xp.square(value - mean)
+        nearby = first[place[:, j], :]
+        squares = squares + weight[:, j, None] * nearby[:, 1:] * xp.square(nearby[:, :1] - mean)
     result: FloatRows = xp.sqrt(xp.where(seen, squares / mass, float("nan")))[:, 0]
     return result
 
 
-def _check(own: Array, own_age: Array, nbr_values: Array, nbr_age: Array, similarity: Array, shrink: float, decay: float) -> None:
+def _check(own: Array, own_age: Array, place: Array, similarity: Array, hops: int, shrink: float, decay: float) -> None:
+    if hops < 1:
+        raise ConfigError(f"graph.hops is {hops}: scores travel at least one hop; to send none, set ablate: [graph]")
     if not shrink > 0:
         raise ConfigError(f"graph.shrink is {shrink}: it must be above 0, or a row without evidence has no value")
     if not 0 < decay <= 1:
         raise ConfigError(f"graph.decay is {decay}: it is the confidence kept per refresh, above 0 and at most 1")
     n, s = own.shape
     k = similarity.shape[-1]
-    want = {"own_age": (n,), "nbr_values": (n, k, s), "nbr_age": (n, k), "similarity": (n, k)}
-    have = {
-        "own_age": np.shape(own_age),
-        "nbr_values": nbr_values.shape,
-        "nbr_age": np.shape(nbr_age),
-        "similarity": similarity.shape,
-    }
+    want = {"own_age": (n,), "place": (n, k), "similarity": (n, k)}
+    have = {"own_age": np.shape(own_age), "place": tuple(place.shape), "similarity": tuple(similarity.shape)}
     if want != have or s == 0:
         raise DataError(f"propagate: own is {own.shape}, so shapes must be {want}, not {have}")

@@ -20,6 +20,9 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
 
+HIDDEN = 16  # numbers of a sample's pooled hidden state that are kept
+
+
 class Role(IntEnum):
     """Why a sample stands in a schedule."""
 
@@ -40,6 +43,8 @@ class Rows:
         align: (n,) float32, cosine with the trusted gradient; NaN where there was no trusted basis.
         step: (n,) int64, optimizer step (``engine.global_steps``) whose backward produced the row.
         basis: (n,) int32, version of the trusted basis behind ``align``; -1 without one.
+        hidden: (n, HIDDEN) float16, hidden state of the last sketched block, mean over the sample's tokens, projected; 0 where
+            it was not seen.
     """
 
     ids: IntArray
@@ -49,6 +54,7 @@ class Rows:
     align: FloatArray
     step: IntArray
     basis: npt.NDArray[np.int32]
+    hidden: npt.NDArray[np.float16]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -64,6 +70,7 @@ class Rows:
             align=np.empty(0, np.float32),
             step=np.empty(0, np.int64),
             basis=np.empty(0, np.int32),
+            hidden=np.empty((0, HIDDEN), np.float16),
         )
 
     def take(self, index: Array) -> Rows:
@@ -87,6 +94,31 @@ class Neighbours:
 
     ids: IntArray
     similarity: FloatArray
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What selection knows of the window's samples, sorted by id; on root: of all of them.
+
+    Attributes:
+        ids: (n,) int64.
+        loss: (n,) float32, nats per token above the running mean, its own or spread along the graph; NaN unknown.
+        align: (n,) float32, influence in robust deviations from the trusted samples'; NaN unknown.
+        density: (n,) float32, near-duplicates of the sample in the window.
+        keep: (n,) float32 in (0, 1], pass of the trusted filter; NaN without one.
+        crowding: (n,) float32, density of the k-NN graph at the sample; NaN without a graph.
+        staleness: (n,) float32, optimizer steps since the sample's gradient was collected; inf where it never was.
+        disagreement: (n,) float32, spread of the losses around it; NaN without any.
+    """
+
+    ids: IntArray
+    loss: FloatArray
+    align: FloatArray
+    density: FloatArray
+    keep: FloatArray
+    crowding: FloatArray
+    staleness: FloatArray
+    disagreement: FloatArray
 
 
 @dataclass(frozen=True)

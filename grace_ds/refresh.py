@@ -1,9 +1,9 @@
-"""The straight line: harvested rows in, the next schedule out, one statement a stage, the same on every rank.
+"""The straight line: collected rows in, the next schedule out, one statement a stage, the same on every rank.
 
-    gather → table → features → graph → propagate → select → broadcast
+    gather → table → content → embed → graph → propagate → select → broadcast
 
 A refresh is a function of its inputs: it changes nothing outside.  If any rank raises, every rank leaves with an
-exception and the caller keeps the old table and the old schedule.
+exception and the caller keeps the old table, the old graph and the old schedule.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ import numpy as np
 from grace_ds.broadcast import activation, broadcast_schedule
 from grace_ds.choice import Seen, choose, uniform_schedule
 from grace_ds.comm.base import Comm
-from grace_ds.config.schema import GraceConfig
+from grace_ds.embed import Learned, embed, learn
 from grace_ds.errors import during
 from grace_ds.features import ContentFeatures
 from grace_ds.gather import gather_rows
-from grace_ds.graph.build import knn
+from grace_ds.graph.kept import KeptGraph, follow
 from grace_ds.influence import labels
+from grace_ds.kept import Kept
 from grace_ds.portrait import portrait
-from grace_ds.records import IntArray, Neighbours, Rows, Schedule
-from grace_ds.signals import Inputs, Pipeline, collect, spread
+from grace_ds.records import FloatArray, IntArray, Neighbours, Rows, Schedule
+from grace_ds.signals import Inputs, Pipeline, active_parts, collect, estimate
 from grace_ds.table import Table, owner_of
 
 
@@ -38,6 +39,7 @@ class Outcome:
     Attributes:
         schedule: all ranks alike.
         table: this rank's.
+        kept: this rank's, for the next refresh.
         seconds: by stage.
         counts: of this rank.
         portrait: how the schedule came about, for ``run_dir``; on root only, None without one or where nothing was weighed.
@@ -45,6 +47,7 @@ class Outcome:
 
     schedule: Schedule
     table: Table
+    kept: Kept
     seconds: dict[str, float]
     counts: dict[str, float]
     portrait: dict[str, Any] | None = None
@@ -78,64 +81,79 @@ def refresh(p: Pipeline, x: Inputs) -> Outcome:
     clock = Stopwatch()
     with clock("gather"):
         start = activation(p.comm, x.issued, p.batch)
-        received, dropped = gather_rows(p.comm, x.rows, p.pool.n)
+        received, sent = gather_rows(p.comm, x.rows, p.pool.n)
     with clock("table"):
         window = p.pool.window_at(x.version)
         own = window[owner_of(window, p.comm.size) == p.comm.rank]
         table = x.table.merge(received).keep(window)
-    picture = None
+    kept, picture, counts = x.kept, None, {}
     if x.uniform:
         with clock("select"):
             schedule = uniform_schedule(p, x, start) if p.comm.rank == 0 else None
     else:
-        with clock("features"):
-            content = p.contents(own)
+        with clock("content"):
+            content = p.contents(x.kept.content, own)
+        with clock("embed"):
+            learned, rows = rows_of(p, x, own, content, table)
         with clock("graph"):
-            graph = anchors_of(p, own, content, table)
+            graph = graph_of(p, x, own, rows)
         with clock("propagate"):
-            local = spread(p, x, own, content, table, graph)
+            local = estimate(p, x, own, content, table, graph)
         with clock("select"):
-            edges = window_graph(p, own, content) if p.config.selection.objective == "facility_location" else None
-            signals = collect(p.comm, local)
+            signals = collect(p.comm, local.signals)
+            edges = edges_on_root(p, own, graph)
             seen = by_role(p.comm, x, table)
-            schedule = choose(p, x, start, signals, edges, seen) if signals is not None else None
+            schedule = choose(p, x, start, local, signals, edges, seen) if signals is not None else None
         with clock("portrait"):
             if signals is not None and schedule is not None and p.config.run_dir is not None:
-                picture = portrait(p.config, signals, schedule, p.chart)
+                picture = portrait(p, signals, schedule)
+        kept, counts = Kept(content, learned, graph), {"propagated": float(local.reached), "graph_searched": 0.0}
+        if graph is not None and p.comm.rank == 0:  # the same number on all ranks: counted once
+            counts["graph_searched"] = float(graph.searched)
     if p.arrange is not None and schedule is not None:
         schedule = p.arrange(schedule)
     with clock("broadcast"):
         schedule = broadcast_schedule(p.comm, schedule)
-    counts = {
+    counts |= {
         "anchors": float(len(table)),
         "received": float(len(received)),
-        "padding_dropped": float(dropped.out_of_range),
-        "nonfinite_dropped": float(dropped.not_finite),
+        "gathered_bytes": float(sent.bytes),
+        "padding_dropped": float(sent.out_of_range),
+        "nonfinite_dropped": float(sent.not_finite),
     }
-    return Outcome(schedule, table, clock.seconds, counts, picture)
+    return Outcome(schedule, table, kept, clock.seconds, counts, picture)
 
 
-def anchors_of(p: Pipeline, own: IntArray, content: ContentFeatures, table: Table) -> Neighbours | None:
-    """For every sample of this rank its k nearest harvested samples of all ranks.
+def rows_of(
+    p: Pipeline, x: Inputs, own: IntArray, content: ContentFeatures, table: Table
+) -> tuple[Learned | None, FloatArray | None]:
+    """What the model says of this rank's samples, and the rows of the one k-NN graph, for all that needs one.  Collective.
 
-    None where nothing is harvested yet, or where nothing is to be carried along the edges.
+    Both are None where nothing needs a graph; the first where its rows are content alone.
     """
-    if content.vectors is None or not carries(p.config):
+    wanted = "graph" in active_parts(p, x) or p.config.selection.objective == "facility_location"
+    if not (wanted and p.config.builds_graph) or x.step < p.config.opening:  # while a run opens nothing is chosen
+        return x.kept.learned, None
+    assert content.vectors is not None  # the same parts ask for them
+    shares = p.config.learned_shares
+    if not any(shares):
+        return None, content.vectors
+    learned = learn(p.comm, x.kept.learned or Learned.empty(), own, table, x.kept.graph, p.config.seed)
+    return learned, embed(content.vectors, learned.values, *shares)
+
+
+def graph_of(p: Pipeline, x: Inputs, own: IntArray, rows: FloatArray | None) -> KeptGraph | None:
+    """The one k-NN graph of the window over ``rows`` (n, d), for all that needs one; None without rows.  Collective."""
+    if rows is None:
         return None
-    anchor = table.lookup(own) >= 0
-    return knn(p.comm, own, content.vectors, own[anchor], content.vectors[anchor], p.config.graph)
+    return follow(p.comm, x.kept.graph, own, rows, p.config.graph, p.config.graph.drift, p.device)
 
 
-def carries(config: GraceConfig) -> bool:
-    """Whether a refresh carries anything from harvested samples to others along the k-NN graph."""
-    return config.graph.residuals or config.selection.loss_tilt
-
-
-def window_graph(p: Pipeline, own: IntArray, content: ContentFeatures) -> Neighbours | None:
-    """The k-NN graph over all samples of the window, rows in order of id; on root only, None elsewhere."""
-    assert content.vectors is not None  # the config check asks for features
-    local = knn(p.comm, own, content.vectors, own, content.vectors, p.config.graph)
-    assert local is not None
+def edges_on_root(p: Pipeline, own: IntArray, graph: KeptGraph | None) -> Neighbours | None:
+    """The graph over all samples of the window, rows in order of id, for facility location; on root only, None elsewhere."""
+    if graph is None or p.config.selection.objective != "facility_location":
+        return None
+    local = graph.neighbours()
     parts = [p.comm.gather(a) for a in (own, local.ids, local.similarity)]
     if p.comm.rank != 0:
         return None

@@ -1,8 +1,8 @@
 """Rows of a model that lies on several ranks: parts kept on each, added up once a window.
 
-Everything that a rank has of a row is linear in the gradients (the folded sketch, the inner product with the trusted
-gradient, the sum of the tokens' losses and their number), so one all-reduce over the ranks that hold the model together, at
-the window's end, makes the rows of all of them.  Only their lengths, cosines and means are taken afterwards.
+Everything that a rank has of a row is a sum over the ranks' parts (the folded sketch, the inner product with the trusted
+gradient, the sum of the tokens' losses and their number, the hidden state), so one all-reduce over the ranks that hold the
+model together, at the window's end, makes the rows of all of them.  Only their lengths, cosines and means are taken afterwards.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy.typing as npt
 from grace_ds.comm.base import Comm
 from grace_ds.config.schema import HarvestConfig
 from grace_ds.harvest import Harvester
-from grace_ds.records import IntArray, Rows
+from grace_ds.records import HIDDEN, IntArray, Rows
 from grace_ds.sketch.binding import Binding, Harvested, Plan, row_factor
 from grace_ds.sketch.sketcher import Sketcher
 
-_BESIDE = 3  # columns beside the sketch: inner product, sum of losses, tokens
+_BESIDE = 3  # columns between the sketch and the hidden state: inner product, sum of losses, tokens
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Part:
     Attributes:
         ids: (n,) int64.
         step: optimizer step.
-        values: (n, dim + 3) float32; see the module.  NaN throughout where this rank failed: the sum then is no row.
+        values: (n, dim + 3 + HIDDEN) float32; see the module.  NaN throughout where this rank failed: the sum then is no row.
         plan: the projections in force.
         grad_scale: of the step.
     """
@@ -103,12 +103,13 @@ class SharedHarvester(Harvester):
     def _part(self, binding: Binding, step: int, grad_scale: float) -> Part:
         losses, tokens = _losses(binding)
         try:
-            values = np.concatenate([binding.linear(self.sketcher.scale.sigma), losses[:, None], tokens[:, None]], 1)
+            linear, hidden = binding.linear(self.sketcher.scale.sigma), binding.pooled()
+            values = np.concatenate([linear, losses[:, None], tokens[:, None], hidden], 1)
             if not self._whole(binding):
                 values = np.full_like(values, np.nan)
         except Exception:  # the peers will add up this micro-batch: it must be there, and be known to be no row
             self.sketcher.failures += 1
-            values = np.full((len(binding.ids), self.sketcher.dim + _BESIDE), np.nan, np.float32)
+            values = np.full((len(binding.ids), self.sketcher.dim + _BESIDE + HIDDEN), np.nan, np.float32)
         return Part(binding.ids, step, values.astype(np.float32), binding.plan, grad_scale)
 
     def _whole(self, binding: Binding) -> bool:
@@ -125,7 +126,8 @@ class SharedHarvester(Harvester):
         with np.errstate(invalid="ignore", divide="ignore"):
             loss = (values[:, dim + 1] / tokens).astype(np.float32)
         product = None if part.plan.strength is None else values[:, dim]
-        return part.plan.rows(part.ids, values[:, :dim], product, loss, self.sketcher.scale.sigma, factor)
+        hidden = values[:, dim + _BESIDE :]
+        return part.plan.rows(part.ids, values[:, :dim], product, loss, hidden, self.sketcher.scale.sigma, factor)
 
     def _sum(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         if self.peers.size == 1:

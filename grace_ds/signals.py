@@ -7,20 +7,25 @@ belongs to none of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
+from grace_ds.arrays import device_memory, to_device, to_host
 from grace_ds.chart import Places
 from grace_ds.comm.base import Comm
 from grace_ds.config.schema import GraceConfig
 from grace_ds.features import ContentFeatures
-from grace_ds.gather import fetch
-from grace_ds.influence import influence, labels
+from grace_ds.gather import Route
+from grace_ds.graph.kept import KeptGraph
+from grace_ds.influence import fit_content, influence, labels
+from grace_ds.kept import Kept
 from grace_ds.order import Order
 from grace_ds.pool import Pool
-from grace_ds.propagate import confidence, propagate
-from grace_ds.records import Array, FloatArray, IntArray, Neighbours, Rows, Schedule
+from grace_ds.propagate import Propagated, confidence, crowding, propagate
+from grace_ds.recipes import Recipe, recipe
+from grace_ds.records import Array, FloatArray, IntArray, Neighbours, Rows, Schedule, Signals
 from grace_ds.schedule import Ledger
 from grace_ds.selection.guard import Decision
 from grace_ds.table import Table
@@ -36,12 +41,14 @@ class Pipeline:
         pool: the windows of the corpus.
         order: of the corpus where nothing is chosen.
         batch: samples of one optimizer step over all ranks.
-        contents: content features of the window's samples that this rank owns (sorted ids in, same order out).
+        contents: content features of the window's samples that this rank owns: those of the last refresh (None: there are
+            none) and the sorted ids now → features in the same order.
         include, exclude: sorted ids that every / no coreset holds.
         sources: ids (n,) → the source of each, (n,) int64; None where they are not known.
         trusted: (m, s) float32, content statistics of held-out trusted samples; None without a trusted model.
         arrange: what root does to a schedule before it is published; None: nothing.
         chart: root's map of the window's samples (sorted ids in), for ``run_dir``; None: none.
+        device: of the job's model, as torch calls it; the graph is searched and scores are spread there where that can be.
     """
 
     comm: Comm
@@ -49,13 +56,19 @@ class Pipeline:
     pool: Pool
     order: Order
     batch: int
-    contents: Callable[[IntArray], ContentFeatures]
+    contents: Callable[[ContentFeatures | None, IntArray], ContentFeatures]
     include: IntArray
     exclude: IntArray
     trusted: FloatArray | None = None
     sources: Callable[[IntArray], IntArray] | None = None
     arrange: Callable[[Schedule], Schedule] | None = None
     chart: Callable[[IntArray], Places] | None = None
+    device: str = "cpu"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The most that a selection of this run may use."""
+        return recipe(self.config.recipe)
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,8 @@ class Inputs:
         core: (m,) int64: samples that it has chosen; empty for a uniform one.
         audit: (m,) int64: samples that it holds unchosen; None (shadow mode): all that are not in ``core``.
         uniform: make a schedule of the whole corpus in uniform order (before ``start_step``, after ``stop_step``).
+        kept: by the refresh before.
+        collect_every: each how many optimizer steps one was collected since.
     """
 
     rows: Rows
@@ -91,33 +106,19 @@ class Inputs:
     core: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
     audit: IntArray | None = field(default_factory=lambda: np.empty(0, np.int64))
     uniform: bool = False
+    kept: Kept = field(default_factory=Kept)
+    collect_every: int = 1
 
 
-@dataclass(frozen=True)
-class Signals:
-    """What selection knows of the window's samples, sorted by id; on root: of all of them.
-
-    Attributes:
-        ids: (n,) int64.
-        loss: (n,) float32, spread loss above the running mean; NaN unknown.
-        align: (n,) float32, influence in robust deviations from the trusted samples'; NaN unknown.
-        density: (n,) float32 near-duplicates of the sample.
-        keep: (n,) float32 prior; NaN without one.
-        staleness: (n,) float32, optimizer steps since the sample's harvest; inf where it never was.
-        disagreement: (n,) float32, spread of its harvested neighbours' losses; NaN without any.
-    """
-
-    ids: IntArray
-    loss: FloatArray
-    align: FloatArray
-    density: FloatArray
-    keep: FloatArray
-    staleness: FloatArray
-    disagreement: FloatArray
+def active_parts(p: Pipeline, x: Inputs) -> frozenset[str]:
+    """The parts of the recipe that this refresh pays for: none while the guard has stepped down and is not to look again."""
+    stepped_down = x.decision is not None and x.decision.level != p.recipe.name
+    looks = x.decision is not None and x.version >= x.decision.look > 0
+    return frozenset() if stepped_down and not looks else p.config.parts
 
 
-def spread(p: Pipeline, x: Inputs, own: IntArray, content: ContentFeatures, table: Table, graph: Neighbours | None) -> Signals:
-    """Loss and influence of every sample of this rank, from its own harvest, its content and its harvested neighbours.
+def estimate(p: Pipeline, x: Inputs, own: IntArray, content: ContentFeatures, table: Table, graph: KeptGraph | None) -> Estimate:
+    """Loss, influence and crowding of every sample of this rank: from its own row, its content, and along the graph.
 
     Collective.
     """
@@ -125,51 +126,83 @@ def spread(p: Pipeline, x: Inputs, own: IntArray, content: ContentFeatures, tabl
     at = table.lookup(own)
     known = at >= 0
     loss, label = np.full((2, n), nan, np.float32)
-    loss[known] = table.rows.loss[at[known]]
-    label[known] = labels(table.rows.take(at[known]), x.reference)
+    if "loss" in p.config.parts:  # of what is switched off nothing is known
+        loss[known] = table.rows.loss[at[known]]
+    if "gradients" in p.config.parts:
+        label[known] = labels(table.rows.take(at[known]), x.reference)
     staleness = np.full(n, np.inf, np.float32)
     staleness[known] = np.maximum(0, x.step - table.rows.step[at[known]])
     age = np.floor(staleness / p.config.refresh.interval_steps)  # in refreshes
-    found = influence(p.comm, content, p.trusted, label, confidence(age, g.decay))
-    # What goes along the edges is centred: the loss by its mean, the influence by what content tells of it already.
+    worth = confidence(age, g.decay)
     centre = _exact_mean(p.comm, loss)
-    rest = label - found.predicted if found is not None else np.full(n, nan, np.float32)
-    values = np.stack([loss - centre, rest], 1)
-    disagreement = np.full(n, nan, np.float32)
+    loss_fit = fit_content(p.comm, content, loss - centre, worth)
+    found = influence(p.comm, content, p.trusted, label, worth)
+    # What goes along the edges is what content does not tell already.
+    told = centre + (loss_fit.predicted if loss_fit is not None else np.zeros(n, np.float32))
+    rest = label - found.fit.predicted if found is not None else np.full(n, nan, np.float32)
+    values, crowded, disagreement = np.stack([loss - told, rest], 1), np.full(n, nan, np.float32), np.full(n, nan, np.float32)
+    reached = 0
     if graph is not None:
-        values, disagreement = _along(p, own, values, age, known, graph)
+        edges = graph.neighbours()
+        result = _along(p, own, values, age, edges)
+        # A signal that nobody was measured with stays unknown: shrinking it to a mean of nothing would invent it.
+        unseen = p.comm.allreduce(np.isfinite(values).sum(0).astype(np.int64)) == 0
+        values, disagreement = to_host(result.values), to_host(result.disagreement)
+        values[:, unseen] = np.nan
+        crowded, reached = crowding(edges.similarity), int((to_host(result.reached) & ~known).sum())
+    elif loss_fit is not None:  # content alone tells of the samples that were not measured
+        values[:, 0] = np.nan_to_num(values[:, 0])
     align = np.full(n, nan, np.float32)
     if found is not None:
-        align = found.standard(found.predicted + (np.nan_to_num(values[:, 1]) if g.residuals and graph is not None else 0))
+        align = found.standard(found.fit.predicted + (np.nan_to_num(values[:, 1]) if graph is not None else 0))
     keep = content.keep if content.keep is not None else np.full(n, nan, np.float32)
-    spread_loss = np.asarray(values[:, 0] + centre, np.float32)
-    return Signals(own, spread_loss, align, content.density, keep, staleness, disagreement)
+    spread_loss = np.asarray(values[:, 0] + told, np.float32)
+    signals = Signals(own, spread_loss, align, content.density, keep, crowded, staleness, disagreement)
+    if found is None:
+        return Estimate(signals, reached)
+    return Estimate(signals, reached, found.fit.labels, found.fit.explained)
 
 
-def _along(
-    p: Pipeline, own: IntArray, values: FloatArray, age: FloatArray, known: Array, graph: Neighbours
-) -> tuple[FloatArray, FloatArray]:
-    """Centred (n, 2) values propagated over the anchors' edges, and the disagreement among them."""
-    g = p.config.graph
-    facts = np.concatenate([values, age[:, None]], 1)[known]
-    around = fetch(p.comm, graph.ids.reshape(-1), own[known], facts, np.nan).reshape(*graph.ids.shape, 3)
-    ages = np.where(np.isnan(around[..., 2]), np.inf, around[..., 2])
-    result = propagate(values, age, around[..., :2], ages, graph.similarity, shrink=g.shrink, decay=g.decay)
-    # A signal that nobody was harvested with stays unknown: shrinking it to a mean of nothing would invent it.
-    unseen = p.comm.allreduce(np.isfinite(values).sum(0).astype(np.int64)) == 0
-    result.values[:, unseen] = np.nan
-    return result.values, result.disagreement
+def _along(p: Pipeline, own: IntArray, values: FloatArray, age: Array, edges: Neighbours) -> Propagated:
+    """``values`` (n, s) spread along the graph; arrays of the device that the run computes on.  Collective."""
+    g, route = p.config.graph, Route.of(p.comm, edges.ids.reshape(-1), own)
+
+    def exchange(facts: Array) -> Any:
+        return to_device(route.exchange(to_host(facts)), p.device)
+
+    arrays = (values, age, route.place.reshape(edges.ids.shape), edges.similarity)
+    with device_memory(p.device):
+        own_values, own_age, place, similarity = (to_device(array, p.device) for array in arrays)
+        return propagate(own_values, own_age, place, similarity, exchange, hops=g.hops, shrink=g.shrink, decay=g.decay)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is believed of this rank's samples.
+
+    Attributes:
+        signals: of all of them.
+        reached: how many that were never measured got a loss or an influence along the graph.
+        labels: effective number of influences measured, over all ranks; 0 without any.
+        explained: share of their variance that content predicts.
+    """
+
+    signals: Signals
+    reached: int
+    labels: float = 0.0
+    explained: float = 0.0
 
 
 def collect(comm: Comm, s: Signals) -> Signals | None:
     """All ranks' signals on root, sorted by id; None on the other ranks."""
+    names = [f.name for f in fields(Signals) if f.name != "ids"]
     ids = comm.gather(s.ids)
-    columns = comm.gather(np.stack([s.loss, s.align, s.density, s.keep, s.staleness, s.disagreement], 1).astype(np.float32))
+    columns = comm.gather(np.stack([getattr(s, name) for name in names], 1).astype(np.float32))
     if ids is None or columns is None:
         return None
     order = np.argsort(np.concatenate(ids), kind="stable")
     table = np.concatenate(columns)[order]
-    return Signals(np.concatenate(ids)[order], *(np.ascontiguousarray(table[:, i]) for i in range(6)))
+    return Signals(np.concatenate(ids)[order], *(np.ascontiguousarray(table[:, i]) for i in range(len(names))))
 
 
 def _exact_mean(comm: Comm, values: Array) -> float:

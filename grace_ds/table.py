@@ -8,7 +8,6 @@ has written.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,16 +15,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from grace_ds.buckets import N_BUCKETS, bucket_of, buckets_of, owner_of
-from grace_ds.errors import CheckpointError, DamagedState, DataError
-from grace_ds.files import digest as digest_of
-from grace_ds.files import write_atomic
+from grace_ds.bucket_files import load_columns, save_columns
+from grace_ds.buckets import N_BUCKETS, bucket_of, owner_of
+from grace_ds.errors import CheckpointError, DataError
 from grace_ds.records import Array, IntArray, Rows
 
 __all__ = ["N_BUCKETS", "Table", "bucket_of", "owner_of"]
 
-SCHEMA = 1
-_NAME = re.compile(r"rows-b(\d{4})-b(\d{4})\.safetensors")
+SCHEMA = 2
+PREFIX = "rows"
 
 
 @dataclass(frozen=True)
@@ -99,18 +97,8 @@ class Table:
             {file name: digest}: at most one file, none where this rank owns no bucket.  The checkpoint's manifest needs
             the union over all ranks.
         """
-        if (owner_of(self.ids, world) != rank).any():
-            raise DataError(f"rank {rank} of {world} holds rows of samples that it does not own; gather them first")
-        mine = buckets_of(rank, world)
-        if not len(mine):
-            return {}
-        from safetensors.numpy import save
-
-        columns = {f.name: np.ascontiguousarray(getattr(self.rows, f.name)) for f in fields(Rows)}
-        data = save({**columns, "visits": self.visits, "schema": np.array([SCHEMA], np.int64)})
-        name = f"rows-b{mine[0]:04d}-b{mine[-1]:04d}.safetensors"
-        write_atomic(Path(directory) / name, data)
-        return {name: digest_of(data)}
+        columns = {f.name: getattr(self.rows, f.name) for f in fields(Rows)}
+        return save_columns(directory, PREFIX, SCHEMA, {**columns, "visits": self.visits}, rank, world)
 
     @staticmethod
     def load(directory: str | os.PathLike[str], files: Mapping[str, str], rank: int, world: int, dim: int) -> Table:
@@ -123,12 +111,10 @@ class Table:
         Raises:
             CheckpointError: a file is missing, changed, of another schema or width, or the files overlap or leave gaps.
         """
-        mine = buckets_of(rank, world)
+        names = (*(f.name for f in fields(Rows)), "visits")
         parts = [Table.empty(dim)]
-        for name, buckets in _ranges(files).items():
-            if mine.start < buckets.stop and buckets.start < mine.stop:
-                part = _read(Path(directory) / name, files[name], buckets, dim)
-                parts.append(part._take(owner_of(part.ids, world) == rank))
+        for path, columns in load_columns(directory, PREFIX, SCHEMA, files, rank, world, names):
+            parts.append(_parsed(path, columns, dim))
         whole = Table(Rows.concat([p.rows for p in parts]), np.concatenate([p.visits for p in parts]))
         return whole._take(np.argsort(whole.ids))
 
@@ -145,61 +131,15 @@ def _pick(old: Array, new: Array, index: IntArray) -> Array:
     return out
 
 
-def _ranges(files: Mapping[str, str]) -> dict[str, range]:
-    """{file name: its buckets} in order; together they must be all buckets, once."""
-    found = {}
-    for name in files:
-        match = _NAME.fullmatch(name)
-        if match is None:
-            raise CheckpointError(f"{name!r} is not a table file (rows-bXXXX-bYYYY.safetensors)")
-        found[name] = range(int(match[1]), int(match[2]) + 1)
-    ordered = dict(sorted(found.items(), key=lambda item: item[1].start))
-    at = 0
-    for name, buckets in ordered.items():
-        if buckets.start != at or not len(buckets):
-            what = "overlaps another file" if buckets.start < at else f"leaves buckets from {at} on to no file"
-            raise CheckpointError(f"{name} {what}: the checkpoint is incomplete or mixed; load another one")
-        at = buckets.stop
-    if at != N_BUCKETS:
-        raise CheckpointError(f"the table files hold {at} of {N_BUCKETS} buckets: the checkpoint is incomplete")
-    return ordered
-
-
-def _fits(column: Array, name: str, rows: int) -> bool:
-    usual = np.empty(0, np.int32) if name == "visits" else getattr(Rows.empty(0), name)
-    return column.dtype == usual.dtype and column.ndim == usual.ndim and len(column) == rows
-
-
-def _read(path: Path, digest: str, buckets: range, dim: int) -> Table:
-    """One file, verified: what is parsed is what was hashed."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DamagedState(f"{path} cannot be read: {error}; load another checkpoint") from error
-    if digest_of(data) != digest:
-        raise DamagedState(f"{path} has digest {digest_of(data)}, not {digest}: torn or changed; load another checkpoint")
-    try:
-        columns = load(data)
-        schema, visits = int(columns.pop("schema")[0]), columns.pop("visits")
-    except (SafetensorError, KeyError, IndexError) as error:
-        raise CheckpointError(f"{path} is not a table file ({error!r}); load another checkpoint") from error
-    if schema != SCHEMA or set(columns) != {f.name for f in fields(Rows)}:
-        raise CheckpointError(
-            f"{path} has schema {schema} with columns {sorted(columns)}; this version reads {SCHEMA}; "
-            "load it with the grace_ds that wrote it, or use another checkpoint"
-        )
-    rows = Rows(**columns)
-    odd = [name for name, found in {**columns, "visits": visits}.items() if not _fits(found, name, len(rows))]
+def _parsed(path: Path, columns: dict[str, Array], dim: int) -> Table:
+    """The rows of one file, of the types and widths that this run has."""
+    usual = {**vars(Rows.empty(dim)), "visits": np.empty(0, np.int32)}
+    odd = [n for n, found in columns.items() if found.dtype != usual[n].dtype or found.ndim != usual[n].ndim]
     if odd:
         raise CheckpointError(f"{path} has columns of another type or length: {', '.join(odd)}; load another checkpoint")
-    if rows.sketch.shape[1] != dim:
+    if columns["sketch"].shape[1] != dim:
         raise CheckpointError(
-            f"{path} has sketches of width {rows.sketch.shape[1]}, this run harvest.dim={dim}; use the same in both"
+            f"{path} has sketches of width {columns['sketch'].shape[1]}, this run harvest.dim={dim}; use the same in both"
         )
-    where = bucket_of(rows.ids)
-    if (np.diff(rows.ids) <= 0).any() or (where < buckets.start).any() or (where >= buckets.stop).any():
-        raise CheckpointError(f"{path} repeats ids or holds ids of other buckets than its name says; load another checkpoint")
-    return Table(rows, visits)
+    visits = columns.pop("visits")
+    return Table(Rows(**columns), visits)

@@ -105,7 +105,7 @@ grace_setup() {
         # torch first and alone: a dependency of ours that names it must find the chosen build in place.
         install_torch
         say "installing grace_ds with its extras: $extras (once; a few minutes)"
-        pip_install setuptools wheel
+        pip_install 'setuptools>=77' wheel # as pyproject.toml asks for: a new environment of Python 3.11 has 65
         # The build uses the environment's setuptools: nothing else is downloaded, and a mirror needs no build index.
         pip_install --no-build-isolation --editable "$ROOT[$extras]" || die "cannot install grace_ds[$extras]"
         printf '%s\n' "$stamp" >"$stamp_file"

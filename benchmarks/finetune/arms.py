@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-ARMS = ("none", "uniform", "rs2", "prior", "grace", "full")
+ARMS = ("none", "uniform", "rs2", "content", "grace", "full")
 REFRESHES = 3  # of a run, beside the first schedule
 # The arms that are the system's; the others are a plain Trainer's.
 SYSTEM: dict[str, dict[str, Any]] = {
     "rs2": {"recipe": "uniform", "start_step": 0, "selection": {"objective": "rs2"}},
-    "prior": {"recipe": "prior"},
+    "content": {"recipe": "content"},
     "grace": {"recipe": "grace"},
 }
 

@@ -152,7 +152,7 @@ def record_of(args: argparse.Namespace, results: list[dict[str, Any]]) -> Record
     by_arm = {arm: [r for r in results if r["settings"]["arm"] == arm] for arm in args.arms}
     record.rows["arms"] = [row_of(arm, found) for arm, found in by_arm.items() if found]
     record.rows["runs"] = [_run_row(r) for r in results]
-    for ours in ("prior", "grace"):
+    for ours in ("content", "grace"):
         for theirs in ("uniform", "rs2", "full"):
             if by_arm.get(ours) and by_arm.get(theirs):
                 gap = differences(by_arm[ours], by_arm[theirs])
@@ -174,7 +174,7 @@ def record_of(args: argparse.Namespace, results: list[dict[str, Any]]) -> Record
         "CPU seconds are those of the training process, choosing included; refresh and harvest are wall seconds of it",
         f"all runs: {cpu:.0f} CPU s; training took {wall:.0f} s of wall time, {args.jobs} runs at once beside other work",
         f"{results[0]['settings'].get('versions', '')}; one thread, bfloat16",
-        "none: the model as it comes; the guard is off in prior and grace; rs2 is the system's own (recipe uniform)",
+        "none: the model as it comes; the guard is off in content and grace; rs2 is the system's own (recipe uniform)",
     ]
     return record
 

@@ -1,8 +1,9 @@
 """The clean text of a benchmark: split by document into training, trusted, dev and test rows that share no 13-gram.
 
-Two corpora: the standard library's sources, split by package; and GSM8K's training problems, split by problem.  ``dev`` is to
-choose on, ``test`` for the final tables only.  Few packages are held out, and one division's happen to be more or less like its
-trusted ones; so there are others to choose on, where the test documents of the first take no part at all.
+Three corpora: the standard library's sources, split by package; GSM8K's training problems as running text, split by problem; and
+the same problems in rows of their own (:mod:`benchmarks.selection.answers`).  ``dev`` is to choose on, ``test`` for the final
+tables only.  Few packages are held out, and one division's happen to be more or less like its trusted ones; so there are others
+to choose on, where the test documents of the first take no part at all.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.selection.answers import matched_rows
 from benchmarks.selection.decontaminate import GRAM, decontaminate
 from benchmarks.selection.store import Built, Stored, stored
 from grace_ds.errors import DataError
@@ -23,7 +25,7 @@ from grace_ds.quickstart.tokenizer import encode_stream, train_tokenizer
 from grace_ds.records import Array
 
 FORMAT = 1  # raise when the same spec would give other data
-STDLIB, GSM8K = "stdlib", "gsm8k"
+STDLIB, GSM8K, ANSWERS = "stdlib", "gsm8k", "answers"
 HELD = ("trusted", "dev", "test")
 Documents = dict[str, list[str]]  # name of a package or problem -> its texts
 
@@ -62,7 +64,7 @@ def read_documents(name: str, root: Path | None) -> Documents:
     """The texts of a corpus.
 
     Args:
-        name: ``stdlib`` or ``gsm8k``.
+        name: ``stdlib``, ``gsm8k``, or ``answers``, whose texts are a problem's question and its answer.
         root: of the corpus; default for ``stdlib`` the running interpreter's own.
 
     Raises:
@@ -76,6 +78,8 @@ def read_documents(name: str, root: Path | None) -> Documents:
     if not path.is_file():
         raise DataError(f"{path} does not exist: --corpus names a folder with gsm8k/train.jsonl and tinyshakespeare/input.txt")
     problems = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+    if name == ANSWERS:
+        return {p["question"]: [f"{p['question']}\n", f"{p['answer']}\n"] for p in problems}
     return {p["question"]: [f"{p['question']}\n{p['answer']}\n"] for p in problems}
 
 
@@ -98,11 +102,17 @@ def build(spec: CorpusSpec, root: Path | None) -> Built:
     if not texts["train"]:
         raise DataError(f"corpus {spec.name}: no training text; is its root right?")
     tokenizer = train_tokenizer(texts["train"], spec.vocab)
-    whole = {split: chunk(encode_stream(tokenizer, texts[split]), spec.length) for split in names}
+    if spec.name == ANSWERS:
+        whole = {split: matched_rows(tokenizer, texts[split], spec.length) for split in names}
+    else:
+        whole = {split: chunk(encode_stream(tokenizer, texts[split]), spec.length) for split in names}
     kept, dropped = decontaminate(whole)
     arrays: dict[str, Array] = {"clean": kept["train"]}
     for split in HELD:
-        arrays[split] = spread(kept[split], getattr(spec, split), split)
+        asked_for = getattr(spec, split)
+        if spec.name == ANSWERS:  # a problem is one row, and there are no more problems: the manifest says how many
+            asked_for = min(asked_for, len(kept[split]))
+        arrays[split] = spread(kept[split], asked_for, split)
     facts: dict[str, Any] = {
         "vocab": tokenizer.get_vocab_size(),
         "rows": {split: len(array) for split, array in arrays.items()},

@@ -15,8 +15,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.selection import texts
+from benchmarks.selection.answers import permuted_answers
+from benchmarks.selection.decontaminate import shares_gram
+from benchmarks.selection.generated import HELD_OUT
 from grace_ds.errors import DataError
 from grace_ds.quickstart.corpus import chunk
+from grace_ds.quickstart.generated import generated_code, templated
 from grace_ds.quickstart.pollute import CRAWL_JUNK, JUNK, JunkKind, JunkSource
 from grace_ds.records import Array
 
@@ -25,6 +29,7 @@ CHARACTERS = 8  # asked for a token: no text here has so many, so one draw is en
 DEV_JUNK = ("rot13", "markov", "csv", "hexdump", "prose")
 UNSEEN_JUNK = ("html", "reversed", "language", "json")
 OFF_DOMAIN = ("c", "man", "javascript", "perl")
+SPARE = 64  # rows drawn beyond those needed, for the few that share text with what a model is judged on
 
 
 def junk_kind(name: str, decode: Decode, root: Path | None) -> JunkKind:
@@ -44,7 +49,14 @@ def junk_kind(name: str, decode: Decode, root: Path | None) -> JunkKind:
     if name in texts.SOURCES:
         texts.files_of(name)  # missing text is said here and now
         return lambda source, rng, count: rows_of(name, source, rng, count, texts.draw(name, rng, _characters(source, count)))
-    plain: dict[str, JunkKind] = {"markov": markov, "csv": csv_numbers, "hexdump": hexdump}
+    plain: dict[str, JunkKind] = {
+        "markov": markov,
+        "csv": csv_numbers,
+        "hexdump": hexdump,
+        "generated": generated_code,
+        "generated-heldout": templated(HELD_OUT),
+        "permuted": permuted_answers,
+    }
     if name in plain:
         return plain[name]
     if name in ("rot13", "reversed", "json"):
@@ -67,6 +79,30 @@ def rows_of(name: str, source: JunkSource, rng: np.random.Generator, count: int,
     if len(rows) < count:
         raise DataError(f"junk kind {name!r} has text for {len(rows)} rows, {count} are needed: ask for a smaller pool")
     return rows[rng.permutation(len(rows))[:count]].astype(np.int32)
+
+
+def blended(kinds: Sequence[JunkKind], weights: Sequence[float]) -> JunkKind:
+    """The kind that takes from each of ``kinds`` a part in proportion to its weight."""
+    ends = np.cumsum(weights) / np.sum(weights)
+
+    def make(source: JunkSource, rng: np.random.Generator, count: int) -> Array:
+        counts = np.diff(np.round(ends * count).astype(np.int64), prepend=0)
+        return np.concatenate([kind(source, rng, int(part)) for kind, part in zip(kinds, counts, strict=True)])
+
+    return make
+
+
+def apart_from(kind: JunkKind, name: str, held: Array) -> JunkKind:
+    """``kind`` without the rows that share a 13-gram with any of ``held`` (n, length)."""
+
+    def make(source: JunkSource, rng: np.random.Generator, count: int) -> Array:
+        rows = kind(source, rng, count + SPARE)
+        rows = rows[~shares_gram(rows, held)][:count]
+        if len(rows) < count:
+            raise DataError(f"junk kind {name!r}: more than {SPARE} rows share text with rows that a model is judged on")
+        return rows
+
+    return make
 
 
 def markov(source: JunkSource, rng: np.random.Generator, count: int) -> Array:
@@ -158,4 +194,4 @@ def _characters(source: JunkSource, count: int) -> int:
     return CHARACTERS * count * int(source.rows.shape[1]) + 1024
 
 
-__all__ = ["CRAWL_JUNK", "DEV_JUNK", "OFF_DOMAIN", "UNSEEN_JUNK", "Decode", "junk_kind", "rows_of"]
+__all__ = ["CRAWL_JUNK", "DEV_JUNK", "OFF_DOMAIN", "UNSEEN_JUNK", "Decode", "apart_from", "blended", "junk_kind", "rows_of"]

@@ -1,7 +1,8 @@
 """The training pools: clean rows, near-duplicates and junk in stated shares, each a pure function of its spec.
 
-Pools to develop on (``crawl``, ``natural``, ``dose-*``, ``dev``) and pools held out (``unseen-junk``, ``off-domain``,
-``second``): of the latter nothing but counts may be looked at, or the next recipe is tuned to them.
+Pools to develop on (``crawl``, ``natural``, ``dose-*``, ``dev``, ``generated-25``, ``generated-50``, ``generated-crawl``,
+``answers``) and pools held out (``unseen-junk``, ``off-domain``, ``second``, ``generated-heldout-*``, ``machine-written``): look
+at nothing but counts of the latter, or the next recipe is tuned to them.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.selection.corpora import GSM8K, HELD, STDLIB, CorpusSpec, prepare_corpus
-from benchmarks.selection.junk import CRAWL_JUNK, DEV_JUNK, OFF_DOMAIN, UNSEEN_JUNK, Decode, junk_kind
+from benchmarks.selection import answers
+from benchmarks.selection.corpora import ANSWERS, GSM8K, HELD, STDLIB, CorpusSpec, prepare_corpus
+from benchmarks.selection.junk import CRAWL_JUNK, DEV_JUNK, OFF_DOMAIN, UNSEEN_JUNK, Decode, apart_from, blended, junk_kind
 from benchmarks.selection.store import TOKENIZER, Built, Stored, stored
-from benchmarks.selection.texts import MissingKind
+from benchmarks.selection.texts import MACHINE_WRITTEN, MissingKind
 from grace_ds.errors import DataError
 from grace_ds.quickstart.pollute import JUNK, JunkKind, JunkSource, Pool, mix
 from grace_ds.quickstart.tokenizer import encode_stream
 from grace_ds.records import Array
 
 FORMAT = 1  # raise when the same spec would give another pool
+ADDED = ("weights", "length")  # to PoolSpec later: no part of the key at their defaults, so that older folders are still found
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,11 @@ class PoolSpec:
     """What to build.
 
     Attributes:
-        corpus: the clean text, ``stdlib`` or ``gsm8k``.
+        corpus: the clean text, ``stdlib``, ``gsm8k`` or ``answers``.
+        length: tokens of a row; 0 for the corpus' own.
         duplicates, junk: shares of the pool; the rest is unique.
-        kinds: of junk, in equal parts.
+        kinds: of junk, in equal parts if there are no weights.
+        weights: of the kinds, in their order.
         size: rows; fewer where there is too little clean text, and the manifest says so.
         seed: of the composition; all seeds of a benchmark share one pool.
     """
@@ -47,6 +52,19 @@ class PoolSpec:
     corpus: str = STDLIB
     size: int = 20_000
     seed: int = 0
+    weights: tuple[float, ...] = ()
+    length: int = 0
+
+
+def _generated(prefix: str) -> tuple[PoolSpec, ...]:
+    """The pools of one set of templates, whose kind and group are called ``prefix``."""
+    crawl = (prefix, *CRAWL_JUNK)
+    parts = (25.0, *[10 / len(CRAWL_JUNK)] * len(CRAWL_JUNK))  # per cent of the pool
+    return (
+        PoolSpec(f"{prefix}-25", duplicates=0.0, junk=0.25, kinds=(prefix,)),
+        PoolSpec(f"{prefix}-50", duplicates=0.0, junk=0.5, kinds=(prefix,)),
+        PoolSpec(f"{prefix}-crawl", duplicates=0.15, junk=0.35, kinds=crawl, weights=parts),
+    )
 
 
 DOSES = (0, 5, 10, 25, 50)  # per cent of junk
@@ -60,6 +78,10 @@ SPECS = {
         PoolSpec("unseen-junk", kinds=UNSEEN_JUNK),
         PoolSpec("off-domain", kinds=OFF_DOMAIN),
         PoolSpec("second", kinds=("shakespeare",), corpus=GSM8K),
+        *_generated("generated"),
+        *_generated("generated-heldout"),
+        PoolSpec("machine-written", duplicates=0.0, junk=0.25, kinds=MACHINE_WRITTEN),
+        PoolSpec("answers", duplicates=0.0, junk=0.5, kinds=("permuted",), corpus=ANSWERS, length=answers.LENGTH),
     )
 }
 GROUPS = {
@@ -68,8 +90,11 @@ GROUPS = {
     "dose": tuple(f"dose-{dose}" for dose in DOSES),
     "heldout": ("unseen-junk", "off-domain", "second"),
     "dev": ("dev",),
+    "generated": ("generated-25", "generated-50", "generated-crawl"),
+    "generated-heldout": ("generated-heldout-25", "generated-heldout-50", "generated-heldout-crawl", "machine-written"),
+    "answers": ("answers",),
 }
-HELDOUT = GROUPS["heldout"]
+HELDOUT = GROUPS["heldout"] + GROUPS["generated-heldout"]
 
 
 def prepare_pool(
@@ -87,8 +112,11 @@ def prepare_pool(
         DataError: there is too little text.
     """
     clean_spec = replace(corpus or CorpusSpec(), name=spec.corpus)
+    if spec.length:
+        clean_spec = replace(clean_spec, length=spec.length)
     base = prepare_corpus(clean_spec, folder / f"corpus-{_short(asdict(clean_spec) | {'root': str(root)})}", root)
-    key = {"format": FORMAT, **asdict(spec), "corpus_digest": base.manifest["digest"], "allow_missing": allow_missing}
+    settings = {name: value for name, value in asdict(spec).items() if value or name not in ADDED}
+    key = {"format": FORMAT, **settings, "corpus_digest": base.manifest["digest"], "allow_missing": allow_missing}
     return stored(folder / f"{spec.name}-{_short(key)}", key, lambda: build(spec, base, root, allow_missing))
 
 
@@ -103,12 +131,17 @@ def build(spec: PoolSpec, base: Stored, root: Path | None, allow_missing: bool) 
     def decode(rows: Array) -> list[str]:
         return decode_rows(tokenizer, rows)
 
-    kinds, missing = _available(spec, decode, root, allow_missing)
+    held = np.concatenate([base.array(split) for split in HELD])
+    kinds, missing = _available(spec, decode, root, allow_missing, held)
     size = min(spec.size, int(len(clean) / (1 - spec.duplicates - spec.junk) + 1e-9))
     source = JunkSource(clean, encode, tokenizer.get_vocab_size())
     rng = np.random.default_rng([spec.seed, FORMAT])
-    with offered(kinds):
-        pool: Pool = mix(source, rng, size, duplicates=spec.duplicates, junk=spec.junk, kinds=list(kinds))
+    offer: Mapping[str, JunkKind] = kinds
+    if spec.weights:
+        weight = dict(zip(spec.kinds, spec.weights, strict=True))
+        offer = {spec.name: blended(list(kinds.values()), [weight[name] for name in kinds])}
+    with offered(offer):
+        pool: Pool = mix(source, rng, size, duplicates=spec.duplicates, junk=spec.junk, kinds=list(offer))
     arrays = {"train": pool.rows, "kinds": pool.kinds, **{split: base.array(split) for split in HELD}}
     facts: dict[str, Any] = {
         "pool": spec.name,
@@ -129,13 +162,16 @@ def decode_rows(tokenizer: Any, rows: Array) -> list[str]:
     return texts
 
 
-def _available(spec: PoolSpec, decode: Decode, root: Path | None, allow_missing: bool) -> tuple[dict[str, JunkKind], list[str]]:
-    """The spec's kinds that this machine has text for, and the names of the others."""
+def _available(
+    spec: PoolSpec, decode: Decode, root: Path | None, allow_missing: bool, held: Array
+) -> tuple[dict[str, JunkKind], list[str]]:
+    """The spec's kinds that this machine has text for, and the names of the others; ``held``: rows that are judged on."""
     found: dict[str, JunkKind] = {}
     missing: list[str] = []
     for name in spec.kinds:
         try:
-            found[name] = junk_kind(name, decode, root)
+            kind = junk_kind(name, decode, root)
+            found[name] = apart_from(kind, name, held) if name in MACHINE_WRITTEN else kind
         except MissingKind as error:
             if not allow_missing:
                 raise MissingKind(f"pool {spec.name}: {error}; or leave such kinds out with --allow-missing-kinds") from None

@@ -28,10 +28,17 @@ _SITE = Path(sysconfig.get_paths()["purelib"])
 
 @dataclass(frozen=True)
 class Source:
-    """Roots with the patterns of their files, and the cure where there are none."""
+    """Where a kind's files are, and the cure if there are none.
+
+    Attributes:
+        roots: folders with the patterns of their files.
+        install: what to install.
+        pieces: take every piece of a file, not one: the files are few and long.
+    """
 
     roots: tuple[tuple[Path, str], ...]
     install: str
+    pieces: bool = False
 
 
 SOURCES = {
@@ -61,7 +68,25 @@ SOURCES = {
         ((Path("/usr/share/locale"), "*/LC_MESSAGES/*.mo"),),
         "translated messages: apt-get install gettext, with locales not excluded by dpkg's path-exclude",
     ),
+    # Written by a program, and of installed packages alone: the standard library's tables (encodings, pydoc_data, lib2to3) are
+    # clean text here already.
+    "stubs": Source(
+        ((_SITE / "torch" / "_C", "**/*.pyi"), (_SITE / "faiss", "*.pyi")), "generated stubs: pip install torch faiss-cpu", True
+    ),
+    "swig": Source(((_SITE / "faiss", "swigfaiss.py"),), "SWIG wrappers: pip install faiss-cpu", True),
+    "parsers": Source(
+        ((_SITE / "omegaconf" / "grammar" / "gen", "*.py"), (_SITE / "sympy" / "parsing", "**/_antlr/*.py")),
+        "generated parsers: pip install omegaconf sympy",
+        True,
+    ),
+    "stemmers": Source(((_SITE / "snowballstemmer", "*_stemmer.py"),), "generated stemmers: pip install snowballstemmer", True),
+    "protobuf": Source(
+        ((_SITE / "google", "**/*_pb2.py"), (_SITE / "tensorboard", "**/*_pb2.py")),
+        "generated messages: pip install protobuf tensorboard",
+        True,
+    ),
 }
+MACHINE_WRITTEN = ("stubs", "swig", "parsers", "stemmers", "protobuf")
 
 # Of the standard library, without side effects when imported.
 _DOCUMENTED = """
@@ -110,16 +135,23 @@ def draw(kind: str, rng: np.random.Generator, characters: int) -> list[str]:
     files = files_of(kind)
     pieces: list[str] = []
     total = 0
-    for at in rng.permutation(len(files)):
-        text = read_text(files[at])
-        start = int(rng.integers(0, max(1, len(text) - PIECE)))
-        piece = text[start : start + PIECE]
+    if SOURCES[kind].pieces:
+        cut = [text[at : at + PIECE] for text in map(read_text, files) for at in range(0, len(text), PIECE)]
+        found = (cut[at] for at in rng.permutation(len(cut)))
+    else:
+        found = (_piece(read_text(files[at]), rng) for at in rng.permutation(len(files)))
+    for piece in found:
         if piece.strip():
             pieces.append(piece)
             total += len(piece)
         if total >= characters:
             break
     return pieces
+
+
+def _piece(text: str, rng: np.random.Generator) -> str:
+    start = int(rng.integers(0, max(1, len(text) - PIECE)))
+    return text[start : start + PIECE]
 
 
 def read_text(path: Path) -> str:

@@ -30,7 +30,8 @@ from grace_ds.graph.plan import plan_graph
 from grace_ds.grid import on_grid
 from grace_ds.integrations.build import pipeline_of, prepare
 from grace_ds.integrations.trusted_set import Extras
-from grace_ds.records import Array, IntArray, Rows
+from grace_ds.recipes import recipe
+from grace_ds.records import HIDDEN, Array, IntArray, Rows
 from grace_ds.refresh import refresh
 from grace_ds.sampler import Geometry
 from grace_ds.schedule import Ledger
@@ -79,7 +80,7 @@ def calibrate(config: GraceConfig, dim: int, tokens: int, hidden: int, comm: Com
     config.features.dim, config.run_dir, config.features.cache_dir = dim, None, None
     config.trusted, config.replay = None, None
     bare = copy.deepcopy(config)
-    bare.graph.residuals, bare.selection.loss_tilt = False, False
+    bare.ablate = sorted({*bare.ablate, "graph"} & recipe(bare.recipe).uses)
     if bare.selection.objective == "facility_location":
         bare.selection.objective = "sample"
     many = max(8 * FEW, min(MOST, TOKENS // tokens))
@@ -177,13 +178,13 @@ def _measured(comm: Comm, config: GraceConfig, n: int, tokens: int) -> _Taken:
     pipeline = pipeline_of(comm, config, geometry, parts)
     read = pipeline.contents
 
-    def contents(ids: IntArray) -> ContentFeatures:
+    def contents(kept: ContentFeatures | None, ids: IntArray) -> ContentFeatures:
         started, cpu = time.perf_counter(), time.process_time()
-        features = read(ids)
+        features = read(kept, ids)
         out.feature_seconds, out.feature_cpu = time.perf_counter() - started, time.process_time() - cpu
         return features
 
-    rows = _harvested(n, comm, config.harvest.dim) if config.uses_gradients else Rows.empty(config.harvest.dim)
+    rows = _harvested(n, comm, config.harvest.dim) if config.collects else Rows.empty(config.harvest.dim)
     x = Inputs(rows, Table.empty(config.harvest.dim), Ledger(), 40, 1, 0, 1, {0: 0.4})
     comm.agree()
     started, cpu = time.perf_counter(), time.process_time()
@@ -201,7 +202,8 @@ def _harvested(n: int, comm: Comm, dim: int) -> Rows:
     sketch = rng.standard_normal((len(ids), dim), np.float32).astype(np.float16)
     draw = rng.standard_normal((3, len(ids))).astype(np.float32)
     steps, basis = np.full(len(ids), 39, np.int64), np.zeros(len(ids), np.int32)
-    return Rows(ids, sketch, np.abs(draw[0]), draw[1], 0.4 + 0.2 * draw[2], steps, basis)
+    hidden = rng.standard_normal((len(ids), HIDDEN), np.float32).astype(np.float16)
+    return Rows(ids, sketch, np.abs(draw[0]), draw[1], 0.4 + 0.2 * draw[2], steps, basis, hidden)
 
 
 class _Tokens:

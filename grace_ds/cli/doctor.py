@@ -22,9 +22,10 @@ from grace_ds.comm.choose import UNKNOWN, launcher_world
 from grace_ds.errors import ConfigError
 
 OK, NOTE, WARNING, FAILURE = "ok", "note", "warning", "failure"
-_GPU = {
+_RAPIDS = {  # what the GPU path imports, and the distributions that have it
     "cupy": ("cupy-cuda12x", "cupy-cuda13x"),
     "cuvs": ("cuvs-cu12", "cuvs-cu13"),
+    "rmm": ("rmm-cu12", "rmm-cu13"),
     "raft_dask": ("raft-dask-cu12", "raft-dask-cu13"),
 }
 _SKEW_SECONDS = 2.0  # that the clocks of this machine and of shared storage may differ
@@ -61,7 +62,7 @@ def examine(environ: Mapping[str, str], shared: Path | None, job: Job | None = N
     looks: list[Callable[[], list[Finding]]] = [
         packages,
         lambda: launcher(environ),
-        gpu,
+        lambda: gpu(environ),
         lambda: extensions(environ),
         lambda: port(environ),
         limits,
@@ -109,19 +110,38 @@ def launcher(environ: Mapping[str, str]) -> list[Finding]:
     return found
 
 
-def gpu() -> list[Finding]:
-    """GPUs, and the libraries that the GPU path takes."""
+def gpu(environ: Mapping[str, str]) -> list[Finding]:
+    """GPUs, the device of an engine, and what would compute on it: the leaf that ``auto`` takes, the rows of propagation."""
     import torch
 
+    from grace_ds.arrays import gpu_extra, library_for
+    from grace_ds.graph.leaves import automatic
+
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not count:
-        return [Finding("gpu", NOTE, f"none that torch {torch.__version__} can use: everything runs on the CPU")]
-    found = [Finding("gpu", OK, f"{count} × {torch.cuda.get_device_name(0)}")]
-    for module, names in _GPU.items():
+    if count:
+        found = [Finding("gpu", OK, f"{count} × {torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}")]
+    else:
+        found = [Finding("gpu", NOTE, f"none that torch {torch.__version__} can use: everything runs on the CPU")]
+    asked = environ.get("DS_ACCELERATOR", "")
+    device = asked or ("cuda" if count else "cpu")
+    found.append(Finding("device", OK, f"{device} (DS_ACCELERATOR)" if asked else device))
+    cure = f"pip install grace_ds[{gpu_extra()}]" if count and device == "cuda" else ""
+    leaf, why = automatic(device)
+    found.append(_chosen("graph.leaf auto", leaf, why, "cuvs", cure))
+    library, why = library_for(device)
+    found.append(_chosen("propagation rows", library, why, "cupy", cure))
+    for module, names in _RAPIDS.items():
         have = next((f"{name} {_version(name)}" for name in names if _version(name)), None)
-        cure = "" if have else "pip install grace_ds[gpu-cu12] (or gpu-cu13)"
-        found.append(Finding(module, OK if have else NOTE, have or "not installed: that stage stays on the CPU", cure))
+        if have or cure:
+            found.append(Finding(module, OK if have else NOTE, have or "not installed", "" if have else cure))
     return found
+
+
+def _chosen(what: str, name: str, why: str, best: str, cure: str) -> Finding:
+    """What would be used; a note with the cure where a GPU is there and something else than ``best`` would be."""
+    short = bool(cure) and name != best
+    told = cure if short and "not installed" in why else ""  # the reason says itself what else is wrong
+    return Finding(what, NOTE if short else OK, f"{name} ({why})", told)
 
 
 def extensions(environ: Mapping[str, str]) -> list[Finding]:

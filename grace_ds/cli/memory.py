@@ -10,6 +10,7 @@ from typing import Any
 from grace_ds.config.load import find_block, load_config, read_ds_config
 from grace_ds.config.schema import GraceConfig
 from grace_ds.errors import ConfigError
+from grace_ds.graph.kept import SPARE
 
 _ROW_BYTES = 36  # of a table's row beside its sketch
 _LEDGER_BYTES = 12  # a sample met
@@ -62,7 +63,7 @@ def _model(config: Mapping[str, Any], job: Job) -> float:
 
 def _ours(grace: GraceConfig, job: Job) -> float:
     window = min(grace.window or job.samples, job.samples)
-    row = 2 * grace.harvest.dim + _ROW_BYTES if grace.uses_gradients else 0
-    vectors = grace.graph.residuals or grace.selection.loss_tilt or grace.selection.objective == "facility_location"
-    row += 4 * grace.features.dim if vectors else 0
+    row = 2 * grace.harvest.dim + _ROW_BYTES if grace.collects else 0
+    if grace.builds_graph:  # the vectors, and the lists of the kept graph
+        row += 4 * grace.features.dim + 8 * (grace.graph.k + SPARE + 1)
     return _LEDGER_BYTES * job.samples + window / job.ranks * row

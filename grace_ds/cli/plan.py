@@ -16,10 +16,11 @@ from grace_ds.config.schema import GraceConfig
 from grace_ds.features import MEMORY_BYTES
 from grace_ds.features.density import BITS
 from grace_ds.features.tokens import BLOCK_TOKENS
+from grace_ds.graph.kept import SPARE
 from grace_ds.graph.plan import GraphPlan, plan_graph
 from grace_ds.integrations.trust import probed
 from grace_ds.pool import Pool, implied_repeats
-from grace_ds.refresh import carries
+from grace_ds.recipes import recipe
 from grace_ds.selection.prior import STATISTICS
 
 SCHEDULE_BYTES = 8 + 1 + 4  # id, role, weight of a slot
@@ -79,19 +80,20 @@ class RefreshPlan:
 
     Attributes:
         window: samples of a window.
-        anchors: harvested samples at the run's end, which a graph for ``graph.residuals`` carries from; 0 without gradients.
+        anchors: samples that rows were collected of by the run's end; 0 without gradients.
         repeats: of a chosen sample over the run; None where its length is not known.
-        rolls: whether each refresh reads content anew.
+        rolls: whether each refresh reads the content of samples that enter the window.
         features_bytes, table_bytes, schedule_bytes, ledger_bytes, resting_bytes: held between refreshes.
         scratch_bytes, select_bytes: for the features, and on rank 0 for the choice, beyond that.
-        feature_seconds, graph_seconds, root_seconds, probe_seconds, fixed_seconds: parts of a refresh, the graph's of the last.
+        feature_seconds, graph_seconds: of the first refresh.
+        root_seconds, probe_seconds, fixed_seconds: of any.
         step_seconds: of an optimizer step without GRACE; None where it is not known, ``step_origin`` says from where.
         harvest_flop_share: added operations over the step's; None without a model, 0 without a harvest.
         harvest_seconds: in each step; None where it is not known.
         harvest_bytes: held by the hooks within a step, on the device.
         even: None where a step's seconds are not known.
         gflops: that the seconds are for.
-        builds: whether the configuration builds a graph at all; the default does not.
+        builds: whether the configuration builds a graph at all.
         graph: of the window.
     """
 
@@ -147,15 +149,14 @@ def plan(sizes: Sizes, config: GraceConfig) -> RefreshPlan:
     pool = Pool(sizes.samples, c.window, sizes.budget, sizes.interval, sizes.batch, c.seed)
     own = -(-pool.size // sizes.ranks)
     met = sizes.steps * sizes.batch or pool.size
-    anchors = min(pool.size, met // c.harvest.every) if c.uses_gradients else 0
+    anchors = min(pool.size, met // c.collect_every) if c.collects else 0
     whole = c.selection.objective == "facility_location"
-    builds = whole or (carries(c) and c.uses_gradients)
-    index = pool.size if whole or not builds else anchors
-    graph = plan_graph(c.graph, pool.size, index, sizes.dim, sizes.ranks, index == pool.size)
+    builds = c.builds_graph
+    graph = plan_graph(c.graph, pool.size, pool.size, sizes.dim, sizes.ranks, True)
     row = 2 * c.harvest.dim + ROW_BYTES
+    kept = (4 * sizes.dim + 8 * (c.graph.k + SPARE + 1)) * builds  # a sample's vector and its list in the graph
     slots = (sizes.interval + slack(c, sizes.interval)) * sizes.batch
-    vectors = carries(c) or whole
-    reads = c.recipe != "uniform" and c.features.enabled
+    reads = recipe(c.recipe).content and c.features.enabled
     feature = _feature_seconds(sizes, rates, own) if reads else 0.0
     graph_seconds = graph.seconds(rates.gflops, rates.gbits) * rates.graph * rates.busy
     root = rates.busy * pool.size * (rates.sample_seconds + (GREEDY_SECONDS if whole else 0.0))
@@ -163,10 +164,12 @@ def plan(sizes: Sizes, config: GraceConfig) -> RefreshPlan:
     probe, share, harvest, hooks = _gradients(sizes, c, rates, step)
     rolls = bool(pool.advance)
     built = graph_seconds if builds else 0.0
-    last = rates.fixed_seconds + root + built + probe + (feature if rolls else 0.0)
-    growing = builds and not whole and anchors < pool.size
-    mean = last - (built / 2 if growing else 0.0)
-    first = rates.fixed_seconds + feature + root + (built if whole else 0.0)
+    # A window that rolls has its graph repaired: what enters is compared with all, and all with what enters.
+    entering = min(1.0, pool.advance / pool.size)
+    repaired = built * min(1.0, 2 * entering)
+    last = rates.fixed_seconds + root + repaired + probe + feature * entering
+    mean = last
+    first = rates.fixed_seconds + feature + root + built
     even = None
     if step and harvest is not None:
         even = BreakEven.of(step, harvest, first, mean, sizes.interval, sizes.steps)
@@ -175,12 +178,12 @@ def plan(sizes: Sizes, config: GraceConfig) -> RefreshPlan:
         anchors=anchors,
         repeats=implied_repeats(sizes.steps, sizes.batch, sizes.budget, sizes.samples) if sizes.steps else None,
         rolls=rolls,
-        features_bytes=int(own * (8 + 4 + 4 + 4 * sizes.dim * vectors + 4 * STATISTICS * c.uses_gradients)) if reads else 0,
-        table_bytes=int((anchors + sizes.interval * sizes.batch) / sizes.ranks * row) if c.uses_gradients else 0,
+        features_bytes=int(own * (16 + kept + 4 * STATISTICS * c.collects)) if reads else 0,
+        table_bytes=int((anchors + sizes.interval * sizes.batch) / sizes.ranks * row) if c.collects else 0,
         schedule_bytes=2 * slots * SCHEDULE_BYTES,
         ledger_bytes=LEDGER_BYTES * min(sizes.samples, met),
         resting_bytes=int(rates.resting_bytes) + ATTACH_BYTES,
-        scratch_bytes=_scratch(sizes, rates, own, vectors) if reads else 0,
+        scratch_bytes=_scratch(sizes, rates, own, builds) if reads else 0,
         select_bytes=pool.size * SELECT_BYTES,
         feature_seconds=feature,
         graph_seconds=graph_seconds,
@@ -251,7 +254,7 @@ def _step(sizes: Sizes, rates: Rates) -> tuple[float, str]:
 
 def _gradients(sizes: Sizes, c: GraceConfig, rates: Rates, step: float) -> tuple[float, float | None, float | None, int]:
     """Seconds of a refresh's probes; the harvest's share of operations, seconds in a step, bytes within it."""
-    if not c.uses_gradients:
+    if not c.collects:
         return 0.0, 0.0, 0.0, 0
     each = sizes.batch / sizes.ranks
     count = 3 * max(1, probed(c.refresh.probe_share, sizes.interval, sizes.batch) // sizes.ranks)
@@ -268,4 +271,4 @@ def _gradients(sizes: Sizes, c: GraceConfig, rates: Rates, step: float) -> tuple
         seconds = each * harvest.traffic / reached / BYTES_AN_OPERATION
     seconds += rates.busy * (layers * HOOK_SECONDS + ROWS_SECONDS)
     held = layers * each * harvest.width * (2 * sizes.tokens + 4 * harvest.width)
-    return probe, harvest.flop / flop / c.harvest.every, seconds / c.harvest.every, int(held)
+    return probe, harvest.flop / flop / c.collect_every, seconds / c.collect_every, int(held)

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
+from grace_ds import recipes
 from grace_ds.cli.plan import RefreshPlan, Sizes, plan
 from grace_ds.cli.plan_rates import MEASURED
 from grace_ds.config.schema import GraceConfig
 from grace_ds.errors import GraceError
+from grace_ds.recipes import DEFAULT
 
 Change = Callable[[Sizes, GraceConfig], Sizes]
 
@@ -30,7 +32,7 @@ def told(sizes: Sizes, config: GraceConfig, as_json: bool) -> str:
     width = max(len(name) for name, _ in lines)
     body = "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
     if not found.builds:
-        body += "\nTo build it: --set selection.objective=facility_location, or recipe=grace graph.residuals=true"
+        body += f"\nTo build it: --set recipe={DEFAULT}"
     return body + "\n\n" + _table(others) + "\n\n" + _origins(sizes, found)
 
 
@@ -89,14 +91,17 @@ def _changes(sizes: Sizes, config: GraceConfig) -> list[tuple[str, Change | None
 
     def recipe(name: str) -> Change:
         def change(s: Sizes, c: GraceConfig) -> Sizes:
-            c.recipe = name
+            c.recipe, c.ablate = name, []
             return s
 
         return change
 
-    def graph(s: Sizes, c: GraceConfig) -> Sizes:
-        c.recipe, c.graph.residuals = "grace", True
-        return s
+    def without(part: str) -> Change:
+        def change(s: Sizes, c: GraceConfig) -> Sizes:
+            c.ablate = [*c.ablate, part]
+            return s
+
+        return change
 
     def tier(name: str) -> Change:
         def change(s: Sizes, c: GraceConfig) -> Sizes:
@@ -106,9 +111,9 @@ def _changes(sizes: Sizes, config: GraceConfig) -> list[tuple[str, Change | None
         return change
 
     rows: list[tuple[str, Change | None]] = [("as asked", None)]
-    rows += [(f"recipe {name}", recipe(name)) for name in ("density", "prior", "grace") if name != config.recipe]
-    if not (config.graph.residuals and config.recipe == "grace"):
-        rows.append(("recipe grace, graph.residuals", graph))
+    asked = recipes.recipe(config.recipe)
+    rows += [(f"recipe {name}", recipe(name)) for name in recipes.names()[::-1] if name != asked.name]
+    rows += [(f"without {part}", without(part)) for part in sorted(config.parts)]
     if plan(sizes, config).builds:
         rows += [(f"tier {name}", tier(name)) for name in ("exact", "clustered")]
     return [

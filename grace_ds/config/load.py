@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,10 +17,13 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from grace_ds import recipes
 from grace_ds.config import schema
 from grace_ds.config.schema import GraceConfig, Plain
 from grace_ds.config.value_types import check_types
 from grace_ds.errors import ConfigError
+
+log = logging.getLogger("grace_ds")
 
 HOME = "data_efficiency.data_sampling.grace"
 ALIAS = "grace_ds"
@@ -96,6 +100,7 @@ def load_config(block: Mapping[str, Any], path: str = HOME, dotlist: Sequence[st
     merged = OmegaConf.structured(GraceConfig)
     for layer in layers:
         raw = cast(Plain, OmegaConf.to_container(layer, resolve=False))
+        _refuse_removed(raw, path)
         check_types(raw, GraceConfig(), path)
         try:
             merged = OmegaConf.merge(merged, layer)
@@ -105,8 +110,23 @@ def load_config(block: Mapping[str, Any], path: str = HOME, dotlist: Sequence[st
             raise ConfigError(f"{path}.{key} = {_get(raw, key)!r} cannot be resolved: {_first_line(e)}") from None
     # Once more, for what interpolations have brought.
     check_types(dataclasses.asdict(config), GraceConfig(), path)
+    if config.recipe in schema.RENAMED_RECIPES:
+        new = schema.RENAMED_RECIPES[config.recipe]
+        log.warning("%s.recipe = %r is now called %r; the old name goes with the next version", path, config.recipe, new)
+        config.recipe = new
     validate(config, path)
     return config
+
+
+def _refuse_removed(raw: Plain, path: str) -> None:
+    """Says what to do instead of a key that is no longer there.
+
+    Raises:
+        ConfigError: such a key is given.
+    """
+    for key, cure in schema.REMOVED.items():
+        if _get(raw, key, _ABSENT) is not _ABSENT:
+            raise ConfigError(f"{path}.{key} is gone: {cure}")
 
 
 def validate(c: GraceConfig, path: str = HOME) -> None:
@@ -147,7 +167,7 @@ def validate(c: GraceConfig, path: str = HOME) -> None:
         ("refresh.slack_steps", c.refresh.slack_steps, c.refresh.slack_steps >= -1, "-1 (automatic) or more"),
         ("refresh.probe_share", c.refresh.probe_share, 0 < c.refresh.probe_share <= 1, "in (0, 1]"),
         ("refresh.timeout_seconds", c.refresh.timeout_seconds, c.refresh.timeout_seconds > 0, "above 0"),
-        ("harvest.every", c.harvest.every, c.harvest.every >= 1, "1 or more"),
+        ("harvest.share", c.harvest.share, 0 < c.harvest.share <= 1, "in (0, 1]"),
         ("harvest.dim", c.harvest.dim, 8 <= c.harvest.dim <= 8192, "between 8 and 8192"),
         ("harvest.rank", c.harvest.rank, 1 <= c.harvest.rank <= 64, "between 1 and 64"),
         ("features.dim", c.features.dim, 8 <= c.features.dim <= 4096, "between 8 and 4096"),
@@ -156,6 +176,10 @@ def validate(c: GraceConfig, path: str = HOME) -> None:
         ("graph.recall", c.graph.recall, 0 < c.graph.recall <= 1, "in (0, 1]"),
         ("graph.clusters", c.graph.clusters, 0 <= c.graph.clusters <= 1 << 20, "0 (automatic) to 1048576"),
         ("graph.overlap", c.graph.overlap, 0 <= c.graph.overlap <= 8, "0 (automatic) to 8"),
+        ("graph.sketch_share", c.graph.sketch_share, 0 <= c.graph.sketch_share < 1, "in [0, 1)"),
+        ("graph.hidden_share", c.graph.hidden_share, 0 <= c.graph.hidden_share < 1, "in [0, 1)"),
+        ("graph.drift", c.graph.drift, 0 <= c.graph.drift < 1, "in [0, 1)"),
+        ("graph.hops", c.graph.hops, 1 <= c.graph.hops <= 64, "between 1 and 64"),
         ("graph.shrink", c.graph.shrink, c.graph.shrink > 0, "above 0, so that one weak neighbour does not decide"),
         ("graph.decay", c.graph.decay, 0 < c.graph.decay <= 1, "in (0, 1]"),
         ("selection.explore", c.selection.explore, 0 <= c.selection.explore < 1, "in [0, 1)"),
@@ -175,12 +199,22 @@ def _validate_combinations(c: GraceConfig, path: str) -> None:
         raise ConfigError(
             f"{path}.stop_step = {c.stop_step} is not after the first choice at step {first}; raise it, or 0 for never"
         )
+    learned = c.graph.sketch_share + c.graph.hidden_share
+    if learned >= 1:
+        raise ConfigError(f"{path}.graph: sketch_share + hidden_share = {learned:g} leaves nothing to content; keep it below 1")
     if c.selection.explore + c.selection.audit >= 1:
         total = c.selection.explore + c.selection.audit
         raise ConfigError(f"{path}.selection: explore + audit = {total:g} leaves no slot for the coreset; keep it below 1")
-    if c.recipe in ("grace", "prior", "density") and not c.features.enabled and c.replay is None:
+    if recipes.recipe(c.recipe).content and not c.features.enabled and c.replay is None:
         needs = "only recipe: uniform does without content features"
         raise ConfigError(f"{path}.recipe = {c.recipe!r} with features.enabled: false; {needs}, or turn them on")
+    uses = recipes.recipe(c.recipe).uses
+    odd = [part for part in c.ablate if part not in uses]
+    if odd:
+        near = difflib.get_close_matches(odd[0], uses, 1)
+        known = f"it can do without {', '.join(sorted(uses))}" if uses else "it has no parts to leave out"
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{path}.ablate names {odd[0]!r}, which is no part of recipe {c.recipe!r}: {known}{hint}")
     if c.selection.objective == "facility_location" and not c.features.enabled:
         raise ConfigError(f"{path}.selection.objective = 'facility_location' needs the content graph; set features.enabled: true")
     if c.replay is not None and c.mode == "shadow":

@@ -7,11 +7,20 @@ rules that span several keys are in :func:`grace_ds.config.load.validate`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
+
+from grace_ds import recipes
 
 MODES = ("train", "shadow")
 TRANSPORTS = ("auto", "mpi", "torch", "local")
-RECIPES = ("grace", "prior", "density", "uniform")  # each uses everything that those after it use
+RECIPES = (recipes.AUTO, *recipes.names())
+RENAMED_RECIPES = {"prior": "content"}  # old names, taken with a warning for one version
+REMOVED = {  # keys of the first version → what to do instead
+    "harvest.every": "set harvest.share, the share of the steps that are collected, at most",
+    "graph.residuals": "leave it out: recipe grace always spreads along the graph; ablate: [graph] does without",
+    "selection.loss_tilt": "leave it out: recipe grace always weighs by loss; ablate: [loss] does without",
+}
 WEIGHTS = ("none", "inverse_probability")
 SHARES = ("keep", "floor", "free")
 OBJECTIVES = ("sample", "facility_location", "topk", "rs2", "uniform")
@@ -22,6 +31,7 @@ TIERS = ("auto", "exact", "clustered")
 REDUCTIONS = ("mean", "sum")
 MISSING_STATE = ("rebuild", "error")
 OPENING_SHARE = 20  # a run of known length opens for at most this part of it
+LEAST_COLLECTED = 8  # steps between two refreshes that are collected at the least, where there are so many
 
 
 @dataclass
@@ -42,7 +52,7 @@ class HarvestConfig:
 
     layers: list[str] = field(default_factory=lambda: ["auto"])  # name patterns; auto: the last half of the blocks
     exclude: list[str] = field(default_factory=lambda: ["*lm_head*", "*expert*", "*router*"])  # never hooked
-    every: int = 1  # harvest each n-th optimizer step
+    share: float = 0.25  # share of the optimizer steps that are collected, at most; fewer where the estimates need fewer
     dim: int = 256  # width of the folded sketch
     rank: int = 8  # rows of the random projections of a layer's two sides
     reduction: str = "mean"  # how the job's loss joins the samples of a micro-batch: mean | sum
@@ -54,25 +64,28 @@ class FeaturesConfig:
 
     enabled: bool = True  # content statistics; only recipe uniform does without
     tokens_key: str = "auto"  # key (or tuple position) of the token ids in a dataset item
-    dim: int = 128  # width of the projected TF-IDF vectors
+    dim: int = 96  # width of the projected TF-IDF vectors
     max_tokens: int = 4096  # tokens of a sample that are looked at
     cache_dir: str | None = None  # where the statistics are kept between runs; null: not kept
 
 
 @dataclass
 class GraphConfig:
-    """The k-NN graph that carries scores from harvested samples to the others."""
+    """The k-NN graph of the window: scores travel along it, and it tells how crowded a sample's neighbourhood is."""
 
-    leaf: str = "auto"  # torch: exact | faiss: exact, tuned from 30,000 rows | cuvs: GPU, not yet run | auto: faiss, else torch
+    leaf: str = "auto"  # torch: exact | faiss: exact, tuned from 30,000 rows | cuvs: GPU | auto: cuvs on a GPU, else faiss, torch
     tier: str = "auto"  # exact: every pair; clustered: rows that share a cluster; auto: clustered from 30,000 rows where it pays
     executor: str = "ring"  # ring: over the job's transport; dask: a Dask cluster inside the job, started for each graph
     clusters: int = 0  # of the clustered tier; 0: the square root of the rows
     overlap: int = 0  # clusters that each row goes to; 0: as few as reach the recall
     k: int = 15  # neighbours of a sample
     recall: float = 0.99  # sampled recall that an approximate leaf or the clustered tier must reach
-    shrink: float = 1.0  # lambda of the propagation: neighbour evidence that counts as much as no evidence
+    shrink: float = 0.5  # lambda of the propagation: neighbour evidence that counts as much as no evidence
+    sketch_share: float = 0.05  # of a row's squared length: what its gradient sketch has of it, or those of its neighbours
+    hidden_share: float = 0.05  # the same of its pooled hidden state; the rest is content
+    drift: float = 0.02  # 1 - cosine by which a row must have moved to be searched for anew
+    hops: int = 5  # that scores travel from measured samples to others
     decay: float = 0.7  # confidence of a harvested value per refresh of age
-    residuals: bool = False  # build the graph, and carry along it what content does not predict of an influence
 
 
 @dataclass
@@ -80,7 +93,6 @@ class SelectionConfig:
     """How the coreset is drawn from the window."""
 
     objective: str = "sample"  # sample | facility_location | topk | rs2 | uniform
-    loss_tilt: bool = False  # recipe grace: prefer samples of higher loss among those that pass; builds the graph
     explore: float = 0.05  # share of slots for samples outside of the coreset: those most in doubt, or any
     audit: float = 0.01  # share of slots drawn uniformly from the window
     include: str | None = None  # file of ids (one a line, or .npy) that every coreset holds
@@ -111,7 +123,8 @@ class GraceConfig:
     """The block ``data_efficiency.data_sampling.grace`` of a DeepSpeed config (alias: top-level ``grace_ds``)."""
 
     enabled: bool = True  # false: an exact pass-through
-    recipe: str = "prior"  # grace | prior | density | uniform: the most that selection may use
+    recipe: str = "auto"  # grace | content | density | uniform; auto: grace where gradients can be read, else content
+    ablate: list[str] = field(default_factory=list)  # parts of recipe grace to do without: gradients, loss, graph, sketches
     mode: str = "train"  # train | shadow: harvest, refresh and log, but leave the job's batches alone
     budget: float = 0.2  # share of the window that one coreset may hold
     window: int = 0  # samples in the rolling window; 0: so that a refresh harvests at least 5 % of it
@@ -149,9 +162,31 @@ class GraceConfig:
         return self.refresh.interval_steps if self.start_step < 0 else 0
 
     @property
-    def uses_gradients(self) -> bool:
-        """Whether any decision of this run asks for gradients."""
-        return self.recipe == "grace" and self.selection.objective not in ("uniform", "rs2")
+    def parts(self) -> frozenset[str]:
+        """The parts of the recipe that are not switched off."""
+        return recipes.recipe(self.recipe).uses - frozenset(self.ablate)
+
+    @property
+    def collects(self) -> bool:
+        """Whether any decision of this run asks for what the job's backward tells."""
+        return bool(self.parts & {"gradients", "loss"}) and self.selection.objective not in ("uniform", "rs2")
+
+    @property
+    def learned_shares(self) -> tuple[float, float]:
+        """Shares of gradient sketch and hidden state in a row of the graph; 0 where the run has none or they are switched off."""
+        learned = self.collects and "sketches" in self.parts
+        return (self.graph.sketch_share, self.graph.hidden_share) if learned else (0.0, 0.0)
+
+    @property
+    def builds_graph(self) -> bool:
+        """Whether any decision of this run asks for the k-NN graph."""
+        objective = self.selection.objective
+        return objective == "facility_location" or ("graph" in self.parts and objective not in ("uniform", "rs2"))
+
+    @property
+    def collect_every(self) -> int:
+        """Each how many steps one is collected, at the least: by ``harvest.share``, but some between any two refreshes."""
+        return max(1, min(ceil(1 / self.harvest.share), self.refresh.interval_steps // LEAST_COLLECTED))
 
 
 Plain = dict[str, Any]

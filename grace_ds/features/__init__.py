@@ -3,6 +3,9 @@
 Two sweeps over this rank's samples.  The first counts (6-grams, terms) and scores by the trusted model; the counts are
 summed over the ranks; the second reads densities and TF-IDF vectors off the sums.  Tokens and
 terms of the first sweep are kept in memory up to a limit, so most items are read once and none more than twice.
+
+A window that rolls computes the features of the samples that enter it (:func:`follow_window`): the 6-gram counts follow the
+window, the weights of the terms stay those of the first one, so that the vectors of all samples compare.
 """
 
 from __future__ import annotations
@@ -12,8 +15,8 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +60,7 @@ class ContentFeatures:
         statistics: (n, s) float32, how the trusted model sees each sample, in its own robust deviations; None if not wanted.
         vectors: (n, dim) float32, unit norm; None if not wanted.
         seconds: by part: read, prior, density, tfidf; all zero when they came from the cache.
+        counts: what the features of further samples are computed from; None where nobody will ask.
     """
 
     ids: IntArray
@@ -65,6 +69,29 @@ class ContentFeatures:
     statistics: FloatArray | None
     vectors: FloatArray | None
     seconds: dict[str, float] = field(default_factory=dict)
+    counts: Counts | None = None
+
+    def take(self, index: Array) -> ContentFeatures:
+        """The samples at ``index`` (positions or a mask), in that order."""
+        columns: dict[str, Any] = {name: getattr(self, name) for name in COLUMNS}
+        taken: dict[str, Any] = {name: None if c is None else c[index] for name, c in columns.items()}
+        return replace(self, **taken)
+
+
+COLUMNS = ("ids", "density", "keep", "statistics", "vectors")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Counts of the window over all ranks, equal on every rank.
+
+    Attributes:
+        grams: (2^22,) int64, 6-grams by bin; empty where no density is wanted.
+        terms: (2^18 + 1,) int64, of the first window: samples that hold each term, and samples; empty without vectors.
+    """
+
+    grams: IntArray
+    terms: IntArray
 
 
 @dataclass
@@ -173,6 +200,7 @@ def content_features(
     cache_dir: str | os.PathLike[str] | None = None,
     fingerprint: str | None = None,
     memory_bytes: int = MEMORY_BYTES,
+    keep_counts: bool = False,
 ) -> ContentFeatures:
     """Content statistics of this rank's share of the pool (collective: all ranks call it, a share may be empty).
 
@@ -189,27 +217,79 @@ def content_features(
         cache_dir: where results are kept between runs, set on all ranks or on none.
         fingerprint: of the dataset, for the cache; computed where it is needed and not given.
         memory_bytes: limit of the tokens that this rank keeps between the two sweeps, and once more of their terms.
+        keep_counts: whether :func:`follow_window` will ask for the features of further samples.
     """
     ids = np.asarray(ids_here, np.int64)
     key = ""
     if cache_dir is not None:
         name = reader.fingerprint() if fingerprint is None else fingerprint
         model = "" if trusted is None else trusted.digest()
-        facts = [RECIPE, name, dim, seed, want_density, want_tfidf, want_statistics, model, *_pool_digest(ids, allreduce)]
+        facts = [RECIPE, name, dim, seed, want_density, want_tfidf, want_statistics, keep_counts, model]
+        facts += _pool_digest(ids, allreduce)
         key = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
         arrays = cache.load(cache_dir, key)
         # one rank's miss is everybody's: a hit skips the sums over ranks that a miss takes part in
         if int(allreduce(np.array([arrays is None], np.int64))[0]) == 0 and arrays is not None:
-            keep, statistics, vectors = (arrays.get(name) for name in ("keep", "statistics", "vectors"))
-            nothing = _Sweeps(None, None, None).seconds
-            return ContentFeatures(ids, arrays["density"], keep, statistics, vectors, nothing)
+            columns: dict[str, Any] = {name: arrays.get(name) for name in COLUMNS[1:]}
+            counts = Counts(arrays["grams"], arrays["terms"]) if keep_counts else None
+            return ContentFeatures(ids, **columns, seconds=_Sweeps(None, None, None).seconds, counts=counts)
     terms = TfIdf(dim, seed) if want_tfidf else None
     sweeps = _Sweeps(NgramCounts() if want_density else None, terms, trusted, want_statistics)
     out = _compute(sweeps, reader, ids, allreduce, dim, memory_bytes)
+    if keep_counts:
+        out = replace(out, counts=_counts(sweeps))
     if cache_dir is not None:
-        made = {"density": out.density, "keep": out.keep, "statistics": out.statistics, "vectors": out.vectors}
+        made = {name: getattr(out, name) for name in COLUMNS[1:]} | (vars(out.counts) if out.counts is not None else {})
         cache.store(cache_dir, key, {name: array for name, array in made.items() if array is not None})
     return out
+
+
+def follow_window(
+    kept: ContentFeatures,
+    reader: TokenReader,
+    ids_here: IntArray,
+    *,
+    dim: int,
+    seed: int,
+    allreduce: Allreduce,
+    trusted: TokenScorer | None = None,
+    memory_bytes: int = MEMORY_BYTES,
+) -> ContentFeatures:
+    """The features of a window that has moved on: those of samples that stay are kept (collective, as the others).
+
+    The 6-gram counts are those of the new window; a sample's density is of the window that it entered.  Samples that leave are
+    read once more, for their 6-grams to be taken out of the counts.
+
+    Args:
+        kept: of the window before, with ``counts``.
+        reader, dim, seed, allreduce, trusted, memory_bytes: as for :func:`content_features`.
+        ids_here: (n,) int64, sorted, this rank's samples now.
+    """
+    ids = np.asarray(ids_here, np.int64)
+    counts = kept.counts
+    assert counts is not None, "features without counts cannot follow a window"
+    entrants = np.setdiff1d(ids, kept.ids, assume_unique=True)
+    ngrams = terms = None
+    if len(counts.grams):
+        leavers = NgramCounts()
+        for block in reader.blocks(np.setdiff1d(kept.ids, ids, assume_unique=True)):
+            leavers.add(ngram_bins(block)[0])
+        ngrams = NgramCounts(less=leavers.counts, known=counts.grams)
+    if len(counts.terms):
+        terms = TfIdf.of(dim, seed, counts.terms)
+    sweeps = _Sweeps(ngrams, terms, trusted, kept.statistics is not None)
+    fresh = _compute(sweeps, reader, entrants, allreduce, dim, memory_bytes)
+    stay = kept.take(np.isin(kept.ids, ids))
+    both: dict[str, Any] = {name: (getattr(stay, name), getattr(fresh, name)) for name in COLUMNS}
+    columns: dict[str, Any] = {name: None if a is None else np.concatenate([a, b]) for name, (a, b) in both.items()}
+    joined = ContentFeatures(**columns, seconds=fresh.seconds, counts=_counts(sweeps))
+    return joined.take(np.argsort(joined.ids, kind="stable"))
+
+
+def _counts(sweeps: _Sweeps) -> Counts:
+    nothing = np.empty(0, np.int64)
+    grams = nothing if sweeps.counts is None else sweeps.counts.total
+    return Counts(grams, nothing if sweeps.terms is None else sweeps.terms.totals)
 
 
 def _compute(

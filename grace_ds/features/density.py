@@ -19,7 +19,7 @@ from grace_ds.records import Array, IntArray
 GRAM = 6
 BITS = 22
 QUANTILE = 0.4
-SATURATION = 1 << 30  # counts stop here: padding can repeat one 6-gram billions of times
+SATURATION = 1 << 30  # a density stops here: padding can repeat one 6-gram billions of times
 _BASE = 0x9E3779B97F4A7C15  # odd, so that powers never vanish mod 2^64
 _BASE2 = np.uint64(_BASE * _BASE % 2**64)
 _FINISH = np.uint64(0xBF58476D1CE4E5B9)
@@ -57,29 +57,36 @@ def ngram_bins(block: TokenBlock) -> tuple[npt.NDArray[np.intp], IntArray]:
 
 
 class NgramCounts:
-    """6-gram counts of the pool: this rank's samples are added block by block, then summed over the ranks once."""
+    """6-gram counts of the window: this rank's samples are added block by block, then summed over the ranks once.
 
-    def __init__(self) -> None:
-        self.counts = np.zeros(1 << BITS, np.int32)
-        self._since_clip = 0
+    Args:
+        less: (2^22,) integers, counts of samples of this rank that have left the window.
+        known: (2^22,) int64, counts of the window over all ranks before it moved on.
+
+    Attributes:
+        total: (2^22,) int64, over all ranks, after :meth:`reduce`.
+    """
+
+    def __init__(self, less: Array | None = None, known: IntArray | None = None) -> None:
+        self.counts = np.zeros(1 << BITS, np.int64)
+        self.total: IntArray = np.zeros(0, np.int64)
+        self._less, self._known = less, known
+        self._bounded = np.zeros(0, np.int32)
 
     def add(self, bins: npt.NDArray[np.intp]) -> None:
         """Counts the bins of one block (see :func:`ngram_bins`)."""
-        np.add.at(self.counts, bins, np.int32(1))  # a scalar of the table's own type: NumPy's fast path
-        self._since_clip += len(bins)
-        if self._since_clip >= SATURATION // 2:  # well before an int32 could overflow
-            np.minimum(self.counts, SATURATION, out=self.counts)
-            self._since_clip = 0
+        np.add.at(self.counts, bins, np.int64(1))  # a scalar of the table's own type: NumPy's fast path
 
     def reduce(self, allreduce: Allreduce) -> None:
-        """Sums the counts over all ranks (collective).  Saturation is the same however the pool is sharded."""
-        total = allreduce(self.counts.astype(np.int64))
-        self.counts = np.minimum(total, SATURATION).astype(np.int32)
+        """Sums the counts over all ranks (collective)."""
+        total = allreduce(self.counts if self._less is None else self.counts - self._less)
+        self.total = np.asarray(total if self._known is None else total + self._known, np.int64)
+        self._bounded = np.minimum(self.total, SATURATION).astype(np.int32)
 
     def degree(self, block: TokenBlock) -> npt.NDArray[np.float64]:
-        """(n,) float64: copies in the pool beyond the sample itself; 0 for samples without a 6-gram."""
+        """(n,) float64: copies in the window beyond the sample itself; 0 for samples without a 6-gram."""
         bins, grams = ngram_bins(block)
-        return row_quantile(self.counts[bins], grams, QUANTILE, minus=1)
+        return row_quantile(self._bounded[bins], grams, QUANTILE, minus=1)
 
 
 def row_quantile(values: npt.NDArray[np.int32], lengths: IntArray, q: float, minus: int) -> npt.NDArray[np.float64]:

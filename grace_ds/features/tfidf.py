@@ -114,6 +114,9 @@ class TfIdf:
     Args:
         dim: width of the vectors.
         seed: of the projection.
+
+    Attributes:
+        totals: (2^18 + 1,) int64, samples that hold each term, and samples; empty before :meth:`reduce`.
     """
 
     def __init__(self, dim: int, seed: int) -> None:
@@ -124,6 +127,14 @@ class TfIdf:
         self._place = ((code >> np.uint64(1)) % np.uint64(dim)).astype(np.int64)
         self._sign = np.where(code & np.uint64(1), 1.0, -1.0)
         self._weight = self._sign
+        self.totals: IntArray = np.zeros(0, np.int64)
+
+    @staticmethod
+    def of(dim: int, seed: int, totals: IntArray) -> TfIdf:
+        """One whose weights are fixed by the ``totals`` of an earlier one: further samples do not change them."""
+        fixed = TfIdf(dim, seed)
+        fixed._fix(totals)
+        return fixed
 
     def add(self, block: TokenBlock) -> Terms:
         """Counts, for every term, the samples of ``block`` that hold it; returns the block's terms."""
@@ -133,9 +144,13 @@ class TfIdf:
         return terms
 
     def reduce(self, allreduce: Allreduce) -> None:
-        """Sums the frequencies over all ranks (collective) and fixes the terms' weights."""
-        total = allreduce(np.append(self.frequency, self.samples))
-        self.frequency, self.samples = total[:-1], int(total[-1])
+        """Sums the frequencies over all ranks (collective) and fixes the terms' weights, where they are not fixed yet."""
+        if not len(self.totals):
+            self._fix(allreduce(np.append(self.frequency, self.samples)))
+
+    def _fix(self, totals: IntArray) -> None:
+        self.totals = totals
+        self.frequency, self.samples = totals[:-1].copy(), int(totals[-1])
         self._weight = self._sign * (np.log((1.0 + self.samples) / (1.0 + self.frequency)) + 1.0)
 
     def vectors(self, n: int, terms: Terms) -> FloatArray:

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from grace_ds.comm.base import Comm
 from grace_ds.config.schema import GraphConfig
-from grace_ds.graph import leaves
-from grace_ds.graph.clustered import nearest_clustered
+from grace_ds.graph import clustered, leaves, ring
+from grace_ds.graph.merge import finished
 from grace_ds.graph.placement import Placement, centroids_of, place
 from grace_ds.graph.plan import GraphPlan, clusters_for, plan_graph
-from grace_ds.graph.ring import nearest
 from grace_ds.graph.rows import Request
 from grace_ds.records import FloatArray, IntArray, Neighbours
 
 log = logging.getLogger(__name__)
 
 PAIR_SHARE = 8  # clusters that leave more than an eighth of all pairs to be compared save too little
+
+
+@dataclass(frozen=True)
+class Found:
+    """The nearest rows of this rank's queries, and how they were searched for.
+
+    Attributes:
+        keys: (n, wanted) int64 of :mod:`grace_ds.graph.merge`, a query's own among them where it was not excluded.
+        placement, centroids: of the clustered tier; None in the exact one.
+        exact: whether every pair was compared, so that the same rows always have the same neighbours.
+    """
+
+    keys: IntArray
+    placement: Placement | None
+    centroids: FloatArray | None
+    exact: bool
 
 
 def knn(
@@ -45,25 +61,43 @@ def knn(
     """
     index = None if Q is X and q_ids is ids else (ids, X)
     asked = Request.of(q_ids, Q, config.k, index, exclude_self)
+    found = search_all(comm, asked, config)
+    return None if found is None else finished(found.keys, asked.q_ids, asked.k, asked.exclude_self)
+
+
+def search_all(comm: Comm, asked: Request, config: GraphConfig, spare: int = 0, device: str = "cpu") -> Found | None:
+    """The nearest rows of this rank's queries, ``spare`` more than asked for.  Collective; errors as :func:`knn`.
+
+    Args:
+        device: of the job's model; ``graph.leaf: auto`` is cuVS where it is a GPU and every rank can use it.
+
+    Returns:
+        None where no rank has an index row.
+    """
     sizes = comm.allgather(np.array([len(asked.q_ids), len(asked.ids)], np.int64))
     n_queries, n_index = (int(n) for n in np.sum(sizes, axis=0))
     if n_index == 0:
         return None
     over = _executor(config.executor)
     joined = None if over else comm  # another executor joins the leaves of its own workers
+    name = leaves.agreed(comm, config.leaf, device)
     plan = plan_graph(config, n_queries, n_index, asked.X.shape[1], comm.size, asked.alike)
+    wide = asked.with_spare(spare)
     if plan.tier == "clustered":
         centroids = centroids_of(comm, asked.ids, asked.X, clusters_for(config, n_index))
         placement = place(comm, asked, centroids, config.recall, config.overlap)
         if _worth(plan, placement, config, n_queries * n_index):
-            leaf = leaves.exact(config.leaf)
+            leaf = leaves.exact(name)
             with leaves.opened(joined, leaf):
-                return nearest_clustered(comm, asked, leaf, placement, over.clustered_keys if over else None)
+                keys = (over.clustered_keys if over else clustered.nearest_keys)(comm, wide, leaf, placement)
+            return Found(keys, placement, centroids, exact=False)
     else:
         log.info("graph: exact tier (%s)", plan.why)
-    leaf = leaves.choose(config.leaf, max(int(size[1]) for size in sizes), config.recall)
+    largest = max(int(size[1]) for size in sizes)
+    leaf = leaves.choose(name, largest, config.recall)
     with leaves.opened(joined, leaf):
-        return nearest(comm, asked, leaf, over.exact_keys if over else None)
+        keys = ring.nearest_keys(comm, wide, leaf, over.exact_keys if over else None)
+    return Found(keys, None, None, leaf.is_exact(largest))
 
 
 def _executor(name: str) -> Any:

@@ -21,16 +21,22 @@ Executor = Callable[[Comm, FloatArray, Shard, int, Leaf], IntArray]
 
 
 def nearest(comm: Comm, asked: Request, leaf: Leaf, over: Executor | None = None) -> Neighbours:
-    """This rank's queries against the index rows of all ranks; all ranks call it together.
+    """This rank's queries against the index rows of all ranks; all ranks call it together.  Arguments: :func:`nearest_keys`.
+
+    Returns:
+        (n, k) ids and cosines in multiples of 2**-20, nearest first, ties by the lower id, for this rank's queries.
+    """
+    return finished(nearest_keys(comm, asked, leaf, over), asked.q_ids, asked.k, asked.exclude_self)
+
+
+def nearest_keys(comm: Comm, asked: Request, leaf: Leaf, over: Executor | None = None) -> IntArray:
+    """The same as (n, wanted) keys of :mod:`grace_ds.graph.merge`, a query's own among them.  Collective.
 
     Args:
         comm: transport; ``comm.size - 1`` ring steps, none on a single rank.
         asked: of this rank.
         leaf: the same on all ranks.  With an exact one the result is the same for any number of ranks.
         over: another executor than the ring: what :func:`rotate` does.
-
-    Returns:
-        (n, k) ids and cosines in multiples of 2**-20, nearest first, ties by the lower id, for this rank's queries.
     """
     if asked.alike:
         shard, which = both(asked.ids, asked.X, asked.wanted)
@@ -39,9 +45,7 @@ def nearest(comm: Comm, asked: Request, leaf: Leaf, over: Executor | None = None
         shard = collapse(asked.ids, asked.X, asked.wanted)
         queries, which = distinct(asked.q_ids, asked.Q)
     keys = (over or rotate)(comm, queries, shard, asked.wanted, leaf)
-    if not np.array_equal(which, np.arange(len(queries))):
-        keys = keys[which]
-    return finished(keys, asked.q_ids, asked.k, asked.exclude_self)
+    return keys if np.array_equal(which, np.arange(len(queries))) else keys[which]
 
 
 def rotate(comm: Comm, queries: FloatArray, shard: Shard, wanted: int, leaf: Leaf) -> IntArray:

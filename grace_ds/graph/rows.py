@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -49,6 +49,10 @@ class Request:
         if Q.ndim == 2 and X.ndim == 2 and Q.shape[1] != X.shape[1]:
             raise DataError(f"queries are {Q.shape[1]} wide, index rows {X.shape[1]}: use one feature space")
         return Request(q_ids, prepared(q_ids, Q), ids, prepared(ids, X), k, exclude_self)
+
+    def with_spare(self, spare: int) -> Request:
+        """The same with ``spare`` more neighbours wanted."""
+        return replace(self, k=self.k + spare)
 
     @property
     def alike(self) -> bool:

@@ -20,7 +20,7 @@ from grace_ds.integrations.lookout import Lookout
 from grace_ds.integrations.trust import TrustedProbe
 from grace_ds.integrations.verdict import Verdict
 from grace_ds.refresh import Outcome, refresh
-from grace_ds.signals import Inputs, Pipeline
+from grace_ds.signals import Inputs, Pipeline, active_parts
 from grace_ds.sketch.basis import TrustedBasis
 
 log = logging.getLogger("grace_ds")
@@ -142,7 +142,7 @@ class Refresher:
         """Whether a trusted basis can be fitted now, and will be used: not while the guard has stepped down."""
         if self.harvester is None or not self.harvester.sketcher.scale.frozen:
             return False
-        looked_at = x.decision is None or x.decision.level == "grace" or x.version >= x.decision.look > 0
+        looked_at = "gradients" in active_parts(self.pipeline, x)
         return looked_at and cadence.wants_basis(self.pipeline.config, x.step, interval)
 
     def _agree(self, where: str) -> TransportError | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from grace_ds.comm.choose import choose
 from grace_ds.comm.rollcall import RollCall
 from grace_ds.config.schema import GraceConfig
 from grace_ds.errors import ConfigError
-from grace_ds.features import ContentFeatures, TokenReader, content_features
+from grace_ds.features import ContentFeatures, TokenReader, content_features, follow_window
 from grace_ds.harvest import Harvester
 from grace_ds.integrations.controller import Controller
 from grace_ds.integrations.engine import is_pipeline, shares_model
@@ -28,8 +28,8 @@ from grace_ds.integrations.trusted_set import Extras, trusted_set
 from grace_ds.integrations.verdict import Verdict, job_store
 from grace_ds.order import Order, SeededOrder
 from grace_ds.pool import Pool, check_repeats, read_ids, read_sources
+from grace_ds.recipes import AUTO, recipe
 from grace_ds.records import IntArray, Schedule
-from grace_ds.refresh import carries
 from grace_ds.sampler import Geometry
 from grace_ds.selection.prior import BigramPrior
 from grace_ds.signals import Pipeline
@@ -62,25 +62,15 @@ def build_controller(
     if config.total_steps:
         repeats = check_repeats(config.total_steps, geometry.batch, config.budget, n, config.max_repeats)
         log.info("implied repeats of a chosen sample: %.2f", repeats)
+    config, sketcher = settled(config, engine)
     # Ranks that work on the same samples must agree on them, so that all take part in one refresh.
-    shared = shares_model(engine)
-    if (shared or is_pipeline(engine)) and config.replay is None and config.uses_gradients:
-        raise ConfigError(
-            "recipe: grace fits its trusted basis to layers that a rank sees whole; with tensor, sequence or pipeline "
-            "parallelism set recipe: prior, which needs no gradient"
-        )
-    group = None if shared else engine.data_parallel_group
+    group = None if shares_model(engine) else engine.data_parallel_group
     comm = choose(config.comm, dp_group=group, timeout=config.refresh.timeout_seconds)
     parts: Parts = together(comm, lambda: prepare(dataset, config, geometry, extras))
-    pipeline = pipeline_of(comm, config, geometry, parts)
-    harvester = None
-    if config.replay is None and config.uses_gradients:
-        layers = select_layers(engine.module, config.harvest.layers, config.harvest.exclude)
-        sketcher = Sketcher(layers, config.seed, config.harvest.dim, config.harvest.rank).attach()
-        harvester = Harvester(sketcher, config.harvest)
-        log.info("sketching %d layers: %s … %s", len(layers), layers[0].name, layers[-1].name)
+    pipeline = pipeline_of(comm, config, geometry, parts, device=str(engine.device))
+    harvester = Harvester(sketcher.attach(), config.harvest) if sketcher is not None else None
     trust = None
-    if harvester is not None and parts.trusted is not None:
+    if harvester is not None and parts.trusted is not None and "gradients" in config.parts:
         trust = TrustedProbe(
             engine.module,
             harvester.sketcher,
@@ -98,6 +88,46 @@ def build_controller(
     show = preview_of(dataset, config.features.tokens_key)
     verdict, call = Verdict(job_store(comm.size)), RollCall.open(os.environ)
     return Controller(config, geometry, pipeline, harvester, verdict, call, trust, monitor_of(engine), show)
+
+
+def settled(config: GraceConfig, engine: Any) -> tuple[GraceConfig, Sketcher | None]:
+    """The config with ``recipe: auto`` decided, and the sketcher of the model's layers, not attached yet.
+
+    The sketcher is None where nothing is collected.  What is decided depends on the model and its parallelism alone, so it is
+    the same on every rank.
+
+    Raises:
+        ConfigError: gradients or layers are asked for by name, and cannot be had.
+    """
+    most = recipe(config.recipe)
+    auto, config = config.recipe == AUTO, replace(config, recipe=most.name)
+    if config.replay is not None or not config.collects:
+        return config, None
+    try:
+        sketcher = sketcher_of(config, engine)
+    except ConfigError as error:
+        if not auto or most.fallback is None or list(config.harvest.layers) != ["auto"]:
+            raise
+        log.info("recipe: auto is %s here: %s", most.fallback, error)
+        return replace(config, recipe=most.fallback, ablate=[]), None
+    log.info("recipe: %s", config.recipe)
+    return config, sketcher
+
+
+def sketcher_of(config: GraceConfig, engine: Any) -> Sketcher:
+    """Of the layers that the config names.
+
+    Raises:
+        ConfigError: a rank sees parts of layers only, or there is none to sketch.
+    """
+    if shares_model(engine) or is_pipeline(engine):
+        raise ConfigError(
+            f"recipe: {config.recipe} fits its trusted basis to layers that a rank sees whole; with tensor, sequence or pipeline "
+            f"parallelism set recipe: {recipe(config.recipe).fallback}, which needs no gradient"
+        )
+    layers = select_layers(engine.module, config.harvest.layers, config.harvest.exclude)
+    log.info("sketching %d layers: %s … %s", len(layers), layers[0].name, layers[-1].name)
+    return Sketcher(layers, config.seed, config.harvest.dim, config.harvest.rank)
 
 
 @dataclass(frozen=True)
@@ -134,9 +164,9 @@ def prepare(dataset: Any, config: GraceConfig, geometry: Geometry, extras: Extra
     if len(both):
         raise ConfigError(f"sample {int(both[0])} is in selection.include and in selection.exclude; drop it from one")
     reader = None
-    if config.features.enabled and config.replay is None and config.recipe != "uniform":
+    if config.features.enabled and config.replay is None and recipe(config.recipe).content:
         reader = TokenReader(dataset, config.features.tokens_key, config.features.max_tokens)
-    trusted = trusted_set(dataset, reader, config, extras) if config.recipe in ("grace", "prior") else None
+    trusted = trusted_set(dataset, reader, config, extras) if recipe(config.recipe).trusted else None
     prior = None
     if trusted is not None and reader is not None:
         tokens = TokenReader(trusted, config.features.tokens_key, config.features.max_tokens).all()
@@ -152,6 +182,7 @@ def pipeline_of(
     geometry: Geometry,
     parts: Parts,
     arrange: Callable[[Schedule], Schedule] | None = None,
+    device: str = "cpu",
 ) -> Pipeline:
     """What a refresh works on."""
     labels = parts.sources
@@ -168,6 +199,7 @@ def pipeline_of(
         sources=(lambda ids: np.asarray(labels[ids])) if labels is not None else None,
         arrange=arrange,
         chart=_chart(config, parts) if config.run_dir is not None and comm.rank == 0 else None,
+        device=device,
     )
 
 
@@ -178,29 +210,33 @@ def _chart(config: GraceConfig, parts: Parts) -> Chart | None:
 
 
 class Contents:
-    """Content features of the window's samples; those of the last window are kept."""
+    """Content features of the window's samples: those that stay are kept, those that enter are read."""
 
     def __init__(self, comm: Comm, config: GraceConfig, parts: Parts) -> None:
         self.comm, self.config, self.parts = comm, config, parts
-        self._last: ContentFeatures | None = None
 
-    def __call__(self, ids: IntArray) -> ContentFeatures:
-        """Features of ``ids`` (n,), this rank's share of the window.  Collective when the window has moved."""
-        reader, c = self.parts.reader, self.config
+    def __call__(self, kept: ContentFeatures | None, ids: IntArray) -> ContentFeatures:
+        """Features of ``ids`` (n,), sorted, this rank's share of the window.  Collective where the window has moved.
+
+        Args:
+            kept: of the window before, on all ranks or on none.
+        """
+        reader, c, rolls = self.parts.reader, self.config, bool(self.parts.pool.advance)
         if reader is None:
             return ContentFeatures(ids, np.zeros(len(ids), np.float32), None, None, None)
-        # A window that has not moved has not moved on any rank: then nobody takes part in a collective.
-        if self._last is None or not np.array_equal(self._last.ids, ids) or self.parts.pool.advance:
-            self._last = content_features(
-                reader,
-                ids,
-                dim=c.features.dim,
-                seed=c.seed,
-                allreduce=self.comm.allreduce,
-                trusted=self.parts.prior,
-                want_density=True,
-                want_tfidf=carries(c) or c.selection.objective == "facility_location",
-                want_statistics=c.uses_gradients,
-                cache_dir=c.features.cache_dir,
-            )
-        return self._last
+        if kept is not None and not rolls:
+            return kept
+        common: dict[str, Any] = {"dim": c.features.dim, "seed": c.seed, "trusted": self.parts.prior}
+        common["allreduce"] = self.comm.allreduce
+        if kept is not None:
+            return follow_window(kept, reader, ids, **common)
+        return content_features(
+            reader,
+            ids,
+            **common,
+            want_density=True,
+            want_tfidf=c.builds_graph,
+            want_statistics="gradients" in c.parts,
+            cache_dir=c.features.cache_dir,
+            keep_counts=rolls,
+        )

@@ -54,8 +54,8 @@ def configured_interval(c: GraceConfig, step: int) -> int:
     if step < c.start_step:
         return c.start_step - step
     interval = c.refresh.interval_steps
-    first = c.opening or (interval if c.uses_gradients else 0)
-    half = first // 2 if c.uses_gradients else 0
+    first = c.opening or (interval if c.collects else 0)
+    half = first // 2 if c.collects else 0
     return next((end - step for end in (half, first) if step < end), interval)
 
 

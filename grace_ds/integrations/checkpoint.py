@@ -1,8 +1,8 @@
 """Our part of a checkpoint: files of our own beside the engine's, written before it, read after it.
 
-``TAG/grace_ds/`` holds the table's bucket files (each rank its own), the published schedules, the ledger and the trusted
-basis, and ``manifest.json`` with every scalar and the digest of every file.  The manifest's own digest goes into the
-engine's client state, so a checkpoint and a foreign or torn folder cannot be taken for one another.
+``TAG/grace_ds/`` holds the bucket files of the table and of the window (each rank its own), the published schedules, the
+ledger and the trusted basis, and ``manifest.json`` with every scalar and the digest of every file.  The manifest's own
+digest goes into the engine's client state, so a checkpoint and a foreign or torn folder cannot be taken for one another.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from grace_ds.errors import CheckpointError, DamagedState
 from grace_ds.files import digest, write_atomic
 from grace_ds.gather import gather_rows
 from grace_ds.integrations.controller import Controller
-from grace_ds.integrations.saved import BASIS, LEDGER, MANIFEST, SCHEMA, Saved, read_saved
+from grace_ds.integrations.saved import BASIS, LEDGER, MANIFEST, SCHEMA, SHARED, Saved, read_saved
 from grace_ds.integrations.together import together
 from grace_ds.records import Array
 from grace_ds.schedule import save_schedule
@@ -110,8 +110,10 @@ def write(c: Controller, save_dir: Path, tag: str) -> dict[str, Any]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         mine = c.table.save(folder, c.comm.rank, c.comm.size)
+        window, shared = c.kept.save(folder, bool(c.pipeline.pool.advance), c.comm.rank, c.comm.size)
+        mine |= window
         if c.comm.rank == 0:
-            mine |= _write_shared(c, folder)
+            mine |= _write_shared(c, folder, shared)
     except OSError as error:
         raise CheckpointError(f"GRACE state cannot be written to {folder} ({error}); free space or mend the path") from error
     c.lead = int(c.comm.allreduce(np.array([c.lead], np.int64), "max")[0])
@@ -161,7 +163,7 @@ def take_over(c: Controller, saved: Saved, step: int) -> None:
     if c.config.replay is None:
         c.book.replace(saved.schedules)
         c.next_refresh = at["next_refresh"]
-    c.table, c.ledger, c.reference = saved.table, saved.ledger, dict(saved.reference)
+    c.table, c.ledger, c.reference, c.kept = saved.table, saved.ledger, dict(saved.reference), saved.kept
     if c.harvester is not None:
         c.take_basis(saved.basis)
     c.counted, c.lead = at["counted"], at["lead"]
@@ -190,7 +192,7 @@ def scalars(c: Controller) -> dict[str, Any]:
     }
 
 
-def _write_shared(c: Controller, folder: Path) -> dict[str, str]:
+def _write_shared(c: Controller, folder: Path, window: dict[str, Array]) -> dict[str, str]:
     """The files that are the same on every rank; rank 0 writes them."""
     digests = {}
     for schedule in c.book.schedules if c.config.replay is None else []:
@@ -199,6 +201,8 @@ def _write_shared(c: Controller, folder: Path) -> dict[str, str]:
     groups: dict[str, dict[str, Array]] = {LEDGER: {"ids": c.ledger.ids, "counts": c.ledger.counts}}
     if c.basis is not None:
         groups[BASIS] = dict(c.basis.to_arrays())
+    if window:
+        groups[SHARED] = window
     for name, arrays in groups.items():
         data = save_arrays({key: np.ascontiguousarray(value) for key, value in arrays.items()})
         write_atomic(folder / name, data)

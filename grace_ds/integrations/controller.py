@@ -18,11 +18,12 @@ from grace_ds.errors import GraceError, TransportError
 from grace_ds.harvest import Harvester
 from grace_ds.integrations import cadence
 from grace_ds.integrations.attempt import Fresh, Refresher
-from grace_ds.integrations.judging import by_role, decision_of, worth_harvesting
+from grace_ds.integrations.judging import by_role, collect_every, decision_of, worth_harvesting
 from grace_ds.integrations.lookout import Lookout
 from grace_ds.integrations.record import EventWriter, Metrics, Preview, Recorder
 from grace_ds.integrations.trust import TrustedProbe
 from grace_ds.integrations.verdict import Verdict
+from grace_ds.kept import Kept
 from grace_ds.records import Rows
 from grace_ds.sampler import Geometry, IssuedBatch, Outstanding, Stream
 from grace_ds.schedule import Ledger, ScheduleBook, load_book
@@ -71,6 +72,7 @@ class Controller:
         self.outstanding = Outstanding(geometry)
         self.sampler: Stream | None = None  # None in shadow mode: the job's own sampler feeds it
         self.table = Table.empty(config.harvest.dim)
+        self.kept = Kept()
         self.ledger = Ledger()
         self.reference: dict[int, float] = {}
         self.counted = 0  # position up to which the ledger has counted
@@ -101,7 +103,7 @@ class Controller:
     def begin_at(self, step: int, cursor: int) -> None:
         """Makes a first schedule at a step and a position, after a checkpoint that holds none.  Collective."""
         self.stand_at(step, cursor)
-        self.counted, self.lead = cursor, 0
+        self.counted, self.lead, self.kept = cursor, 0, Kept()
         if self.config.replay is None:
             self.book.replace([])
             self.refresh()
@@ -124,6 +126,7 @@ class Controller:
         now = m.train_seconds + time.perf_counter() - self._clock
         return {
             **dataclasses.asdict(m),
+            "transport": self.comm.name,
             "probe_samples": self.trust.probed if self.trust is not None else 0,
             "train_seconds": now,
             "step": self.step,
@@ -189,7 +192,8 @@ class Controller:
         frozen, trusted = h.sketcher.scale.frozen, self.trust is not None
         if not worth_harvesting(self.config, decision_of(self.book), frozen, trusted, self.basis, self.reference):
             return False
-        return cadence.harvested(self.config, self.step, self.next_refresh) and h.wanted(self.step + 1)
+        due = (self.step + 1) % collect_every(self.config, self.book) == 0
+        return due and cadence.harvested(self.config, self.step, self.next_refresh)
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
@@ -273,12 +277,15 @@ class Controller:
             core=core,
             audit=audit,
             uniform=cadence.is_uniform(c, self.step),
+            kept=self.kept,
+            collect_every=collect_every(c, self.book),
         )
 
     def _take_over(self, fresh: Fresh) -> None:
         """Makes what a refresh that counts has made this rank's state."""
         outcome, schedule = fresh.outcome, fresh.outcome.schedule
         self.table, self.ledger, self.counted = outcome.table, fresh.inputs.ledger, self.cursor
+        self.kept = outcome.kept
         if self.harvester is not None:
             self.harvester.drained(fresh.running_mean)
         self.reference = dict(fresh.inputs.reference)

@@ -56,7 +56,7 @@ class Grace:
         collate_fn: Callable[[list[Any]], Any] | None,
         extras: Extras,
     ) -> None:
-        self.engine, self.config = engine, config
+        self.engine = engine
         _speak_up()
         refuse_lonely(dist.get_world_size() if dist.is_initialized() else 1, os.environ)
         adopt_job_limit()
@@ -65,8 +65,9 @@ class Grace:
         self.collate = TicketedCollate(self._job_collate)
         geometry = geometry_of(engine)
         if extras.order is None:
-            extras = dataclasses.replace(extras, order=self._engine_order(len(dataset)))
+            extras = dataclasses.replace(extras, order=self._engine_order(len(dataset), config.seed))
         self.controller: Controller = build_controller(engine, dataset, config, geometry, self.collate.collate, extras)
+        self.config = config = self.controller.config
         if config.run_dir is not None and self.controller.comm.rank == 0:
             keep_config(config)
         if config.mode == "train":
@@ -117,9 +118,9 @@ class Grace:
         g = self.controller.geometry
         return DistributedSampler(self.dataset, num_replicas=g.ranks, rank=g.rank, shuffle=self.job_shuffles)
 
-    def _engine_order(self, n: int) -> Order:
+    def _engine_order(self, n: int, seed: int) -> Order:
         """Of the sampler that DeepSpeed makes where it is given none."""
-        return shuffled(n, 0, self.config.seed) if self.job_shuffles else SamplerOrder(n, shuffle=False)
+        return shuffled(n, 0, seed) if self.job_shuffles else SamplerOrder(n, shuffle=False)
 
     def _stream_sampler(self, g: Geometry, samples: int) -> StreamSampler:
         length = -(-samples // g.ranks)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from grace_ds import recipes
 from grace_ds.config.schema import GraceConfig
 from grace_ds.records import IntArray, Role, Schedule
 from grace_ds.schedule import ScheduleBook
@@ -19,6 +20,11 @@ from grace_ds.sketch.basis import TrustedBasis
 def decision_of(book: ScheduleBook) -> Decision | None:
     """Of the guard, for the schedule made last; None before it, or where it decided nothing."""
     return from_meta(book.schedules[-1].meta.get("guard")) if book.schedules else None
+
+
+def collect_every(config: GraceConfig, book: ScheduleBook) -> int:
+    """Each how many optimizer steps one is collected under the schedule made last."""
+    return int(book.schedules[-1].meta.get("collect_every", config.collect_every)) if book.schedules else config.collect_every
 
 
 def by_role(last: Schedule | None, shadow: bool) -> tuple[IntArray, IntArray | None]:
@@ -50,8 +56,8 @@ def worth_harvesting(
         basis: in force.
         reference: basis version → unit of influences along it, 0 where they cannot be judged by.
     """
-    if decision is not None and decision.level != "grace":
+    if decision is not None and decision.level != recipes.recipe(config.recipe).name:
         return False
-    if not trusted or config.selection.loss_tilt or not scale_frozen:
+    if not trusted or "loss" in config.parts or not scale_frozen:
         return True
     return basis is not None and reference.get(basis.version, 0.0) > 0

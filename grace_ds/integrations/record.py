@@ -21,10 +21,10 @@ from grace_ds.errors import DataError
 from grace_ds.features.tokens import tokens_of, undisturbed_rng
 from grace_ds.files import write_atomic
 from grace_ds.harvest import Harvester
+from grace_ds.recipes import depth
 from grace_ds.records import IntArray, Role, Schedule
 from grace_ds.refresh import Outcome
 from grace_ds.schedule import save_schedule
-from grace_ds.selection.guard import LADDER
 
 log = logging.getLogger("grace_ds")
 
@@ -36,7 +36,16 @@ EventWriter = Callable[[dict[str, float], int], None]  # events by name, samples
 
 @dataclass
 class Metrics:
-    """Totals of a run on this rank; ``events`` of the last refresh go to the engine's monitor as ``Grace/*``."""
+    """Totals of a run on this rank; ``events`` of the last refresh go to the engine's monitor as ``Grace/*``.
+
+    Attributes:
+        collected_rows: rows of gradients that all ranks have collected and gathered, at refreshes.
+        gathered_bytes: that all ranks have handed to the transport for it.
+        propagated_rows: samples of all ranks that the last refresh has reached along the graph, without a row of their own.
+        graph_builds, graph_repairs: how often the graph was built, and how often it was repaired.
+        graph_first_seconds: of the build made last.
+        graph_repair_seconds: mean of the repairs since; 0 before the first.
+    """
 
     refreshes: int = 0
     refresh_failures: int = 0
@@ -46,6 +55,13 @@ class Metrics:
     coreset_size: int = 0
     churn: list[float] = field(default_factory=list)
     version: int = -1
+    collected_rows: int = 0
+    gathered_bytes: int = 0
+    propagated_rows: int = 0
+    graph_builds: int = 0
+    graph_repairs: int = 0
+    graph_first_seconds: float = 0.0
+    graph_repair_seconds: float = 0.0
     events: dict[str, float] = field(default_factory=dict)
 
     def count(self, schedule: Schedule, previous: Schedule | None) -> None:
@@ -69,6 +85,7 @@ class Metrics:
             events["harvest_seconds"] = self.harvest_seconds
             events["harvest_peak_bytes"] = float(harvester.sketcher.peak_bytes)
         if outcome is not None:
+            self._add_up(outcome)
             events |= {f"stage_seconds/{name}": value for name, value in outcome.seconds.items()}
             events |= dict(outcome.counts)
             share = outcome.schedule.meta.get("effective_share")
@@ -77,9 +94,24 @@ class Metrics:
             guard = outcome.schedule.meta.get("guard", {})
             if guard:
                 # 0 is uniform, so that a curve that falls to the floor is a guard that has stopped paying.
-                events["guard/level"] = float(LADDER[::-1].index(guard["level"]))
+                events["guard/level"] = float(depth(guard["level"]))
             events |= {f"guard/{k}": float(guard[k]) for k in ("core_minus_audit", "low", "high") if k in guard}
         self.events = events
+
+    def _add_up(self, outcome: Outcome) -> None:
+        """Adds a refresh that counts to the totals."""
+        counts, seconds, graph = outcome.counts, outcome.seconds.get("graph", 0.0), outcome.kept.graph
+        self.collected_rows += int(counts["received"])
+        self.gathered_bytes += int(counts["gathered_bytes"])
+        self.propagated_rows = int(counts.get("propagated", 0))
+        if graph is None:
+            return
+        if graph.change == "built":
+            self.graph_builds += 1
+            self.graph_first_seconds = seconds
+        else:
+            self.graph_repairs += 1
+            self.graph_repair_seconds += (seconds - self.graph_repair_seconds) / self.graph_repairs
 
 
 def keep_config(config: GraceConfig) -> None:

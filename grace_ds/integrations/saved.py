@@ -19,14 +19,15 @@ from safetensors.numpy import load as load_arrays
 
 from grace_ds.errors import CheckpointError, DamagedState
 from grace_ds.files import digest
+from grace_ds.kept import Kept
 from grace_ds.records import Array, Schedule
 from grace_ds.schedule import Ledger, parse_schedule
 from grace_ds.sketch.basis import TrustedBasis
 from grace_ds.table import Table
 
-SCHEMA = 1
-MANIFEST, LEDGER, BASIS = "manifest.json", "ledger.safetensors", "basis.safetensors"
-_SCHEDULE, _ROWS = "schedule-", "rows-"
+SCHEMA = 2
+MANIFEST, LEDGER, BASIS, SHARED = "manifest.json", "ledger.safetensors", "basis.safetensors", "window.safetensors"
+_SCHEDULE, _ROWS, _WINDOW = "schedule-", "rows-", "window-"
 # The manifest's numbers, which every rank has alike.
 SCALARS = ("samples", "batch", "step", "cursor", "counted", "next_refresh", "lead", "version", "refreshes")
 
@@ -44,6 +45,7 @@ class Saved:
         basis: trusted basis; None without one; all ranks.
         harvest: the harvester's, None where nothing was harvested; all ranks.
         table: the rows that this rank owns.
+        kept: of the last refresh, of the samples that this rank owns.
     """
 
     folder: Path
@@ -54,6 +56,7 @@ class Saved:
     basis: TrustedBasis | None
     harvest: dict[str, Any] | None
     table: Table
+    kept: Kept
 
 
 def read_saved(folder: Path, state: Any, rank: int, world: int, dim: int) -> Saved:
@@ -93,7 +96,8 @@ def read_saved(folder: Path, state: Any, rank: int, world: int, dim: int) -> Sav
 
 def _parse(folder: Path, manifest: dict[str, Any], rank: int, world: int, dim: int) -> Saved:
     files: dict[str, str] = manifest["files"]
-    odd = [name for name in files if not name.startswith((_SCHEDULE, _ROWS)) and name not in (LEDGER, BASIS)]
+    ours = (LEDGER, BASIS, SHARED)
+    odd = [name for name in files if not name.startswith((_SCHEDULE, _ROWS, _WINDOW)) and name not in ours]
     if odd:
         raise ValueError(f"unknown file {odd[0]!r}")
     numbers = {key: _whole(manifest, key) for key in SCALARS}
@@ -102,6 +106,8 @@ def _parse(folder: Path, manifest: dict[str, Any], rank: int, world: int, dim: i
     if ledger["ids"].dtype != np.int64 or ledger["ids"].shape != ledger["counts"].shape:
         raise ValueError("a ledger whose columns do not fit together")
     basis = None if manifest["basis"] is None else _whole(manifest, "basis")
+    windows = {name: named for name, named in files.items() if name.startswith(_WINDOW)}
+    shared = _arrays(folder / SHARED, files[SHARED]) if SHARED in files else {}
     harvest = manifest["harvest"]
     if not isinstance(harvest, dict | None):
         raise TypeError("harvest is no object")
@@ -114,6 +120,7 @@ def _parse(folder: Path, manifest: dict[str, Any], rank: int, world: int, dim: i
         None if basis is None else TrustedBasis.from_arrays(basis, _arrays(folder / BASIS, files[BASIS])),
         harvest,
         Table.load(folder, {name: named for name, named in files.items() if name.startswith(_ROWS)}, rank, world, dim),
+        Kept.load(folder, windows, shared, rank, world),
     )
 
 

@@ -118,7 +118,7 @@ class TrustedProbe:
         everyone = np.concatenate(self.comm.allgather(mine.astype(np.float32)))
         everyone = everyone[np.isfinite(everyone)]
         if not len(everyone):
-            raise DataError("no trusted sample has a finite gradient; check the trusted set, or set recipe: prior")
+            raise DataError("no trusted sample has a finite gradient; check the trusted set, or set recipe: content")
         unit, error = unit_of(everyone)
         if self.comm.rank == 0:
             verdict = "used" if unit else "left out: the trusted halves do not agree"
@@ -175,7 +175,7 @@ class Call:
         if loss is None:
             raise DataError(
                 f"the model's output ({type(output).__name__}) holds no scalar loss, which the trusted probe needs; pass "
-                f"loss_fn=lambda module, batch: ... to grace_ds.initialize, or set recipe: prior"
+                f"loss_fn=lambda module, batch: ... to grace_ds.initialize, or set recipe: content"
             )
         return loss
 

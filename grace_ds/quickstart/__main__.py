@@ -1,4 +1,4 @@
-"""``python -m grace_ds.quickstart``: build the data, train with the flag off and on, compare."""
+"""``python -m grace_ds.quickstart``: build the data, train with the flag off and on over MPI, compare."""
 
 from __future__ import annotations
 
@@ -14,8 +14,21 @@ from rich.console import Console
 
 from grace_ds.commandline import INTERRUPTED, Parser, amount, count, in_one_line, positive, wants_debug
 from grace_ds.quickstart.corpus import POOLS, Corpus, CorpusSpec, prepare
-from grace_ds.quickstart.launch import Arm, ArmFailed, deepspeed_command, environment, run_arm
-from grace_ds.quickstart.summary import summarise, table, write
+from grace_ds.quickstart.generated import TEMPLATES
+from grace_ds.quickstart.launch import (
+    LAUNCHERS,
+    TAIL,
+    Arm,
+    ArmFailed,
+    Launcher,
+    choose_launcher,
+    deepspeed_command,
+    environment,
+    mpi_environment,
+    openmpi_command,
+    run_arm,
+)
+from grace_ds.quickstart.summary import count_sources, source_table, summarise, table, write
 
 ARMS = ("uniform", "grace")
 
@@ -43,32 +56,52 @@ def _run(args: argparse.Namespace, debug: bool) -> int:
 
 
 def compare(args: argparse.Namespace, console: Console) -> int:
-    """Data, one launch an arm, the table and the files."""
+    """Data, one launch an arm, the tables and the files."""
     args.out.mkdir(parents=True, exist_ok=True)  # before a minute of reading, if it cannot be
+    launcher = choose_launcher(args.launcher)
+    console.print(f"launcher {launcher.name}: {launcher.why}", highlight=False)
     with console.status("reading the standard library, training the tokeniser"):
         corpus = prepare(CorpusSpec(pool=args.pool, pool_size=args.pool_size), args.out / "data")
     describe(corpus, args.pool, console)
     results: dict[str, dict[str, Any]] = {}
     wall: dict[str, float] = {}
-    env = environment((args.out / "torch_extensions").absolute())
     for name in args.arms:
         folder = (args.out / name).absolute()
         # Else a run that writes nothing would be taken for the one before it.
         shutil.rmtree(folder, ignore_errors=True)
-        arm = Arm(
-            name=name,
-            command=deepspeed_command("grace_ds.quickstart.train", _train_arguments(args, name, folder), args.ranks),
-            log=folder / "log.txt",
-            steps=args.steps,
-            limit_seconds=args.timeout,
-        )
+        command, env = launch(launcher, train_arguments(args, name, folder, launcher.comm), args, folder)
+        arm = Arm(name=name, command=command, log=folder / "log.txt", steps=args.steps, limit_seconds=args.timeout)
         wall[name] = run_arm(arm, env, console)
-        results[name] = json.loads((folder / "result.json").read_text("utf-8"))
-    summary = summarise(args.pool, corpus.manifest, results, wall)
+        results[name] = read_result(arm, folder)
+    trained = results["grace"]["steps"] * results["grace"]["batch"] if "grace" in results else 0
+    sources = count_sources(args.out / "data", args.out / "grace" / "grace", trained)
+    summary = summarise(args.pool, corpus.manifest, results, wall, launcher=launcher.name, sources=sources)
     write(summary, args.arms, args.out)
     console.print(table(summary, args.arms))
+    if args.pool == "crawl" and "grace" in results:
+        console.print(source_table(summary))
     console.print(f"written: {args.out / 'summary.json'}, {args.out / 'loss_curves.png'}")
     return 0
+
+
+def launch(launcher: Launcher, arguments: list[str], args: argparse.Namespace, folder: Path) -> tuple[list[str], dict[str, str]]:
+    """The command that trains one arm on all ranks, and its environment."""
+    module = "grace_ds.quickstart.train"
+    env = environment((args.out / "torch_extensions").absolute())
+    if launcher.binaries is None:
+        return deepspeed_command(module, arguments, args.ranks), env
+    return openmpi_command(module, arguments, args.ranks, folder / "hostfile"), mpi_environment(env, launcher.binaries)
+
+
+def read_result(arm: Arm, folder: Path) -> dict[str, Any]:
+    """What an arm has written; raises ArmFailed if that is nothing."""
+    # DeepSpeed's launcher ends with 0 where a signal ended what it has started.
+    try:
+        found: dict[str, Any] = json.loads((folder / "result.json").read_text("utf-8"))
+    except FileNotFoundError:
+        lines = arm.log.read_text("utf-8", errors="replace").splitlines()
+        raise ArmFailed(f"arm {arm.name}: ended without a result; check the end of its log, {arm.log}", lines[-TAIL:]) from None
+    return found
 
 
 def describe(corpus: Corpus, pool: str, console: Console) -> None:
@@ -81,8 +114,9 @@ def describe(corpus: Corpus, pool: str, console: Console) -> None:
     )
     if pool == "crawl":
         console.print(
-            f"pool crawl, polluted on purpose as a crawl is: {kinds['unique']:,} unique, {kinds['duplicate']:,}"
-            f" near-duplicates, {kinds['junk']:,} junk (random bytes, base64, shuffled tokens); validation is clean"
+            f"pool crawl, polluted on purpose as a crawl is: {kinds['unique']:,} unique, {kinds['duplicate']:,} near-duplicates,"
+            f" {kinds['generated']:,} machine-written ({len(TEMPLATES)} templates), {kinds['junk']:,} junk (random bytes, base64,"
+            " shuffled tokens); validation is clean"
         )
     else:
         console.print("pool natural: the text as it is")
@@ -93,29 +127,43 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m grace_ds.quickstart",
         description="Trains a small GPT on the sources of the Python standard library, once on everything and once with "
-        "GRACE, and compares. Downloads nothing; about three minutes on two CPU cores that do nothing else.",
+        "GRACE, and compares. What GRACE collects travels over MPI. Downloads nothing; about three minutes on two CPU cores "
+        "that do nothing else.",
         example="""\
             python -m grace_ds.quickstart
             python -m grace_ds.quickstart --pool natural --seed 1 --out runs/natural
+            python -m grace_ds.quickstart --launcher deepspeed                            without MPI
             python -m grace_ds.quickstart --steps 20 --pool-size 600 --out runs/small     does it run at all?
             """,
     )
-    parser.add_argument(
+    data = parser.add_argument_group("data")
+    data.add_argument(
         "--pool",
         choices=POOLS,
         default="crawl",
-        help="crawl: half near-duplicates and junk, put there on purpose; natural: the text as it is",
+        help="crawl: 40 %% unique text, 20 %% near-duplicates, 25 %% machine-written code and 15 %% junk, put there on purpose; "
+        "natural: the text as it is",
     )
-    parser.add_argument(
+    data.add_argument(
         "--pool-size", type=positive, default=CorpusSpec.pool_size, metavar="N", help="training sequences of 65 tokens"
     )
-    parser.add_argument("--steps", type=positive, default=400, metavar="N", help="optimizer steps of each arm")
-    parser.add_argument("--seed", type=count, default=0, metavar="S", help="of the weights and the order of the samples")
-    parser.add_argument("--order-seed", type=count, metavar="S", help="of the order alone (default: --seed)")
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), metavar="DIR", help="folder for all that it writes")
-    parser.add_argument("--arms", type=_arms, default=list(ARMS), help="what to train: uniform,grace or one (default: both)")
-    parser.add_argument("--ranks", type=positive, default=2, metavar="N", help="processes that train together")
-    parser.add_argument("--timeout", type=amount, default=900.0, metavar="S", help="seconds that one arm may take")
+    training = parser.add_argument_group("training")
+    training.add_argument("--arms", type=_arms, default=list(ARMS), help="what to train: uniform,grace or one (default: both)")
+    training.add_argument("--steps", type=positive, default=400, metavar="N", help="optimizer steps of each arm")
+    training.add_argument("--seed", type=count, default=0, metavar="S", help="of the weights and the order of the samples")
+    training.add_argument("--order-seed", type=count, metavar="S", help="of the order alone (default: --seed)")
+    start = parser.add_argument_group("launch")
+    start.add_argument(
+        "--launcher",
+        choices=LAUNCHERS,
+        default="auto",
+        help="openmpi: deepspeed --launcher openmpi, rows travel over MPI; deepspeed: its own one, rows travel over "
+        "torch.distributed; auto: openmpi if mpirun and mpi4py are installed, else deepspeed",
+    )
+    start.add_argument("--ranks", type=positive, default=2, metavar="N", help="processes that train together")
+    start.add_argument("--timeout", type=amount, default=900.0, metavar="S", help="seconds that one arm may take")
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, default=Path("runs/quickstart"), metavar="DIR", help="folder for all that it writes")
     args: argparse.Namespace = parser.parse_args(argv)
     return args
 
@@ -127,13 +175,14 @@ def _arms(text: str) -> list[str]:
     return names
 
 
-def _train_arguments(args: argparse.Namespace, arm: str, folder: Path) -> list[str]:
+def train_arguments(args: argparse.Namespace, arm: str, folder: Path, comm: str) -> list[str]:
+    """What ``grace_ds.quickstart.train`` is told for one arm."""
     # DeepSpeed starts the ranks in the working directory, but absolute paths read better in the log.
     values = ["--data", str((args.out / "data").absolute()), "--out", str(folder)]
     values += ["--steps", str(args.steps), "--seed", str(args.seed)]
     if args.order_seed is not None:
         values += ["--order-seed", str(args.order_seed)]
-    return [*values, "--grace"] if arm == "grace" else values
+    return [*values, "--grace", "--comm", comm] if arm == "grace" else values
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from grace_ds.errors import DataError
+from grace_ds.quickstart.generated import generated_code
 from grace_ds.quickstart.pollute import Encode, JunkSource, Kind, Pool, mix
 from grace_ds.quickstart.tokenizer import encode_stream, train_tokenizer
 from grace_ds.records import Array
@@ -25,16 +26,26 @@ from grace_ds.records import Array
 POOLS = ("crawl", "natural")
 TOKENIZER = "tokenizer.json"
 SPLITS = ("train", "trusted", "validation")
-FORMAT = 1  # raise when the same arguments would give other data
+FORMAT = 2  # raise when the same arguments would give other data
+STREAM = 1  # of the random numbers: raised with FORMAT only if the natural pool is to change too
 _SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload"}
 
 
 @dataclass(frozen=True)
 class CorpusSpec:
-    """What to build; two equal specs on one interpreter give the same bytes."""
+    """What to build; two equal specs on one interpreter give the same bytes.
+
+    Attributes:
+        duplicates: share of near-duplicates in the crawl pool.
+        junk: share of junk in the crawl pool.
+        generated: share of machine-written code in the crawl pool; the rest is unique.
+    """
 
     pool: str = "crawl"
     pool_size: int = 20_000
+    duplicates: float = 0.20
+    junk: float = 0.15
+    generated: float = 0.25
     trusted_size: int = 384
     validation_size: int = 512
     length: int = 65  # 64 inputs and the target of the last one
@@ -151,10 +162,18 @@ def build(spec: CorpusSpec, root: Path) -> tuple[dict[str, Array], dict[str, Any
 
 def make_pool(spec: CorpusSpec, clean: Array, encode: Encode, vocab: int) -> Pool:
     """The training pool of the spec; ``natural`` has at most as many rows as there are clean ones."""
-    rng = np.random.default_rng([spec.seed, FORMAT])
+    rng = np.random.default_rng([spec.seed, STREAM])
     source = JunkSource(clean, encode, vocab)
     if spec.pool == "crawl":
-        return mix(source, rng, spec.pool_size)
+        return mix(
+            source,
+            rng,
+            spec.pool_size,
+            duplicates=spec.duplicates,
+            junk=spec.junk,
+            generated=spec.generated,
+            generate=generated_code,
+        )
     order = rng.permutation(len(clean))[: spec.pool_size].astype(np.int64)
     return Pool(rows=clean[order], kinds=np.full(len(order), Kind.UNIQUE, np.uint8), sources=order)
 

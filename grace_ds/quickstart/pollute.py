@@ -1,4 +1,4 @@
-"""What a crawl adds to clean text: near-duplicates and junk, in stated shares.
+"""What a crawl adds to clean text: near-duplicates, junk and machine-written code, in stated shares.
 
 Rows are token sequences, (n, length) int32.  All functions are deterministic in the generator that they are given.
 """
@@ -24,6 +24,7 @@ class Kind(IntEnum):
     UNIQUE = 0
     DUPLICATE = 1
     JUNK = 2
+    GENERATED = 3
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Pool:
     Attributes:
         rows: (n, length) int32, in shuffled order.
         kinds: (n,) uint8, :class:`Kind`.
-        sources: (n,) int64, row of the clean input that a row is or was copied from; -1 for junk.
+        sources: (n,) int64, row of the clean input that a row is or was copied from; -1 for junk and generated rows.
     """
 
     rows: Array
@@ -117,42 +118,51 @@ def mix(
     duplicates: float = 0.3,
     junk: float = 0.2,
     kinds: Sequence[str] = CRAWL_JUNK,
+    generated: float = 0.0,
+    generate: JunkKind | None = None,
 ) -> Pool:
-    """A pool of ``size`` rows: a share of near-duplicates, a share of junk (its kinds in equal parts), the rest unique.
+    """A pool of ``size`` rows: shares of near-duplicates, junk (its kinds in equal parts) and generated rows, the rest unique.
 
     Args:
-        source: the clean rows, at least ``size * (1 - duplicates - junk)`` of them.
+        source: the clean rows, at least ``size * (1 - duplicates - junk - generated)`` of them.
         rng: the only source of randomness.
         size: rows of the pool.
         duplicates: share of near-duplicates of the pool's own unique rows.
         junk: share of junk.
         kinds: names in :data:`JUNK`.
+        generated: share of rows that a program wrote.
+        generate: writes them; needed for a share above 0.
 
     Raises:
         DataError: the shares do not fit, a kind is not known, or there are too few clean rows.
     """
-    n_duplicate, n_junk = round(size * duplicates), round(size * junk)
-    n_unique = size - n_duplicate - n_junk
-    _check(source, n_unique, (duplicates, junk), kinds)
+    n_duplicate, n_junk, n_generated = round(size * duplicates), round(size * junk), round(size * generated)
+    n_unique = size - n_duplicate - n_junk - n_generated
+    _check(source, n_unique, (duplicates, junk, generated), kinds)
     unique_sources = rng.permutation(len(source.rows))[:n_unique].astype(np.int64)
     unique = source.rows[unique_sources]
     copies, copied = near_duplicates(unique, rng, n_duplicate, source.vocab)
+    # Made from this pool's own rows, so that scrambled text brings in no text of another split.
+    own = JunkSource(unique, source.encode, source.vocab)
     parts: list[Array] = []
     if n_junk:
-        # Junk is made from this pool's own rows, so that scrambled text brings in no text of another split.
-        own = JunkSource(unique, source.encode, source.vocab)
         shares = np.array_split(np.arange(n_junk), len(kinds))
         parts = [JUNK[name](own, rng, len(share)) for name, share in zip(kinds, shares, strict=True)]
+    if n_generated:
+        if generate is None:
+            raise DataError(f"a share of {generated} generated rows: give generate, the function that writes them")
+        parts.append(generate(own, rng, n_generated))
     rows = np.concatenate([unique, copies, *parts]).astype(np.int32)
-    labels = np.repeat([Kind.UNIQUE, Kind.DUPLICATE, Kind.JUNK], [n_unique, n_duplicate, n_junk]).astype(np.uint8)
-    origins = np.concatenate([unique_sources, unique_sources[copied], np.full(n_junk, -1, np.int64)])
+    counts = {Kind.UNIQUE: n_unique, Kind.DUPLICATE: n_duplicate, Kind.JUNK: n_junk, Kind.GENERATED: n_generated}
+    labels = np.repeat(list(counts), list(counts.values())).astype(np.uint8)
+    origins = np.concatenate([unique_sources, unique_sources[copied], np.full(n_junk + n_generated, -1, np.int64)])
     order = rng.permutation(size)
     return Pool(rows=rows[order], kinds=labels[order], sources=origins[order])
 
 
-def _check(source: JunkSource, n_unique: int, shares: tuple[float, float], kinds: Sequence[str]) -> None:
+def _check(source: JunkSource, n_unique: int, shares: tuple[float, ...], kinds: Sequence[str]) -> None:
     if min(shares) < 0 or sum(shares) >= 1:
-        raise DataError(f"shares of duplicates and junk {shares}: each must be >= 0 and their sum below 1")
+        raise DataError(f"shares of duplicates, junk and generated rows {shares}: each must be >= 0 and their sum below 1")
     unknown = sorted(set(kinds) - set(JUNK))
     if unknown or (shares[1] > 0 and not kinds):
         raise DataError(f"junk kinds {unknown or 'none given'}: choose from {sorted(JUNK)}")

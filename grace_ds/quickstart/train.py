@@ -1,12 +1,15 @@
 """An ordinary DeepSpeed ZeRO job; GRACE is the block ``grace`` in its config and ``grace_ds.initialize`` in ``main``.
 
-Run by ``deepspeed --num_accelerators 2 --module grace_ds.quickstart.train --data DIR --out DIR --grace``.
+Run by ``deepspeed --num_accelerators 2 --module grace_ds.quickstart.train --data DIR --out DIR --grace``, or by ``deepspeed
+--launcher openmpi …`` or ``mpirun -n 2 python -m …`` with ``--comm mpi``: then what GRACE collects travels over MPI.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import time
 from collections.abc import Iterator
 from itertools import count
@@ -24,6 +27,8 @@ import grace_ds
 from grace_ds.quickstart.corpus import write_text
 from grace_ds.quickstart.model import GPT, GPTConfig
 
+MPI_NAMES = {"RANK": "RANK", "WORLD_SIZE": "SIZE", "LOCAL_RANK": "LOCAL_RANK"}  # torch's, and Open MPI's behind OMPI_COMM_WORLD_
+
 
 class Sequences(Dataset[dict[str, torch.Tensor]]):
     """Rows of a .npy file of token ids, (n, length)."""
@@ -38,8 +43,8 @@ class Sequences(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": torch.from_numpy(self.rows[index].astype(np.int64))}
 
 
-def ds_config(args: argparse.Namespace, samples: int) -> dict[str, Any]:
-    """The job's DeepSpeed config for a pool of ``samples`` sequences."""
+def ds_config(args: argparse.Namespace, samples: int, comm: str = "auto") -> dict[str, Any]:
+    """The job's DeepSpeed config for a pool of ``samples`` sequences; ``comm`` is the transport that GRACE is to use."""
     return {
         "train_batch_size": args.batch,
         "gradient_accumulation_steps": 1,
@@ -65,6 +70,7 @@ def ds_config(args: argparse.Namespace, samples: int) -> dict[str, Any]:
                 "enabled": True,
                 "grace": {
                     "enabled": args.grace,
+                    "comm": comm,
                     # A fifth of the pool; more where so many steps would repeat each sample more than four times.
                     "budget": min(1.0, max(0.2, args.steps * args.batch / (4 * samples))),
                     "seed": args.order_seed,
@@ -105,12 +111,23 @@ def validate(engine: Any, path: Path, batch: int) -> float:
     return float(total[0] / total[1])
 
 
+def join_mpi_world() -> None:
+    """Give torch the rank and size that ``mpirun`` has given this process, if the launch says where the ranks meet.
+
+    DeepSpeed would find them too, but asks ``hostname -I`` for the address and takes a fixed port.
+    """
+    found = {name: os.environ.get(f"OMPI_COMM_WORLD_{mpi}", "") for name, mpi in MPI_NAMES.items()}
+    if all(found.values()) and "RANK" not in os.environ and {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        os.environ.update(found)
+
+
 def main() -> None:
     """Train for ``--steps`` optimizer steps; rank 0 writes ``result.json`` into ``--out``."""
     args = parse()
     if get_accelerator().device_name() == "cpu":
         # DeepSpeed would compile shared-memory collectives for a minute, or wait for ever on a stale lock of that.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    join_mpi_world()
     deepspeed.init_distributed()
     manifest = json.loads((args.data / "manifest.json").read_text("utf-8"))
     dataset = Sequences(args.data / "train.npy")
@@ -123,7 +140,7 @@ def main() -> None:
         model=model,
         model_parameters=model.parameters(),
         training_data=dataset,
-        config=ds_config(args, len(dataset)),
+        config=ds_config(args, len(dataset), args.comm),
     )
 
     curve: list[dict[str, float]] = []
@@ -176,7 +193,8 @@ def _plain(value: Any) -> bool:
 def report(line: str) -> None:
     """One line on the screen, from rank 0."""
     if dist.get_rank() == 0:
-        print(line, flush=True)
+        sys.stdout.write(line + "\n")  # in one piece: mpirun may put another rank's line between two
+        sys.stdout.flush()
 
 
 def parse() -> argparse.Namespace:
@@ -185,6 +203,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder with train, trusted and validation .npy")
     parser.add_argument("--out", type=Path, required=True, help="folder for result.json")
     parser.add_argument("--grace", action="store_true", help="the flag: train on a live coreset")
+    parser.add_argument("--comm", default="auto", choices=("auto", "mpi", "torch"), help="transport of what GRACE collects")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=32, help="global batch, over all ranks")
     parser.add_argument("--lr", type=float, default=3e-3)

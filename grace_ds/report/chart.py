@@ -25,7 +25,7 @@ def body(run: Run) -> str:
     chart = run.chart
     if chart is None:
         return f"<p>{escape(_why_not(run))}</p>"
-    drawn = [figures.chart(chart, name) for name in ("chance", "influence") if np.isfinite(_floats(chart[name])).any()]
+    drawn = [figures.chart(chart, name) for name in figures.MAPPED if np.isfinite(_floats(chart.get(name, []))).any()]
     pictures = "".join(
         f'<figure class="map" tabindex="0"><img src="{uri}" alt="samples on two axes; {escape(label)}">'
         '<i class="spot" hidden></i>'
@@ -67,6 +67,10 @@ def _said(run: Run, chart: dict[str, Any], i: int) -> str:
         facts.append(f"chance {10**chance:.2g} of the likeliest")
     if influence is not None:
         facts.append(f"influence {influence:+.1f} deviations from the trusted")
+    for name, unit in (("loss", "nats above the mean"), ("crowding", "density of the graph")):
+        value = chart.get(name, [None] * (i + 1))[i]
+        if value is not None:
+            facts.append(f"{name} {value:.2f} ({unit})")
     text = text_of(run, chart["shown"][i])[:CHARACTERS]
     return "; ".join(facts) + "\n" + (text or "(the dataset shows neither text nor token ids)")
 

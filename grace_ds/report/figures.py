@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float64]
 COLOURS = {"uniform": "#6b7280", "grace": "#1d4ed8"}
-STAGES = ("gather", "table", "features", "graph", "propagate", "select", "portrait", "broadcast")
+STAGES = ("gather", "table", "content", "embed", "graph", "propagate", "select", "portrait", "broadcast")
 MAPPED = {
     "chance": "colour: log10 of the chance, 0 for the likeliest of the window",
     "influence": "colour: influence, robust deviations from trusted samples",
+    "loss": "colour: loss above the running mean (nats per token)",
+    "crowding": "colour: density of the k-NN graph",
 }
 PANELS = 6  # refreshes whose histograms are shown: the first, the last, and some between
 BARS = 24  # refreshes that are drawn as bars; more as a band
@@ -31,6 +33,7 @@ LABELS = {
     "chance": "log10 of the unnormalised chance",
     "loss": "loss above the running mean (nats per token)",
     "influence": "influence, robust deviations from trusted samples",
+    "crowding": "density of the k-NN graph",
 }
 
 
@@ -123,9 +126,9 @@ def histograms(run: Run, name: str) -> str | None:
 
 
 def chart(found: dict[str, Any], name: str) -> tuple[str, str, Floats]:
-    """The map coloured by ``chance`` or ``influence``: the image, what its colour is, and (n, 2) where its points lie.
+    """The map coloured by one of :data:`MAPPED`: the image, what its colour is, and (n, 2) where its points lie.
 
-    The latter as shares of the image's width from the left, and of its height from the top; alike for either colour.
+    The latter as shares of the image's width from the left, and of its height from the top; alike for any colour.
     """
     xy = np.array([found["x"], found["y"]], np.float64).T
     score = np.array([np.nan if v is None else v for v in found[name]], np.float64)
@@ -137,7 +140,7 @@ def chart(found: dict[str, Any], name: str) -> tuple[str, str, Floats]:
     margin = np.maximum(0.04 * (high - low), 1e-6)
     axes.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
     # A few outliers would take all colours for themselves.
-    span = np.nanpercentile(score, [2, 98]) if name == "influence" else np.array([max(float(np.nanmin(score)), -4.0), 0.0])
+    span = np.nanpercentile(score, [2, 98]) if name != "chance" else np.array([max(float(np.nanmin(score)), -4.0), 0.0])
     colours: Any = {"cmap": "viridis", "vmin": span[0], "vmax": max(span[1], span[0] + 1e-6), "plotnonfinite": True}
     axes.scatter(*xy[~chosen].T, s=9, c=score[~chosen], linewidths=0, alpha=0.7, **colours)
     ringed = axes.scatter(*xy[chosen].T, s=17, c=score[chosen], edgecolors="#b91c1c", linewidths=0.7, **colours)

@@ -16,7 +16,7 @@ from grace_ds.records import Array, Schedule
 from grace_ds.schedule import load_schedule
 
 Curve = list[tuple[float, float]]  # (optimizer step, loss in nats per token)
-_KINDS = ("unique", "duplicate", "junk")  # of the quickstart's kinds.npy
+_KINDS = ("unique", "duplicate", "junk", "generated")  # of the quickstart's kinds.npy
 _LOSSES = 'a JSON object such as {"uniform": [[100, 5.1], [200, 4.9]], "grace": [[100, 5.0]]}'
 
 
@@ -171,8 +171,9 @@ def _chart(folder: Path, notes: list[str]) -> dict[str, Any] | None:
         found: dict[str, Any] = json.loads(path.read_text("utf-8"))
         count = len(found["ids"])
         numbers = np.array([found["ids"], found["x"], found["y"]], np.float64)
-        whole = all(len(found[key]) == count for key in ("chance", "influence", "chosen", "shown"))
-        known = [v for key in ("chance", "influence") for v in found[key] if v is not None]
+        coloured = [key for key in ("chance", "influence", "loss", "crowding") if key in found or key in ("chance", "influence")]
+        whole = all(len(found[key]) == count for key in (*coloured, "chosen", "shown"))
+        known = [v for key in coloured for v in found[key] if v is not None]
         if not count or not whole or not np.isfinite(numbers).all() or not np.isfinite(np.array(known, np.float64)).all():
             raise ValueError("entries are missing")
         first, second = map(float, found["explained"])

@@ -63,6 +63,9 @@ def reason(sample: dict[str, Any]) -> str:
     if "influence" in f:
         influence = "influence unknown" if s["align"] is None else f"influence {s['align']:+.1f} deviations from the trusted"
         parts.append(f"× {f['influence']:.2f} ({influence})")
+    if "crowding" in f:
+        crowded = "no neighbours" if s.get("crowding") is None else f"density of the graph {s['crowding']:.2f}"
+        parts.append(f"× {f['crowding']:.2f} ({crowded})")
     return " ".join(parts).removeprefix("× ") or "all samples alike"
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from grace_ds import recipes
 from grace_ds.records import Array
 
-LADDER = ("grace", "prior", "density", "uniform")
 RESAMPLES = 1000
 LEAST = 8  # audit samples below which nothing is said
 
@@ -41,7 +41,7 @@ class Decision:
     """What a schedule may use.
 
     Attributes:
-        level: grace | prior | density | uniform.
+        level: name of the recipe that it is made by.
         reason: in words, with the numbers.
         misses: looks in a row that found no help; each doubles the time to the next look.
         look: version of the schedule at which a level that was stepped down is tried again.
@@ -86,6 +86,10 @@ def contrast(core: Array, audit: Array, confidence: float, seed: int) -> Contras
     return Contrast(difference, float(low), float(high), len(core), len(audit))
 
 
+def _below(name: str) -> str:
+    return recipes.recipe(name).fallback or name
+
+
 def decide(
     recipe: str, version: int, share: float, clean_share: float, found: Contrast | None, previous: Decision | None
 ) -> Decision:
@@ -106,10 +110,10 @@ def decide(
     if found is not None and np.isfinite(found.difference):
         numbers |= {"core_minus_audit": found.difference, "low": found.low, "high": found.high}
         said = f"core minus audit influence {found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-        if found.high < 0 and recipe != "uniform":
-            lower = LADDER[LADDER.index(recipe) + 1]
+        if found.high < 0 and recipes.recipe(recipe).fallback is not None:
+            lower = _below(recipe)
             return Decision(lower, f"{said} is below 0: {recipe} does harm", misses + 1, version + 2 ** (misses + 1), numbers)
         return Decision(recipe, said, 0, 0, numbers)
     if misses and version < look:
-        return Decision(LADDER[min(LADDER.index(recipe) + 1, 3)], f"next look at schedule {look}", misses, look, numbers)
+        return Decision(_below(recipe), f"next look at schedule {look}", misses, look, numbers)
     return Decision(recipe, f"effective share {share:.2f}", misses, look, numbers)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from grace_ds.recipes.weights import soft_pass
 from grace_ds.records import Array
-from grace_ds.selection.probability import soft_pass
 
 Float64Array = npt.NDArray[np.float64]
 

@@ -56,6 +56,11 @@ def normal_equations(rows: Floats, target: Array, weight: Array) -> Integers:
     return np.concatenate([gram.ravel(), wx.T @ y]).astype(np.int64)
 
 
+def weight_of(equations: Integers) -> float:
+    """The sum of the weights in :func:`normal_equations`: how many samples they stand for."""
+    return float(equations[0]) / 2.0 ** (2 * _ROW_BITS + _WEIGHT_BITS)
+
+
 @dataclass(frozen=True)
 class Ridge:
     """A fitted regression.

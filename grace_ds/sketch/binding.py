@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from grace_ds.errors import DataError
-from grace_ds.records import FloatArray, IntArray, Rows
+from grace_ds.records import HIDDEN, FloatArray, IntArray, Rows
 from grace_ds.sketch.layers import Layer
 from grace_ds.sketch.project import Fold, Layout, Side, layout, per_sample
 
@@ -92,6 +92,8 @@ class Plan:
         rank: rows of the seeded bases.
         strength: (layers, q) float32 on the CPU, singular values of the trusted factors; None without a basis.
         basis_version: of the trusted basis; -1 without one.
+        pooled: the layer whose input, mean over tokens, is the sample's hidden state.
+        pooling: (inputs, HIDDEN) float32, what that mean is projected by.
     """
 
     layers: Sequence[Layer]
@@ -100,6 +102,8 @@ class Plan:
     rank: int
     strength: FloatArray | None
     basis_version: int
+    pooled: int
+    pooling: torch.Tensor
 
     @property
     def width(self) -> int:
@@ -112,6 +116,7 @@ class Plan:
         folded: npt.NDArray[np.float32],
         product: npt.NDArray[np.float32] | None,
         loss: FloatArray,
+        hidden: npt.NDArray[np.float32],
         sigma: npt.NDArray[np.float64],
         factor: npt.NDArray[np.float64],
     ) -> Harvested:
@@ -123,7 +128,7 @@ class Plan:
             if self.strength is not None and product is not None:
                 lengths = norm * np.sqrt(((self.strength / sigma[:, None]) ** 2).sum())
                 np.divide(product * factor, lengths, out=align, where=lengths > 0)
-        return Harvested(ids, sketch, norm.astype(np.float32), align.astype(np.float32), loss, self.basis_version)
+        return Harvested(ids, sketch, norm.astype(np.float32), align.astype(np.float32), loss, self.basis_version, hidden)
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,7 @@ class Harvested:
         align: (n,) float32, cosine with the trusted gradient under the same scale; NaN without a basis.
         loss: (n,) float32, nats per token; NaN where the loss was not seen.
         basis: version of the trusted basis; -1 without one.
+        hidden: (n, HIDDEN) float32, pooled and projected hidden state; 0 where it was not seen.
     """
 
     ids: IntArray
@@ -145,6 +151,7 @@ class Harvested:
     align: FloatArray
     loss: FloatArray
     basis: int
+    hidden: FloatArray
 
     def rows(self, step: int, loss_mean: float = 0.0) -> Rows:
         """Rows for the table: unit sketches, losses minus ``loss_mean``; samples without a finite gradient left out."""
@@ -159,6 +166,7 @@ class Harvested:
             align=self.align,
             step=np.full(n, step, np.int64),
             basis=np.full(n, self.basis, np.int32),
+            hidden=np.nan_to_num(self.hidden).astype(np.float16),
         )
         return rows.take(np.isfinite(self.norm) & (self.norm > 0))
 
@@ -183,6 +191,7 @@ class Binding(Target):
         self.plan = plan
         self._fold = fold
         self._sums: torch.Tensor | None = None  # (layers, n, width, width) float32
+        self._hidden: torch.Tensor | None = None  # (n, HIDDEN) float32
 
     def capture(self, index: int, x: torch.Tensor) -> Receiver | None:
         """Projects the input of layer ``index`` at once; None when it does not split into the binding's samples."""
@@ -191,6 +200,8 @@ class Binding(Target):
         split = layout(x.shape, n, part.time_major)
         if split is None:
             return None
+        if index == self.plan.pooled and self._hidden is None and x.shape[-1] == len(self.plan.pooling):
+            self._hidden = self._pool(x.detach(), split)
         if part.gather is not None:
             split = (split[0] * part.size, split[1])
         side_in, side_out = self.plan.sides[index]
@@ -207,6 +218,20 @@ class Binding(Target):
             self.hold(-nbytes)
 
         return receive
+
+    def _pool(self, x: torch.Tensor, split: Layout) -> torch.Tensor:
+        """(n, HIDDEN) float32: the mean of each sample's tokens of ``x``, projected."""
+        n, (tokens, time_major) = len(self.ids), split
+        flat = x.reshape(-1, x.shape[-1])
+        rows = flat.view(tokens, n, -1).transpose(0, 1) if time_major else flat.view(n, tokens, -1)
+        return rows.mean(1, dtype=torch.float32) @ self.plan.pooling.to(x.device)
+
+    def pooled(self) -> npt.NDArray[np.float32]:
+        """(n, HIDDEN) float32, the samples' hidden states; 0 where the layer was not seen."""
+        if self._hidden is None:
+            return np.zeros((len(self.ids), HIDDEN), np.float32)
+        found: npt.NDArray[np.float32] = self._hidden.cpu().numpy()
+        return found
 
     def _accumulate(self, index: int, a: torch.Tensor, g: torch.Tensor, split: Layout) -> None:
         n = len(self.ids)
@@ -280,7 +305,7 @@ class Binding(Target):
             squares = numbers[:, dim : dim + depth].astype(np.float64) * (factor[:, None] * self.plan.unit) ** 2
         loss = np.full(len(self.ids), np.nan, np.float32) if self.losses is None else self.losses.float().cpu().numpy()
         product = None if self.plan.strength is None else numbers[:, -1]
-        return self.plan.rows(self.ids, numbers[:, :dim], product, loss, sigma, factor), squares
+        return self.plan.rows(self.ids, numbers[:, :dim], product, loss, self.pooled(), sigma, factor), squares
 
 
 def row_factor(n: int, grad_scale: float, reduction: str, tokens: IntArray | None) -> npt.NDArray[np.float64]:

@@ -203,7 +203,7 @@ def _refuse_engine(names: Sequence[str]) -> None:
         raise ConfigError(
             f"{names[0]} is a layer of Transformer Engine ({len(names)} in all): it may fuse a norm in front of its weight, or "
             "keep FP8 copies, so that its input is not what the weight meets; build the model with the local spec "
-            "(--transformer-impl local), or set recipe: prior"
+            "(--transformer-impl local), or set recipe: content"
         )
 
 

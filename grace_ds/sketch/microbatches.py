@@ -86,7 +86,7 @@ class MicroBatches:
             if kwargs.get("packed_seq_params") is not None:
                 raise ConfigError(
                     "packed sequences (packed_seq_params, THD layout) hold several samples in one row, which cannot be told "
-                    "apart again: leave packing off, or set recipe: prior"
+                    "apart again: leave packing off, or set recipe: content"
                 )
             if self._forwards[index] == self.count:  # one more than a step has: it is run again
                 self.restart()

@@ -39,7 +39,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
     embeddings = [m for m in module.modules() if isinstance(m, nn.Embedding)]
     if not embeddings:
         raise DataError(
-            f"{type(module).__name__} has no nn.Embedding, where a probe of the trusted samples would begin; set recipe: prior"
+            f"{type(module).__name__} has no nn.Embedding, where a probe of the trusted samples would begin; set recipe: content"
         )
     training = {m: m.training for m in module.modules()}
     learning = [p for p in module.parameters() if p.requires_grad]

@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from grace_ds.errors import CheckpointError, ConfigError
-from grace_ds.records import IntArray
+from grace_ds.records import HIDDEN, IntArray
 from grace_ds.sketch.basis import TRUSTED_RANK, BasisAccumulator, TrustedBasis
 from grace_ds.sketch.binding import Binding, Harvested, Meter, Plan, Target
 from grace_ds.sketch.layers import Layer
 from grace_ds.sketch.losses import sample_losses
-from grace_ds.sketch.project import Fold, Side, bases
+from grace_ds.sketch.project import Fold, Side, bases, signs
 from grace_ds.sketch.scale import LayerScale
 from grace_ds.sketch.whiten import MomentAccumulator
 
@@ -69,6 +69,11 @@ class Sketcher:
         self._current: Target | None = None  # takes forwards
         self._latest: Target | None = None  # takes the recomputations inside its backward
         self._told: set[str] = set()
+        # The last layer that reads the residual stream: as wide as the narrowest input there is.
+        narrowest = min(layer.inputs for layer in self.layers)
+        self._pooled = max(i for i, layer in enumerate(self.layers) if layer.inputs == narrowest)
+        signed = signs(self.names[self._pooled], seed, "hidden", (HIDDEN, narrowest))
+        self._pooling = torch.from_numpy(np.ascontiguousarray(signed.T))
         self._basis: TrustedBasis | None = None
         self._plan = self._make_plan()
 
@@ -199,7 +204,7 @@ class Sketcher:
         parts = [layer.name for layer in self.layers if layer.module is None or layer.split.size > 1 or not layer.split.counted]
         if parts:
             raise ConfigError(
-                f"{parts[0]} is split over ranks, and a trusted basis is fitted to whole layers only: use recipe: prior with "
+                f"{parts[0]} is split over ranks, and a trusted basis is fitted to whole layers only: use recipe: content with "
                 "tensor, sequence or pipeline parallelism"
             )
 
@@ -219,7 +224,7 @@ class Sketcher:
         if self._basis is not None:
             strength = np.stack([self._basis.factors[name][1] for name in self.names])
         version = -1 if self._basis is None else self._basis.version
-        return Plan(self.layers, sides, np.array(units), self.rank, strength, version)
+        return Plan(self.layers, sides, np.array(units), self.rank, strength, version, self._pooled, self._pooling)
 
     # -- memory, state -------------------------------------------------------------------------------------------------
 

@@ -125,7 +125,7 @@ class MomentAccumulator(Target):
         if not np.isfinite(packed).all():
             raise DataError(
                 "the second moments of the probed pool samples are not finite: check that they give a finite loss, or set "
-                "recipe: prior"
+                "recipe: content"
             )
         n = len(self._layers)
         totals, tokens, rest = packed[: 2 * n].reshape(n, 2), packed[2 * n : 3 * n], packed[3 * n :]

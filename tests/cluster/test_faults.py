@@ -77,7 +77,6 @@ def config_of(folder: Path) -> dict[str, Any]:
         **HARVESTING,
         "window": 150,  # one that moves has features to read at every refresh
         "trusted": str(folder.parent / "trusted.jsonl"),
-        "graph": {"residuals": True},
         "refresh": {"interval_steps": 4, "cadence": "fixed", "timeout_seconds": LIMIT},
     }
     return {

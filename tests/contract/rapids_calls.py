@@ -1,4 +1,7 @@
-"""Every call that our GPU modules make into RAPIDS, read off their sources, with the object that is called."""
+"""Every call that our modules make into RAPIDS and CuPy, read off their sources, with the object that is called.
+
+Two kinds of modules: those that import one of the libraries, and those on the array API, whose ``xp`` is CuPy on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from typing import Any
 import grace_ds
 
 LIBRARIES = ("cupy", "cuvs", "pylibraft", "raft_dask", "rmm")
-FILES = ("graph/gpu/memory.py", "graph/gpu/raft_comms.py", "graph/leaves/cuvs_leaf.py")
+_IMPORTS = re.compile(rf"^ +(?:import|from) (?:{'|'.join(LIBRARIES)})\b", re.M)  # inside of functions only
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,22 @@ class Called:
 
 
 def sources() -> list[Path]:
-    return [Path(grace_ds.__file__).parent / name for name in FILES]
+    """Modules that import one of the libraries."""
+    return [path for path in sorted(Path(grace_ds.__file__).parent.rglob("*.py")) if _IMPORTS.search(path.read_text())]
+
+
+def array_sources() -> list[Path]:
+    """Modules that compute with whatever array library their arguments are of."""
+    every = sorted(Path(grace_ds.__file__).parent.rglob("*.py"))
+    return [path for path in every if "xp = array_namespace(" in path.read_text()]
 
 
 def calls() -> Iterator[Called]:
-    for path in sources():
+    for path in sorted({*sources(), *array_sources()}):
         tree = ast.parse(path.read_text())
         names = dict(_imported(tree))
+        if path in array_sources():
+            names["xp"] = importlib.import_module("array_api_compat.cupy")
         for node in ast.walk(tree):
             if not isinstance(node, ast.Call):
                 continue
@@ -78,7 +90,7 @@ def signature(target: Any) -> inspect.Signature | None:
             return found
     except (TypeError, ValueError):
         pass
-    line = (target.__doc__ or "").strip().split("\n")[0]
+    line = (target.__doc__ or "").strip().split("\n")[0].replace("\\*", "*")
     match = re.fullmatch(r"[\w.]+\((.*)\)(?:\s*->.*)?", line)
     if not match:
         return None

@@ -15,7 +15,7 @@ import pytest
 
 from grace_ds.errors import ConfigError
 from grace_ds.graph import leaves
-from tests.contract.rapids_calls import LIBRARIES, calls, signature, sources
+from tests.contract.rapids_calls import LIBRARIES, array_sources, calls, signature, sources
 
 WANTED = os.environ.get("GRACE_TEST_GPU_WHEELS") == "1"
 MISSING = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
@@ -32,7 +32,8 @@ def test_gpu_modules_can_be_imported(name: str) -> None:
 
 def test_every_call_fits_the_real_signature() -> None:
     found = list(calls())
-    assert {c.where.split(":")[0] for c in found} == {path.name for path in sources()}
+    assert {c.where.split(":")[0] for c in found} == {path.name for path in [*sources(), *array_sources()]}
+    assert {"arrays.py", "cuvs_leaf.py", "memory.py", "propagate.py", "raft_comms.py"} <= {c.where.split(":")[0] for c in found}
     checked = 0
     for call in found:
         real = signature(call.target)
@@ -43,9 +44,38 @@ def test_every_call_fits_the_real_signature() -> None:
         except TypeError as error:
             pytest.fail(f"{call.where}: {call.name}: {error}; it is {real}")
         checked += 1
-    assert checked >= 25, f"only {checked} of {len(found)} calls have a signature that can be read"
+    assert checked >= 60, f"only {checked} of {len(found)} calls have a signature that can be read"
     names = {call.name for call in found}
     assert {"brute_force.build", "brute_force.search", "nn_descent.build", "ivf_pq.search", "refine", "nccl"} <= names
+    assert {"cupy.from_dlpack", "xp.where", "xp.astype", "xp.searchsorted"} <= names
+
+
+def test_what_is_asked_of_their_objects_is_there() -> None:
+    """Methods and attributes that no call by name shows: of what a constructor or a factory has returned."""
+    import cupy
+    from cuvs.common import Resources
+    from cuvs.neighbors import nn_descent
+    from pylibraft.common import Handle, Stream
+    from raft_dask.common import Comms
+    from raft_dask.common.nccl import nccl
+    from rmm.allocators.cupy import rmm_cupy_allocator
+
+    asked: list[tuple[Any, tuple[str, ...]]] = [
+        (cupy.ndarray, ("get", "mean", "sum", "shape", "dtype", "__getitem__", "__dlpack__", "__cuda_array_interface__")),
+        (cupy.cuda.Device, ("use",)),
+        (cupy.cuda.Stream.null, ("ptr", "synchronize", "__enter__", "__exit__")),
+        (cupy.get_default_memory_pool(), ("free_all_blocks", "malloc")),
+        (nn_descent.Index, ("graph", "distances")),
+        (Resources, ("sync", "get_c_obj")),
+        (Handle, ("getHandle", "sync")),
+        (Stream, ("sync",)),
+        (nccl, ("init", "destroy", "abort", "user_rank", "get_unique_id")),
+        (Comms(comms_p2p=False, client=object(), verbose=False), ("init", "destroy", "sessionId")),
+    ]
+    for thing, names in asked:
+        for name in names:
+            assert hasattr(thing, name), f"{thing} has no {name}"
+    assert callable(rmm_cupy_allocator)
 
 
 class Fake:

@@ -41,12 +41,12 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Records:
     grace = {
         **HARVESTING,
         "guard": {"clean_share": 1.0},
-        "selection": {"audit": 0.3, "loss_tilt": True},
+        "selection": {"audit": 0.3},
         "run_dir": str(folder / "a"),
     }
     jobs: dict[str, Any] = {
         "grace": {"steps": 14, "grace": grace},
-        "prior": {"steps": 6, "grace": {**HARVESTING, "recipe": "prior", "pseudo_trusted": True, "selection": {}}},
+        "content": {"steps": 6, "grace": {**HARVESTING, "recipe": "content", "pseudo_trusted": True}},
     }
     return run_jobs(folder, jobs, timeout=200)[0]
 

@@ -18,7 +18,6 @@ HARVESTING: dict[str, Any] = {
     "start_step": 0,
     "pseudo_trusted": False,
     "guard": {"enabled": False},
-    "selection": {"loss_tilt": True},
     "refresh": {"interval_steps": 4, "cadence": "fixed", "timeout_seconds": 30},
 }
 # Optimizer steps after which its refreshes come: recipe grace opens with an interval in two halves.

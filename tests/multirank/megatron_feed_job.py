@@ -75,7 +75,7 @@ def datasets(folder: Path, names: list[str], steps: int = STEPS, seed: int = 1) 
 
 def settings(run_dir: Path | None, **grace: Any) -> dict[str, Any]:
     return {
-        "recipe": "prior",
+        "recipe": "content",
         "budget": 0.5,
         "guard": {"enabled": False},
         "run_dir": None if run_dir is None else str(run_dir),

@@ -320,6 +320,9 @@ def main() -> None:
         grace_ds.attach(engine, Corpus(), {"recipe": "grace"}, collate_fn=collate).detach()
     except ConfigError as error:
         record["recipe grace"] = str(error)
+    handle = grace_ds.attach(engine, Corpus(), {"recipe": "auto"}, collate_fn=collate)
+    record["recipe auto"] = handle.config.recipe
+    handle.detach()
     if kind not in ("one", "in_order"):
         peers = TorchComm([list(range(dist.get_world_size()))], 30)
         record["sketches"] = sketches(kind, peers)

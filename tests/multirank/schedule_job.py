@@ -10,16 +10,20 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 
 from grace_ds.comm.base import Comm
 from grace_ds.comm.choose import choose
-from grace_ds.config.schema import FeaturesConfig, GraceConfig, GraphConfig, GuardConfig, RefreshConfig, SelectionConfig
-from grace_ds.features import ContentFeatures, TokenReader, content_features
+from grace_ds.config.schema import FeaturesConfig, GraceConfig, GuardConfig, RefreshConfig, SelectionConfig
+from grace_ds.features import ContentFeatures, TokenReader
+from grace_ds.graph.kept import KeptGraph
+from grace_ds.integrations.build import Contents, Parts
+from grace_ds.kept import Kept
 from grace_ds.order import SamplerOrder
 from grace_ds.pool import Pool
-from grace_ds.records import IntArray, Role, Rows, Schedule
+from grace_ds.records import HIDDEN, IntArray, Role, Rows, Schedule
 from grace_ds.refresh import refresh
 from grace_ds.schedule import Ledger
 from grace_ds.selection.guard import from_meta
@@ -37,7 +41,7 @@ EXPLORE, AUDIT = 0.15, 0.1
 # Median influence (alignment times norm) of trusted samples by basis; those along basis 2 are not to be judged by.
 REFERENCE = {0: 0.4, 1: 0.6, 2: 0.0}
 
-Kept = dict[tuple[bytes, bool, bool], ContentFeatures]
+Cache = dict[tuple[Any, ...], ContentFeatures]
 
 
 @dataclass(frozen=True)
@@ -48,15 +52,18 @@ class Case:
         objective: of the selection.
         recipe: of the run.
         window: samples of a window.
-        trusted: whether there is a trusted set, for the prior and for the influences.
+        ablate: parts that the recipe does without.
+        trusted: whether there is a trusted set, for the filter and for the influences.
         features: whether the token ids are looked at.
         harvest: rows from two windows ("all"), none at all, rows whose losses are equal and alignments unknown ("tied"), or
             more rows, all along a basis with a unit ("judged"), which in the second interval turn against what the first
             has chosen ("harmful").
+        unmeasured: a column of the harvested rows of which nothing is known.
+        added_loss: to what was measured, for samples of even ids.
         last_rank_idle: whether the last of several ranks harvests nothing.
         forced: whether ids are included and excluded.
         uniform: whether the second refresh is one after ``stop_step``.
-        residuals: whether what content does not predict goes along the edges.
+        still: the second refresh is of the same window, and nothing was harvested before it.
         clean_share: of the guard; None turns it off, where it would find a window without copies, or of three, clean.
         audit: share of the audit slots.
         shadow: whether the job trains on samples of its own, so that all that are not chosen are there to compare with.
@@ -65,32 +72,43 @@ class Case:
 
     objective: str = "sample"
     recipe: str = "grace"
+    ablate: tuple[str, ...] = ()
     window: int = WINDOW
     trusted: bool = True
     features: bool = True
     harvest: str = "all"
+    unmeasured: str = ""
+    added_loss: float = 0.0
     last_rank_idle: bool = False
     forced: bool = False
     uniform: bool = False
-    residuals: bool = False
+    still: bool = False
     clean_share: float | None = 0.9
     audit: float = AUDIT
     shadow: bool = False
     blend: bool = False
 
 
+PARTS = ("gradients", "loss", "graph", "sketches")
 OBJECTIVES = ("sample", "facility_location", "topk", "rs2", "uniform")
 CASES: dict[str, Case] = {
     **{name: Case(name) for name in OBJECTIVES},
     **{f"forced {name}": Case(name, forced=True, last_rank_idle=True) for name in OBJECTIVES},
-    **{f"tied {name}": Case(name, trusted=False, harvest="tied", clean_share=None) for name in OBJECTIVES[:3]},
+    **{f"tied {name}": Case(name, ablate=("graph",), trusted=False, harvest="tied", clean_share=None) for name in OBJECTIVES[:3]},
     **{f"tiny {name}": Case(name, window=TINY, clean_share=None) for name in OBJECTIVES[:2]},
     "nothing harvested": Case(harvest="none"),
-    "prior": Case(recipe="prior", harvest="none"),
+    "content": Case(recipe="content", harvest="none"),
     "density": Case(recipe="density", trusted=False, harvest="none"),
     "no features": Case(recipe="uniform", features=False),
     "stopped": Case(uniform=True),
-    "residuals": Case(residuals=True),
+    **{f"without {part}": Case(ablate=(part,)) for part in PARTS},
+    "neither graph nor trusted set": Case(ablate=("graph",), trusted=False),
+    "losses unknown": Case(unmeasured="loss"),
+    "influences unknown": Case(unmeasured="align"),
+    "losses raised": Case(added_loss=4.0),
+    "losses lowered": Case(added_loss=-4.0),
+    "without any part": Case(ablate=PARTS, harvest="none"),
+    "still": Case(ablate=("sketches",), window=N, still=True),
     "clean": Case(clean_share=0.05),
     **{f"blend {name}": Case(name, blend=True) for name in OBJECTIVES[:2]},
     "judged": Case(harvest="judged", audit=0.4),
@@ -100,11 +118,18 @@ CASES: dict[str, Case] = {
 
 @dataclass(frozen=True)
 class Made:
-    """What a rank holds after one refresh."""
+    """What a rank holds after one refresh.
+
+    Attributes:
+        graph: what it has of the k-NN graph; None where none was built.
+        learned: (ids, values) of the parts of a row that are learned; None without.
+    """
 
     schedule: Schedule
     table: Table
     counts: Mapping[str, float]
+    graph: KeptGraph | None
+    learned: tuple[IntArray, np.ndarray] | None
 
 
 def walk(draw: np.random.Generator, n: int) -> IntArray:
@@ -163,13 +188,13 @@ def config_of(case: Case) -> GraceConfig:
     """A coreset of a tenth of the window, all of which finds a slot, or a larger one, of which the least visited do."""
     return GraceConfig(
         recipe=case.recipe,
+        ablate=list(case.ablate),
         budget=0.34 if case.window == TINY else 0.1 if case.forced or case.harvest == "tied" else 0.15,
         window=case.window,
         seed=SEED,
         refresh=RefreshConfig(interval_steps=INTERVAL, cadence="fixed", slack_steps=SLACK),
         features=FeaturesConfig(enabled=case.features, dim=48),
-        graph=GraphConfig(residuals=case.residuals),
-        selection=SelectionConfig(objective=case.objective, explore=EXPLORE, audit=case.audit, loss_tilt=True),
+        selection=SelectionConfig(objective=case.objective, explore=EXPLORE, audit=case.audit),
         guard=GuardConfig(enabled=case.clean_share is not None, clean_share=case.clean_share or 1.0),
     )
 
@@ -181,10 +206,11 @@ def harvested(case: Case, version: int) -> Rows:
     There are ids of padding, outside of the dataset and outside of the window; unknown losses and alignments; rows that
     are not finite.
     """
-    n = {"none": 0, "judged": 700, "harmful": 700}.get(case.harvest, 260 if case.window == WINDOW else 40)
-    if not n:
+    n = {"none": 0, "judged": 700, "harmful": 700}.get(case.harvest, 40 if case.window == TINY else 260)
+    if not n or (case.still and version):
         return Rows.empty(DIM)
     draw = np.random.default_rng([3, version])
+    kind = np.random.default_rng([5, version])  # of the hidden states alone
     window = pool_of(case).window_at(version)
     ids = np.where(draw.random(n) < 0.8, draw.choice(window, n), draw.integers(-1, N + 2, n))
     ids[::29] = -1
@@ -198,12 +224,16 @@ def harvested(case: Case, version: int) -> Rows:
         align=(0.5 - 0.6 * is_junk(ids) + 0.2 * draw.standard_normal(n)).astype(np.float32),
         step=step.astype(np.int64),
         basis=draw.integers(-1, 3, n).astype(np.int32),
+        hidden=(3 * is_junk(ids)[:, None] + kind.standard_normal((n, HIDDEN))).astype(np.float16),
     )
-    for column in (rows.sketch, rows.norm, rows.loss, rows.align, rows.basis):
+    for column in (rows.sketch, rows.norm, rows.loss, rows.align, rows.basis, rows.hidden):
         column[1::8] = column[::8]  # every other repeat is the very same row
     rows.loss[2::7] = np.nan  # some of those repeats included
     rows.align[rows.basis < 0] = np.nan
     rows.norm[6::31], rows.sketch[11::37, 2] = np.nan, np.inf
+    if case.unmeasured:
+        getattr(rows, case.unmeasured)[:] = np.nan
+    rows.loss[:] += np.float32(case.added_loss) * (ids % 2 == 0)
     if case.harvest == "tied":
         rows.loss[:], rows.align[:] = 0.25, np.nan
     elif case.harvest in ("judged", "harmful"):
@@ -221,45 +251,44 @@ def share_of(rows: Rows, case: Case, version: int, world: World) -> Rows:
     return rows.take(where == world.rank)
 
 
-class Contents:
-    """Content features of the window of ``version``, kept for the other cases."""
+class CachedContents:
+    """What a job's own :class:`Contents` makes of one window after the other, kept for the other cases."""
 
-    def __init__(self, comm: Comm, kept: Kept, case: Case) -> None:
-        self.comm, self.kept, self.case, self.version = comm, kept, case, 0
+    def __init__(self, comm: Comm, cache: Cache, case: Case) -> None:
+        nobody, reader = np.empty(0, np.int64), TokenReader(corpus()) if case.features else None
+        model = prior() if case.trusted else None
+        self.config, self.tied = config_of(case), case.harvest == "tied"
+        self.job = Contents(comm, self.config, Parts(pool_of(case), SamplerOrder(N), reader, None, model, nobody, nobody))
+        self.cache, self.case = cache, case
+        self.windows: tuple[bytes, ...] = ()
 
-    def __call__(self, ids: IntArray) -> ContentFeatures:
-        case = self.case
-        if not case.features:
-            return ContentFeatures(ids, np.zeros(len(ids), np.float32), None, None, None)
+    def __call__(self, kept: ContentFeatures | None, ids: IntArray) -> ContentFeatures:
+        if not self.case.features:
+            return self.job(kept, ids)
         # Not by this rank's ids, which may be none of two windows: all ranks must compute, or none.
-        key = (pool_of(case).window_at(self.version).tobytes(), case.trusted, case.harvest == "tied")
-        if key not in self.kept:
-            self.kept[key] = content_features(
-                TokenReader(corpus()),
-                ids,
-                dim=48,
-                seed=SEED,
-                allreduce=self.comm.allreduce,
-                trusted=prior() if case.trusted else None,
-                want_density=case.harvest != "tied",  # copies would tell the tied apart
-                want_statistics=True,
-            )
-        return self.kept[key]
+        self.windows += (pool_of(self.case).window_at(len(self.windows)).tobytes(),)
+        wanted = (self.config.builds_graph, "gradients" in self.config.parts)
+        key = (self.windows, self.case.trusted, self.tied, *wanted)
+        if key not in self.cache:
+            made = self.job(kept, ids)
+            if self.tied:  # copies would tell the tied apart
+                made = dataclasses.replace(made, density=np.zeros(len(ids), np.float32))
+            self.cache[key] = made
+        return self.cache[key]
 
 
-def two_refreshes(world: World, comm: Comm, case: Case, kept: Kept) -> list[Made]:
-    """The second refresh takes up the first's table, its schedule as trained on, and a window that has moved on."""
-    contents = Contents(comm, kept, case)
+def two_refreshes(world: World, comm: Comm, case: Case, cache: Cache) -> list[Made]:
+    """The second refresh takes up what the first leaves, its schedule as trained on, and a window that has moved on."""
+    contents = CachedContents(comm, cache, case)
     nobody = np.empty(0, np.int64)
     include, exclude = (INCLUDE, np.setdiff1d(EXCLUDE, INCLUDE)) if case.forced else (nobody, nobody)
     trusted = prior().held_out if case.trusted else None
     p = Pipeline(comm, config_of(case), pool_of(case), SamplerOrder(N), BATCH, contents, include, exclude, trusted)
     p = dataclasses.replace(p, sources=source_of) if case.blend else p
     made: list[Made] = []
-    table, ledger = Table.empty(DIM), Ledger()
+    table, ledger, kept = Table.empty(DIM), Ledger(), Kept()
     decision, since, core, audit = None, -1, nobody, None if case.shadow else nobody
     for version, step in enumerate(STEPS):
-        contents.version = version
         x = Inputs(
             rows=share_of(harvested(case, version), case, version, world),
             table=table,
@@ -274,10 +303,13 @@ def two_refreshes(world: World, comm: Comm, case: Case, kept: Kept) -> list[Made
             core=core,
             audit=audit,
             uniform=case.uniform and version == 1,
+            kept=kept,
         )
         out = refresh(p, x)
-        made.append(Made(out.schedule, out.table, out.counts))
-        table, ledger = out.table, Ledger(ledger.ids, ledger.counts)
+        learned = out.kept.learned
+        parts = None if learned is None else (learned.ids, learned.values)
+        made.append(Made(out.schedule, out.table, out.counts, out.kept.graph, parts))
+        table, kept, ledger = out.table, out.kept, Ledger(ledger.ids, ledger.counts)
         ledger.add(out.schedule.ids[: INTERVAL * BATCH])
         decision, since = from_meta(out.schedule.meta.get("guard")), step
         core = np.unique(out.schedule.ids[out.schedule.roles == Role.CORE])
@@ -288,5 +320,5 @@ def two_refreshes(world: World, comm: Comm, case: Case, kept: Kept) -> list[Made
 def work(world: World) -> dict[str, list[Made]]:
     """All cases on one world."""
     comm = choose("torch", timeout=20.0)
-    kept: Kept = {}
-    return {name: two_refreshes(world, comm, case, kept) for name, case in CASES.items()}
+    cache: Cache = {}
+    return {name: two_refreshes(world, comm, case, cache) for name, case in CASES.items()}

@@ -22,7 +22,7 @@ STAGES = (1, 2, 3)
 # decides does not, and the run chooses for itself.
 RECIPES: dict[str, dict[str, Any]] = {
     "replay": HARVESTING,
-    "prior": {**HARVESTING, "recipe": "prior", "pseudo_trusted": True},
+    "content": {**HARVESTING, "recipe": "content", "pseudo_trusted": True},
 }
 NAMES = [f"{recipe}-{stage}" for recipe in RECIPES for stage in STAGES]
 

@@ -12,12 +12,13 @@ import pytest
 from tests.multirank.launch import HARVESTING, Records, refreshes, run_jobs, stream
 from tests.multirank.toy import Corpus
 
-pytestmark = [pytest.mark.multirank, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.multirank, pytest.mark.timeout(300)]
 
 LIMIT, HANG = 2.0, 3.0
+LAYERS = 4  # two in each block
 GRACE: dict[str, Any] = {
     **HARVESTING,
-    "graph": {"residuals": True},
+    "harvest": {"layers": ["blocks.2.*", "blocks.3.*"]},
     "refresh": {**HARVESTING["refresh"], "timeout_seconds": LIMIT},
 }
 BASE: dict[str, Any] = {"steps": 9, "bf16": False, "workers": 0, "grace": GRACE}
@@ -27,9 +28,10 @@ HANGS = {
     "pending": ("grace_ds.harvest", "Harvester.pending", 1),
     "gather": ("grace_ds.refresh", "gather_rows", 1),
     "table": ("grace_ds.refresh", "owner_of", 1),
-    "features": ("grace_ds.integrations.build", "content_features", 1),
-    "graph": ("grace_ds.refresh", "knn", 1),
-    "propagate": ("grace_ds.signals", "propagate", 0),
+    "features": ("grace_ds.integrations.build", "follow_window", 0),
+    "embed": ("grace_ds.refresh", "learn", 1),
+    "graph": ("grace_ds.refresh", "follow", 1),
+    "propagate": ("grace_ds.signals", "propagate", 1),
     "select": ("grace_ds.refresh", "collect", 1),
     "broadcast": ("grace_ds.refresh", "broadcast_schedule", 1),
     "agree": ("grace_ds.comm._framing", "FramedComm.agree", 2),
@@ -45,7 +47,6 @@ READS = {"moments": 3, "basis": 9, "unit": 15}
 # Not finite in one layer's gradient of a sample, as the hooks see it; and in a row on its way to its owner.
 SKETCH = {"module": "grace_ds.sketch.binding", "name": "Binding._accumulate", "rank": 1, "argument": 3}
 ROW = {"module": "grace_ds.harvest", "name": "Harvester.pending", "rank": 1, "after": 2}
-LAYERS = 4
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def launched(folder: Path) -> tuple[Records, str]:
         jobs[f"sample_{value}"] = {**BASE, "steps": 8, "fault": {**SKETCH, "poison": value, "after": 3 * LAYERS}}
         for column in ("sketch", "norm"):
             jobs[f"{column}_{value}"] = {**BASE, "steps": 4, "fault": {**ROW, "poison": value, "column": column}}
-    return run_jobs(folder, jobs, timeout=160)
+    return run_jobs(folder, jobs, timeout=260)
 
 
 @pytest.fixture(scope="module")

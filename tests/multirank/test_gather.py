@@ -10,8 +10,8 @@ import pytest
 
 from grace_ds.comm.choose import choose
 from grace_ds.errors import DataError, PeerFailed
-from grace_ds.gather import Dropped, fetch, gather_rows
-from grace_ds.records import Rows
+from grace_ds.gather import Route, Sent, gather_rows
+from grace_ds.records import HIDDEN, Rows
 from grace_ds.table import Table, owner_of
 from tests.multirank.harness import World, run_ranks
 
@@ -37,20 +37,24 @@ def harvest(rank: int, n: int) -> Rows:
         align=draw.standard_normal(n).astype(np.float32),
         step=draw.integers(0, 9, n),
         basis=draw.integers(-1, 3, n).astype(np.int32),
+        hidden=draw.standard_normal((n, HIDDEN)).astype(np.float16),
     )
 
 
-def gather_and_fetch(world: World, lengths: list[int], folder: str) -> tuple[Rows, Dropped, dict[str, Any], dict[str, str]]:
+def gather_and_fetch(world: World, lengths: list[int], folder: str) -> tuple[Rows, Sent, dict[str, Any], dict[str, str]]:
     comm = choose("torch", timeout=10.0)
-    rows, dropped = gather_rows(comm, harvest(world.rank, lengths[world.rank]), N)
+    rows, sent = gather_rows(comm, harvest(world.rank, lengths[world.rank]), N)
 
     ids = np.unique(rows.ids)
     draw = np.random.default_rng(world.rank)
     wanted = draw.integers(-3, N + 50, 40 * world.rank)  # rank 0 asks for nothing, others for unknown ids too
+    route = Route.of(comm, wanted, ids)  # one way for values of any kind
     answers = {
         "wanted": wanted,
-        "float": fetch(comm, wanted, ids, (ids * 0.5).astype(np.float32), np.nan),
-        "pair": fetch(comm, wanted, ids, np.stack([ids, -ids], 1), -7),
+        "float": route.exchange((ids * 0.5).astype(np.float32), np.nan)[route.place],
+        "pair": route.exchange(np.stack([ids, -ids], 1), -7)[route.place],
+        "zero": route.exchange(ids + 1)[route.place],
+        "carried": len(route.exchange(ids)),
     }
     table = Table.empty(DIM).merge(rows)
     files = table.save(folder, world.rank, world.size)
@@ -60,16 +64,16 @@ def gather_and_fetch(world: World, lengths: list[int], folder: str) -> tuple[Row
         if world.rank == 1:
             alien = np.array([i for i in range(99) if owner_of(np.array([i]), world.size)[0] != 1])
             with pytest.raises(DataError, match="does not own"):
-                fetch(comm, wanted, alien, alien, 0)
+                Route.of(comm, wanted, alien)
             with pytest.raises(DataError, match="sorted"):
-                fetch(comm, wanted, np.array([3, 3]), np.zeros(2), 0)
+                Route.of(comm, wanted, np.array([3, 3]))
             comm.abort()
         else:
             with pytest.raises(PeerFailed):
-                fetch(comm, wanted, ids, ids, 0)
+                Route.of(comm, wanted, ids)
         again, _ = gather_rows(comm, harvest(world.rank, lengths[world.rank]), N)
-        assert all(np.array_equal(again.ids, x) for x in (rows.ids,))
-    return rows, dropped, answers, files
+        assert np.array_equal(again.ids, rows.ids)
+    return rows, sent, answers, files
 
 
 def as_records(rows: Rows) -> list[bytes]:
@@ -91,7 +95,8 @@ def test_union_and_values(lengths: list[int], tmp_path: Any) -> None:
     # Nothing lost, nothing made up, nothing changed; repeats in the order of their steps.
     wanted = [(int(rows.ids[i]), record) for rows in sent for i, record in enumerate(as_records(rows)) if usable(rows, i)]
     arrived: dict[bytes, list[int]] = {}
-    for rank, (rows, dropped, _, _) in enumerate(results):
+    one_row = next(sum(getattr(rows, f.name)[:1].nbytes for f in fields(Rows)) for rows in sent if len(rows))
+    for rank, (rows, told, _, _) in enumerate(results):
         places = list(zip(rows.ids.tolist(), rows.step.tolist(), strict=True))
         assert places == sorted(places)
         assert (owner_of(rows.ids, size) == rank).all()
@@ -101,16 +106,19 @@ def test_union_and_values(lengths: list[int], tmp_path: Any) -> None:
             arrived.setdefault(r, []).append(rank)
         outside = ((sent[rank].ids < 0) | (sent[rank].ids >= N)).sum()
         unusable = sum(not usable(sent[rank], i) for i in range(lengths[rank]))
-        assert (dropped.out_of_range, dropped.total) == (outside, unusable)
-        assert lengths[rank] == 0 or 0 < dropped.not_finite < dropped.total
+        assert (told.out_of_range, told.out_of_range + told.not_finite) == (outside, unusable)
+        assert lengths[rank] == 0 or 0 < told.not_finite < unusable
+        assert told.bytes == one_row * (lengths[rank] - unusable)
     assert sum(map(len, arrived.values())) == len(wanted)
 
     everything = {w[0] for w in wanted}
     for rank, (_, _, got, _) in enumerate(results):
         assert got["float"].dtype == np.float32 and got["pair"].shape == (40 * rank, 2)
-        for i, value, pair in zip(got["wanted"], got["float"], got["pair"], strict=True):
+        for i, value, pair, zero in zip(got["wanted"], got["float"], got["pair"], got["zero"], strict=True):
             assert value == i / 2 if i in everything else np.isnan(value)
             assert pair.tolist() == ([i, -i] if i in everything else [-7, -7])
+            assert zero == (i + 1 if i in everything else 0)
+        assert got["carried"] == len({i for i in got["wanted"].tolist() if i >= 0}) + 1  # each once, however often it is wanted
 
     # The files of this world, read by worlds of other sizes, hold the same rows.
     files = {name: digest for result in results for name, digest in result[3].items()}

@@ -21,8 +21,9 @@ SAVES = [2, 4, 5, 7, 8, 12]
 FAULTS = {
     "gather": ("grace_ds.refresh", "gather_rows"),
     "table": ("grace_ds.refresh", "owner_of"),
-    "features": ("grace_ds.integrations.build", "content_features"),
-    "graph": ("grace_ds.refresh", "knn"),
+    "features": ("grace_ds.integrations.build", "follow_window"),
+    "embed": ("grace_ds.refresh", "learn"),
+    "graph": ("grace_ds.refresh", "follow"),
     "propagate": ("grace_ds.signals", "propagate"),
     "select": ("grace_ds.refresh", "collect"),
     "broadcast": ("grace_ds.refresh", "broadcast_schedule"),
@@ -72,9 +73,9 @@ def jobs(folder: Path) -> dict[str, Any]:
         "clean_uniform": {"steps": 10, "clean": True, "workers": 0, "grace": grace(recipe="uniform")},
         "overlap": {"grace": grace(trusted=str(trusted)), "validation": {"n": 160, "salt": 3}},
     }
-    prior = grace(recipe="prior", trusted=str(trusted))
-    out["prior"] = {"steps": 10, "grace": prior, "validation": {"n": 32, "salt": 7}}  # shares nothing with the trusted set
-    out["opened"] = {"steps": 10, "grace": {**prior, "start_step": -1, "run_dir": str(folder / "opened")}}
+    content = grace(recipe="content", trusted=str(trusted))
+    out["content"] = {"steps": 10, "grace": content, "validation": {"n": 32, "salt": 7}}  # shares nothing with the trusted set
+    out["opened"] = {"steps": 10, "grace": {**content, "start_step": -1, "run_dir": str(folder / "opened")}}
     out["clean_plain"] = {"steps": 10, "clean": True, "via": "deepspeed"}
     # The guard as it is by default, of a corpus in which there is nothing to leave out.
     watched = grace(guard={}, trusted=str(clean), run_dir=str(folder / "clean"))
@@ -83,9 +84,9 @@ def jobs(folder: Path) -> dict[str, Any]:
     out["weighed"] = {**weighing, "grace": grace(weights="inverse_probability", run_dir=str(folder / "weighed"))}
     out["not_weighed"] = {**weighing, "steps": 5, "grace": grace()}
     for kind in ("jsonl", "txt"):
-        told = grace(recipe="prior", trusted=str(folder / f"bare.{kind}"))
+        told = grace(recipe="content", trusted=str(folder / f"bare.{kind}"))
         out[f"bare_{kind}"] = {"steps": 5, "bare": True, "workers": 0, "tokenize": kind == "txt", "grace": told}
-    out["not_tokenized"] = {"bare": True, "grace": grace(recipe="prior", trusted=str(folder / "bare.txt"))}
+    out["not_tokenized"] = {"bare": True, "grace": grace(recipe="content", trusted=str(folder / "bare.txt"))}
     out |= {f"resume{k}": {**base, "load": saved, "load_tag": f"global_step{k}"} for k in SAVES}
     out |= {o: {"steps": 10, "grace": grace(selection={"objective": o})} for o in ("topk", "uniform", "rs2", "facility_location")}
     for stage, (module, name) in FAULTS.items():
@@ -268,8 +269,8 @@ def test_nothing_is_lost_by_a_failed_refresh(records: Records) -> None:
     assert committed(records["fault_gather"]) == uses
 
 
-def test_recipe_prior_hooks_and_harvests_nothing(records: Records) -> None:
-    for rank, plain in zip(records["prior"], records["plain"], strict=True):
+def test_recipe_content_hooks_and_harvests_nothing(records: Records) -> None:
+    for rank, plain in zip(records["content"], records["plain"], strict=True):
         assert rank["layer_hooks"] == plain["layer_hooks"] < records["base"][0]["layer_hooks"]
         assert rank["table"] == rank["reference"] == rank["scale"] == {}
         m = rank["metrics"]
@@ -277,16 +278,16 @@ def test_recipe_prior_hooks_and_harvests_nothing(records: Records) -> None:
         assert not {"harvest_seconds", "rows_dropped", "hook_failures"} & set(m["events"])
         assert m["events"]["guard/level"] == 2
         assert (m["refreshes"], m["refresh_failures"]) == (3, 0)  # at steps 0, 4 and 8: it has no opening
-        assert {level for _, level in rank["levels"]} == {"prior"}
-    assert stream(records["prior"]) != stream(records["uniform_recipe"])
+        assert {level for _, level in rank["levels"]} == {"content"}
+    assert stream(records["content"]) != stream(records["uniform_recipe"])
     assert records["uniform_recipe"][0]["layer_hooks"] == records["plain"][0]["layer_hooks"]
 
 
 def test_by_default_a_run_opens_on_the_pool_as_it_is_and_chooses_after_one_interval(records: Records, folder: Path) -> None:
     first, *rest = load_book(folder / "opened" / "schedules").schedules
-    assert (first.meta["objective"], first.meta["guard"]["level"]) == ("uniform", "prior")
+    assert (first.meta["objective"], first.meta["guard"]["level"]) == ("uniform", "content")
     assert [s.meta["objective"] for s in rest] == ["sample"] * len(rest) and len(rest) >= 2
-    assert stream(records["opened"])[:4] == stream(records["uniform_recipe"])[:4] != stream(records["prior"])[:4]
+    assert stream(records["opened"])[:4] == stream(records["uniform_recipe"])[:4] != stream(records["content"])[:4]
     assert stream(records["opened"])[:4] == stream(records["plain"])[:4]
 
 
@@ -343,7 +344,7 @@ def test_a_trusted_sample_in_the_validation_set_is_an_error_on_every_rank(record
 def test_a_trusted_file_of_text_is_cut_into_samples_by_the_jobs_tokeniser(records: Records) -> None:
     assert records["bare_txt"][0]["schedules"] == records["bare_jsonl"][0]["schedules"]
     assert records["bare_txt"][0]["params"] == records["bare_jsonl"][0]["params"]
-    assert {level for _, level in records["bare_txt"][0]["levels"]} == {"prior"}
+    assert {level for _, level in records["bare_txt"][0]["levels"]} == {"content"}
     for rank in records["not_tokenized"]:
         assert rank["error"].startswith("DataError: ")
         assert "tokenize" in rank["error"]

@@ -87,7 +87,7 @@ def test_megatron_refusals_say_why(ranks):
         assert "lag 1 is too short" in said["lag"] and "lag=2" in said["lag"]
         assert "not published that far" in said["ahead"] and "larger lag" in said["ahead"]
         assert "was made with the dataset" in said["hash"] and "fresh run_dir" in said["hash"]
-        assert "second moments" in said["grace"] and "recipe: prior" in said["grace"]
+        assert "second moments" in said["grace"] and "recipe: content" in said["grace"]
         assert "holds no schedule of this run" in said["missing"]
         assert "between two steps" in said["between"]
         assert "virtual stages" in said["interleaved"]

@@ -108,10 +108,10 @@ def test_a_guard_that_has_stepped_down_is_taken_up_as_it_was(two: Records, folde
         (0, "sample", "grace"),
         (2, "sample", "grace"),
         (4, "sample", "grace"),
-        (8, "sample", "prior"),
-        (12, "sample", "prior"),
+        (8, "sample", "content"),
+        (12, "sample", "content"),
         (16, "sample", "grace"),
-        (20, "sample", "prior"),
+        (20, "sample", "content"),
     ]
     assert [line["guard"]["look"] - line["version"] for line in lines if "high" in line["guard"]] == [2, 4]
     for resumed, base in zip(two[f"down{step}"], two["down"], strict=True):

@@ -19,11 +19,14 @@ from tests.multirank.schedule_job import (
     INCLUDE,
     INTERVAL,
     OBJECTIVES,
+    PARTS,
     SLACK,
     STEPS,
+    TINY,
     WINDOW,
     Case,
     Made,
+    N,
     harvested,
     is_junk,
     pool_of,
@@ -137,10 +140,11 @@ def test_schedules_hold_what_they_should(worlds: Worlds) -> None:
             s = schedule(worlds, name, version)
             roles = np.bincount(s.roles, minlength=3).tolist()
             assert (s.version, s.start, len(s)) == (version, STEPS[version] * BATCH + BATCH, SLOTS)
-            if case.window == WINDOW:
+            if case.window != TINY:
                 guests = [0, 0]
                 if s.meta["objective"] == case.objective and case.objective not in ("rs2", "uniform"):
-                    guests = [round(EXPLORE * SLOTS), round(case.audit * SLOTS) if level_of(s) == "grace" else 0]
+                    collects = level_of(s) == "grace" and bool({"gradients", "loss"} - set(case.ablate))
+                    guests = [round(EXPLORE * SLOTS), round(case.audit * SLOTS) if collects else 0]
                 assert roles == [SLOTS - sum(guests), *guests], name
             else:
                 assert all(roles), name
@@ -156,11 +160,99 @@ def test_schedules_hold_what_they_should(worlds: Worlds) -> None:
 
 def test_a_level_of_its_own_for_each_recipe(worlds: Worlds) -> None:
     for version in VERSIONS:
-        names = ("sample", "prior", "density", "no features")
-        assert [level_of(schedule(worlds, name, version)) for name in names] == ["grace", "prior", "density", "uniform"]
-        assert len({schedule(worlds, name, version).digest() for name in (*names, "residuals")}) == 5
+        names = ("sample", "content", "density", "no features")
+        assert [level_of(schedule(worlds, name, version)) for name in names] == ["grace", "content", "density", "uniform"]
+        parts = [f"without {part}" for part in PARTS]
+        assert len({schedule(worlds, name, version).digest() for name in (*names, *parts)}) == len(names) + len(PARTS)
         chance = is_junk(core(worlds, "uniform", version)).mean()
-        assert is_junk(core(worlds, "prior", version)).mean() < chance / 2 < is_junk(core(worlds, "density", version)).mean()
+        assert is_junk(core(worlds, "content", version)).mean() < chance / 2 < is_junk(core(worlds, "density", version)).mean()
+
+
+# -- what is measured decides, and only that ------------------------------------------------------------------------------
+
+
+def test_a_changed_loss_of_collected_rows_changes_the_choice(worlds: Worlds) -> None:
+    even = {}
+    for name in ("losses raised", "losses lowered"):
+        made = worlds[1][0][name]
+        measured = [np.intersect1d(core(worlds, name, version), made[version].table.ids) for version in VERSIONS]
+        even[name] = (np.concatenate(measured) % 2 == 0).mean()
+    assert even["losses raised"] > even["losses lowered"] + 0.1
+    for version in VERSIONS:
+        assert len({schedule(worlds, name, version).digest() for name in (*even, "sample")}) == 3
+
+
+def test_a_part_that_is_switched_off_is_as_if_nothing_of_it_had_been_measured(worlds: Worlds) -> None:
+    for version in VERSIONS:
+        for off, absent in (("without loss", "losses unknown"), ("without gradients", "influences unknown")):
+            a, b = (schedule(worlds, name, version) for name in (off, absent))
+            assert a.digest() == b.digest() != schedule(worlds, "sample", version).digest()
+        off, absent = (schedule(worlds, name, version) for name in ("without any part", "content"))
+        assert off.digest() == absent.digest()
+
+
+def joined(worlds: Worlds, size: int, name: str, version: int) -> dict[str, np.ndarray] | None:
+    """The graph over all ranks, and what its rows have learned, in order of id; None without a graph."""
+    graphs = [(made[name][version].graph, made[name][version].learned) for made in worlds[size]]
+    found = [pair for pair in graphs if pair[0] is not None]
+    if not found:
+        return None
+    assert len(found) == size
+    ids = np.concatenate([graph.ids for graph, _ in found if graph is not None])
+    order = np.argsort(ids)
+    columns = {"ids": ids[order]}
+    for column in ("keys", "X"):
+        columns[column] = np.concatenate([getattr(graph, column) for graph, _ in found if graph is not None])[order]
+    if found[0][1] is not None:
+        columns["learned"] = np.concatenate([learned[1] for _, learned in found if learned is not None])[order]
+    return columns
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_graphs_are_equal_and_built_where_one_is_asked_for(worlds: Worlds, name: str) -> None:
+    case = CASES[name]
+    asks = case.objective == "facility_location"
+    asks |= case.recipe == "grace" and "graph" not in case.ablate and case.objective not in ("rs2", "uniform")
+    for version in VERSIONS:
+        one = joined(worlds, 1, name, version)
+        paused = level_of(schedule(worlds, name, 0)) == "uniform" and version > 0  # of a clean window nobody asks
+        assert (one is not None) == (asks and not paused)
+        if one is None:
+            continue
+        assert ("learned" in one) == (case.recipe == "grace" and "sketches" not in case.ablate)
+        window = pool_of(case).window_at(0 if case.uniform else version)
+        assert one["ids"].tolist() == window.tolist()
+        for size in SIZES[1:]:
+            other = joined(worlds, size, name, version)
+            assert other is not None and other.keys() == one.keys()
+            for column, wanted in one.items():
+                assert other[column].tobytes() == wanted.tobytes(), f"{column} of version {version} on {size} ranks"
+
+
+def test_a_window_that_stands_still_is_not_searched_again(worlds: Worlds) -> None:
+    for size, ranks in worlds.items():
+        for made in ranks:
+            first, second = (made["still"][version].graph for version in VERSIONS)
+            assert first is not None and second is not None
+            assert (first.change, second.change, second.searched) == ("built", "none", 0)
+            assert second.keys.tobytes() == first.keys.tobytes()
+        counted = [sum(made["still"][version].counts["graph_searched"] for made in ranks) for version in VERSIONS]
+        assert counted == [N, 0], size
+
+
+def test_a_window_that_moves_on_has_its_graph_repaired(worlds: Worlds) -> None:
+    for made in worlds[1]:
+        for name in ("without sketches", "nothing harvested"):
+            first, second = (made[name][version].graph for version in VERSIONS)
+            assert first is not None and second is not None
+            assert (first.change, second.change) == ("built", "repaired") and second.searched < WINDOW
+    for name in CASES:
+        for version in VERSIONS:
+            for column in ("propagated", "graph_searched"):
+                totals = {size: sum(made[name][version].counts.get(column, 0) for made in worlds[size]) for size in SIZES}
+                assert len(set(totals.values())) == 1, (name, version, column)
+    reached = worlds[1][0]["sample"][0].counts["propagated"]
+    assert 0 < reached <= WINDOW - len(worlds[1][0]["sample"][0].table)
 
 
 def test_of_a_clean_window_everything_is_trained_on(worlds: Worlds) -> None:
@@ -174,7 +266,7 @@ def test_of_a_clean_window_everything_is_trained_on(worlds: Worlds) -> None:
 
 
 def test_the_guard_compares_core_and_audit(worlds: Worlds) -> None:
-    for name, level, harm in (("judged", "grace", False), ("harmful", "prior", True)):
+    for name, level, harm in (("judged", "grace", False), ("harmful", "content", True)):
         first, second = (schedule(worlds, name, version).meta["guard"] for version in VERSIONS)
         assert first["level"] == "grace"
         assert "low" not in first  # nothing had been chosen before
@@ -184,14 +276,15 @@ def test_the_guard_compares_core_and_audit(worlds: Worlds) -> None:
 
 
 def test_the_signals_reach_the_schedules(worlds: Worlds) -> None:
+    bare = "neither graph nor trusted set"
     for version in VERSIONS:
         chance = is_junk(core(worlds, "uniform", version)).mean()
         for name in ("sample", "facility_location", "topk"):
             assert is_junk(core(worlds, name, version)).mean() < chance / 2, name
         # Content and neighbours pass on what was harvested: everything is known of everyone, without them of the harvested only.
-        spread, alone = (schedule(worlds, name, version).meta for name in ("sample", "no features"))
+        spread, alone = (schedule(worlds, name, version).meta for name in ("sample", bare))
         assert spread["known_loss"] == spread["known_align"] == WINDOW
-        assert alone["known_align"] == 0 < alone["known_loss"] < len(worlds[1][0]["no features"][version].table)
+        assert alone["known_align"] == 0 < alone["known_loss"] < len(worlds[1][0][bare][version].table)
         assert schedule(worlds, "tied sample", version).meta["known_align"] == 0
         assert schedule(worlds, "nothing harvested", version).meta["known_loss"] == 0
 

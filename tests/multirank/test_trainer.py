@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.multirank, pytest.mark.timeout(600)]
 
 SCRIPT = Path(__file__).with_name("trainer_job.py")
 ROWS, GAS, STEPS = 2, 2, 12  # 60 samples: 15 micro-batches on each of two ranks, so that an epoch's last step is half a one
-PRIOR: dict[str, Any] = {**HARVESTING, "recipe": "prior", "selection": {}}
+CONTENT: dict[str, Any] = {**HARVESTING, "recipe": "content"}
 GRACE: dict[str, Any] = HARVESTING
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 3}
 SAVING = {"save_strategy": "steps", "save_steps": 5}
@@ -59,38 +59,38 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(folder: Path) -> Records:
     plain = {"attach": False, "args": {**EVALUATING, "lr_scheduler_type": "linear"}, "model": "gpt2"}
-    kept = {name: {**PRIOR, "run_dir": str(folder / name)} for name in ("base", "workers")}
+    kept = {name: {**CONTENT, "run_dir": str(folder / name)} for name in ("base", "workers")}
     jobs: dict[str, Any] = {
         "plain": plain,
         "none": {**plain, "attach": True},
         "off": {**plain, "attach": True, "grace": {"enabled": False}},
         "shadow": {**plain, "attach": True, "grace": {**GRACE, "mode": "shadow"}},
-        "uniform": {**plain, "attach": True, "grace": {**PRIOR, "recipe": "uniform"}},
+        "uniform": {**plain, "attach": True, "grace": {**CONTENT, "recipe": "uniform"}},
         "plain_workers": {**plain, "args": {**plain["args"], **WORKERS}},
-        "shadow_workers": {**plain, "attach": True, "grace": {**PRIOR, "mode": "shadow"}, "args": {**plain["args"], **WORKERS}},
+        "shadow_workers": {**plain, "attach": True, "grace": {**CONTENT, "mode": "shadow"}, "args": {**plain["args"], **WORKERS}},
         **run_and_resume("base", {"grace": kept["base"]}),
         **run_and_resume("workers", {"grace": kept["workers"], "args": WORKERS, "stage": 1}),
         **run_and_resume("lora", {"grace": GRACE, "lora": True, "bf16": True, "trusted": True}, at=(5,)),
-        "evaluated": {"grace": PRIOR, "args": EVALUATING, "peek": True},
-        "unskipped": {"grace": PRIOR, "resume": "base/checkpoint-5", "args": {**SAVING, "ignore_data_skip": True}},
-        "own_dataset": {"grace": PRIOR, "data": "plain"},
+        "evaluated": {"grace": CONTENT, "args": EVALUATING, "peek": True},
+        "unskipped": {"grace": CONTENT, "resume": "base/checkpoint-5", "args": {**SAVING, "ignore_data_skip": True}},
+        "own_dataset": {"grace": CONTENT, "data": "plain"},
         "norms": {"grace": GRACE, "compare_norms": True, "args": {"learning_rate": 0.0}},
         "norms_of_means": {
             "grace": GRACE,
             "compare_norms": True,
             "args": {"learning_rate": 0.0, "average_tokens_across_devices": False},
         },
-        "again": {"grace": PRIOR, "again": True, "args": {"max_steps": 2}},
-        "iterable": {"grace": PRIOR, "data": "iterable"},
-        "grouped": {"grace": PRIOR, "args": {"train_sampling_strategy": "group_by_length"}},
-        "dispatched": {"grace": PRIOR, "args": {"accelerator_config": {"dispatch_batches": True}}},
-        "split": {"grace": PRIOR, "args": {"accelerator_config": {"split_batches": True}}},
-        "found": {"grace": PRIOR, "args": {"auto_find_batch_size": True}},
-        "typo": {"grace": {**PRIOR, "bugdet": 0.3}},
+        "again": {"grace": CONTENT, "again": True, "args": {"max_steps": 2}},
+        "iterable": {"grace": CONTENT, "data": "iterable"},
+        "grouped": {"grace": CONTENT, "args": {"train_sampling_strategy": "group_by_length"}},
+        "dispatched": {"grace": CONTENT, "args": {"accelerator_config": {"dispatch_batches": True}}},
+        "split": {"grace": CONTENT, "args": {"accelerator_config": {"split_batches": True}}},
+        "found": {"grace": CONTENT, "args": {"auto_find_batch_size": True}},
+        "typo": {"grace": {**CONTENT, "bugdet": 0.3}},
         "without": {"no_deepspeed": True},
-        "leaking": {"grace": PRIOR, "trusted": True, "trusted_salt": 7},
+        "leaking": {"grace": CONTENT, "trusted": True, "trusted_salt": 7},
         "other_accumulation": {
-            "grace": PRIOR,
+            "grace": CONTENT,
             "resume": "base/checkpoint-5",
             "args": {**SAVING, "gradient_accumulation_steps": 1},
         },
@@ -101,7 +101,7 @@ def two(folder: Path) -> Records:
 @pytest.fixture(scope="module")
 def one(folder: Path) -> Records:
     """Under ``grace_ds.run``, which puts our ``initialize`` in the place of the one that accelerate calls."""
-    run_dir = {**PRIOR, "run_dir": str(folder / "single")}
+    run_dir = {**CONTENT, "run_dir": str(folder / "single")}
     jobs = run_and_resume("single", {"grace": run_dir, "stage": 0, "lora": True})
     return run_trainers(folder / "one", jobs, 1, ("--module", "grace_ds.run"))
 

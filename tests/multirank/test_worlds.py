@@ -54,7 +54,7 @@ def test_another_number_of_ranks_takes_over_the_published_schedules(tmp_path: Pa
     saved = str(tmp_path / "saved")
     base = {"steps": 12, "stage": 0, "bf16": False, "grace": {**GRACE, "run_dir": str(tmp_path / "run")}}
     # Content alone decides, so nothing depends on where a sample was trained on: the pool's typical samples are trusted.
-    pseudo = {**base, "workers": 0, "grace": {**GRACE, "recipe": "prior", "pseudo_trusted": True}}
+    pseudo = {**base, "workers": 0, "grace": {**GRACE, "recipe": "content", "pseudo_trusted": True}}
     jobs: dict[str, Any] = {"base": {**base, "save": saved, "save_at": [5, 6]}, "pseudo": pseudo}
     jobs["density"] = {**pseudo, "grace": {**GRACE, "recipe": "density"}}
     two, said = run_jobs(tmp_path / "two", jobs, 2, timeout=100)

@@ -8,9 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from array_api_compat import array_namespace
 
-from grace_ds.propagate import confidence, priority, propagate
-from grace_ds.selection.probability import combine, rank01, soft_pass
+from grace_ds import recipes
+from grace_ds.propagate import confidence, crowding, priority, propagate
+from grace_ds.recipes import log_importance, recipe
+from grace_ds.recipes.weights import any_known, rank01, shared, soft_pass, uncrowded
+from grace_ds.records import Signals
 
 N, K = 200, 5
 
@@ -20,39 +24,61 @@ def to_torch(x: Any) -> Any:
 
 
 def inputs() -> dict[str, Any]:
+    """Of a graph over N rows; the first three have no neighbours, and no row has a fifth one."""
     draw = np.random.default_rng(0)
-    values = draw.normal(size=(N, K, 2)).astype(np.float32)
-    values[draw.random((N, K)) < 0.3] = np.nan
     own = draw.normal(size=(N, 2)).astype(np.float32)
     own[draw.random(N) < 0.5] = np.nan
+    own[draw.random(N) < 0.1, 1] = np.nan
     age = np.where(np.isnan(own[:, 0]), np.inf, draw.integers(0, 4, N))
     similarity = draw.uniform(-0.2, 1, (N, K)).astype(np.float32)
-    similarity[:, -1] = -np.inf
-    values[:3], similarity[:3] = np.nan, -np.inf
-    return {"own": own, "age": age, "values": values, "ages": draw.integers(0, 5, (N, K)).astype(float), "similarity": similarity}
+    place = draw.integers(0, N, (N, K))
+    similarity[:, -1], place[:, -1] = -np.inf, N
+    similarity[:3], place[:3] = -np.inf, N
+    crowded = np.where(draw.random(N) < 0.1, np.nan, draw.uniform(0, 3, N)).astype(np.float32)
+    density = draw.integers(0, 5, N).astype(np.float32)
+    return {"own": own, "age": age, "place": place, "similarity": similarity, "density": density, "crowding": crowded}
 
 
-def propagated(x: dict[str, Any]) -> list[Any]:
-    found = propagate(x["own"], x["age"], x["values"], x["ages"], x["similarity"], shrink=0.5, decay=0.7)
-    return [found.values, found.confidence, found.disagreement, priority(10 * x["age"], found.disagreement)]
+def with_padding(facts: Any) -> Any:
+    """What one rank exchanges with itself: all rows, and one of zeros at the end."""
+    xp = array_namespace(facts)
+    return xp.concat([facts, xp.zeros_like(facts[:1, :])], axis=0)
 
 
-def selected(x: dict[str, Any]) -> list[Any]:
-    loss, keep = x["own"][:, 0], soft_pass(x["own"][:, 1], 0.1, 0.3)
-    ranks = rank01(loss)
-    density = x["ages"][:, 0]
-    return [keep, ranks, combine(keep, density, ranks, None), combine(None, density, None, keep), confidence(x["age"], 0.5)]
+@pytest.mark.parametrize("hops", [1, 3])
+def test_propagation_in_torch_gives_what_numpy_gives(hops: int) -> None:
+    def compute(x: dict[str, Any]) -> list[Any]:
+        found = propagate(x["own"], x["age"], x["place"], x["similarity"], with_padding, hops=hops, shrink=0.5, decay=0.7)
+        again = priority(10 * x["age"], found.disagreement)
+        return [found.values, found.reached, found.disagreement, again, crowding(x["similarity"])]
+
+    alike(compute)
 
 
-@pytest.mark.parametrize("compute", [propagated, selected])
-def test_torch_gives_what_numpy_gives(compute: Callable[[dict[str, Any]], list[Any]]) -> None:
+def test_importance_in_torch_is_what_it_is_in_numpy() -> None:
+    def compute(x: dict[str, Any]) -> list[Any]:
+        loss, keep = x["own"][:, 0], soft_pass(x["own"][:, 1], 0.1, 0.3)
+        parts = [keep, rank01(loss), shared(x["density"]), uncrowded(x["crowding"]), confidence(x["age"], 0.5)]
+        s = Signals(x["age"], loss, x["own"][:, 1], x["density"], keep, x["crowding"], x["age"], x["age"])
+        return parts + [log_importance(recipe(name), s, frozenset(recipes.PARTS)) for name in recipes.names()]
+
+    alike(compute)
+
+
+def alike(compute: Callable[[dict[str, Any]], list[Any]]) -> None:
     wanted = compute(inputs())
     found = compute({name: to_torch(value) for name, value in inputs().items()})
     for a, b in zip(wanted, found, strict=True):
         assert isinstance(b, torch.Tensor)
         assert str(b.dtype).removeprefix("torch.") == a.dtype.name
         np.testing.assert_allclose(b.numpy(), a, rtol=1e-6, atol=1e-9)
-    assert any(np.isnan(a).any() for a in wanted) or compute is selected
+        assert np.isfinite(a).any()
+
+
+def test_whether_anything_is_known_is_the_same_question_in_both() -> None:
+    for library in (np.asarray, torch.tensor):
+        assert any_known(library([float("nan"), 2.0])) is True
+        assert any_known(library([float("nan"), float("inf")])) is False
 
 
 def test_ranks_are_shared_by_equals_and_nobody_is_ranked_without_a_value() -> None:

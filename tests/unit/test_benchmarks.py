@@ -45,7 +45,7 @@ def test_time_to_equal_loss_lies_between_two_evaluations() -> None:
 def test_a_plan_is_made_before_the_job_that_it_is_compared_with(tmp_path: Path) -> None:
     target, words = (
         tmp_path / "out.json",
-        ["--jobs", "prior", "--rows", "600", "--data", tmp_path / "data", "--out", tmp_path / "jobs"],
+        ["--jobs", "content", "--rows", "600", "--data", tmp_path / "data", "--out", tmp_path / "jobs"],
     )
     run_command([sys.executable, "-m", "benchmarks", "plan", *words, "--json", target], timeout=380)
     found = json.loads(target.read_text())
@@ -56,7 +56,7 @@ def test_a_plan_is_made_before_the_job_that_it_is_compared_with(tmp_path: Path) 
     refreshes = [r for r in found["rows"]["refreshes"] if r["rank"] == 0]
     assert len(refreshes) == 4 and sum(r["seconds"] for r in refreshes) == pytest.approx(row["refreshes"])
     for r in refreshes:
-        assert r["gather"] + r["features"] + r["select"] <= r["seconds"] and r["peak"] >= r["start"] > 0
+        assert r["gather"] + r["content"] + r["select"] <= r["seconds"] and r["peak"] >= r["start"] > 0
 
 
 @pytest.mark.slow
@@ -64,7 +64,7 @@ def test_a_plan_is_made_before_the_job_that_it_is_compared_with(tmp_path: Path) 
     ("name", "options", "claims"),
     [
         ("harvest", ["--pairs", "3", "--models", "small"], ["harvest_ratio_small"]),
-        ("refresh", ["--sizes", "400", "800", "--repeats", "1"], ["refresh_exponent", "refresh_to_faiss_ratio"]),
+        ("refresh", ["--sizes", "400", "800", "--repeats", "1"], ["refresh_exponent", "repair_share", "refresh_to_faiss_ratio"]),
     ],
 )
 def test_a_benchmark_writes_its_claims_and_rows(tmp_path: Path, name: str, options: list[str], claims: list[str]) -> None:
@@ -85,4 +85,4 @@ def test_a_benchmark_writes_its_claims_and_rows(tmp_path: Path, name: str, optio
         assert [r["n"] for r in found["rows"]["by size"]] == [400, 800]
         assert found["claims"][-1]["value"] > 1  # a refresh does all that bare faiss does, and more
         for r in found["rows"]["refreshes"]:
-            assert sum(r[s] for s in ("gather", "features", "graph", "propagate", "select")) <= r["total"]
+            assert sum(r[s] for s in ("gather", "content", "embed", "graph", "propagate", "select")) <= r["total"]

@@ -74,11 +74,11 @@ def result(arm: str, seed: int, nll: float, **more: Any) -> dict[str, Any]:
 def test_differences_are_taken_seed_by_seed() -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    args = parser.parse_args(["--data", "x", "--arms", "uniform", "prior"])
-    runs = [result("uniform", 0, 1.0), result("uniform", 1, 2.0), result("prior", 0, 0.9), result("prior", 1, 2.1)]
+    args = parser.parse_args(["--data", "x", "--arms", "uniform", "content"])
+    runs = [result("uniform", 0, 1.0), result("uniform", 1, 2.0), result("content", 0, 0.9), result("content", 1, 2.1)]
     record = record_of(args, runs)
     (claim,) = record.claims
-    assert (claim.name, claim.value) == ("natural_prior_minus_uniform", pytest.approx(0.0))
+    assert (claim.name, claim.value) == ("natural_content_minus_uniform", pytest.approx(0.0))
     assert "2 seeds, standard error 0.100" in claim.unit
     assert claim.met is None
     assert record.rows["arms"][0]["right"] == "2 of 40"

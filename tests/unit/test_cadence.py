@@ -16,12 +16,13 @@ def config(
     overhead: float = 0.05,
     start: int = 0,
     stop: int = 0,
-    recipe: str = "prior",
+    recipe: str = "content",
     objective: str = "sample",
+    ablate: tuple[str, ...] = (),
 ) -> GraceConfig:
     refresh = RefreshConfig(interval_steps=interval, cadence=cadence_name, max_overhead=overhead)
     selection = SelectionConfig(objective=objective)
-    return GraceConfig(recipe=recipe, start_step=start, stop_step=stop, refresh=refresh, selection=selection)
+    return GraceConfig(recipe=recipe, ablate=list(ablate), start_step=start, stop_step=stop, refresh=refresh, selection=selection)
 
 
 def refreshes(c: GraceConfig, steps: int) -> list[int]:
@@ -69,22 +70,30 @@ def test_the_first_coreset_is_due_at_the_start_step_however_dear_a_refresh_is() 
     ],
 )
 def test_recipe_grace_opens_with_an_interval_in_two_halves(interval: int, start: int, made: list[int]) -> None:
-    grace = config(interval=interval, start=start, recipe="grace")
-    assert refreshes(grace, made[-1] + 1) == made
-    plain_ones = [("prior", "sample"), ("density", "sample"), ("uniform", "sample"), ("grace", "rs2"), ("grace", "uniform")]
-    for recipe, objective in plain_ones:
-        plain = refreshes(config(interval=interval, start=start, recipe=recipe, objective=objective), made[-1] + 1)
+    for recipe, ablate in (("grace", ()), ("auto", ()), ("grace", ("gradients",)), ("grace", ("loss", "graph", "sketches"))):
+        grace = config(interval=interval, start=start, recipe=recipe, ablate=ablate)
+        assert refreshes(grace, made[-1] + 1) == made
+    plain_ones = [
+        {"recipe": "content"},
+        {"recipe": "density"},
+        {"recipe": "uniform"},
+        {"recipe": "grace", "objective": "rs2"},
+        {"recipe": "grace", "objective": "uniform"},
+        {"recipe": "grace", "ablate": ("gradients", "loss")},  # nothing of the backward is looked at
+    ]
+    for options in plain_ones:
+        plain = refreshes(config(interval=interval, start=start, **options), made[-1] + 1)  # type: ignore[arg-type]
         assert plain == [0, *range(start or interval, made[-1] + 1, interval)]
 
 
 @pytest.mark.parametrize(
     ("interval", "total", "recipe", "made"),
     [
-        (80, 400, "prior", [0, 20, 100, 180, 260, 340]),
+        (80, 400, "content", [0, 20, 100, 180, 260, 340]),
         (80, 400, "grace", [0, 10, 20, 100, 180, 260, 340]),
-        (80, 1600, "prior", [0, 80, 160]),  # a twentieth is an interval
+        (80, 1600, "content", [0, 80, 160]),  # a twentieth is an interval
         (80, 10_000, "grace", [0, 40, 80, 160]),
-        (80, 0, "prior", [0, 80, 160]),  # nobody has said how long the run is
+        (80, 0, "content", [0, 80, 160]),  # nobody has said how long the run is
         (80, 7, "grace", [0, 1, 81]),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -9,14 +10,16 @@ import pytest
 
 from grace_ds.choice import choose, judge
 from grace_ds.comm.local import LocalComm
-from grace_ds.config.schema import GraceConfig, GuardConfig, RefreshConfig, SelectionConfig
+from grace_ds.config.schema import GraceConfig, GuardConfig, HarvestConfig, RefreshConfig, SelectionConfig
 from grace_ds.features import ContentFeatures
+from grace_ds.influence import enough_labels
 from grace_ds.order import SamplerOrder
 from grace_ds.pool import Pool
-from grace_ds.records import IntArray, Role, Rows, Schedule
+from grace_ds.records import IntArray, Neighbours, Role, Rows, Schedule, Signals
 from grace_ds.schedule import Ledger
+from grace_ds.selection.guard import Decision
 from grace_ds.selection.prior import BigramPrior
-from grace_ds.signals import Inputs, Pipeline, Signals
+from grace_ds.signals import Estimate, Inputs, Pipeline
 from grace_ds.table import Table
 
 N, BATCH, INTERVAL = 400, 4, 20
@@ -24,21 +27,39 @@ IDS = np.arange(N)
 READS_WELL, HELPS = IDS % 2 == 0, IDS % 4 < 2  # what content and influence say; they agree on one in four
 
 
-def made(step: int, **config: Any) -> Schedule:
-    """The schedule that a run of 100 steps makes after ``step`` of them."""
-    c = GraceConfig(
-        **{"recipe": "grace", "total_steps": 100, **config},
-        guard=GuardConfig(enabled=False),
-        refresh=RefreshConfig(interval_steps=INTERVAL, cadence="fixed"),
-    )
+def made(
+    step: int,
+    signals: dict[str, Any] | None = None,
+    estimate: tuple[float, float] = (0.0, 0.0),
+    collected: int = 1,
+    edges: Neighbours | None = None,
+    decision: Decision | None = None,
+    **config: Any,
+) -> Schedule:
+    """The schedule that a run of 100 steps makes after ``step`` of them.
+
+    Args:
+        signals: other ones than those of this file, by name.
+        estimate: labels, and the share of them that content tells.
+        collected: each how many steps one was collected until now.
+    """
+    p = pipeline(**config)
+    x = dataclasses.replace(inputs(step), collect_every=collected, decision=decision)
+    influence = np.where(HELPS, 0.0, -9.0).astype(np.float32)
+    zero = np.zeros(N, np.float32)
+    known = {"loss": zero, "align": influence, "density": zero, "keep": np.where(READS_WELL, 1.0, 0.02).astype(np.float32)}
+    known |= {"crowding": zero, "staleness": zero, "disagreement": zero, **(signals or {})}
+    s = Signals(IDS, **{name: np.asarray(column, np.float32) for name, column in known.items()})
+    return choose(p, x, step * BATCH, Estimate(s, 0, *estimate), s, edges, None)
+
+
+def pipeline(**config: Any) -> Pipeline:
+    refresh = RefreshConfig(interval_steps=INTERVAL, cadence="fixed")
+    c = GraceConfig(**{"recipe": "grace", "total_steps": 100, "guard": GuardConfig(enabled=False), "refresh": refresh, **config})
     nobody = np.empty(0, np.int64)
     empty = ContentFeatures(nobody, np.empty(0, np.float32), None, None, None)
-    p = Pipeline(LocalComm(5.0), c, Pool(N, 0, 0.2, INTERVAL, BATCH, 1), SamplerOrder(N), BATCH, lambda _: empty, nobody, nobody)
-    x = inputs(step)
-    zero = np.zeros(N, np.float32)
-    influence = np.where(HELPS, 0.0, -9.0).astype(np.float32)
-    s = Signals(IDS, zero, influence, zero, np.where(READS_WELL, 1.0, 0.02).astype(np.float32), zero, zero)
-    return choose(p, x, step * BATCH, s, None, None)
+    pool = Pool(N, 0, 0.2, INTERVAL, BATCH, 1)
+    return Pipeline(LocalComm(5.0), c, pool, SamplerOrder(N), BATCH, lambda *_: empty, nobody, nobody)
 
 
 def inputs(step: int) -> Inputs:
@@ -58,23 +79,23 @@ def test_a_run_opens_in_the_samplers_own_order_then_goes_by_content_and_after_an
     learning = made(5)  # a twentieth of the run
     well, helps = shares(learning)
     assert well > 0.9 and helps == pytest.approx(0.5, abs=0.15)
-    assert learning.meta["drawn_by"] == "prior"
+    assert (learning.meta["drawn_by"], learning.meta["parts"]) == ("grace", ["graph", "sketches"])
     assert {Role.EXPLORE, Role.AUDIT} <= set(learning.roles.tolist())  # what it learns from
     chosen = made(20)
     assert min(shares(chosen)) > 0.85
-    assert chosen.meta["drawn_by"] == "grace"
+    assert (chosen.meta["drawn_by"], chosen.meta["parts"]) == ("grace", ["gradients", "graph", "loss", "sketches"])
 
 
 def test_a_run_that_is_to_start_at_once_goes_by_what_influences_it_has() -> None:
-    assert made(0, start_step=0).meta["drawn_by"] == "grace"
+    assert "gradients" in made(0, start_step=0).meta["parts"] and min(shares(made(0, start_step=0))) > 0.85
 
 
 def test_content_alone_has_nothing_to_learn() -> None:
-    assert made(5, recipe="prior").meta["drawn_by"] == made(20, recipe="prior").meta["drawn_by"] == "prior"
-    assert made(5, recipe="prior").ids.tolist() == made(20, recipe="prior").ids.tolist()
+    assert made(5, recipe="content").meta["drawn_by"] == made(20, recipe="content").meta["drawn_by"] == "content"
+    assert made(5, recipe="content").ids.tolist() == made(20, recipe="content").ids.tolist()
 
 
-@pytest.mark.parametrize("recipe", ["grace", "prior", "density"])
+@pytest.mark.parametrize("recipe", ["grace", "content", "density"])
 def test_a_twentieth_of_the_slots_goes_to_what_the_coreset_leaves_out(recipe: str) -> None:
     schedule = made(20, recipe=recipe)
     core, others = (set(schedule.ids[schedule.roles == role].tolist()) for role in (Role.CORE, Role.EXPLORE))
@@ -83,13 +104,111 @@ def test_a_twentieth_of_the_slots_goes_to_what_the_coreset_leaves_out(recipe: st
     assert (audits > 0) == (recipe == "grace")  # they are there to be measured
 
 
+def test_audits_are_drawn_where_anything_of_them_is_collected() -> None:
+    for ablate, some in ((["gradients"], True), (["loss"], True), (["gradients", "loss"], False), (["graph"], True)):
+        roles = made(20, ablate=ablate).roles
+        assert bool((roles == Role.AUDIT).any()) == some
+
+
+@pytest.mark.parametrize(("part", "signal"), [("gradients", "align"), ("loss", "loss"), ("graph", "crowding")])
+def test_a_part_that_is_switched_off_is_as_if_nothing_were_known_of_it(part: str, signal: str) -> None:
+    rng = np.random.default_rng(0)
+    known = {"loss": rng.normal(size=N), "crowding": rng.uniform(0, 3, N)}
+    unknown = known | {signal: np.full(N, np.nan)}
+    whole, off, absent = made(20, known), made(20, known, ablate=[part]), made(20, unknown)
+    assert off.digest() == absent.digest() != whole.digest()
+    assert part not in off.meta["parts"]
+
+
+def test_the_loss_of_a_sample_and_the_crowd_around_it_weigh() -> None:
+    """Of samples that are alike in everything else, those of higher loss come more often, those in a crowd less."""
+    high, alike = IDS % 8 < 4, {"align": np.zeros(N), "keep": np.ones(N)}
+
+    def share(**known: Any) -> float:
+        drawn = [made(20, {**alike, **known}, seed=seed) for seed in range(10)]
+        return float(np.mean([high[s.ids[s.roles == Role.CORE]].mean() for s in drawn]))
+
+    assert share() == pytest.approx(0.5, abs=0.05)
+    assert share(loss=np.where(high, 3.0, -3.0)) == pytest.approx(0.64, abs=0.05)
+    assert share(crowding=np.where(high, 3.0, 0.3)) < 0.25
+
+
+def test_facility_location_does_not_divide_by_the_crowd_once_more() -> None:
+    """It sees to diversity itself: what the graph tells of crowds changes nothing."""
+    near = (IDS[:, None] + np.array([[1, 2, 3]])) % N
+    edges = Neighbours(near, np.full(near.shape, 0.5, np.float32))
+    crowding = np.random.default_rng(0).uniform(0, 3, N)
+    location = SelectionConfig(objective="facility_location")
+    told, silent = (made(20, {"crowding": c}, edges=edges, selection=location) for c in (crowding, np.full(N, np.nan)))
+    assert told.digest() == silent.digest() and "graph" not in told.meta["parts"]
+    assert made(20, {"crowding": crowding}).digest() != made(20, {"crowding": np.full(N, np.nan)}).digest()
+
+
+def test_what_the_guard_has_stepped_down_to_is_weighed_by_its_own_signals_alone() -> None:
+    down = Decision("content", "", misses=1, look=9)
+    guard = GuardConfig(enabled=True, clean_share=1.0)
+    rng = np.random.default_rng(0)
+    found = made(20, {"loss": rng.normal(size=N), "crowding": rng.uniform(0, 3, N)}, guard=guard, decision=down)
+    assert (found.meta["drawn_by"], found.meta["parts"]) == ("content", [])
+    assert found.ids.tolist() != made(20, guard=guard).ids.tolist()
+    assert (
+        found.ids[found.roles == Role.CORE].tolist()
+        == made(20, guard=guard, decision=down).ids[found.roles == Role.CORE].tolist()
+    )
+    assert not (found.roles == Role.AUDIT).any()
+
+
+# -- how much is collected ---------------------------------------------------------------------------------------------
+
+OFTEN = {"refresh": RefreshConfig(interval_steps=800, cadence="fixed"), "total_steps": 0}  # 100 of 800 steps at the least
+
+
+def every(labels: float, explained: float, collected: int = 4, step: int = 800, **config: Any) -> int:
+    """Each how many steps one is collected after a refresh."""
+    found: int = made(step, estimate=(labels, explained), collected=collected, **{**OFTEN, **config}).meta["collect_every"]
+    return found
+
+
+def test_only_as_much_is_collected_as_the_estimates_need() -> None:
+    enough = enough_labels(0.5)
+    assert every(enough, 0.5) == 4  # at the least each fourth step, by harvest.share
+    assert [every(m * enough, 0.5) for m in (2, 5, 20)] == [8, 20, 80]
+    assert every(1000 * enough, 0.5) == 100  # eight steps between two refreshes are always collected
+    # Going on at the new pace the labels become fewer: then as many are collected as before.
+    assert every(2 * enough, 0.5, collected=8) == 16 and every(enough / 4, 0.5, collected=16) == 4
+    assert [every(1e3, share) for share in (0.02, 0.2, 0.8)] == sorted(every(1e3, share) for share in (0.02, 0.2, 0.8))
+
+
+def test_where_nothing_is_told_yet_as_much_is_collected_as_may_be() -> None:
+    for labels, explained in ((0.0, 0.0), (1e6, 0.0)):
+        assert every(labels, explained, collected=50) == 4
+    assert every(1e6, 0.9, step=400) == 4  # the first interval: the model is learning
+    assert every(1e6, 0.9, collected=1, harvest=HarvestConfig(share=1.0)) == 100
+    assert every(0.0, 0.0, harvest=HarvestConfig(share=0.01)) == 100
+
+
+def test_a_short_interval_is_not_left_with_a_step_or_two() -> None:
+    for interval in (1, 7, 8, 20):
+        config = {"refresh": RefreshConfig(interval_steps=interval, cadence="fixed"), "total_steps": 0, "start_step": 0}
+        found: int = made(20, estimate=(1e9, 1.0), **config).meta["collect_every"]
+        assert interval // found >= min(8, interval)
+
+
+def test_a_recipe_that_collects_nothing_does_not_say_how_often() -> None:
+    for config in ({"recipe": "content"}, {"ablate": ["gradients", "loss"]}):
+        assert "collect_every" not in made(20, **config).meta
+
+
 @pytest.mark.parametrize("objective", ["rs2", "uniform"])
 def test_a_random_objective_stays_random(objective: str) -> None:
-    assert not made(20, recipe="prior", selection=SelectionConfig(objective=objective)).roles.any()
+    assert not made(20, recipe="content", selection=SelectionConfig(objective=objective)).roles.any()
 
 
-@pytest.mark.parametrize(("junk", "level"), [(0.0, "uniform"), (0.25, "prior")])
-def test_by_default_the_guard_leaves_alone_what_is_like_the_trusted_set_and_no_quarter_of_junk(junk: float, level: str) -> None:
+@pytest.mark.parametrize(("recipe", "top"), [("auto", "grace"), ("content", "content")])
+@pytest.mark.parametrize("junk", [0.0, 0.25])
+def test_by_default_the_guard_leaves_alone_what_is_like_the_trusted_set_and_no_quarter_of_junk(
+    junk: float, recipe: str, top: str
+) -> None:
     rng = np.random.default_rng(1)
     table = rng.dirichlet(np.full(60, 0.1), 60)
 
@@ -105,8 +224,10 @@ def test_by_default_the_guard_leaves_alone_what_is_like_the_trusted_set_and_no_q
         rng.shuffle(row)
     keep = BigramPrior.fit(*flat(trusted)).keep(*flat(pool)).astype(np.float32)
     nothing, unknown = np.zeros(N, np.float32), np.full(N, np.nan, np.float32)
-    found = judge(GraceConfig(), inputs(0), Signals(IDS, unknown, unknown, nothing, keep, nothing, unknown), None)
-    assert found.level == level, found.reason
+    p = pipeline(recipe=recipe, guard=GuardConfig())
+    s = Signals(IDS, unknown, unknown, nothing, keep, unknown, nothing, unknown)
+    found = judge(p, inputs(0), s, None)
+    assert found.level == (top if junk else "uniform"), found.reason
 
 
 def flat(rows: IntArray) -> tuple[IntArray, IntArray]:

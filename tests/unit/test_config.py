@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grace_ds.config import schema
 from grace_ds.config.load import HOME, find_block, load_config, read_ds_config, refuse_curriculum, write_resolved
+from grace_ds.config.reference import keys
 from grace_ds.config.schema import GraceConfig
 from grace_ds.errors import ConfigError
 
@@ -50,7 +52,17 @@ def test_layers_override_in_order(tmp_path: Path) -> None:
         ({"start_step": 10, "stop_step": 10}, ["stop_step", "10"]),
         ({"selection": {"explore": 0.6, "audit": 0.5}}, ["explore + audit", "1.1"]),
         ({"recipe": "grase"}, ["recipe", "grase", "'grace'"]),
-        ({"recipe": "prior", "features": {"enabled": False}}, ["recipe", "'prior'", "features.enabled: false", "uniform"]),
+        ({"recipe": "content", "features": {"enabled": False}}, ["recipe", "'content'", "features.enabled: false", "uniform"]),
+        ({"features": {"enabled": False}}, ["recipe", "'auto'", "features.enabled: false", "uniform"]),
+        ({"harvest": {"every": 2}}, [f"{HOME}.harvest.every", "gone", "harvest.share"]),
+        ({"graph": {"residuals": True}}, [f"{HOME}.graph.residuals", "gone", "ablate: [graph]"]),
+        ({"selection": {"loss_tilt": False}}, [f"{HOME}.selection.loss_tilt", "gone", "ablate: [loss]"]),
+        ({"ablate": ["grph"]}, [f"{HOME}.ablate", "'grph'", "recipe 'auto'", "gradients, graph, loss, sketches", "'graph'"]),
+        ({"recipe": "content", "ablate": ["loss"]}, ["ablate", "'loss'", "recipe 'content'", "no parts to leave out"]),
+        ({"ablate": "loss"}, ["ablate", "'loss'", "a list of texts"]),
+        ({"harvest": {"share": 0}}, ["harvest.share", "0", "(0, 1]"]),
+        ({"harvest": {"share": 1.5}}, ["harvest.share", "1.5", "(0, 1]"]),
+        ({"graph": {"hops": 0}}, ["graph.hops", "0", "between 1 and 64"]),
         (
             {"recipe": "uniform", "selection": {"objective": "facility_location"}, "features": {"enabled": False}},
             ["facility_location", "features"],
@@ -58,7 +70,7 @@ def test_layers_override_in_order(tmp_path: Path) -> None:
         ({"weights": "inverse"}, ["weights", "inverse", "inverse_probability"]),
         ({"guard": {"clean_share": 0}}, ["guard.clean_share", "0", "(0, 1]"]),
         ({"guard": {"confidence": 1}}, ["guard.confidence", "1", "(0, 1)"]),
-        ({"selection": {"prior": False}}, [f"{HOME}.selection.prior", "known here", "loss_tilt"]),
+        ({"selection": {"prior": False}}, [f"{HOME}.selection.prior", "known here", "objective"]),
         ({"replay": "x", "mode": "shadow"}, ["replay", "shadow"]),
         ({"budget": "${nowhere}"}, ["budget", "nowhere"]),
         ({"file": "/does/not/exist.yaml"}, ["file", "exist.yaml"]),
@@ -69,6 +81,73 @@ def test_wrong_block_says_where_what_and_how(block: dict[str, Any], words: list[
         load_config(block)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("key", schema.REMOVED)
+def test_a_key_of_the_first_version_is_refused_wherever_it_is_given(key: str, tmp_path: Path) -> None:
+    section, name = key.split(".")
+    file = tmp_path / "old.yaml"
+    file.write_text(f"{section}:\n  {name}: 1\n")
+    for give in (
+        lambda: load_config({section: {name: 1}}),
+        lambda: load_config({"file": str(file)}),
+        lambda: load_config({}, dotlist=[f"{key}=1"]),
+    ):
+        with pytest.raises(ConfigError, match=f"{key} is gone"):
+            give()
+    assert key not in {k.path for k in keys()}
+
+
+def test_an_old_name_of_a_recipe_is_taken_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING"):
+        config = load_config({"recipe": "prior"})
+    assert config == load_config({"recipe": "content"})
+    assert "'prior' is now called 'content'" in caplog.text and f"{HOME}.recipe" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        assert load_config({"recipe": "${oc.env:NOT_SET,prior}"}).recipe == "content"
+        assert "now called" in caplog.text
+    assert set(schema.RENAMED_RECIPES).isdisjoint(schema.RECIPES) and set(schema.RENAMED_RECIPES.values()) <= set(schema.RECIPES)
+
+
+# -- what a run asks for ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("block", "collects", "graph"),
+    [
+        ({}, True, True),
+        ({"recipe": "grace"}, True, True),
+        ({"ablate": ["gradients"]}, True, True),  # the losses are still looked at
+        ({"ablate": ["loss"]}, True, True),
+        ({"ablate": ["gradients", "loss"]}, False, True),
+        ({"ablate": ["graph"]}, True, False),
+        ({"ablate": ["sketches"]}, True, True),
+        ({"ablate": ["gradients", "graph", "loss", "sketches"]}, False, False),
+        ({"selection": {"objective": "rs2"}}, False, False),  # nothing is weighed
+        ({"selection": {"objective": "uniform"}}, False, False),
+        ({"selection": {"objective": "topk"}}, True, True),
+        ({"recipe": "content"}, False, False),
+        ({"recipe": "density"}, False, False),
+        ({"recipe": "uniform"}, False, False),
+        ({"recipe": "content", "selection": {"objective": "facility_location"}}, False, True),
+        ({"ablate": ["graph"], "selection": {"objective": "facility_location"}}, True, True),
+    ],
+)
+def test_a_run_collects_and_builds_what_its_decisions_ask_for(block: dict[str, Any], collects: bool, graph: bool) -> None:
+    config = load_config(block)
+    assert (config.collects, config.builds_graph) == (collects, graph)
+    learned = config.learned_shares
+    assert any(learned) == (collects and "sketches" in config.parts)
+
+
+@given(st.floats(0.001, 1), st.integers(1, 5000))
+def test_the_collected_share_is_kept_to_but_for_a_few_steps_of_each_interval(share: float, interval: int) -> None:
+    every = load_config({"harvest": {"share": share}, "refresh": {"interval_steps": interval}}).collect_every
+    assert every >= 1 and interval // every >= min(interval, 8)
+    if interval * share >= 16:  # with room for eight steps the share is what was asked for, at most
+        assert 1 / every <= share * (1 + 1e-12)
+        assert every == 1 or 1 / (every - 1) > share * (1 - 1e-12)
 
 
 def test_block_is_found_at_home_and_at_the_alias() -> None:

@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 BLOCK: dict[str, Any] = {
     "enabled": True,
     "recipe": "grace",
+    "ablate": ["loss"],
     "budget": 0.3,
     "seed": 7,
     "start_step": 10,
@@ -31,9 +32,9 @@ BLOCK: dict[str, Any] = {
     "trusted": "trusted.jsonl",
     "run_dir": "runs/a",
     "refresh": {"interval_steps": 20, "cadence": "fixed", "timeout_seconds": 30.0},
-    "harvest": {"layers": ["blocks.*"], "exclude": [], "every": 2, "dim": 64},
+    "harvest": {"layers": ["blocks.*"], "exclude": [], "share": 0.5, "dim": 64},
     "features": {"enabled": True, "dim": 32},
-    "graph": {"k": 9, "recall": 0.9},
+    "graph": {"k": 9, "recall": 0.9, "hops": 3},
     "selection": {"objective": "sample", "explore": 0.1, "audit": 0.05},
     "guard": {"enabled": False, "confidence": 0.9},
     "checkpoint": {"on_missing_state": "error"},
@@ -118,6 +119,12 @@ def as_written(value: Any, resolved: Any) -> bool:
         return bool(resolved in (MEANT[value], str(MEANT[value])))
     number = type(value) is int and type(resolved) is float
     return (number or type(value) is type(resolved)) and bool(value == resolved)
+
+
+def test_the_config_that_nothing_was_changed_in_is_taken_at_its_word(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps(WHOLE))
+    resolved = resolve(tmp_path / "ds.json")
+    assert resolved is not None and as_written(BLOCK, resolved)
 
 
 @settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -102,9 +102,11 @@ def test_memory_is_compared_with_what_the_ranks_of_a_job_hold(tmp_path: Path) ->
     # The figures of the ZeRO paper's first illustration: 7.5 billion parameters on 64 ranks.
     assert [round(model / 1e9, 1) for model, _ in found.values()] == [120.0, 31.4, 16.6, 1.9]
     assert {ours for _, ours in found.values()} == {0}
-    config.write_text(json.dumps({"grace_ds": {"recipe": "grace", "harvest": {"dim": 256}, "window": 6400}}))
+    sizes = {"harvest": {"dim": 256}, "features": {"dim": 128}, "graph": {"k": 15}, "window": 6400}
+    config.write_text(json.dumps({"grace_ds": {"recipe": "grace", **sizes}}))
     eight = needs(Job(config, parameters=1e6, samples=1e6, ranks=64, here=8))
-    assert eight == (8 * 16_000_000, 8 * (12_000_000 + 100 * (512 + 36)))
+    row, vector, lists = 512 + 36, 4 * 128, 8 * (15 + 8 + 1)  # the table's, and the kept graph's
+    assert eight == (8 * 16_000_000, 8 * (12_000_000 + 100 * (row + vector + lists)))
     too_large = finding(module.memory(Job(config, 1e15, 1e6, 2, 2)), "memory")
     assert too_large.status == module.FAILURE and "ZeRO stage" in too_large.cure
     assert finding(module.memory(Job(config, 1e3, 1e3, 2, 2)), "memory").status == module.OK
@@ -113,3 +115,60 @@ def test_memory_is_compared_with_what_the_ranks_of_a_job_hold(tmp_path: Path) ->
         [*COMMAND, "--config", str(config), "--parameters", "1e15", "--samples", "10"], capture_output=True, text=True
     )
     assert done.returncode == 1 and "GiB for the states of the ranks here" in done.stdout
+
+
+def on_a_card(monkeypatch: pytest.MonkeyPatch, **values: object) -> None:
+    """torch tells of one card with CUDA 13; what would be chosen on it, as given."""
+    import torch
+
+    from grace_ds import arrays
+    from grace_ds.graph import gpu
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "NVIDIA Pretended")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(gpu, "obstacle", lambda device: values["obstacle"] if device == "cuda" else f"the device is {device}")
+    monkeypatch.setattr(arrays, "_cupy_problem", lambda: values["cupy"])
+
+
+def test_what_would_compute_on_a_cpu() -> None:
+    found = module.gpu({"DS_ACCELERATOR": "cpu"})
+    assert finding(found, "device").said == "cpu (DS_ACCELERATOR)"
+    leaf, rows = finding(found, "graph.leaf auto"), finding(found, "propagation rows")
+    assert leaf.status == rows.status == module.OK and not leaf.cure and not rows.cure
+    assert leaf.said.startswith(("faiss (exact below", "torch (faiss is not installed"))
+    assert rows.said == "numpy (the device is cpu)"
+
+
+def test_what_would_compute_on_a_gpu_with_rapids(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_card(monkeypatch, obstacle="", cupy="")
+    have = {"cupy-cuda13x": "14.2.0", "cuvs-cu13": "26.10.0", "rmm-cu13": "26.10.0", "raft-dask-cu13": "26.10.0"}
+    monkeypatch.setattr(module, "_version", have.get)
+    found = module.gpu({})
+    assert finding(found, "gpu").said == "1 × NVIDIA Pretended, CUDA 13.0"
+    assert finding(found, "device").said == "cuda"
+    assert finding(found, "graph.leaf auto").said == "cuvs (the device is cuda)"
+    assert finding(found, "propagation rows").said == "cupy (the device is cuda)"
+    assert {f.what: f.said for f in found if f.what in module._RAPIDS} == {
+        "cupy": "cupy-cuda13x 14.2.0",
+        "cuvs": "cuvs-cu13 26.10.0",
+        "rmm": "rmm-cu13 26.10.0",
+        "raft_dask": "raft-dask-cu13 26.10.0",
+    }
+    assert {f.status for f in found} == {module.OK}
+
+
+def test_what_is_missing_on_a_gpu_comes_with_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "pip install grace_ds[gpu-cu13]"
+    on_a_card(monkeypatch, obstacle=f"cuvs is not installed ({line})", cupy="cupy does not work here: no compiler")
+    monkeypatch.setattr(module, "_version", {"cupy-cuda13x": "14.2.0"}.get)
+    found = module.gpu({})
+    leaf, rows, cuvs = (finding(found, what) for what in ("graph.leaf auto", "propagation rows", "cuvs"))
+    assert leaf.status == rows.status == cuvs.status == module.NOTE
+    assert f"not cuvs: cuvs is not installed ({line})" in leaf.said and leaf.cure == cuvs.cure == line
+    assert rows.said == "torch (cupy does not work here: no compiler)" and not rows.cure
+    assert finding(found, "cupy").said == "cupy-cuda13x 14.2.0"
+    kept_off = module.gpu({"DS_ACCELERATOR": "cpu"})
+    assert finding(kept_off, "propagation rows").said == "numpy (the device is cpu)"
+    assert not any(f.cure for f in kept_off)

@@ -104,6 +104,35 @@ def test_counts_saturate_alike_on_one_and_three_ranks(monkeypatch):
     assert total([3]) == total([1, 1, 1]) == 2
 
 
+TEXTS = st.lists(st.lists(st.integers(0, 2), max_size=12), max_size=6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(TEXTS, TEXTS, TEXTS)
+def test_counts_follow_a_window_of_which_some_leave_and_some_enter(leave, stay, enter):
+    before, gone = NgramCounts(), NgramCounts()
+    before.add(ngram_bins(block_of(leave + stay))[0])
+    before.reduce(lambda x: x)
+    gone.add(ngram_bins(block_of(leave))[0])
+    now = NgramCounts(less=gone.counts, known=before.total)
+    now.add(ngram_bins(block_of(enter))[0])
+    now.reduce(lambda x: x)
+    assert now.total.sum() == sum(max(len(row) - 5, 0) for row in stay + enter)
+    np.testing.assert_allclose(now.degree(block_of(stay + enter)), exact_density(stay + enter), rtol=1e-12)
+
+
+def test_counts_that_have_saturated_come_down_again(monkeypatch):
+    monkeypatch.setattr(density, "SATURATION", 8)
+    gram, many = block_of([[1, 2, 3, 4, 5, 6]]), NgramCounts()
+    for _ in range(20):
+        many.add(ngram_bins(gram)[0])
+    many.reduce(lambda x: x)
+    assert many.degree(gram).tolist() == [7] and many.total.max() == 20
+    fewer = NgramCounts(less=many.counts - (many.counts > 0) * 3, known=many.total)  # 17 of them leave
+    fewer.reduce(lambda x: x)
+    assert fewer.degree(gram).tolist() == [2]
+
+
 @pytest.mark.parametrize("rows", [[], [[]], [[1], []]])
 def test_nothing_to_count(rows):
     assert measured(rows).tolist() == [0.0] * len(rows)

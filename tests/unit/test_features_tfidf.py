@@ -34,13 +34,14 @@ def term_counts(rows):
     return keys >> BITS, keys % (1 << BITS), terms.counts.astype(np.int64)
 
 
-def exact_cosines(rows):
-    """Cosines of the unprojected vectors, with terms as tuples in dictionaries."""
-    terms = [Counter([(t,) for t in row] + list(itertools.pairwise(row))) for row in rows]
-    documents = Counter(t for counts in terms for t in counts)
-    weights = [
-        {t: math.log(1 + c) * (math.log((1 + len(rows)) / (1 + documents[t])) + 1) for t, c in counts.items()} for counts in terms
-    ]
+def exact_cosines(rows, of=None):
+    """Cosines of the unprojected vectors, with terms as tuples in dictionaries; weights by the documents ``of``."""
+    terms, others = (
+        [Counter([(t,) for t in row] + list(itertools.pairwise(row))) for row in some]
+        for some in (rows, rows if of is None else of)
+    )
+    documents, n = Counter(t for counts in others for t in counts), len(others)
+    weights = [{t: math.log(1 + c) * (math.log((1 + n) / (1 + documents[t])) + 1) for t, c in counts.items()} for counts in terms]
     norms = [math.sqrt(sum(w * w for w in row.values())) for row in weights]
     return np.array(
         [
@@ -55,6 +56,21 @@ def test_cosines_equal_the_exact_ones_when_wide():
     rows = [rng.integers(0, 12, rng.integers(4, 20)).tolist() for _ in range(12)]
     found = vectors_of(rows, dim=1 << 20)  # wide enough that hardly two terms share a place
     np.testing.assert_allclose(found @ found.T, exact_cosines(rows), atol=1e-4)
+
+
+def test_fixed_weights_are_those_of_the_documents_that_they_were_counted_over():
+    rng = np.random.default_rng(3)
+    first, later = (rng.integers(low, low + 12, (9, 14)).tolist() for low in (0, 6))
+    counted = TfIdf(1 << 20, 0)
+    counted.add(block_of(first))
+    counted.reduce(lambda x: x)
+    fixed = TfIdf.of(1 << 20, 0, counted.totals)
+    terms = fixed.add(block_of(later))
+    found = fixed.vectors(9, terms)
+    np.testing.assert_allclose(found @ found.T, exact_cosines(later, first), atol=1e-4)
+    assert np.abs(exact_cosines(later, first) - exact_cosines(later)).max() > 0.01
+    again = TfIdf.of(1 << 20, 0, counted.totals).vectors(9, terms)  # what was added has changed nothing
+    assert again.tobytes() == found.tobytes() and fixed.totals.tobytes() == counted.totals.tobytes()
 
 
 def test_near_duplicates_stand_out_from_random_pairs():

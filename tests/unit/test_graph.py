@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from grace_ds.comm.local import LocalComm
-from grace_ds.errors import ConfigError
+from grace_ds.errors import ConfigError, DataError
 from grace_ds.graph import leaves
 from grace_ds.graph.ring import nearest
 from grace_ds.graph.rows import Request
@@ -78,27 +78,103 @@ def test_an_unknown_leaf_lists_the_known_ones() -> None:
         leaves.choose("annoy", 10)
 
 
+def alone(facts: np.ndarray) -> np.ndarray:
+    """What one rank exchanges with itself: all rows, and one of zeros for padding."""
+    return np.concatenate([facts, np.zeros((1, facts.shape[1]))])
+
+
 def test_propagation_minimises_its_objective() -> None:
     # Oracle: the minimiser of Σ_j w_j (v - v_j)² + c (v - v_own)² + λ v², found on a grid.
     rng = np.random.default_rng(0)
-    n, k = 5, 4
-    own = rng.normal(size=(n, 1)).astype(np.float32)
-    age = np.array([0, 1, 2, np.inf, np.inf])
-    own[3:] = np.nan
-    nbr, nbr_age = rng.normal(size=(n, k, 1)).astype(np.float32), rng.integers(0, 3, (n, k)).astype(float)
-    sim = rng.random((n, k)).astype(np.float32)
-    nbr[4], sim[4] = np.nan, -np.inf
-    got = propagate(own, age, nbr, nbr_age, sim, shrink=0.5, decay=0.7).values[:, 0]
+    n, k, anchors = 5, 4, 12
+    own = rng.normal(size=(n + anchors, 1)).astype(np.float32)
+    age = np.concatenate([[0, 1, 2, np.inf, np.inf], rng.integers(0, 3, anchors)])
+    own[3:5] = np.nan
+    place, sim = n + rng.integers(0, anchors, (n + anchors, k)), rng.random((n + anchors, k)).astype(np.float32)
+    place[4], sim[4] = n + anchors, -np.inf
+    got = propagate(own, age, place, sim, alone, hops=1, shrink=0.5, decay=0.7)
     grid = np.linspace(-4, 4, 80001)
     for i in range(1, 4):
         cost = 0.5 * grid**2
         for j in range(k):
-            cost += sim[i, j] ** 4 * 0.7 ** nbr_age[i, j] * (grid - nbr[i, j, 0]) ** 2
+            cost += sim[i, j] ** 4 * 0.7 ** age[place[i, j]] * (grid - own[place[i, j], 0]) ** 2
         if np.isfinite(age[i]):
             cost += 0.7 ** age[i] * (grid - own[i, 0]) ** 2
-        assert got[i] == pytest.approx(grid[cost.argmin()], abs=2e-4)
-    assert got[0] == own[0, 0]  # fresh anchors are clamped
-    assert got[4] == 0  # nothing known: the mean of a centred signal
+        assert got.values[i, 0] == pytest.approx(grid[cost.argmin()], abs=2e-4)
+    assert got.values[0] == own[0]  # fresh anchors are clamped
+    assert got.values[4] == 0  # nothing known: the mean of a centred signal
+    assert got.reached[:5].tolist() == [True, True, True, True, False]
+
+
+def test_each_hop_carries_a_value_one_row_further_and_less_of_it() -> None:
+    # A chain of rows that each hear from the one before, all at cosine 1: half of what is heard is believed, with λ = 1.
+    n = 6
+    own, age = np.full((n, 1), np.nan, np.float32), np.full(n, np.inf)
+    own[0], age[0] = 1, 0
+    place, sim = np.maximum(np.arange(n) - 1, 0)[:, None], np.ones((n, 1), np.float32)
+    place[0], sim[0] = n, -np.inf
+    for hops, heard in ((1, [1, 1 / 2]), (2, [1, 1 / 2, 1 / 3]), (5, [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5, 1 / 6])):
+        got = propagate(own, age, place, sim, alone, hops=hops, shrink=1.0, decay=0.5)
+        np.testing.assert_allclose(got.values[:, 0], heard + [0] * (n - len(heard)), rtol=1e-6)
+        assert got.reached.tolist() == [False, *[True] * hops, *[False] * (n - 1 - hops)]
+
+
+@pytest.mark.parametrize("hops", [1, 3])
+def test_propagation_is_linear_and_never_beyond_what_was_measured(hops: int) -> None:
+    rng = np.random.default_rng(1)
+    n, k = 80, 6
+    known = rng.random(n) < 0.3
+    age = np.where(known, rng.integers(0, 4, n), np.inf)
+    place, sim = rng.integers(0, n, (n, k)), rng.uniform(-0.5, 1, (n, k)).astype(np.float32)
+
+    def values(own: np.ndarray) -> np.ndarray:
+        column = np.where(known, own, np.nan).astype(np.float32)[:, None]
+        return propagate(column, age, place, sim, alone, hops=hops, shrink=0.3, decay=0.7).values[:, 0]
+
+    a, b = rng.normal(size=(2, n)).astype(np.float32)
+    np.testing.assert_allclose(values(2 * a - b), 2 * values(a) - values(b), atol=1e-5)
+    ones = values(np.ones(n, np.float32))
+    assert (ones >= 0).all() and (ones <= 1).all() and (ones[known & (age == 0)] == 1).all()
+    assert (np.abs(values(a)) <= np.abs(a[known]).max()).all()
+
+
+def test_rows_in_other_places_keep_their_values_bit_for_bit() -> None:
+    rng = np.random.default_rng(2)
+    n, k = 60, 5
+    own = rng.normal(size=(n, 2)).astype(np.float32)
+    own[rng.random((n, 2)) < 0.6] = np.nan
+    age = np.where(np.isnan(own).all(1), np.inf, rng.integers(0, 3, n))
+    place, sim = rng.integers(0, n, (n, k)), rng.random((n, k)).astype(np.float32)
+    options = {"hops": 4, "shrink": 0.5, "decay": 0.7}
+    whole = propagate(own, age, place, sim, alone, **options)  # type: ignore[arg-type]
+    order = rng.permutation(n)
+    at = np.argsort(order)
+    mixed = propagate(own[order], age[order], at[place[order]], sim[order], alone, **options)  # type: ignore[arg-type]
+    for name in ("values", "reached", "disagreement"):
+        assert getattr(whole, name)[order].tobytes() == getattr(mixed, name).tobytes(), name
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"hops": 0}, "graph.hops is 0.*ablate"),
+        ({"shrink": 0.0}, "graph.shrink is 0.0"),
+        ({"decay": 1.5}, "graph.decay is 1.5"),
+        ({"decay": 0.0}, "graph.decay is 0.0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(wrong: dict[str, float], says: str) -> None:
+    x = np.zeros((3, 1), np.float32)
+    with pytest.raises(ConfigError, match=says):
+        options = {"hops": 1, "shrink": 1.0, "decay": 0.5, **wrong}
+        propagate(x, np.zeros(3), np.zeros((3, 2), np.int64), np.zeros((3, 2), np.float32), alone, **options)  # type: ignore[arg-type]
+
+
+def test_arrays_that_do_not_fit_are_refused() -> None:
+    x, place, sim = np.zeros((3, 1), np.float32), np.zeros((3, 2), np.int64), np.zeros((3, 2), np.float32)
+    for own, age, at in ((x, np.zeros(2), place), (x, np.zeros(3), place[:2]), (x[:, :0], np.zeros(3), place)):
+        with pytest.raises(DataError, match="shapes"):
+            propagate(own, age, at, sim, alone, hops=1, shrink=1.0, decay=0.5)
 
 
 def test_priority_puts_stale_and_disputed_samples_first() -> None:

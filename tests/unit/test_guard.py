@@ -79,10 +79,10 @@ def test_the_effective_share_is_of_probabilities_up_to_a_factor(values: list[flo
     assert effective_share(np.array(values * 2)) == pytest.approx(share, rel=1e-6)
 
 
-@pytest.mark.parametrize("recipe", ["grace", "prior", "density", "uniform"])
+@pytest.mark.parametrize("recipe", ["grace", "content", "density", "uniform"])
 def test_a_clean_window_is_left_alone_whatever_was_before(recipe: str) -> None:
     for found in (None, HELP, HARM):
-        for previous in (None, Decision("prior", "", 2, 99)):
+        for previous in (None, Decision("content", "", 2, 99)):
             decision = decide(recipe, 7, CLEAN, LIMIT, found, previous)
             assert decision.level == "uniform" and "0.80" in decision.reason and "0.62" in decision.reason
     assert decide(recipe, 0, LIMIT, LIMIT, None, None).level == "uniform"
@@ -90,7 +90,7 @@ def test_a_clean_window_is_left_alone_whatever_was_before(recipe: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "lower"), [("grace", "prior"), ("prior", "density"), ("density", "uniform"), ("uniform", "uniform")]
+    ("recipe", "lower"), [("grace", "content"), ("content", "density"), ("density", "uniform"), ("uniform", "uniform")]
 )
 def test_harm_steps_one_level_down_and_nothing_else_does(recipe: str, lower: str) -> None:
     for quiet in (None, UNKNOWN, OPEN, HELP):
@@ -115,7 +115,7 @@ def levels(versions: int, verdict: dict[int, Contrast]) -> tuple[list[str], list
 def test_what_does_harm_is_tried_again_ever_more_rarely() -> None:
     found, made = levels(40, {})
     assert [v for v, level in enumerate(found) if level == "grace"] == [0, 3, 8, 17, 34]
-    assert set(found) == {"grace", "prior"}
+    assert set(found) == {"grace", "content"}
     assert "schedule 8" in made[6].reason and made[6].misses == 2
 
 
@@ -126,10 +126,10 @@ def test_it_recovers_at_once_and_forgets() -> None:
 
 
 def test_a_look_that_could_not_be_judged_keeps_what_was_missed() -> None:
-    looked = decide("grace", 8, DIRTY, LIMIT, None, Decision("prior", "", 2, 8))
+    looked = decide("grace", 8, DIRTY, LIMIT, None, Decision("content", "", 2, 8))
     unjudged = decide("grace", 9, DIRTY, LIMIT, UNKNOWN, looked)
     again = decide("grace", 10, DIRTY, LIMIT, HARM, unjudged)
-    assert [d.level for d in (looked, unjudged, again)] == ["grace", "grace", "prior"]
+    assert [d.level for d in (looked, unjudged, again)] == ["grace", "grace", "content"]
     assert (again.misses, again.look) == (3, 18)
 
 

@@ -10,8 +10,10 @@ import pytest
 
 from grace_ds.comm.local import LocalComm
 from grace_ds.features import ContentFeatures
-from grace_ds.influence import Influence, influence, labels
-from grace_ds.records import Rows
+from grace_ds.influence import TOLERANCE, Influence, enough_labels, influence, labels
+from grace_ds.records import HIDDEN, Rows
+from grace_ds.selection.prior import STATISTICS
+from grace_ds.selection.ridge import columns
 
 N, M = 4000, 200
 
@@ -56,17 +58,17 @@ def test_predictions_tell_groups_apart_that_single_labels_do_not(seed: int) -> N
     assert area(w.label[w.good & known], w.label[~w.good & known]) < 0.75
     found = w.found()
     for some in (known, ~known):  # those never harvested too
-        assert area(found.predicted[w.good & some], found.predicted[~w.good & some]) > 0.95
+        assert area(found.fit.predicted[w.good & some], found.fit.predicted[~w.good & some]) > 0.95
 
 
 def test_the_measure_is_the_trusted_samples_own_spread() -> None:
     w = Window()
     w.statistics[:M], w.density[:M] = w.trusted, 0  # samples of the pool that are the trusted ones
     found = w.found()
-    among = found.standard(found.predicted[:M])
+    among = found.standard(found.fit.predicted[:M])
     assert np.median(among) == pytest.approx(0, abs=0.3)  # centre and deviation are of the lower tail
     assert (among < -1.5).mean() == pytest.approx(0.067, abs=1 / M)  # as of a normal distribution in standard deviations
-    rest = found.standard(found.predicted[M:])
+    rest = found.standard(found.fit.predicted[M:])
     assert np.median(rest[w.good[M:]]) > -1 and np.median(rest[~w.good[M:]]) < -1.5
 
 
@@ -76,7 +78,7 @@ def test_predictions_that_are_all_alike_have_a_least_deviation() -> None:
     w.density[:] = 0
     found = w.found()
     assert found.deviation == 0.02
-    assert (found.standard(found.predicted) == 0).all()
+    assert (found.standard(found.fit.predicted) == 0).all()
 
 
 @pytest.mark.parametrize(("factor", "shift"), [(1.0, 0.75), (1.0, -1.5), (0.5, 0.0), (0.5, 2.0)])
@@ -84,8 +86,8 @@ def test_drift_common_to_all_changes_nothing(factor: float, shift: float) -> Non
     w = Window()
     w.label = np.clip(w.label, -3, 3)  # so that none is pulled in after it has moved
     here, there = w.found(), w.found((factor * w.label + shift).astype(np.float32))
-    np.testing.assert_allclose(there.predicted, factor * here.predicted + shift, atol=1e-3)
-    np.testing.assert_allclose(there.standard(there.predicted), here.standard(here.predicted), atol=0.02)
+    np.testing.assert_allclose(there.fit.predicted, factor * here.fit.predicted + shift, atol=1e-3)
+    np.testing.assert_allclose(there.standard(there.fit.predicted), here.standard(here.fit.predicted), atol=0.02)
     assert there.deviation > 0.02
 
 
@@ -93,12 +95,15 @@ class Ranks:
     """A sum over threads that stand for ranks; every wait has a limit."""
 
     def __init__(self, size: int) -> None:
-        self.barrier, self.parts = threading.Barrier(size, timeout=30), {}
+        self.barrier = threading.Barrier(size, timeout=30)
+        self.parts: dict[int, np.ndarray] = {}
 
-    def allreduce(self, x: np.ndarray) -> np.ndarray:
+    def allreduce(self, x: np.ndarray) -> Any:
         self.parts[threading.get_ident()] = x
         self.barrier.wait()
-        return sum(self.parts.values())
+        total = sum(self.parts.values())
+        self.barrier.wait()  # nobody begins the next sum before all have read this one
+        return total
 
 
 def test_the_same_bits_for_any_number_of_ranks() -> None:
@@ -119,7 +124,52 @@ def test_the_same_bits_for_any_number_of_ranks() -> None:
     for rank, at in enumerate(shares):
         part = out[rank]
         assert part is not None and (part.centre, part.deviation) == (whole.centre, whole.deviation)
-        assert part.predicted.tobytes() == whole.predicted[at].tobytes()
+        assert part.fit.predicted.tobytes() == whole.fit.predicted[at].tobytes()
+        assert (part.fit.labels, part.fit.explained) == (whole.fit.labels, whole.fit.explained)
+
+
+# -- how much is known, and how much would be enough -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("noise", "share"), [(0.0, 1.0), (0.5, 0.8), (1.0, 0.5), (2.0, 0.2), (None, 0.0)])
+def test_the_share_that_content_tells_is_the_true_one(noise: float | None, share: float) -> None:
+    """Of labels that are one statistic and noise of a known size, or noise alone."""
+    w, rng = Window(), np.random.default_rng(7)
+    told = rng.normal(size=N)
+    w.statistics[:, 2], w.density[:] = told, 0
+    label = rng.normal(size=N) if noise is None else told + noise * rng.normal(size=N)
+    found = w.found(label.astype(np.float32))
+    assert found.fit.explained == pytest.approx(share, abs=0.04) and 0 <= found.fit.explained <= 1
+    assert found.fit.labels == pytest.approx(w.confidence.sum(), rel=5e-3)
+    half = found if noise is None else w.found(np.where(np.arange(N) % 2, label, np.nan).astype(np.float32))
+    assert half.fit.explained == pytest.approx(share, abs=0.06)  # fewer labels, the same share
+
+
+def test_one_label_tells_of_no_other() -> None:
+    label = np.full(N, np.nan, np.float32)
+    label[7] = 2.0
+    found = Window().found(label)
+    assert found.fit.explained == 0 and 0 < found.fit.labels <= 1
+
+
+@pytest.mark.parametrize("explained", [0.15, 0.4])
+def test_enough_labels_leave_a_tenth_of_what_is_told_to_the_error_of_the_fit(explained: float) -> None:
+    """By least squares on made-up labels, whose true coefficients are known."""
+    rng, p = np.random.default_rng(0), columns(STATISTICS + 1)
+    n, excess = round(enough_labels(explained)), []
+    for _ in range(60):
+        coefficients = rng.normal(size=p)
+        coefficients *= np.sqrt(explained) / np.linalg.norm(coefficients)
+        x, fresh = rng.normal(size=(n, p)), rng.normal(size=(2000, p))
+        y = x @ coefficients + np.sqrt(1 - explained) * rng.normal(size=n)
+        fitted = np.linalg.lstsq(x, y, rcond=None)[0]
+        excess.append((((fitted - coefficients) @ fresh.T) ** 2).mean())
+    assert np.mean(excess) == pytest.approx(TOLERANCE * explained, rel=0.35)
+
+
+def test_the_less_is_told_the_more_labels_are_needed() -> None:
+    needed = [enough_labels(share) for share in (1.0, 0.9, 0.5, 0.1, 0.01, 0.0)]
+    assert needed == sorted(needed) and needed[0] == 0 and needed[-1] == float("inf")
 
 
 def test_nothing_to_learn_from_is_none() -> None:
@@ -140,6 +190,7 @@ def test_a_label_is_alignment_times_length_in_units_of_its_own_basis() -> None:
         align=np.array([0.25, -0.5, 0.25, np.nan, 0.5, 0.5, 0.5], np.float32),
         step=np.zeros(7, np.int64),
         basis=np.array([3, 3, 4, 3, 5, 6, -1], np.int32),
+        hidden=np.zeros((7, HIDDEN), np.float16),
     )
     found = labels(rows, {3: 0.5, 4: 2.0, 5: 0.0, 7: 1.0, -1: float("nan")})
     np.testing.assert_array_equal(found, np.array([1, -2, 0.5, np.nan, np.nan, np.nan, np.nan], np.float32))

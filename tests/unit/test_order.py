@@ -94,4 +94,4 @@ class Stream(IterableDataset[int]):
 def test_attach_says_that_a_stream_cannot_be_drawn_from_before_it_asks_for_its_length(sampler: object) -> None:
     engine = SimpleNamespace(grace_ds=None)  # not looked at any further
     with pytest.raises(DataError, match="map-style"):
-        attach(engine, Stream(), {"recipe": "prior"}, sampler=sampler)
+        attach(engine, Stream(), {"recipe": "content"}, sampler=sampler)

@@ -73,19 +73,20 @@ def test_the_planned_pairs_are_those_of_a_real_placement() -> None:
 
 
 def test_the_command_line_says_it_as_json_and_refuses_nonsense(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["plan", "--samples", "1e6", "--ranks", "8", "--gflops", "50"]
+    words = ["plan", "--samples", "1e6", "--ranks", "8", "--gflops", "50", "--set", "recipe=content"]
     assert main([*words, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["window"] == 10**6 and told["peak_bytes"] > told["features_bytes"] > 0
     assert main(words) == 0
     said = capsys.readouterr().out
     assert "not built by this configuration; if it were: clustered (1000000 index rows" in said
-    assert main([*words, "--json", "--set", "selection.objective=facility_location"]) == 0
+    assert "To build it: --set recipe=grace" in said
+    assert main([*words, "selection.objective=facility_location", "--json"]) == 0
     built = json.loads(capsys.readouterr().out)
     assert built["builds"] and built["peak_bytes"] > told["peak_bytes"]
     assert main([*words, "--budget", "3"]) == 1
     assert "budget is 3" in capsys.readouterr().err
-    assert main([*words, "--set", "graph.teir=exact"]) == 1
+    assert main([*words, "graph.teir=exact"]) == 1
     assert "'tier'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["plan", "--samples", "1.5", "--ranks", "8"])
@@ -140,18 +141,25 @@ def test_break_even_is_where_both_take_the_same_time() -> None:
 
 def test_dearer_recipes_and_shorter_intervals_cost_more() -> None:
     sizes = replace(SIZES, model=Model(32, 4096, 32_000, False), tflops=300.0)
-    recipes = [plan(sizes, GraceConfig(recipe=recipe)) for recipe in ("uniform", "prior", "grace")]
-    residuals = GraceConfig(recipe="grace")
-    residuals.graph.residuals = True
-    recipes.append(plan(sizes, residuals))
+    recipes = [plan(sizes, GraceConfig(recipe=recipe)) for recipe in ("uniform", "content")]
+    recipes += [plan(sizes, GraceConfig(recipe="grace", ablate=parts)) for parts in (["graph"], [])]
     for cheap, dear in pairwise(recipes):
         assert cheap.even is not None and dear.even is not None and cheap.even.overhead < dear.even.overhead
         assert cheap.peak_bytes <= dear.peak_bytes
     assert recipes[0].feature_seconds == 0 and recipes[1].harvest_seconds == 0 < (recipes[2].harvest_seconds or 0)
+    assert [r.builds for r in recipes] == [False, False, False, True]
+    assert recipes[2].first_seconds < recipes[3].first_seconds and recipes[2].held_bytes < recipes[3].held_bytes
+    blind = plan(sizes, GraceConfig(recipe="grace", ablate=["gradients", "loss"]))
+    assert blind.builds and blind.harvest_seconds == 0 and blind.table_bytes == 0
+    seldom = GraceConfig()
+    seldom.harvest.share = 0.05
+    assert 0 < (plan(sizes, seldom).harvest_seconds or 0) < (recipes[3].harvest_seconds or 0)
     often = plan(replace(sizes, interval=50, samples=10**6), GraceConfig())
     rare = plan(replace(sizes, interval=500, samples=10**6), GraceConfig())
     assert often.even is not None and rare.even is not None and often.even.overhead > rare.even.overhead
-    assert not rare.rolls and rare.last_seconds < rare.first_seconds  # its features are read once
+    assert not rare.rolls and rare.last_seconds < rare.first_seconds  # its features are read and its graph is built once
+    rolling = plan(replace(sizes, samples=10**9), GraceConfig())
+    assert rolling.rolls and rare.last_seconds / rare.first_seconds < rolling.last_seconds / rolling.first_seconds < 1
 
 
 def test_a_calibration_measures_here_and_is_quick() -> None:
@@ -179,11 +187,11 @@ def test_what_is_not_known_is_said_and_what_if_is_told(capsys: pytest.CaptureFix
     assert main([*words, *model]) == 0
     said = capsys.readouterr().out
     assert "where uniform needs 1.0" in said and "of 20,000 to be saved" in said and "12 blocks of width 768" in said
-    for row in ("ranks × 2", "interval ÷ 2", "budget × 2", "recipe prior", "recipe grace, graph.residuals"):
+    for row in ("ranks × 2", "interval ÷ 2", "budget × 2", "recipe content", "without graph", "without gradients"):
         assert row in said
     assert main([*words, *model, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["what_if"]["recipe prior"]["even"]["overhead"] < told["even"]["overhead"]
+    assert told["what_if"]["recipe content"]["even"]["overhead"] < told["even"]["overhead"]
     assert told["what_if"]["interval × 2"]["even"]["overhead"] < told["even"]["overhead"]
     assert main([*words, "--budget", "0.9", "--interval", "2"]) == 0
     capsys.readouterr()

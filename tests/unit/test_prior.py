@@ -17,7 +17,6 @@ from grace_ds.errors import DataError
 from grace_ds.features.tokens import TokenBlock
 from grace_ds.selection.limits import Limits
 from grace_ds.selection.prior import BigramPrior, held_out_statistics
-from grace_ds.selection.probability import combine, rank01, soft_pass
 
 
 def flat_of(rows):
@@ -241,39 +240,3 @@ def test_digest_names_the_model():
     assert base.digest() == BigramPrior.fit(*flat_of(TRUSTED), vocab=40).digest()
     assert base.digest() != BigramPrior.fit(*flat_of(TRUSTED), vocab=41).digest()
     assert base.digest() != BigramPrior.fit(*flat_of(TRUSTED[1:]), vocab=40).digest()
-
-
-def test_a_filter_turns_at_its_cut_and_excludes_nobody():
-    found = soft_pass(np.array([-1.5, -1.3, -1.7, 1e9, -1e9, np.inf, -np.inf, np.nan]), -1.5, 0.2)
-    np.testing.assert_allclose(found, [0.51, 0.7364378, 0.2835622, 1, 0.02, 1, 0.02, 1], atol=1e-6)
-    assert (np.diff(soft_pass(np.linspace(-9, 9, 50), -1.5, 0.2)) >= 0).all()
-
-
-def test_rank01_averages_ties_and_centres_the_unknown():
-    found = rank01(np.array([3.0, np.nan, 1.0, 3.0, 9.0, -5.0]))
-    assert found.tolist() == [0.625, 0.5, 0.25, 0.625, 1.0, 0.0]
-    assert rank01(np.array([7.0])).tolist() == [0.5]
-    assert rank01(np.array([np.nan, np.nan])).tolist() == [0.5, 0.5]
-    assert rank01(np.array([])).tolist() == []
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.sampled_from([-2.0, 0.0, 1.5, 8.0, math.nan]), max_size=12), st.randoms())
-def test_rank01_follows_a_permutation(values, rng):
-    order = list(range(len(values)))
-    rng.shuffle(order)
-    assert rank01(np.array(values)[order] if order else np.array([])).tolist() == rank01(np.array(values))[order].tolist()
-
-
-def test_combine_multiplies_what_is_there():
-    keep, density = np.array([0.5, 1.0]), np.array([3.0, 0.0])
-    rank, align = np.array([0.2, 0.7]), np.array([1.0, 0.02])
-    np.testing.assert_allclose(np.exp(combine(keep, density, rank, align)), [0.5 * 0.5 / 4, 0.02])
-    np.testing.assert_allclose(np.exp(combine(keep, density, None, None)), [0.125, 1.0])
-    np.testing.assert_allclose(np.exp(combine(None, None, rank, None)), [0.5, 1.0])
-    np.testing.assert_allclose(np.exp(combine(None, None, None, align)), [1.0, 0.02])
-    assert combine(None, None, None, None, n=3).tolist() == [0.0, 0.0, 0.0]
-    with pytest.raises(ValueError, match="one length"):
-        combine(None, None, None, None)
-    with pytest.raises(ValueError, match=r"\[2, 3\]"):
-        combine(keep, np.zeros(3), None, None)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from grace_ds.errors import DataError
-from grace_ds.quickstart.corpus import SPLITS, CorpusSpec, chunk, prepare, read_packages, split_of
+from grace_ds.quickstart.corpus import SPLITS, TOKENIZER, CorpusSpec, chunk, prepare, read_packages, split_of
+from grace_ds.quickstart.pollute import Kind
 from grace_ds.quickstart.tokenizer import encode_stream, train_tokenizer
 
 SPEC = CorpusSpec(pool_size=200, trusted_size=10, validation_size=12, vocab=512)
@@ -63,8 +67,8 @@ def test_sizes_counts_and_disjoint_packages(built):
     arrays = load(built)
     assert {name: arrays[name].shape for name in SPLITS} == {"train": (200, 65), "trusted": (10, 65), "validation": (12, 65)}
     assert all(arrays[name].dtype == np.int32 for name in SPLITS)
-    assert built.manifest["kinds"] == {"unique": 100, "duplicate": 60, "junk": 40}
-    assert np.bincount(arrays["kinds"]).tolist() == [100, 60, 40]
+    assert built.manifest["kinds"] == {"unique": 80, "duplicate": 40, "junk": 30, "generated": 50}
+    assert np.bincount(arrays["kinds"]).tolist() == [80, 40, 30, 50]
     names = [set(built.manifest["packages"][split]) for split in SPLITS]
     assert sum(map(len, names)) == len(set.union(*names)) == 61
 
@@ -78,7 +82,7 @@ def test_no_validation_text_in_train_or_trusted(built, library):
         text = " ".join(tokenizer.decode(row.tolist()) for row in arrays[split])
         others = {name for other in SPLITS if other != split for name in packages[other] if name.startswith("mod")}
         seen = {name for name in others if f" {name} " in text}
-        # A token edit or shuffled junk of the training pool may spell another module's name by chance.
+        # A token edit, shuffled junk or a made-up field of the training pool may spell another module's name by chance.
         assert len(seen) <= (2 if split == "train" else 0), seen
 
 
@@ -100,8 +104,24 @@ def test_damaged_or_other_data_are_built_again(library, tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({"key": 1})[:-1])
     assert not prepare(SPEC, tmp_path, library).reused
     natural = prepare(CorpusSpec(**{**vars(SPEC), "pool": "natural"}), tmp_path, library)
-    assert not natural.reused and natural.manifest["kinds"]["junk"] == 0
+    assert not natural.reused and natural.manifest["kinds"] == {"unique": 200, "duplicate": 0, "junk": 0, "generated": 0}
     assert not [p for p in tmp_path.iterdir() if ".tmp" in p.name]
+
+
+def test_generated_rows_are_text_of_their_own(built):
+    arrays, tokenizer = load(built), Tokenizer.from_file(str(built.folder / TOKENIZER))
+    generated = arrays["train"][arrays["kinds"] == Kind.GENERATED]
+    assert len(np.unique(generated, axis=0)) == len(generated)
+    written = {"class", "return", "self", "import", "inner"}  # of the library's words those of four letters and more
+    foreign = [set(re.findall("[a-z]{4,}", text)) - written for text in tokenizer.decode_batch(generated.tolist())]
+    assert sum(map(bool, foreign)) > 45
+
+
+def test_shares_are_part_of_the_spec(library, tmp_path):
+    first = prepare(SPEC, tmp_path, library)
+    other = prepare(replace(SPEC, generated=0.0, junk=0.4), tmp_path, library)
+    assert not other.reused and other.manifest["digest"] != first.manifest["digest"]
+    assert other.manifest["kinds"] == {"unique": 80, "duplicate": 40, "junk": 80, "generated": 0}
 
 
 def test_natural_rows_are_the_training_rows(library, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 
 import numpy as np
 import pytest
@@ -24,21 +25,28 @@ def source(n=400, seed=7):
     return JunkSource(rows, encode, VOCAB)
 
 
+def numbered(_, rng, count):
+    """Rows that no other kind has: the same token all along, from the last ten of the vocabulary."""
+    return np.repeat(rng.integers(VOCAB - 10, VOCAB, (count, 1)), LENGTH, axis=1).astype(np.int32)
+
+
 def build(seed=3, **options) -> Pool:
     return mix(source(), np.random.default_rng(seed), 500, **options)
 
 
 def test_default_shares_are_half_unique_thirty_percent_copies_twenty_percent_junk():
     pool = build()
-    assert pool.counts() == {"unique": 250, "duplicate": 150, "junk": 100}
+    assert pool.counts() == {"unique": 250, "duplicate": 150, "junk": 100, "generated": 0}
     assert pool.rows.shape == (500, LENGTH) and pool.rows.dtype == np.int32
 
 
 @settings(max_examples=25, deadline=2000)
-@given(st.floats(0, 0.6), st.floats(0, 0.35), st.integers(20, 300))
-def test_any_shares_are_met_to_half_a_row(duplicates, junk, size):
-    counts = mix(source(), np.random.default_rng(0), size, duplicates=duplicates, junk=junk).counts()
+@given(st.floats(0, 0.5), st.floats(0, 0.25), st.floats(0, 0.2), st.integers(20, 300))
+def test_any_shares_are_met_to_half_a_row(duplicates, junk, generated, size):
+    shares = {"duplicates": duplicates, "junk": junk, "generated": generated}
+    counts = mix(source(), np.random.default_rng(0), size, **shares, generate=numbered).counts()
     assert sum(counts.values()) == size
+    assert abs(counts["generated"] - size * generated) <= 0.5
     assert abs(counts["duplicate"] - size * duplicates) <= 0.5
     assert abs(counts["junk"] - size * junk) <= 0.5
 
@@ -47,6 +55,22 @@ def test_same_generator_same_pool_other_generator_another():
     a, b, c = build(3), build(3), build(4)
     assert np.array_equal(a.rows, b.rows) and np.array_equal(a.kinds, b.kinds)
     assert not np.array_equal(a.rows, c.rows)
+
+
+def test_a_pool_without_generated_rows_is_as_it_was_before_there_were_any():
+    # Of record: the benchmark's pools are compared over versions of this code.
+    pool = build()
+    content = pool.rows.tobytes() + pool.kinds.tobytes() + pool.sources.tobytes()
+    assert hashlib.blake2b(content, digest_size=8).hexdigest() == "8a92ebe2ff71770a"
+
+
+def test_generated_rows_are_labelled_and_leave_the_others_as_they_are():
+    pool, without = build(duplicates=0.2, junk=0.1, generated=0.25, generate=numbered), build(duplicates=0.2, junk=0.1)
+    made = pool.kinds == Kind.GENERATED
+    assert made.sum() == 125 and (pool.sources[made] == -1).all()
+    assert (pool.rows[made] == pool.rows[made][:, :1]).all() and (pool.rows[made] >= VOCAB - 10).all()
+    first = np.sort(pool.sources[pool.kinds == Kind.UNIQUE])
+    assert set(first) <= set(without.sources[without.kinds == Kind.UNIQUE])
 
 
 def test_unique_rows_are_the_sources_they_claim_and_do_not_repeat():
@@ -100,6 +124,8 @@ def test_only_the_kinds_asked_for():
         ({"duplicates": -0.1}, ">= 0"),
         ({"kinds": ("bytes", "spam")}, "spam"),
         ({"kinds": ()}, "none given"),
+        ({"generated": 0.5, "generate": numbered}, "below 1"),
+        ({"generated": 0.1}, "give generate"),
         ({"duplicates": 0.0, "junk": 0.0}, "500 clean rows, there are 400"),
     ],
 )

@@ -19,6 +19,7 @@ from grace_ds.config.load import load_config, write_resolved
 from grace_ds.integrations.build import pipeline_of, prepare
 from grace_ds.integrations.record import Recorder, keep_portrait, preview_of
 from grace_ds.integrations.trusted_set import Extras
+from grace_ds.kept import Kept
 from grace_ds.records import Role, Rows
 from grace_ds.refresh import refresh
 from grace_ds.report.facts import facts
@@ -71,15 +72,16 @@ def record(folder: Path, refreshes: int = 3, data: Any = None, preview: Any = No
     pipeline = pipeline_of(LocalComm(), config, geometry, prepare(data, config, geometry, Extras(trusted_data=trusted)))
     write_resolved(config, folder)
     recorder = Recorder(str(folder), None, preview or preview_of(data, "auto"))
-    table, step = Table.empty(config.harvest.dim), 0
+    table, step, kept = Table.empty(config.harvest.dim), 0, Kept()
     for version in range(refreshes):
-        x = Inputs(Rows.empty(config.harvest.dim), table, Ledger(), step, version, step * BATCH, INTERVAL, uniform=version == 0)
+        nothing, uniform = Rows.empty(config.harvest.dim), version == 0
+        x = Inputs(nothing, table, Ledger(), step, version, step * BATCH, INTERVAL, uniform=uniform, kept=kept)
         outcome = refresh(pipeline, x)
         spent = 0.5 * version
         told = {"train_seconds": 10.0 * version, "refresh_seconds": spent, "harvest_seconds": 0.0, "failures": 0.0}
         recorder.made(outcome, told)
         recorder.settle()
-        table, step = outcome.table, step + INTERVAL
+        table, step, kept = outcome.table, step + INTERVAL, outcome.kept
     return folder
 
 
@@ -153,7 +155,7 @@ def test_names_of_sources_and_settings_are_text_too(tmp_path: Path) -> None:
 
 
 def test_most_and_least_kept_are_what_the_filter_says(tmp_path: Path) -> None:
-    run = load_run(record(tmp_path))
+    run = load_run(record(tmp_path, recipe="content"))
     portrait = shown(run)
     assert portrait is not None and portrait["used"]
     most = [s for s in portrait["samples"] if s["group"] == "most"]
@@ -161,20 +163,29 @@ def test_most_and_least_kept_are_what_the_filter_says(tmp_path: Path) -> None:
     assert min(s["chance"] for s in most) > max(s["chance"] for s in least)
     assert np.mean([s["id"] % 2 for s in most]) > 0.8  # odd ids are clean
     assert np.mean([s["id"] % 2 for s in least]) < 0.2
-    best = most[0]
-    for s in portrait["samples"]:  # the factors explain the chance, up to one constant
-        product, reference = (np.prod(list(v["factors"].values())) for v in (s, best))
-        assert product / reference == pytest.approx(s["chance"] / best["chance"], rel=1e-3)
     core = set(run.schedules[portrait["version"]].ids[run.schedules[portrait["version"]].roles == Role.CORE].tolist())
     assert all((s["id"] in core) == (s["role"] == "core") for s in portrait["samples"])
     assert all(row.text.startswith(f"sample {row.id}: ") for row in rows(run, portrait))
+
+
+@pytest.mark.parametrize("recipe", ["grace", "content", "density"])
+def test_the_factors_explain_the_chance(tmp_path: Path, recipe: str) -> None:
+    portrait = shown(load_run(record(tmp_path, recipe=recipe)))
+    assert portrait is not None and portrait["level"] == recipe
+    best = max(portrait["samples"], key=lambda s: s["chance"])
+    named = {"grace": {"keep", "copies", "crowding"}, "content": {"keep", "copies"}, "density": {"copies"}}[recipe]
+    for s in portrait["samples"]:  # up to one constant
+        assert s["factors"].keys() == named
+        product, reference = (np.prod(list(v["factors"].values())) for v in (s, best))
+        assert product / reference == pytest.approx(s["chance"] / best["chance"], rel=1e-3)
+        assert s["signals"]["crowding"] is None or recipe == "grace"
 
 
 def test_histograms_count_every_sample_once(tmp_path: Path) -> None:
     run = load_run(record(tmp_path))
     assert set(run.portraits) == {1, 2}  # the opening weighs nothing
     for portrait in run.portraits.values():
-        assert {"keep", "density", "chance"} <= portrait["histograms"].keys()
+        assert {"keep", "density", "chance", "crowding"} <= portrait["histograms"].keys()
         for h in portrait["histograms"].values():
             assert sum(h["window"]) + h["unknown"] == N
             assert sum(h["core"]) <= portrait["core"]
@@ -321,7 +332,7 @@ def test_the_map_is_of_real_samples_with_what_is_known_of_them(tmp_path: Path) -
 
 def test_the_map_of_the_last_coreset_outlives_a_pause_but_not_a_new_run(tmp_path: Path) -> None:
     def keep(version: int, used: bool) -> int:
-        portrait = {"version": version, "step": 0, "level": "prior", "used": used, "window": 2, "samples": []}
+        portrait = {"version": version, "step": 0, "level": "content", "used": used, "window": 2, "samples": []}
         keep_portrait({**portrait, "map": {"ids": [3, 5]}}, tmp_path, None, {})
         return int(json.loads((tmp_path / "map.json").read_text())["version"])
 
@@ -362,7 +373,7 @@ def test_influences_have_a_picture_of_their_own_where_there_are_any(tmp_path: Pa
     chart["influence"][::2] = [-1.5] * len(chart["influence"][::2])
     (folder / "reports" / "map.json").write_text(json.dumps(chart))
     text = page(load_run(folder))
-    assert [*pictures, text.count('<figure class="map"')] == [1, 2]
+    assert [*pictures, text.count('<figure class="map"')] == [2, 3]  # of the chance and the crowding, and then of them too
     assert text.count("influence -1.5 deviations") == len(chart["ids"][::2])
 
 

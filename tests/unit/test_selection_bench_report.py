@@ -95,7 +95,7 @@ def crawl(gain: Sequence[float] = (0.5, 0.4), oracle: float = 0.6) -> PoolRuns:
         found += [result("uniform", seed, log_law(n, seed), steps=n) for n in (400, 800, 1600)]
         found += [result("uniform", seed, log_law(400, seed) + 0.03, order=1000 + seed)]
         base = log_law(400, seed)
-        found += [result("guarded", seed, base - won), result("oracle", seed, base - oracle), result("prior", seed, base - 0.1)]
+        found += [result("guarded", seed, base - won), result("oracle", seed, base - oracle), result("content", seed, base - 0.1)]
     return PoolRuns("crawl", found, "dev", 400)
 
 
@@ -109,7 +109,9 @@ def test_deltas_are_against_the_same_seed_and_shares_against_the_oracle() -> Non
 
 def test_claims_of_the_crawl_pool() -> None:
     found = {c.name: c for c in claims([crawl()], "guarded")}
-    assert set(found) == {"steps_ratio_mean", "steps_ratio_min", "net_ratio", "oracle_share"}
+    names = {"steps_ratio_mean", "steps_ratio_min", "net_ratio", "oracle_share", "beyond_content_crawl", "choosing_share_small"}
+    assert set(found) == names
+    assert found["beyond_content_crawl"].value == pytest.approx(-0.35) and found["beyond_content_crawl"].met
     assert found["steps_ratio_mean"].value == pytest.approx((math.exp(0.5) + math.exp(0.4)) / 2)
     assert found["steps_ratio_min"].value == pytest.approx(math.exp(0.4))
     assert found["net_ratio"].value == pytest.approx(found["steps_ratio_mean"].value)
@@ -120,14 +122,20 @@ def test_claims_of_the_crawl_pool() -> None:
     assert claims([crawl()], "pseudo") == []
 
 
-def test_claims_of_the_held_out_pools_take_the_worst_share_and_the_best_gain() -> None:
+def test_claims_of_the_held_out_pools_take_the_worst_share_and_the_least_gain_of_each_part() -> None:
     pools = []
-    for pool, (guarded, grace, prior) in {"unseen-junk": (0.8, 0.9, 0.5), "off-domain": (0.7, 0.6, 0.6)}.items():
-        gains = {"uniform": 0.0, "oracle": 1.0, "guarded": guarded, "grace": grace, "prior": prior}
+    shares = {"unseen-junk": (0.9, 0.5, 0.8), "off-domain": (0.6, 0.65, 0.7), "generated-heldout-50": (0.95, 0.6, 0.9)}
+    for pool, (grace, no_gradients, no_graph) in shares.items():
+        gains = {"uniform": 0.0, "oracle": 1.0, "grace": grace, "no_gradients": no_gradients, "no_graph": no_graph}
         pools.append(PoolRuns(pool, [result(arm, 0, 5.0 - gain, pool=pool) for arm, gain in gains.items()], "dev", 400))
-    found = {c.name: c for c in claims(pools, "guarded")}
-    assert found["oracle_share_heldout"].value == pytest.approx(0.7) and found["oracle_share_heldout"].met is False
-    assert found["gradient_gain"].value == pytest.approx(0.4) and found["gradient_gain"].met is True
+    found = {c.name: c for c in claims(pools, "grace")}
+    assert found["oracle_share_heldout"].value == pytest.approx(0.6) and found["oracle_share_heldout"].met is False
+    assert found["oracle_share_generated"].value == pytest.approx(0.95) and found["oracle_share_generated"].met is True
+    assert found["gradient_gain_generated"].value == pytest.approx(0.35) and found["gradient_gain_generated"].met is True
+    assert found["gradient_gain_elsewhere"].value == pytest.approx(-0.05)
+    assert found["graph_gain_generated"].value == pytest.approx(0.05) and found["graph_gain_generated"].met is False
+    assert found["graph_gain_elsewhere"].value == pytest.approx(-0.1) and found["graph_gain_elsewhere"].met is False
+    assert "sketch_gain_generated" not in found  # that arm did not run
 
 
 def test_claims_of_the_natural_pool() -> None:
@@ -136,7 +144,8 @@ def test_claims_of_the_natural_pool() -> None:
     found = {c.name: c for c in claims([runs], "guarded")}
     goal = found["natural_delta_mean"].goal  # the standard error, as it is above the least
     assert found["natural_delta_mean"].value == pytest.approx(0.005) and goal is not None and goal > 0.008
-    assert found["natural_cost"].value == pytest.approx(0.03) and found["natural_cost"].met is False
+    assert found["choosing_share_small"].value == pytest.approx(0.03) and found["choosing_share_small"].met
+    assert {c.name: c.met for c in claims([runs], "guarded", "4m")}["choosing_share_4m"] is False
 
 
 def test_test_losses_stay_hidden_until_the_final_tables_and_held_out_kinds_always() -> None:
@@ -146,7 +155,7 @@ def test_test_losses_stay_hidden_until_the_final_tables_and_held_out_kinds_alway
     final = tables([replace_metric(crawl())], {}, final=True)
     assert all("test" in row for row in final.rows["runs"])
     assert final.rows["crawl, 400 steps"][0]["test"] == pytest.approx((log_law(400) + log_law(400, 1)) / 2 + 0.5)
-    assert "kinds" not in run_row(result("prior", 0, 5.0, pool="second"), final=True)
+    assert "kinds" not in run_row(result("content", 0, 5.0, pool="second"), final=True)
     assert "pool_folder" not in record.rows["runs"][0]
 
 
@@ -190,6 +199,9 @@ def test_the_command_line_says_what_is_wrong() -> None:
     with pytest.raises(SystemExit, match=r"--corpus DIR.*--only unseen-junk off-domain"):
         pool_names(parsed("--pool", "heldout"))
     assert pool_names(parsed("--pool", "heldout", "--only", "off-domain")) == ["off-domain"]
+    with pytest.raises(SystemExit, match=r"pool answers needs --corpus DIR$"):
+        pool_names(parsed("--pool", "answers"))
+    assert pool_names(parsed("--pool", "answers", "--corpus", "somewhere")) == ["answers"]
     with pytest.raises(SystemExit, match="none of them is in natural"):
         pool_names(parsed("--pool", "natural", "--only", "crawl"))
     with pytest.raises(SystemExit, match="--tried grrace=3"):
@@ -282,7 +294,7 @@ def test_the_code_digest_ignores_comments_and_docstrings_but_not_code() -> None:
     a = 'def f(x: int) -> int:\n    """One."""\n    return x + 1  # why\n'
     b = 'def f(x: int) -> int:\n    """Another."""\n\n    return x + 1\n'
     assert _meaning(a) == _meaning(b) != _meaning(b.replace("+ 1", "+ 2"))
-    assert len({code_digest(arm) for arm in ("uniform", "rho", "d2", "prior", "prior_unique")}) == 5
+    assert len({code_digest(arm) for arm in ("uniform", "rho", "d2", "content", "content_unique")}) == 5
 
 
 # -- for real ----------------------------------------------------------------------------------------------------------
@@ -319,7 +331,7 @@ def test_the_ceiling_trains_on_unique_rows_alone_once_it_chooses(
 ) -> None:
     specs, results, _ = trained
     (found,) = run_all(
-        [replace(specs[0], arm="prior_unique").stamped()], tmp_path, jobs=1, limit_seconds=100, say=lambda line: None
+        [replace(specs[0], arm="content_unique").stamped()], tmp_path, jobs=1, limit_seconds=100, say=lambda line: None
     )
     opening = 1 / specs[0].steps  # the pool as it is
     assert 1 - opening <= found["kinds"]["unique"] and results[0]["kinds"]["unique"] < 1 - opening

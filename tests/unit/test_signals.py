@@ -2,89 +2,118 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from grace_ds.comm.local import LocalComm
-from grace_ds.config.schema import GraceConfig, GraphConfig, RefreshConfig, SelectionConfig
+from grace_ds.config.schema import GraceConfig, GraphConfig, RefreshConfig
 from grace_ds.features import ContentFeatures
+from grace_ds.graph.kept import follow
 from grace_ds.order import SamplerOrder
 from grace_ds.pool import Pool
-from grace_ds.records import Rows
-from grace_ds.refresh import anchors_of
+from grace_ds.records import HIDDEN, Rows, Signals
+from grace_ds.refresh import rows_of
 from grace_ds.schedule import Ledger
-from grace_ds.signals import Inputs, Pipeline, Signals, spread
+from grace_ds.selection.guard import Decision
+from grace_ds.signals import Estimate, Inputs, Pipeline, estimate
 from grace_ds.table import Table
 
 N, D, K, STEP, INTERVAL = 60, 10, 6, 20, 5
 REFERENCE = {0: 0.5, 1: 2.0}
 
 
-def window(seed: int) -> tuple[np.ndarray, Rows]:
-    """Content vectors in clusters, and rows of 38 of the samples: fresh ones, and up to three intervals old."""
+def window(seed: int, measured: int = 38) -> tuple[np.ndarray, Rows]:
+    """Content vectors in clusters, and rows of some of the samples: fresh ones, and up to three intervals old."""
     draw = np.random.default_rng(seed)
     x = draw.normal(size=(8, D))[draw.integers(0, 8, N)] + 0.6 * draw.normal(size=(N, D))
     x[[4, 31]] = 0  # without tokens: near to nobody
-    ids = np.sort(draw.choice(N, 38, replace=False)).astype(np.int64)
+    ids = np.sort(draw.choice(N, measured, replace=False)).astype(np.int64)
     rows = Rows(
         ids=ids,
-        sketch=draw.normal(size=(38, 4)).astype(np.float16),
-        norm=draw.uniform(0.5, 2, 38).astype(np.float32),
-        loss=np.where(draw.random(38) < 0.2, np.nan, draw.normal(2, 3, 38)).astype(np.float32),
-        align=np.where(draw.random(38) < 0.2, np.nan, draw.normal(0.4, 0.3, 38)).astype(np.float32),
-        step=draw.integers(STEP - 3 * INTERVAL, STEP + 1, 38).astype(np.int64),
-        basis=draw.integers(-1, 3, 38).astype(np.int32),
+        sketch=draw.normal(size=(measured, 4)).astype(np.float16),
+        norm=draw.uniform(0.5, 2, measured).astype(np.float32),
+        loss=np.where(draw.random(measured) < 0.2, np.nan, draw.normal(2, 3, measured)).astype(np.float32),
+        align=np.where(draw.random(measured) < 0.2, np.nan, draw.normal(0.4, 0.3, measured)).astype(np.float32),
+        step=draw.integers(STEP - 3 * INTERVAL, STEP + 1, measured).astype(np.int64),
+        basis=draw.integers(-1, 3, measured).astype(np.int32),
+        hidden=np.zeros((measured, HIDDEN), np.float16),
     )
     return (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)).astype(np.float32), rows
 
 
-def believed(
-    x: np.ndarray,
+def estimated(
+    x: np.ndarray | None,
     rows: Rows,
     reference: dict[int, float],
-    shrink: float = 0.8,
-    graph: bool = True,
     statistics: np.ndarray | None = None,
     trusted: np.ndarray | None = None,
-    residuals: bool = False,
-    tilt: bool = True,
-) -> Signals:
-    """The product's own answer on one rank; either of ``residuals`` and ``tilt`` asks for the graph."""
-    edges = GraphConfig(k=K, shrink=shrink, decay=0.6, residuals=residuals)
-    selection, refresh = SelectionConfig(loss_tilt=tilt), RefreshConfig(interval_steps=INTERVAL)
-    config = GraceConfig(recipe="grace", graph=edges, selection=selection, refresh=refresh)
-    own, nobody = np.arange(N), np.empty(0, np.int64)
-    content = ContentFeatures(own, np.zeros(N, np.float32), None, statistics, x if graph else None)
-    p = Pipeline(
-        LocalComm(5.0), config, Pool(N, 0, 0.2, INTERVAL, 4, 1), SamplerOrder(N), 4, lambda _: content, nobody, nobody, trusted
-    )
+    ablate: tuple[str, ...] = (),
+    decision: Decision | None = None,
+    version: int = 0,
+    **graph: Any,
+) -> Estimate:
+    """The product's own answer on one rank, over the graph of the content alone."""
+    edges = GraphConfig(**{"k": K, "shrink": 0.8, "decay": 0.6, "hops": 1, **graph})
+    refresh = RefreshConfig(interval_steps=INTERVAL)
+    config = GraceConfig(recipe="grace", ablate=["sketches", *ablate], graph=edges, refresh=refresh)
+    n = len(x) if x is not None else N
+    own, nobody = np.arange(n), np.empty(0, np.int64)
+    content = ContentFeatures(own, np.zeros(n, np.float32), None, statistics, x)
+    pool = Pool(n, 0, 0.2, INTERVAL, 4, 1)
+    p = Pipeline(LocalComm(5.0), config, pool, SamplerOrder(n), 4, lambda *_: content, nobody, nobody, trusted)
     table = Table.empty(4).merge(rows)
-    inputs = Inputs(Rows.empty(4), table, Ledger(), STEP, 0, 0, INTERVAL, reference)
-    return spread(p, inputs, own, content, table, anchors_of(p, own, content, table))
+    inputs = Inputs(Rows.empty(4), table, Ledger(), STEP, version, 0, INTERVAL, reference, decision=decision)
+    _, vectors = rows_of(p, inputs, own, content, table)
+    kept = follow(p.comm, None, own, vectors, edges) if vectors is not None else None
+    return estimate(p, inputs, own, content, table, kept)
+
+
+def believed(*args: Any, **options: Any) -> Signals:
+    return estimated(*args, **options).signals
+
+
+# -- oracles -----------------------------------------------------------------------------------------------------------
 
 
 def dense(x: np.ndarray, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """(N, N) weight of each sample's evidence for each other one, before ages; (N,) confidence by age, 0 if not harvested."""
+    """(N, N) weight of each sample among the k nearest of each other one; (N,) confidence by age, 0 if not measured."""
     cosine = x.astype(np.float64) @ x.T.astype(np.float64)
     np.fill_diagonal(cosine, -np.inf)
-    cosine[:, np.setdiff1d(np.arange(N), rows.ids)] = -np.inf
     cosine[cosine < -np.sort(-cosine, axis=1)[:, K - 1 : K]] = -np.inf
-    confidence = np.zeros(N)
+    confidence = np.zeros(len(x))
     confidence[rows.ids] = 0.6 ** ((STEP - rows.step) // INTERVAL)
     return np.maximum(cosine, 0) ** 4, confidence
 
 
-def minimum(weight: np.ndarray, confidence: np.ndarray, value: np.ndarray, shrink: float) -> np.ndarray:
+def told(
+    sample: int, hops: int, weight: np.ndarray, confidence: np.ndarray, value: np.ndarray, shrink: float
+) -> tuple[float, float]:
+    """(value, how sure of it) that a sample passes on after so many hops; what was measured is passed on as it is."""
+    if np.isfinite(value[sample]):
+        return value[sample], confidence[sample]
+    if not hops:
+        return 0.0, 0.0
+    heard = [(weight[sample, j], *told(j, hops - 1, weight, confidence, value, shrink)) for j in np.flatnonzero(weight[sample])]
+    evidence = sum(w * sure for w, _, sure in heard)
+    if not evidence:
+        return 0.0, 0.0
+    return sum(w * sure * mean for w, mean, sure in heard) / evidence, evidence / (shrink + evidence)
+
+
+def minimum(weight: np.ndarray, confidence: np.ndarray, value: np.ndarray, shrink: float, hops: int = 1) -> np.ndarray:
     """(N,) where the energy of all samples together is least, fresh values being held; from the energy's values alone."""
     known = np.isfinite(value)
     held = known & (confidence == 1)
     free = np.flatnonzero(~held)
     v = np.where(known, value, 0.0)
+    mean, sure = np.array([told(i, hops - 1, weight, confidence, value, shrink) for i in range(len(v))]).T
 
     def energy(y: np.ndarray) -> float:
         z = np.where(held, v, 0.0)
         z[free] = y
-        pulls = weight * np.where(known, confidence, 0.0) * (z[:, None] - v[None, :]) ** 2
+        pulls = weight * sure * (z[:, None] - mean[None, :]) ** 2
         return float(shrink * (z**2).sum() + (confidence * known * (z - v) ** 2).sum() + pulls.sum()) / 2
 
     unit, nothing = np.eye(len(free)), energy(np.zeros(len(free)))
@@ -96,16 +125,32 @@ def minimum(weight: np.ndarray, confidence: np.ndarray, value: np.ndarray, shrin
     return out
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("shrink", [0.8, 0.05])
-def test_spreading_minimises_the_energy_of_the_whole_window(seed: int, shrink: float) -> None:
-    x, rows = window(seed)
-    got = believed(x, rows, REFERENCE, shrink)
-    weight, confidence = dense(x, rows)
+def distances(weight: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """(N,) steps along the edges from each sample to the nearest of ``start``; inf where no way leads to one."""
+    far = np.where(np.isin(np.arange(len(weight)), start), 0.0, np.inf)
+    for _ in range(len(weight)):
+        far = np.minimum(far, 1 + np.where(weight > 0, far[None, :], np.inf).min(1))
+    return far
+
+
+def losses(rows: Rows) -> np.ndarray:
     value = np.full(N, np.nan)
     value[rows.ids] = rows.loss
+    return value
+
+
+# -- what goes along the edges -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("hops", "shrink", "measured"), [(1, 0.8, 38), (1, 0.05, 38), (2, 0.8, 12), (3, 0.05, 6)])
+def test_spreading_minimises_the_energy_of_the_whole_window(seed: int, hops: int, shrink: float, measured: int) -> None:
+    x, rows = window(seed, measured)
+    got = believed(x, rows, REFERENCE, shrink=shrink, hops=hops)
+    weight, confidence = dense(x, rows)
+    value = losses(rows)
     centre = np.nanmean(value)
-    wanted = minimum(weight, confidence, value - centre, shrink) + centre
+    wanted = minimum(weight, confidence, value - centre, shrink, hops) + centre
     np.testing.assert_allclose(got.loss, wanted, rtol=1e-5, atol=1e-5)
     fresh = rows.ids[(STEP - rows.step < INTERVAL) & np.isfinite(rows.loss)]
     np.testing.assert_allclose(got.loss[fresh], value[fresh], rtol=1e-6, atol=1e-6)
@@ -117,8 +162,7 @@ def test_spreading_minimises_the_energy_of_the_whole_window(seed: int, shrink: f
 def test_disagreement_is_the_spread_of_pairs_of_neighbours(seed: int) -> None:
     x, rows = window(seed)
     weight, confidence = dense(x, rows)
-    loss = np.full(N, np.nan)
-    loss[rows.ids] = rows.loss
+    loss = losses(rows)
     evidence = weight * np.where(np.isfinite(loss), confidence, 0.0)
     apart = (np.nan_to_num(loss)[:, None] - np.nan_to_num(loss)[None, :]) ** 2
     pairs = np.einsum("ia,ib,ab->i", evidence, evidence, apart) / 2
@@ -128,7 +172,60 @@ def test_disagreement_is_the_spread_of_pairs_of_neighbours(seed: int) -> None:
     assert np.isnan(wanted[[4, 31]]).all()
 
 
-def harvested_influence(rows: Rows) -> np.ndarray:
+@pytest.mark.parametrize("seed", range(3))
+def test_crowding_is_the_weight_of_the_nearest_whoever_was_measured(seed: int) -> None:
+    x, rows = window(seed)
+    wanted = dense(x, rows)[0].sum(1)
+    np.testing.assert_allclose(believed(x, rows, REFERENCE).crowding, wanted, rtol=1e-5, atol=1e-5)
+    nothing = believed(x, Rows.empty(4), {}, hops=4)
+    np.testing.assert_allclose(nothing.crowding, wanted, rtol=1e-5, atol=1e-5)
+    assert wanted[[4, 31]].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("hops", [1, 2, 4])
+def test_a_sample_is_reached_where_as_few_steps_lead_to_a_measured_one(seed: int, hops: int) -> None:
+    x, rows = window(seed, 4)
+    rows.loss[:] = np.arange(4) + 1.0
+    far = distances(dense(x, rows)[0], rows.ids)
+    found = estimated(x, rows, {}, hops=hops)
+    reached = (far <= hops) & (far > 0)
+    assert found.reached == reached.sum() < N - 4
+    centre = rows.loss.mean()
+    told_of = np.delete(found.signals.loss != np.float32(centre), rows.ids)  # the others are taken for average
+    assert not (told_of & ~np.delete(reached, rows.ids)).any() and told_of.any()
+
+
+def test_along_a_chain_scores_travel_as_far_as_asked_and_fade() -> None:
+    angle = 0.2 * np.arange(20)
+    x = np.zeros((20, D), np.float32)
+    x[:, 0], x[:, 1] = np.cos(angle), np.sin(angle)  # nearest to each: the one before and the one after it
+    ends = Rows(
+        **{**vars(window(0, 2)[1]), "ids": np.array([0, 19]), "loss": np.array([1, 3], np.float32), "step": np.full(2, STEP)}
+    )
+    for hops in (1, 3, 6):
+        found = estimated(x, ends, {}, k=2, hops=hops)
+        rest = found.signals.loss - 2  # their mean
+        assert rest[[0, 19]].tolist() == [-1, 1] and found.reached == 2 * hops
+        assert (rest[1 : hops + 1] < 0).all() and (rest[18 - hops : 19][1:] > 0).all()
+        assert (np.diff(rest[: hops + 1]) > 0).all()  # ever nearer to the mean
+        assert not rest[hops + 1 : 19 - hops].any()
+
+
+def test_a_cluster_without_a_measured_sample_is_taken_for_average() -> None:
+    draw = np.random.default_rng(0)
+    x = np.zeros((N, D), np.float32)
+    x[:30, :5], x[30:, 5:] = np.abs(draw.normal(size=(30, 5))), np.abs(draw.normal(size=(30, 5)))
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    rows = window(0)[1]
+    rows = rows.take((rows.ids < 30) & np.isfinite(rows.loss))
+    found = estimated(x, rows, {}, hops=50)
+    np.testing.assert_allclose(found.signals.loss[30:], rows.loss.mean(), atol=1e-5)
+    assert found.reached == 30 - len(rows)
+    assert np.isnan(found.signals.disagreement[30:]).all() and np.isfinite(found.signals.disagreement[:30]).all()
+
+
+def measured_influence(rows: Rows) -> np.ndarray:
     """(N,) alignment times length over the unit of its basis; NaN where one is missing."""
     value = np.full(N, np.nan)
     for i, sample in enumerate(rows.ids):
@@ -139,44 +236,108 @@ def harvested_influence(rows: Rows) -> np.ndarray:
 NOTHING, UNIT = np.zeros((N, 5), np.float32), 0.02  # content that tells nothing; the least deviation of trusted predictions
 
 
+@pytest.mark.parametrize("hops", [1, 2])
 @pytest.mark.parametrize("seed", range(3))
-def test_what_content_does_not_tell_of_an_influence_goes_along_the_edges(seed: int) -> None:
+def test_what_content_does_not_tell_of_an_influence_goes_along_the_edges(seed: int, hops: int) -> None:
     """Content that is the same for all predicts the weighted mean: what is left minimises the energy of the window."""
     x, rows = window(seed)
-    got = believed(x, rows, REFERENCE, statistics=NOTHING, trusted=NOTHING[:9], residuals=True)
+    got = believed(x, rows, REFERENCE, statistics=NOTHING, trusted=NOTHING[:9], hops=hops)
     weight, confidence = dense(x, rows)
-    value = harvested_influence(rows)
+    value = measured_influence(rows)
     known = np.isfinite(value)
     rest = value - np.average(value[known], weights=confidence[known])
-    np.testing.assert_allclose(got.align * UNIT, minimum(weight, confidence, rest, 0.8), atol=3e-3)
+    np.testing.assert_allclose(got.align * UNIT, minimum(weight, confidence, rest, 0.8, hops), atol=3e-3)
 
 
-def test_without_residuals_content_alone_tells_an_influence() -> None:
+@pytest.mark.parametrize("hops", [1, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_content_does_not_tell_of_a_loss_goes_along_the_edges(seed: int, hops: int) -> None:
+    x, rows = window(seed)
+    rows = Rows(**{**vars(rows), "loss": rows.loss * np.float32(0.3)})  # none so large that it would be pulled in
+    got = believed(x, rows, REFERENCE, statistics=NOTHING, hops=hops)
+    weight, confidence = dense(x, rows)
+    value = losses(rows)
+    known = np.isfinite(value)
+    centre = np.average(value[known], weights=confidence[known])
+    np.testing.assert_allclose(got.loss, minimum(weight, confidence, value - centre, 0.8, hops) + centre, atol=3e-3)
+
+
+# -- what is left without the graph, and without anything ----------------------------------------------------------------
+
+
+def test_without_the_graph_content_alone_tells_an_influence() -> None:
     x, rows = window(0)
-    for graph in (True, False):
-        assert not believed(x, rows, REFERENCE, graph=graph, statistics=NOTHING, trusted=NOTHING[:9]).align.any()
+    for vectors in (x, None):
+        without = {"statistics": NOTHING, "trusted": NOTHING[:9], "ablate": ("graph",)}
+        assert not believed(vectors, rows, REFERENCE, **without).align.any()
     draw = np.random.default_rng(1)
     kind = draw.normal(size=(N, 5)).astype(np.float32)
     rows = Rows(**{**vars(rows), "align": kind[rows.ids, 2], "norm": np.ones(38, np.float32), "basis": np.zeros(38, np.int32)})
-    got = believed(x, rows, REFERENCE, statistics=kind, trusted=kind[:9])
-    assert np.corrcoef(got.align, kind[:, 2])[0, 1] > 0.9  # also of those that were never harvested
-    swapped = believed(x[::-1].copy(), rows, REFERENCE, statistics=kind, trusted=kind[:9])
+    got = believed(x, rows, REFERENCE, statistics=kind, trusted=kind[:9], ablate=("graph",))
+    assert np.corrcoef(got.align, kind[:, 2])[0, 1] > 0.9  # also of those that were never measured
+    swapped = believed(x[::-1].copy(), rows, REFERENCE, statistics=kind, trusted=kind[:9], ablate=("graph",))
     assert np.array_equal(got.align, swapped.align)
+
+
+def test_without_the_graph_content_alone_tells_a_loss_that_was_not_measured() -> None:
+    x, rows = window(0)
+    kind = np.random.default_rng(1).normal(size=(N, 5)).astype(np.float32)
+    rows = Rows(**{**vars(rows), "loss": 2 + kind[rows.ids, 1]})
+    got = believed(x, rows, {}, statistics=kind, ablate=("graph",)).loss
+    unmeasured = np.setdiff1d(np.arange(N), rows.ids)
+    assert got[rows.ids] == pytest.approx(rows.loss, abs=1e-5)
+    assert np.corrcoef(got[unmeasured], kind[unmeasured, 1])[0, 1] > 0.8
+    assert got[unmeasured].mean() == pytest.approx(2, abs=0.5)
+
+
+@pytest.mark.parametrize("part", ["loss", "gradients"])
+def test_of_a_part_that_is_switched_off_nothing_is_known(part: str) -> None:
+    """As if it had not been measured, whatever was."""
+    x, rows = window(0)
+    column = {"loss": "loss", "gradients": "align"}[part]
+    unmeasured = Rows(**{**vars(rows), column: np.full(len(rows), np.nan, np.float32)})
+    options = {"statistics": NOTHING, "trusted": NOTHING[:9], "hops": 3}
+    off, absent = estimated(x, rows, REFERENCE, ablate=(part,), **options), estimated(x, unmeasured, REFERENCE, **options)
+    for name, value in vars(off.signals).items():
+        assert np.array_equal(value, getattr(absent.signals, name), equal_nan=True), name
+    assert (off.labels, off.explained, off.reached) == (absent.labels, absent.explained, absent.reached)
+    assert np.isnan(getattr(off.signals, column)).all()
 
 
 def test_what_nobody_knows_stays_unknown() -> None:
     x, rows = window(0)
     for statistics, trusted in ((None, None), (None, NOTHING[:9]), (NOTHING, None)):
-        got = believed(x, rows, REFERENCE, statistics=statistics, trusted=trusted, residuals=True)
+        got = believed(x, rows, REFERENCE, statistics=statistics, trusted=trusted, hops=3)
         assert np.isnan(got.align).all() and np.isfinite(got.loss).all()
     for reference in ({}, {0: 0.0, 1: -1.0}):  # no unit, and medians that give none
-        assert np.isnan(believed(x, rows, reference, statistics=NOTHING, trusted=NOTHING[:9], residuals=True).align).all()
+        assert np.isnan(believed(x, rows, reference, statistics=NOTHING, trusted=NOTHING[:9], hops=3).align).all()
+    unseen = Rows(**{**vars(rows), "loss": np.full(38, np.nan, np.float32)})
+    assert np.isnan(believed(x, unseen, REFERENCE, statistics=NOTHING, trusted=NOTHING[:9], hops=3).loss).all()
 
 
 def test_without_a_graph_each_sample_knows_its_own_loss_alone() -> None:
     x, rows = window(0)
-    # No vectors, or nothing that is to be carried along edges.
-    for alone in (believed(x, rows, REFERENCE, graph=False), believed(x, rows, REFERENCE, tilt=False)):
-        assert alone.loss[rows.ids] == pytest.approx(rows.loss, abs=1e-6, nan_ok=True)
-        assert np.isnan(np.delete(alone.loss, rows.ids)).all() and np.isnan(alone.disagreement).all()
-    assert np.isfinite(believed(x, rows, REFERENCE, tilt=False, residuals=True).loss).all()
+    found = estimated(x, rows, REFERENCE, ablate=("graph",))
+    alone = found.signals
+    assert alone.loss[rows.ids] == pytest.approx(rows.loss, abs=1e-6, nan_ok=True)
+    assert np.isnan(np.delete(alone.loss, rows.ids)).all()
+    assert np.isnan(alone.disagreement).all() and np.isnan(alone.crowding).all() and found.reached == 0
+
+
+def test_while_the_guard_has_stepped_down_no_graph_is_paid_for_until_it_looks_again() -> None:
+    x, rows = window(0)
+    down = Decision("content", "", misses=1, look=5)
+    for version, pays in ((1, False), (4, False), (5, True), (6, True)):
+        found = believed(x, rows, REFERENCE, decision=down, version=version)
+        assert np.isfinite(found.crowding).all() == pays
+    paused = Decision("uniform", "clean")  # nothing to look at again
+    assert np.isnan(believed(x, rows, REFERENCE, decision=paused, version=9).crowding).all()
+
+
+def test_how_many_labels_there_are_is_told_by_what_they_are_worth() -> None:
+    x, rows = window(0)
+    found = estimated(x, rows, REFERENCE, statistics=NOTHING, trusted=NOTHING[:9])
+    known = np.isfinite(measured_influence(rows))
+    assert found.labels == pytest.approx(dense(x, rows)[1][known].sum(), rel=5e-3)
+    assert found.explained < 0.05  # content that is the same for all
+    assert estimated(x, rows, {}, statistics=NOTHING, trusted=NOTHING[:9]).labels == 0

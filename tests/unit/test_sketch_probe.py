@@ -104,7 +104,7 @@ def test_a_failing_hook_fails_the_probe():
 
 def test_model_without_embedding_is_refused():
     with (
-        pytest.raises(DataError, match=r"no nn.Embedding.*recipe: prior"),
+        pytest.raises(DataError, match=r"no nn.Embedding.*recipe: content"),
         untouched(nn.Linear(3, 3)),
     ):
         pass

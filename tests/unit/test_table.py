@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from grace_ds.buckets import buckets_of, splitmix64
 from grace_ds.errors import CheckpointError, DataError
-from grace_ds.records import Rows
+from grace_ds.records import HIDDEN, Rows
 from grace_ds.table import N_BUCKETS, Table, bucket_of, owner_of
 
 DIM = 3
@@ -31,6 +31,7 @@ def rows_of(pairs: list[tuple[int, int]], mark: int = 0) -> Rows:
         align=(-n).astype(np.float32),
         step=np.array([p[1] for p in pairs], np.int64),
         basis=n.astype(np.int32),
+        hidden=np.tile(n[:, None] / 8, HIDDEN).astype(np.float16),
     )
 
 
@@ -171,7 +172,7 @@ def test_damaged_files(tmp_path: Path) -> None:
         Table.load(tmp_path, {first: files[first]}, 1, 2, DIM)
     with pytest.raises(CheckpointError, match="overlaps another file"):
         Table.load(tmp_path, files | save_all(tmp_path / "other", 3), 0, 2, DIM)
-    with pytest.raises(CheckpointError, match="'rows.bin' is not a table file"):
+    with pytest.raises(CheckpointError, match="'rows.bin' is not a file of rows"):
         Table.load(tmp_path, {"rows.bin": ""}, 0, 1, DIM)
 
 
@@ -179,8 +180,8 @@ def test_wrong_width_and_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     files = save_all(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"3, this run harvest.dim=8"):
         Table.load(tmp_path, files, 0, 1, 8)
-    monkeypatch.setattr("grace_ds.table.SCHEMA", 2)
-    with pytest.raises(CheckpointError, match="schema 1 .*this version reads 2"):
+    monkeypatch.setattr("grace_ds.table.SCHEMA", 3)
+    with pytest.raises(CheckpointError, match="schema 2 .*this version reads 3"):
         Table.load(tmp_path, files, 0, 1, DIM)
 
 

@@ -146,7 +146,7 @@ def test_trusted_samples_without_a_finite_gradient_say_what_to_do() -> None:
         probe = probe_of(model, sketcher, Reads(cycles(24, 2, 0.1)))
         with torch.no_grad():
             model.head.bias[2] = np.inf
-        with pytest.raises(DataError, match="recipe: prior"):
+        with pytest.raises(DataError, match="recipe: content"):
             probe.fit(0, np.arange(40))
         assert sketcher.basis is None
 

@@ -174,7 +174,7 @@ def test_sums_that_are_not_finite_are_an_error(model):
         model.head.weight[3, 2] = np.nan
     with sketcher_of(model) as sketcher:
         target = accumulated(model, sketcher, batches(POOL, 16))
-    with pytest.raises(DataError, match=r"not finite.*recipe: prior"):
+    with pytest.raises(DataError, match=r"not finite.*recipe: content"):
         target.fit(target.pack())
 
 

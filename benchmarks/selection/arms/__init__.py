@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.selection.arms.base import Arm
-from benchmarks.selection.arms.ceiling import CEILINGS, PriorUnique
+from benchmarks.selection.arms.ceiling import CEILINGS, ContentUnique
 from benchmarks.selection.arms.filters import DedupFilter, Dsir
 from benchmarks.selection.arms.graph import D2Pruning, Density, Facility
 from benchmarks.selection.arms.scored import GradientNormTopK, LossTopK, RhoLoss
@@ -26,6 +26,6 @@ ARMS: dict[str, type[Arm]] = {
     "trusted_upsample": TrustedUpsample,
     "oracle": Oracle,
     **{name: system_arm(name) for name in RECIPES},
-    "prior_unique": PriorUnique,
+    "content_unique": ContentUnique,
 }
 SYSTEM = (*RECIPES, *CEILINGS)

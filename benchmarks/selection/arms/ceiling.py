@@ -1,4 +1,4 @@
-"""How far a better filter could take the system: its content prior, told what it would have to find out."""
+"""How far a better filter could take the system: its content filter, told what it would have to find out."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from benchmarks.selection.arms.base import View
 from benchmarks.selection.arms.system import SystemArm
 from grace_ds.quickstart.pollute import Kind
 
-CEILINGS = ("prior_unique",)
+CEILINGS = ("content_unique",)
 
 
-class PriorUnique(SystemArm):
-    """The recipe ``prior`` with every copy and all junk known and left out: what a filter of any kind could add to it.
+class ContentUnique(SystemArm):
+    """The recipe ``content`` with every copy and all junk known and left out: what a filter of any kind could add to it.
 
-    ``prior`` ranks what is left as it always does.  What this arm gains over ``prior`` bounds what finding more of the junk
+    ``content`` ranks what is left as it always does.  What this arm gains over ``content`` bounds what finding more of the junk
     can bring, by gradients or otherwise; it does not bound what another ranking of the unique rows could.
     """
 
-    name = "prior"
+    name = "content"
 
     def begin(self, engine: Any) -> None:
         """Attaches the system with the rows to leave out in a file, as its config takes them."""

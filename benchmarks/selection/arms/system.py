@@ -20,14 +20,19 @@ from benchmarks.selection.arms.base import Arm, Batch, View, job_sampler
 from benchmarks.selection.sizes import training_flops
 from grace_ds.records import Array
 
+OPEN: dict[str, Any] = {"guard": {"enabled": False}}
 RECIPES: dict[str, dict[str, Any]] = {
-    "prior": {"recipe": "prior", "guard": {"enabled": False}},
-    "grace": {"recipe": "grace", "guard": {"enabled": False}},
-    "pseudo": {"recipe": "grace", "guard": {"enabled": False}},
-    "pseudo_prior": {"recipe": "prior", "guard": {"enabled": False}},
+    "content": {"recipe": "content", **OPEN},
+    "grace": {"recipe": "grace", **OPEN},
+    "no_gradients": {"recipe": "grace", "ablate": ["gradients", "loss", "sketches"], **OPEN},
+    "no_graph": {"recipe": "grace", "ablate": ["graph", "sketches"], **OPEN},
+    "no_sketches": {"recipe": "grace", "ablate": ["sketches"], **OPEN},
+    "grace_facility": {"recipe": "grace", "selection": {"objective": "facility_location"}, **OPEN},
+    "pseudo": {"recipe": "grace", **OPEN},
+    "pseudo_content": {"recipe": "content", **OPEN},
     "guarded": {},  # what a block without either key gets
 }
-WITHOUT_TRUSTED = ("pseudo", "pseudo_prior")
+WITHOUT_TRUSTED = ("pseudo", "pseudo_content")
 
 
 def block(name: str, view: View) -> dict[str, Any]:

@@ -30,6 +30,14 @@ def pool_bytes(free: int, share: float = SHARE) -> int:
     return limit
 
 
+def free_bytes() -> int:
+    """Bytes of the current GPU that a pool could have: what is free, and what torch's cache holds for nobody."""
+    import torch
+
+    free, _ = torch.cuda.mem_get_info()
+    return int(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+
+
 @contextmanager
 def gpu_memory(share: float = SHARE) -> Iterator[Any]:
     """A pool for RMM and CuPy for the length of the block; yields the CUDA stream that the work is to go on.
@@ -49,7 +57,7 @@ def gpu_memory(share: float = SHARE) -> Iterator[Any]:
     cupy.cuda.Device(torch.cuda.current_device()).use()
     free, _ = cupy.cuda.runtime.memGetInfo()
     limit = pool_bytes(free, share)
-    before = rmm.mr.get_current_device_resource()
+    before, allocator = rmm.mr.get_current_device_resource(), cupy.cuda.get_allocator()
     pool = rmm.mr.PoolMemoryResource(rmm.mr.CudaMemoryResource(), initial_pool_size=LEAST, maximum_pool_size=limit)
     rmm.mr.set_current_device_resource(pool)
     cupy.cuda.set_allocator(rmm_cupy_allocator)
@@ -59,7 +67,7 @@ def gpu_memory(share: float = SHARE) -> Iterator[Any]:
             yield stream
         stream.synchronize()
     finally:
-        cupy.cuda.set_allocator(cupy.get_default_memory_pool().malloc)
+        cupy.cuda.set_allocator(allocator)
         rmm.mr.set_current_device_resource(before)
         gc.collect()  # whatever still holds a block of the pool keeps the pool
         del pool

@@ -16,6 +16,7 @@ import numpy as np
 
 from grace_ds.comm.base import Comm
 from grace_ds.errors import ConfigError
+from grace_ds.graph import gpu
 from grace_ds.records import Array, FloatArray, IntArray
 
 log = logging.getLogger(__name__)
@@ -88,14 +89,20 @@ def _faiss(recall: float) -> Leaf:
 
 @register("cuvs")
 def _cuvs(recall: float) -> Leaf:
-    for module in ("cuvs", "cupy", "rmm", "raft_dask"):
-        if importlib.util.find_spec(module) is None:
-            cure = "pip install grace_ds[gpu-cu12] (or gpu-cu13), or set graph.leaf to faiss or torch"
-            raise ConfigError(f"graph.leaf is 'cuvs', but {module} is not installed: {cure}")
+    module = gpu.missing()
+    if module:
+        cure = "pip install grace_ds[gpu-cu12] (or gpu-cu13), or set graph.leaf to faiss or torch"
+        raise ConfigError(f"graph.leaf is 'cuvs', but {module} is not installed: {cure}")
     import torch
 
     if not torch.cuda.is_available():
         raise ConfigError("graph.leaf is 'cuvs', but torch sees no GPU on this rank: set graph.leaf to faiss or torch")
+    broken = gpu.broken()
+    if broken:
+        raise ConfigError(
+            f"graph.leaf is 'cuvs', but {broken}; install the extra for the CUDA that torch was built for "
+            "(grace_ds[gpu-cu12] or [gpu-cu13]), or set graph.leaf to faiss or torch"
+        )
     from grace_ds.graph.leaves.cuvs_leaf import CuvsLeaf
 
     return CuvsLeaf(recall)
@@ -123,13 +130,15 @@ def opened(comm: Comm | None, leaf: Leaf) -> AbstractContextManager[None]:
     return leaf.open(comm) if isinstance(leaf, Opened) else nullcontext()
 
 
-def choose(name: str, rows: int, recall: float = 0.99) -> Leaf:
-    """The leaf called ``name``; ``auto`` decides by size and by what is installed, and logs it.
+def choose(name: str, rows: int, recall: float = 0.99, *, device: str = "cpu") -> Leaf:
+    """The leaf called ``name``; ``auto`` decides by device, size and what is installed, and logs it.
 
     Args:
         name: a registered leaf, or ``auto``.
         rows: index rows of the *largest* shard over all ranks, so that all ranks decide alike.
         recall: what an approximate leaf must reach, in (0, 1]; 1 keeps the search exact.
+        device: of the engine, such as ``cpu`` or ``cuda:0``; read by ``auto`` only.  Several ranks leave it and pass the name
+            that :func:`agreed` gives: all must take the same leaf.
 
     Raises:
         ConfigError: the name is unknown, its library is missing, or ``recall`` is out of range.
@@ -137,26 +146,73 @@ def choose(name: str, rows: int, recall: float = 0.99) -> Leaf:
     if not 0.0 < recall <= 1.0:
         raise ConfigError(f"graph.recall is {recall}; it is a share of true neighbours: set it above 0 and at most 1")
     if name == "auto":
-        name = _decide(rows)
+        name, why = automatic(device, rows)
+        log.info("graph.leaf auto: %s (%s)", name, why)
     if name not in _FACTORIES:
         raise ConfigError(f"graph.leaf is {name!r}; known leaves: auto, {', '.join(sorted(_FACTORIES))}")
     return _FACTORIES[name](recall)
 
 
-def exact(name: str) -> Leaf:
-    """The leaf called ``name`` in its exact form, for the clustered tier's many small searches; ``auto``: torch."""
-    return choose("torch" if name == "auto" else name, 0, 1.0)
+def exact(name: str, *, device: str = "cpu") -> Leaf:
+    """The leaf called ``name`` in its exact form, for the clustered tier's many small searches.
+
+    Args:
+        name: a registered leaf; ``auto``: cuvs if it can be used on ``device``, else torch.
+        device: as in :func:`choose`.
+    """
+    if name == "auto":
+        reason = gpu.obstacle(device)
+        name = "torch" if reason else "cuvs"
+        why = f"the device is {device}" if not reason else "; ".join(["small exact searches", *_not_cuvs(device, reason)])
+        log.info("graph.leaf auto: %s (%s)", name, why)
+    return choose(name, 0, 1.0)
 
 
-def _decide(rows: int) -> str:
-    if importlib.util.find_spec("faiss") is not None:
-        kind = f"exact below {FLAT_ROWS}" if rows < FLAT_ROWS else f"approximate from {FLAT_ROWS}"
-        name, why = "faiss", f"{rows} index rows in the largest shard, {kind}"
-    else:
-        slow = "" if rows < FLAT_ROWS else "; this is slow"
-        name, why = "torch", f"{rows} index rows, faiss is not installed (pip install grace_ds[cpu]){slow}"
-    log.info("graph.leaf auto: %s (%s)", name, why)
+def agreed(comm: Comm, name: str, device: str) -> str:
+    """``cuvs`` in the place of ``auto`` if every rank can use it on its GPU; else ``name``.  Collective.
+
+    Ranks that chose by themselves could take different leaves, and only some of them wait for the NCCL clique of cuVS.
+
+    Args:
+        comm: of the ranks that build the graph.
+        name: as configured, the same on all ranks.
+        device: of this rank's engine, of the same kind on all ranks.
+    """
+    if name != "auto" or device.split(":")[0] != "cuda":
+        return name
+    reason = gpu.obstacle(device)
+    able = np.concatenate(comm.allgather(np.array([not reason], np.int64)))
+    if able.all():
+        log.info("graph.leaf auto: cuvs (the device is %s)", device)
+        return "cuvs"
+    unable = ", ".join(map(str, np.flatnonzero(able == 0)))
+    log.info("graph.leaf auto: not cuvs, which rank(s) %s cannot use%s", unable, f"; here: {reason}" if reason else "")
     return name
+
+
+def automatic(device: str, rows: int | None = None) -> tuple[str, str]:
+    """(the leaf that ``auto`` takes, the reason in words).
+
+    Args:
+        device: as in :func:`choose`.
+        rows: likewise; None: not known yet.
+    """
+    reason = gpu.obstacle(device)
+    if not reason:
+        return "cuvs", f"the device is {device}"
+    large = rows is not None and rows >= FLAT_ROWS
+    why = [] if rows is None else [f"{rows} index rows in the largest shard"]
+    name = "torch" if importlib.util.find_spec("faiss") is None else "faiss"
+    if name == "faiss":
+        why.append(f"approximate from {FLAT_ROWS} rows" if large else f"exact below {FLAT_ROWS} rows")
+    else:
+        why.append("faiss is not installed (pip install grace_ds[cpu])" + ("; this is slow" if large else ""))
+    return name, "; ".join([*why, *_not_cuvs(device, reason)])
+
+
+def _not_cuvs(device: str, reason: str) -> list[str]:
+    """What to add to a reason: on a GPU it is asked why the GPU stands idle, elsewhere not."""
+    return [f"not cuvs: {reason}"] if device.split(":")[0] == "cuda" else []
 
 
 def padded(ids: Array, similarity: Array, k: int) -> tuple[IntArray, FloatArray]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from grace_ds.comm.base import Comm
 from grace_ds.graph.leaves import padded
-from grace_ds.records import FloatArray, IntArray
+from grace_ds.records import Array, FloatArray, IntArray
 
 log = logging.getLogger(__name__)
 
@@ -96,11 +96,10 @@ class CuvsLeaf:
 
     def build(self, X: FloatArray, ids: IntArray) -> CuvsIndex:
         """See :class:`grace_ds.graph.leaves.Leaf`."""
-        import cupy
         from cuvs.neighbors import brute_force
 
         self.device.use()
-        rows = cupy.asarray(np.ascontiguousarray(X), dtype=cupy.float16 if self.half else cupy.float32)
+        rows = _on_device(X, np.float16 if self.half else np.float32)
         index = CuvsIndex(rows, ids, host=X)
         if self.is_exact(len(X)) or self.half:
             index.core = brute_force.build(rows, metric="inner_product", resources=self.resources)
@@ -127,12 +126,13 @@ class CuvsLeaf:
         position = np.empty((len(Q), kept), np.int64)
         similarity = np.empty((len(Q), kept), np.float32)
         for lo in range(0, len(Q), QUERY_BLOCK):
-            block = cupy.asarray(np.ascontiguousarray(Q[lo : lo + QUERY_BLOCK]), dtype=index.X.dtype)
+            block = _on_device(Q[lo : lo + QUERY_BLOCK], index.X.dtype)
             near, who = self._block(index, block, kept)
             self.resources.sync()
             position[lo : lo + len(block)] = cupy.asnumpy(who)
             similarity[lo : lo + len(block)] = cupy.asnumpy(near)
-        return padded(np.where(position >= 0, index.ids[position], -1), similarity, k)
+        there = (position >= 0) & (position < len(index.ids))  # cuVS has more than one way to say that it found too few
+        return padded(np.where(there, index.ids[np.where(there, position, 0)], -1), np.where(there, similarity, -np.inf), k)
 
     def _block(self, index: CuvsIndex, Q: Any, k: int) -> tuple[Any, Any]:
         """(similarity, positions) on the device, nearest first."""
@@ -156,6 +156,8 @@ class CuvsLeaf:
         ivf_pq.search(
             ivf_pq.SearchParams(n_probes=probes), core, Q, wide, neighbors=some, distances=rough, resources=self.resources
         )
+        # Where the lists held too few there is no row behind a candidate, and refine would read past the end.
+        some = cupy.clip(some, 0, len(index.ids) - 1)
         near, who = cupy.empty((len(Q), k), cupy.float32), cupy.empty((len(Q), k), cupy.int64)
         refine(index.X, Q, some, k=k, metric="inner_product", indices=who, distances=near, resources=self.resources)
         return near, who
@@ -168,7 +170,7 @@ class CuvsLeaf:
         at = np.linspace(0, len(rows) - 1, min(SAMPLE_QUERIES, len(rows))).astype(np.int64)
         core = brute_force.build(index.X, metric="inner_product", resources=self.resources)
         near, who = cupy.empty((len(at), k), cupy.float32), cupy.empty((len(at), k), cupy.int64)
-        sample = cupy.ascontiguousarray(rows[at])
+        sample = cupy.ascontiguousarray(rows[cupy.asarray(at)])
         brute_force.search(core, sample, k, neighbors=who, distances=near, resources=self.resources)
         self.resources.sync()
         return at, near[:, -1:] - 1e-6
@@ -178,6 +180,7 @@ class CuvsLeaf:
         from cuvs.neighbors import nn_descent
 
         at, bar = self._sample(index, index.X, k)
+        least = np.asarray(bar.get())
         for degree in (d for d in DEGREES if d >= k):
             params = nn_descent.IndexParams(
                 metric="inner_product",
@@ -188,9 +191,8 @@ class CuvsLeaf:
             )
             built = nn_descent.build(params, index.X, resources=self.resources)
             self.resources.sync()
-            graph = np.asarray(built.graph)[:, :k].astype(np.int64)
-            similarity = np.asarray(built.distances)[:, :k].astype(np.float32)
-            reached = float(np.mean(similarity[at] >= np.asarray(bar.get())))
+            graph, similarity = with_own(np.asarray(built.graph), np.asarray(built.distances), index.host, k)
+            reached = float(np.mean(similarity[at] >= least))
             self._tell(f"nn_descent of degree {degree}", len(graph), reached)
             if reached >= self.recall:
                 return graph, similarity
@@ -201,13 +203,13 @@ class CuvsLeaf:
         import cupy
         from cuvs.neighbors import brute_force, ivf_pq
 
-        rows = cupy.asarray(np.ascontiguousarray(Q), dtype=index.X.dtype)
+        rows = _on_device(Q, index.X.dtype)
         at, bar = self._sample(index, rows, k)
         lists = int(2 ** np.round(np.log2(4 * np.sqrt(len(index.ids)))))
         params = ivf_pq.IndexParams(n_lists=lists, metric="inner_product", pq_bits=8)
         core = ivf_pq.build(params, index.X, resources=self.resources)
         for probes in (p for p in PROBES if p <= lists):
-            near, _ = self._probe(index, cupy.ascontiguousarray(rows[at]), k, core, probes)
+            near, _ = self._probe(index, cupy.ascontiguousarray(rows[cupy.asarray(at)]), k, core, probes)
             self.resources.sync()
             reached = float((near >= bar).mean())
             self._tell(f"ivf_pq, {probes} of {lists} lists", len(index.ids), reached)
@@ -218,3 +220,32 @@ class CuvsLeaf:
 
     def _tell(self, what: str, rows: int, reached: float) -> None:
         log.info("graph.leaf cuvs: %s on %d rows: recall %.4f (asked %.4f)", what, rows, reached, self.recall)
+
+
+def with_own(graph: Array, distances: Array, X: FloatArray, k: int) -> tuple[IntArray, FloatArray]:
+    """Each row itself and then its k - 1 nearest others: NN-descent leaves a row out of its own list.
+
+    Args:
+        graph: (m, degree) positions, nearest first, degree >= k.
+        distances: (m, degree) inner products.
+        X: (m, d) float32, the rows.
+        k: columns wanted, at least 1.
+
+    Returns:
+        (m, k) int64 positions and (m, k) float32 similarities.
+    """
+    mine = np.arange(len(graph))[:, None]
+    others = np.argsort(graph[:, :k] == mine, axis=1, kind="stable")[:, : k - 1]  # should a version list the row, it goes last
+    position = np.concatenate([mine, np.take_along_axis(graph[:, :k], others, 1).astype(np.int64)], axis=1)
+    length = np.einsum("nd,nd->n", X, X)[:, None]
+    similarity = np.concatenate([length, np.take_along_axis(distances[:, :k], others, 1)], axis=1)
+    return position, similarity.astype(np.float32)
+
+
+def _on_device(rows: FloatArray, dtype: Any) -> Any:
+    """A contiguous CuPy copy of ``rows`` (n, d), there when this returns: cuVS may read it on another stream."""
+    import cupy
+
+    copied = cupy.asarray(np.ascontiguousarray(rows), dtype=dtype)
+    cupy.cuda.get_current_stream().synchronize()
+    return copied

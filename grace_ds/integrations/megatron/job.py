@@ -37,6 +37,7 @@ from grace_ds.integrations.trusted_set import Extras
 from grace_ds.integrations.verdict import Verdict, job_store
 from grace_ds.integrations.world import refuse_lonely
 from grace_ds.methods import replace_method
+from grace_ds.recipes import AUTO, recipe
 from grace_ds.records import IntArray
 from grace_ds.schedule import Slots
 from grace_ds.trusted import Tokenize
@@ -230,8 +231,8 @@ def wrap(
     if not grace.enabled:
         job.wrapped = True
         return train_ds
-    refuse(grace)
     _speak_up()
+    settle(grace)
     refuse_lonely(dist.get_world_size() if dist.is_initialized() else 1, os.environ)
     facts = facts_of(consumed_samples, micro_batch_size, global_batch_size, num_workers, lag)
     # The first schedule is used until the second takes over, ``lag`` steps after it is made.
@@ -266,12 +267,16 @@ def _speak_up() -> None:
     log.setLevel(logging.WARNING if dist.is_initialized() and dist.get_rank() else logging.INFO)
 
 
-def refuse(config: GraceConfig) -> None:
-    """Raises a ConfigError for what does not work in a Megatron job."""
-    if config.recipe == "grace":
+def settle(config: GraceConfig) -> None:
+    """Makes ``recipe: auto`` the most that works in a Megatron job; raises a ConfigError for what does not."""
+    most = recipe(config.recipe)
+    if config.recipe == AUTO and config.collects and most.fallback is not None:
+        log.info("recipe: auto is %s in a Megatron job, which gradients cannot be read from yet", most.fallback)
+        config.recipe, config.ablate = most.fallback, []
+    if config.collects:
         raise ConfigError(
-            "recipe: grace cannot run in a Megatron job yet: influence needs the second moments of whole layers, and those of a "
-            "row-parallel layer's input pair features of different ranks. Set recipe: prior, which needs no gradient"
+            f"recipe: {config.recipe} cannot run in a Megatron job yet: influence needs the second moments of whole layers, and "
+            "those of a row-parallel layer's input pair features of different ranks. Set recipe: content, which needs no gradient"
         )
     if config.weights != "none":
         raise ConfigError("weights: inverse_probability is not passed on to Megatron's loss; set weights: none")

@@ -1,0 +1,148 @@
+"""The rows of the k-NN graph: a sample's content, and beside it what the model says of it.
+
+    z_i = [sqrt(1 - b - g) content_i ; sqrt(b) sketch_i ; sqrt(g) hidden_i], unit
+
+The learned parts are the sample's own, centred, of unit length, once rows have been collected of it.  Until then they are
+what its neighbours say: the minimiser of the squared distances to its own old value and to theirs,
+
+    (old_i + sum_j w_ij own_j) / (1 + sum_j w_ij),   w = max(cosine, 0)^4,   over the neighbours j with rows of their own,
+
+which starts at 0, stays short where little is known, and so moves no row by much.  Belongs to the refresh's own layer.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from grace_ds.comm.base import Comm
+from grace_ds.gather import Route
+from grace_ds.graph.kept import KeptGraph
+from grace_ds.grid import on_grid
+from grace_ds.propagate import closeness
+from grace_ds.records import HIDDEN, Array, FloatArray, IntArray
+from grace_ds.sketch.project import signs
+from grace_ds.table import Table
+
+SKETCHED = 16  # numbers that a gradient sketch is projected to
+_GRID = 2.0**14  # of the values that are summed up: exact, so equal for any number of ranks
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The learned parts of this rank's samples of the window.
+
+    Attributes:
+        ids: (n,) int64, sorted.
+        step: (n,) int64, optimizer step of the row that a sample's parts are its own from; -1 where they are its neighbours'.
+        values: (n, SKETCHED + HIDDEN) float32, each part of length 1 at most.
+    """
+
+    ids: IntArray
+    step: IntArray
+    values: FloatArray
+
+    @staticmethod
+    def empty() -> Learned:
+        """Of no sample."""
+        return Learned(np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, SKETCHED + HIDDEN), np.float32))
+
+
+def learn(comm: Comm, before: Learned, own: IntArray, table: Table, graph: KeptGraph | None, seed: int) -> Learned:
+    """The learned parts of the samples ``own``, from what has been collected since.  Collective.
+
+    Args:
+        before: of the last refresh.
+        own: (n,) int64, sorted, this rank's samples of the window now.
+        table: this rank's rows.
+        graph: of the last refresh; None before the first.
+        seed: of the projection of the sketches; equal on all ranks.
+    """
+    step = np.full(len(own), -1, np.int64)
+    values = np.zeros((len(own), SKETCHED + HIDDEN), np.float32)
+    stays, there = _both(own, before.ids)
+    step[stays], values[stays] = before.step[there], before.values[there]
+    at = table.lookup(own)
+    last = np.full(len(own), -1, np.int64)
+    last[at >= 0] = table.last[at[at >= 0]]
+    fresh = np.flatnonzero((at >= 0) & (step != last))
+    rows = table.rows.take(at[fresh])
+    projected = rows.sketch.astype(np.float32) @ _projection(seed, rows.sketch.shape[1])
+    new = _centred(comm, np.concatenate([projected, rows.hidden.astype(np.float32)], 1))
+    # A single gradient is noisy: a sample that is collected again takes the mean of what it was and what it is.
+    values[fresh] = np.where(step[fresh, None] >= 0, _unit_parts(values[fresh].astype(np.float64) + new), new)
+    step[fresh] = last[fresh]
+    if graph is not None:
+        values = _from_neighbours(comm, own, step, values, graph)
+    return Learned(own, step, values)
+
+
+def embed(content: FloatArray, learned: FloatArray, sketch_share: float, hidden_share: float) -> FloatArray:
+    """(n, d + SKETCHED + HIDDEN) float32 rows of the graph, of unit length or 0, in half precision.
+
+    Args:
+        content: (n, d) float32, of unit length or 0.
+        learned: (n, SKETCHED + HIDDEN), of :class:`Learned`.
+    """
+    weights = np.sqrt([1 - sketch_share - hidden_share, sketch_share, hidden_share]).astype(np.float32)
+    parts = (content, learned[:, :SKETCHED], learned[:, SKETCHED:])
+    rows = np.concatenate([weight * part for weight, part in zip(weights, parts, strict=True)], axis=1)
+    length = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))[:, None]
+    unit = np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)
+    return on_grid(unit.astype(np.float16).astype(np.float32))
+
+
+@functools.lru_cache(maxsize=2)
+def _projection(seed: int, width: int) -> FloatArray:
+    """(width, SKETCHED) float32 of equal numbers with random signs."""
+    return np.ascontiguousarray(signs("embedding", seed, "sketch", (SKETCHED, width)).T)
+
+
+def _centred(comm: Comm, rows: FloatArray) -> FloatArray:
+    """``rows`` (n, SKETCHED + HIDDEN) less the mean over all ranks' rows, each part of length 1, or 0.  Collective."""
+    # Parts may be of any scale: brought near 1 by the power of two that fits all of them.
+    parts = [rows[:, :SKETCHED], rows[:, SKETCHED:]]
+    largest = comm.allreduce(np.array([float(np.abs(part).max(initial=0.0)) for part in parts]), "max")
+    scaled = [np.ldexp(part, -int(np.frexp(top)[1])) for part, top in zip(parts, largest, strict=True)]
+    grid = [np.rint(part.astype(np.float64) * _GRID).astype(np.int64) for part in scaled]
+    sums: IntArray = comm.allreduce(np.concatenate([*(part.sum(0) for part in grid), np.array([len(rows)])]))
+    mean = sums[:-1].astype(np.float64) / _GRID / max(int(sums[-1]), 1)
+    centred = np.concatenate(scaled, axis=1).astype(np.float64) - mean
+    return _unit_parts(centred)
+
+
+def _unit_parts(x: Array) -> FloatArray:
+    """``x`` (n, SKETCHED + HIDDEN), each part of length 1, or 0."""
+    return np.concatenate([_unit(x[:, :SKETCHED]), _unit(x[:, SKETCHED:])], axis=1)
+
+
+def _unit(x: Array) -> FloatArray:
+    length = np.sqrt(np.add.reduce(np.square(x), axis=1, keepdims=True))
+    return np.asarray(np.divide(x, length, out=np.zeros_like(x), where=length > 1e-9), np.float32)
+
+
+def _from_neighbours(comm: Comm, own: IntArray, step: IntArray, values: FloatArray, graph: KeptGraph) -> FloatArray:
+    """``values`` with those of samples without a row of their own moved towards their neighbours'.  Collective."""
+    edges = graph.neighbours()
+    route = Route.of(comm, edges.ids.reshape(-1), own)
+    table = route.exchange(np.where(step[:, None] >= 0, values, np.float32(0)))
+    known = route.exchange((step >= 0).astype(np.float64))
+    place, weight = route.place.reshape(edges.ids.shape), closeness(edges.similarity)
+    asking, there = _both(own, graph.ids)
+    asking, there = asking[step[asking] < 0], there[step[asking] < 0]
+    mass, total = np.ones(len(asking)), values[asking].astype(np.float64)
+    for j in range(edges.ids.shape[1]):  # neighbour by neighbour: the order of a sum must not depend on the rows beside it
+        w: Array = weight[there, j] * known[place[there, j]]
+        total += w.reshape(-1, 1) * table[place[there, j]]
+        mass += w
+    out: FloatArray = values.copy()
+    out[asking] = total / mass.reshape(-1, 1)
+    return out
+
+
+def _both(a: IntArray, b: IntArray) -> tuple[IntArray, IntArray]:
+    """Positions in ``a`` and in ``b`` (both sorted, unique) of what they share."""
+    _, in_a, in_b = np.intersect1d(a, b, assume_unique=True, return_indices=True)
+    return in_a.astype(np.int64), in_b.astype(np.int64)

@@ -1,0 +1,106 @@
+"""Rows that have moved, put into the lists of the rows that they have come near to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from grace_ds.comm.base import Comm
+from grace_ds.graph.merge import PAD, merge, pack, unpack
+from grace_ds.graph.search import rounding
+from grace_ds.records import Array, FloatArray, IntArray
+
+BLOCK = 1 << 20  # similarities at a time
+PAIRS = 1 << 13  # pairs of rows at a time whose similarity is computed exactly: with 128 columns 8 MiB each side
+
+
+@dataclass(frozen=True)
+class Moved:
+    """The moved rows of all ranks, in rank order.
+
+    Attributes:
+        ids: (m,) int64.
+        X: (m, d) float32.
+        where: (m, o) int32, their clusters; o is 0 in the exact tier.
+    """
+
+    ids: IntArray
+    X: FloatArray
+    where: Array
+
+    @staticmethod
+    def gathered(comm: Comm, ids: IntArray, X: FloatArray, where: Array) -> Moved:
+        """All ranks' parts.  Collective."""
+        return Moved(*(np.concatenate(comm.allgather(np.ascontiguousarray(a))) for a in (ids, X, where)))
+
+
+def insert(ids: IntArray, X: FloatArray, where: Array, keys: IntArray, depth: IntArray, moved: Moved) -> IntArray:
+    """The lists of this rank's rows with those moved rows that belong in.
+
+    Args:
+        ids, X, where: (n,), (n, d), (n, o) of this rank; rows are compared where they share a cluster, all where o is 0.
+        keys: (n, w) their lists; a list takes a moved row in that is no further than ``depth`` (n,).
+        moved: of all ranks; those of this rank are among ``ids`` too and are left alone.
+
+    Returns:
+        (n, w) int64.
+    """
+    if not len(moved.ids) or not len(ids):
+        return keys
+    bar = unpack(depth[:, None]).similarity[:, 0].astype(np.float32) - np.float32(rounding(X.shape[1]))
+    bar[np.isin(ids, moved.ids)] = np.inf  # their own lists are searched for
+    taken: list[IntArray] = []
+    for rows, columns in _shared(where, moved.where):
+        there = moved.X[columns].T
+        step = max(1, BLOCK // len(columns))
+        for lo in range(0, len(rows), step):
+            part = rows[lo : lo + step]
+            near = np.flatnonzero(X[part] @ there >= bar[part][:, None])  # several times faster than nonzero in two axes
+            row, column = np.divmod(near, len(columns))
+            taken.append(np.stack([part[row], columns[column]]))
+    pairs = np.concatenate(taken, axis=1) if taken else np.empty((2, 0), np.int64)
+    return _taken_in(keys, depth, pairs, ids, X, moved)
+
+
+def _shared(here: Array, there: Array) -> list[tuple[IntArray, IntArray]]:
+    """(rows, moved rows) of each cluster that has both."""
+    if not here.shape[1]:
+        return [(np.arange(len(here)), np.arange(len(there)))]
+    mine, theirs = _by_cluster(here), _by_cluster(there)
+    return [(mine[c], columns) for c, columns in theirs.items() if c in mine]
+
+
+def _by_cluster(where: Array) -> dict[int, IntArray]:
+    flat = where.reshape(-1)
+    order = np.argsort(flat, kind="stable")
+    names, start = np.unique(flat[order], return_index=True)
+    return {int(c): rows // where.shape[1] for c, rows in zip(names, np.split(order, start[1:]), strict=True)}
+
+
+def _taken_in(keys: IntArray, depth: IntArray, pairs: IntArray, ids: IntArray, X: FloatArray, moved: Moved) -> IntArray:
+    """The lists with those moved rows of ``pairs`` (2, p) that are no further than the list is complete."""
+    wanted = keys.shape[1]
+    pairs = np.stack(np.divmod(np.unique(pairs[0] * len(moved.ids) + pairs[1]), len(moved.ids)))
+    exact = np.concatenate(
+        [
+            np.empty(0),
+            *(
+                np.einsum("pd,pd->p", X[a].astype(np.float64), moved.X[b].astype(np.float64))
+                for a, b in (pairs[:, lo : lo + PAIRS] for lo in range(0, pairs.shape[1], PAIRS))
+            ),
+        ]
+    )
+    fresh = pack(exact, moved.ids[pairs[1]])
+    good = fresh <= depth[pairs[0]]
+    row, fresh = pairs[0][good], fresh[good]
+    order = np.lexsort((fresh, row))
+    row, fresh = row[order], fresh[order]
+    place = np.arange(len(row)) - np.searchsorted(row, row)  # among a row's new ones, nearest first
+    keep = place < wanted
+    names, at = np.unique(row[keep], return_inverse=True)
+    wide = np.full((len(names), int(place[keep].max(initial=-1)) + 1), PAD)
+    wide[at, place[keep]] = fresh[keep]
+    out: IntArray = keys.copy()
+    out[names] = merge(keys[names], wide, wanted)
+    return out

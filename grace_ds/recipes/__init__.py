@@ -1,0 +1,51 @@
+"""Recipes: what a coreset is chosen by, as values.
+
+To add one, write a file of this package that calls :func:`~grace_ds.recipes.base.register` and import it below.  No other
+module asks for a recipe by its name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from array_api_compat import array_namespace
+
+from grace_ds.recipes import content, density, grace, uniform  # noqa: F401 - each registers itself
+from grace_ds.recipes.base import PARTS, RECIPES, Factors, Recipe, register
+from grace_ds.records import Array, Signals
+
+__all__ = ["AUTO", "DEFAULT", "PARTS", "Factors", "Recipe", "depth", "log_importance", "names", "recipe", "register"]
+
+AUTO = "auto"  # in the configuration: the default where gradients can be read, else what that falls back to
+DEFAULT = grace.GRACE.name
+
+
+def names() -> tuple[str, ...]:
+    """All recipes, the richest first."""
+    return tuple(sorted(RECIPES, key=depth, reverse=True))
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe called ``name``, the default one for :data:`AUTO`."""
+    return RECIPES[DEFAULT if name == AUTO else name]
+
+
+def depth(name: str) -> int:
+    """How many recipes ``name`` can fall back to, one after another: 0 for the uniform order."""
+    below = recipe(name).fallback
+    return 0 if below is None else 1 + depth(below)
+
+
+def log_importance(of: Recipe, signals: Signals, parts: frozenset[str]) -> Array:
+    """(n,) float64 logarithm of each sample's unnormalised chance, the sum of those of the recipe's factors.
+
+    Args:
+        signals: of n samples, NumPy, torch or CuPy arrays.
+        parts: in force; those that the recipe does not use are ignored.
+    """
+    xp: Any = array_namespace(signals.density)
+    total = xp.zeros_like(xp.astype(signals.density, xp.float64))
+    for factor in of.factors(signals, parts & of.uses).values():
+        total = total + xp.log(factor)
+    result: Array = total
+    return result

@@ -1,0 +1,40 @@
+"""GRACE: content, the influence and the loss of each sample, and how crowded the k-NN graph is around it.
+
+    importance = keep · copies · influence · loss · crowding
+
+Influence and loss are measured for the samples that the job has trained on, and spread to the others along the graph.
+"""
+
+from __future__ import annotations
+
+from grace_ds.recipes.base import Factors, Recipe, register
+from grace_ds.recipes.content import factors as content
+from grace_ds.recipes.weights import any_known, rank01, soft_pass, uncrowded
+from grace_ds.records import Signals
+
+INFLUENCE_CUT, INFLUENCE_SOFTNESS = -1.5, 0.2  # of the filter by influence, in deviations of the trusted samples
+LOSS_BASE = 0.3  # a sample of the lowest loss keeps 0.3 / 1.3 of the highest's chance
+
+
+def factors(signals: Signals, parts: frozenset[str]) -> Factors:
+    """Those of ``content``, and ``influence``, ``loss`` and ``crowding`` where they are in force and anything is known."""
+    found = dict(content(signals, parts))
+    if "gradients" in parts and any_known(signals.align):
+        found["influence"] = soft_pass(signals.align, INFLUENCE_CUT, INFLUENCE_SOFTNESS)
+    if "loss" in parts and any_known(signals.loss):
+        found["loss"] = LOSS_BASE + rank01(signals.loss)
+    if "graph" in parts and any_known(signals.crowding):
+        found["crowding"] = uncrowded(signals.crowding)
+    return found
+
+
+GRACE = register(
+    Recipe(
+        "grace",
+        frozenset({"gradients", "loss", "graph", "sketches"}),
+        content=True,
+        trusted=True,
+        fallback="content",
+        factors=factors,
+    )
+)
