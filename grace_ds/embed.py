@@ -69,8 +69,9 @@ def learn(comm: Comm, before: Learned, own: IntArray, table: Table, graph: KeptG
     last[at >= 0] = table.last[at[at >= 0]]
     fresh = np.flatnonzero((at >= 0) & (step != last))
     rows = table.rows.take(at[fresh])
-    projected = rows.sketch.astype(np.float32) @ _projection(seed, rows.sketch.shape[1])
-    new = _centred(comm, np.concatenate([projected, rows.hidden.astype(np.float32)], 1))
+    # Half precision by powers of two, summed up in float64, is exact: the order of a product's sums follows its shape.
+    projected = rows.sketch.astype(np.float64) @ _projection(seed, rows.sketch.shape[1])
+    new = _centred(comm, np.concatenate([projected, rows.hidden.astype(np.float64)], 1))
     # A single gradient is noisy: a sample that is collected again takes the mean of what it was and what it is.
     values[fresh] = np.where(step[fresh, None] >= 0, _unit_parts(values[fresh].astype(np.float64) + new), new)
     step[fresh] = last[fresh]
@@ -95,21 +96,21 @@ def embed(content: FloatArray, learned: FloatArray, sketch_share: float, hidden_
 
 
 @functools.lru_cache(maxsize=2)
-def _projection(seed: int, width: int) -> FloatArray:
-    """(width, SKETCHED) float32 of equal numbers with random signs."""
-    return np.ascontiguousarray(signs("embedding", seed, "sketch", (SKETCHED, width)).T)
+def _projection(seed: int, width: int) -> Array:
+    """(width, SKETCHED) float64, one power of two with random signs."""
+    return np.ascontiguousarray(signs("embedding", seed, "sketch", (SKETCHED, width)).T, np.float64)
 
 
-def _centred(comm: Comm, rows: FloatArray) -> FloatArray:
+def _centred(comm: Comm, rows: Array) -> FloatArray:
     """``rows`` (n, SKETCHED + HIDDEN) less the mean over all ranks' rows, each part of length 1, or 0.  Collective."""
     # Parts may be of any scale: brought near 1 by the power of two that fits all of them.
     parts = [rows[:, :SKETCHED], rows[:, SKETCHED:]]
     largest = comm.allreduce(np.array([float(np.abs(part).max(initial=0.0)) for part in parts]), "max")
     scaled = [np.ldexp(part, -int(np.frexp(top)[1])) for part, top in zip(parts, largest, strict=True)]
-    grid = [np.rint(part.astype(np.float64) * _GRID).astype(np.int64) for part in scaled]
+    grid = [np.rint(part * _GRID).astype(np.int64) for part in scaled]
     sums: IntArray = comm.allreduce(np.concatenate([*(part.sum(0) for part in grid), np.array([len(rows)])]))
     mean = sums[:-1].astype(np.float64) / _GRID / max(int(sums[-1]), 1)
-    centred = np.concatenate(scaled, axis=1).astype(np.float64) - mean
+    centred = np.concatenate(scaled, axis=1) - mean
     return _unit_parts(centred)
 
 

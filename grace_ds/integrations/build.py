@@ -236,7 +236,7 @@ class Contents:
             **common,
             want_density=True,
             want_tfidf=c.builds_graph,
-            want_statistics="gradients" in c.parts,
+            want_statistics=c.collects,
             cache_dir=c.features.cache_dir,
             keep_counts=rolls,
         )

@@ -267,7 +267,7 @@ class CachedContents:
             return self.job(kept, ids)
         # Not by this rank's ids, which may be none of two windows: all ranks must compute, or none.
         self.windows += (pool_of(self.case).window_at(len(self.windows)).tobytes(),)
-        wanted = (self.config.builds_graph, "gradients" in self.config.parts)
+        wanted = (self.config.builds_graph, self.config.collects)
         key = (self.windows, self.case.trusted, self.tied, *wanted)
         if key not in self.cache:
             made = self.job(kept, ids)

@@ -34,6 +34,8 @@ from tests.multirank.schedule_job import (
     work,
 )
 
+pytestmark = pytest.mark.timeout(400)
+
 SIZES = (1, 2, 3, 4)
 VERSIONS = range(len(STEPS))
 SLOTS = (INTERVAL + SLACK) * BATCH
