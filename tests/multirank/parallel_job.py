@@ -54,6 +54,7 @@ def collate(items: list[dict[str, torch.Tensor]]) -> Batch:
 
 def ds_config() -> dict[str, Any]:
     grace = {
+        "recipe": "content",  # what auto is where ranks share a model; alone, a rank would choose by gradients too
         "budget": 0.3,
         "guard": {"enabled": False},
         "refresh": {"interval_steps": 4, "cadence": "fixed", "timeout_seconds": 30},
