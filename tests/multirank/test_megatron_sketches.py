@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 pytest.importorskip("megatron.core", reason="megatron-core is not installed (pip install grace_ds[megatron])")
 
 from grace_ds.config.schema import HarvestConfig
+from grace_ds.records import HIDDEN
 from tests.multirank.harness import ROOT, run_ranks
 from tests.multirank.megatron_job import DIM, LENGTH, VOCAB, Case, refusals, work
 
@@ -78,7 +79,7 @@ def test_megatron_sums_are_small(results):
     """One sum a window: so many numbers a sample, and once the unfolded sketches."""
     for case, ranks in results.items():
         samples = case.micro * case.rows
-        window, once = samples * (DIM + 3) * 4, samples * (9 * 64 + 1) * 4
+        window, once = samples * (DIM + 3 + HIDDEN) * 4, samples * (9 * 64 + 1) * 4
         assert all(rank["bytes"] == window + once for rank in ranks)
 
 
@@ -90,7 +91,7 @@ def test_megatron_sums_are_a_thousandth_of_the_gradients():
     samples = c.train.batch / (c.processes / parts)
     dim = HarvestConfig().dim
     assert dim == DIM  # what the test above has counted
-    assert 0.0005 < samples * (dim + 3) * 4 / gradients < 0.001
+    assert 0.0005 < samples * (dim + 3 + HIDDEN) * 4 / gradients < 0.001
     once = samples * (c.model.layers // 2 * 4 * HarvestConfig().rank ** 2 + 1) * 4
     assert once / (gradients * c.grace.refresh.interval_steps) < 0.0001  # the layers' scale, in a run's first window only
 
