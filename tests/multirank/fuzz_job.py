@@ -178,7 +178,7 @@ class Damage:
     # -- what another version might have written: every digest fits ----------------------------------------------------
 
     def forged_schema(self) -> str:
-        value = self.pick([0, 2, 99, -1, None, "1", 1.5, True, []])
+        value = self.pick([0, 1, 99, -1, None, "2", 1.5, True, []])
         where = self.pick(["manifest", "state", "both"])
         inside = None if where == "manifest" else [value]
         self.forge(lambda m: m.update(schema=value) if where != "state" else None, schema=inside)
@@ -219,7 +219,7 @@ class Damage:
         columns = load(self.whole[path])
         name = self.pick(sorted(columns))
         if name == "schema":
-            columns[name] = np.array([self.pick([0, 2, 99])], np.int64)
+            columns[name] = np.array([self.pick([0, 1, 99])], np.int64)
         elif self.rng.random() < 0.3:
             del columns[name]
         else:

@@ -145,6 +145,16 @@ def test_the_share_that_content_tells_is_the_true_one(noise: float | None, share
     assert half.fit.explained == pytest.approx(share, abs=0.06)  # fewer labels, the same share
 
 
+def test_a_few_labels_of_noise_are_not_taken_for_what_content_tells() -> None:
+    """A fit to them would describe them well: what counts is how well it foretells others."""
+    w, shares = Window(), []
+    for seed in range(20):
+        label = np.full(N, np.nan, np.float32)
+        label[:120] = np.random.default_rng(seed).normal(size=120)
+        shares.append(w.found(label).fit.explained)
+    assert np.mean(shares) < 0.02
+
+
 def test_one_label_tells_of_no_other() -> None:
     label = np.full(N, np.nan, np.float32)
     label[7] = 2.0
