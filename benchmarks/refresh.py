@@ -29,7 +29,7 @@ from grace_ds.graph.leaves.faiss_leaf import FaissLeaf
 from grace_ds.order import SamplerOrder
 from grace_ds.pool import Pool
 from grace_ds.quickstart.corpus import CorpusSpec, prepare
-from grace_ds.records import HIDDEN, Array, IntArray, Rows
+from grace_ds.records import HIDDEN, Array, IntArray, Losses, Rows
 from grace_ds.refresh import Outcome, refresh
 from grace_ds.schedule import Ledger
 from grace_ds.selection.prior import BigramPrior
@@ -113,7 +113,8 @@ def measure(data: Path, n: int, dim: int, repeats: int, objective: str) -> list[
     nobody = np.empty(0, np.int64)
     pipeline = Pipeline(comm, config, pool, SamplerOrder(n), BATCH, contents, nobody, nobody, prior.held_out)
     old, new = _harvest(n, config.harvest.dim, interval)
-    inputs = Inputs(new, Table.empty(config.harvest.dim).merge(old), Ledger(), 20 * interval, 1, 0, interval, {0: 0.4})
+    tables = Table(Rows.empty(config.harvest.dim)).merge(old), Table(Losses.empty()).merge(old.losses)
+    inputs = Inputs(new, new.losses, *tables, Ledger(), 20 * interval, 1, 0, interval, {0: 0.4})
     out = []
     for _ in range(repeats):
         before = _reset_peak()
@@ -131,7 +132,16 @@ def _later(pipeline: Pipeline, first: Inputs, outcome: Outcome, interval: int, r
     """Seconds of the next refresh, which keeps content and graph: rows of as many samples have been collected again."""
     step = first.step + interval
     again = replace(rows, step=rows.step + interval, sketch=rows.sketch[::-1].copy(), hidden=rows.hidden[::-1].copy())
-    x = replace(first, rows=again, table=outcome.table, kept=outcome.kept, step=step, version=first.version + 1)
+    x = replace(
+        first,
+        rows=again,
+        losses=again.losses,
+        table=outcome.table,
+        seen=outcome.seen,
+        kept=outcome.kept,
+        step=step,
+        version=first.version + 1,
+    )
     started = time.perf_counter()
     found = refresh(pipeline, x)
     graph = found.kept.graph
@@ -185,7 +195,7 @@ def _harvest(n: int, dim: int, interval: int) -> tuple[Rows, Rows]:
         draw = rng.standard_normal((3, m)).astype(np.float32)
         align, basis = 0.4 + 0.2 * draw[2], np.zeros(m, np.int32)
         hidden = rng.standard_normal((m, HIDDEN)).astype(np.float16)
-        return Rows(ids, sketch[ids], np.abs(draw[0]), draw[1], align, steps.astype(np.int64), basis, hidden)
+        return Rows(ids, steps.astype(np.int64), sketch[ids], np.abs(draw[0]), draw[1], align, basis, hidden)
 
     ids = np.arange(n, dtype=np.int64)
     newest = rng.permutation(n)[: interval * BATCH]

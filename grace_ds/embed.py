@@ -22,7 +22,7 @@ from grace_ds.gather import Route
 from grace_ds.graph.kept import KeptGraph
 from grace_ds.grid import on_grid
 from grace_ds.propagate import closeness
-from grace_ds.records import HIDDEN, Array, FloatArray, IntArray
+from grace_ds.records import HIDDEN, Array, FloatArray, IntArray, Rows
 from grace_ds.sketch.project import signs
 from grace_ds.table import Table
 
@@ -50,7 +50,7 @@ class Learned:
         return Learned(np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, SKETCHED + HIDDEN), np.float32))
 
 
-def learn(comm: Comm, before: Learned, own: IntArray, table: Table, graph: KeptGraph | None, seed: int) -> Learned:
+def learn(comm: Comm, before: Learned, own: IntArray, table: Table[Rows], graph: KeptGraph | None, seed: int) -> Learned:
     """The learned parts of the samples ``own``, from what has been collected since.  Collective.
 
     Args:

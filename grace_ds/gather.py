@@ -1,6 +1,6 @@
 """Rows and values travel to the ranks that own their ids.
 
-Rows are harvested wherever a sample was trained on, and kept where its bucket lives (:mod:`grace_ds.buckets`).
+Rows are collected wherever a sample was trained on, and kept where its bucket lives (:mod:`grace_ds.buckets`).
 ``gather_rows`` brings them home; a :class:`Route` reads values of any samples from their owners.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 from grace_ds.buckets import owner_of
 from grace_ds.comm.base import Comm
 from grace_ds.errors import DataError
-from grace_ds.records import Array, IntArray, Rows
+from grace_ds.records import Array, C, Columns, IntArray
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Sent:
     Attributes:
         bytes: handed to the exchange, those that stay on this rank included.
         out_of_range: id outside of the dataset: padding of an incomplete batch.
-        not_finite: NaN or infinity in the sketch or its norm, as after an overflow of the loss scale.
+        not_finite: NaN or infinity in what they tell, as after an overflow of the loss scale.
     """
 
     bytes: int
@@ -31,31 +31,32 @@ class Sent:
     not_finite: int
 
 
-def gather_rows(comm: Comm, rows: Rows, n_dataset: int) -> tuple[Rows, Sent]:
+def gather_rows(comm: Comm, rows: C, n_dataset: int) -> tuple[C, Sent]:
     """Sends each row to the owner of its id.  Collective.
 
     Args:
-        rows: this rank's harvest, any order, with repeats and padding.
+        rows: of this rank, any order, with repeats and padding.
         n_dataset: samples in the dataset; other ids are dropped.
 
     Returns:
         The rows that this rank owns, from all ranks: sorted by id, repeats kept (of equal ids by step, and of equal
-        steps by what the rows say, never by who harvested them); and what this rank has sent and dropped.
+        steps by what the rows say, never by who has sent them); and what this rank has sent and dropped.
     """
     inside = (rows.ids >= 0) & (rows.ids < n_dataset)
-    finite = np.isfinite(rows.sketch).all(axis=1) & np.isfinite(rows.norm)
+    finite = rows.finite()
     kept = np.flatnonzero(inside & finite)
     kind = _record(rows)
     packed = np.empty(len(kept), kind)
-    for f in fields(Rows):
+    for f in fields(rows):
         packed[f.name] = getattr(rows, f.name)[kept]
     got = np.concatenate(comm.exchange(_by_owner(_flat(packed), owner_of(rows.ids[kept], comm.size), comm.size)[0]))
     back = got.reshape(-1).view(kind)
     # A sample that stands twice in a batch may come from two ranks with two rows (dropout), of which the table keeps the
     # last: which one that is must not depend on the number of ranks.
-    back = back[np.lexsort([back[name] for name in ("align", "loss", "norm", "step", "ids")])]
+    told = sorted(f.name for f in fields(rows) if f.name not in ("ids", "step") and back[f.name].ndim == 1)
+    back = back[np.lexsort([back[name] for name in (*told, "step", "ids")])]
     sent = Sent(packed.nbytes, int((~inside).sum()), int((inside & ~finite).sum()))
-    return Rows(**{f.name: np.ascontiguousarray(back[f.name]) for f in fields(Rows)}), sent
+    return type(rows)(**{f.name: np.ascontiguousarray(back[f.name]) for f in fields(rows)}), sent
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,9 @@ class Route:
         return out
 
 
-def _record(rows: Rows) -> np.dtype[np.void]:
+def _record(rows: Columns) -> np.dtype[np.void]:
     """One packed row: all columns of ``rows`` side by side."""
-    columns = [(f.name, getattr(rows, f.name)) for f in fields(Rows)]
+    columns = [(f.name, getattr(rows, f.name)) for f in fields(rows)]
     return np.dtype([(name, column.dtype, column.shape[1:]) for name, column in columns])
 
 

@@ -1,25 +1,41 @@
-"""Rows from the job's own steps: bindings in, committed rows out, with losses centred on the run's running mean."""
+"""Rows from the job's own steps: micro-batches in, committed rows and losses out, centred on the run's running mean."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from grace_ds.comm.base import Comm
 from grace_ds.config.schema import HarvestConfig
 from grace_ds.errors import CheckpointError
-from grace_ds.records import FloatArray, Rows
-from grace_ds.sketch.binding import Binding, Harvested
+from grace_ds.records import FloatArray, Losses, Rows
+from grace_ds.sketch.binding import Binding, Harvested, Reading
 from grace_ds.sketch.sketcher import Sketcher
 
 log = logging.getLogger("grace_ds")
 
 _MEMORY = 0.98  # of the running mean of the loss, per optimizer step
+
+
+@dataclass(frozen=True)
+class Harvest:
+    """What an interval's steps told, on this rank, losses centred on the running mean at their step.
+
+    Attributes:
+        rows: of the steps that were collected.
+        losses: of all steps, those of ``rows`` among them; finite.
+        running_mean: of the losses after the last of them; None where none was seen.
+    """
+
+    rows: Rows
+    losses: Losses
+    running_mean: float | None
 
 
 class Harvester:
@@ -36,13 +52,16 @@ class Harvester:
         self.rows_dropped = 0  # of steps before the layer scale was frozen, or without a finite gradient
         self.seconds = 0.0  # spent here and not in the hooks
         self._inbox: list[Rows] = []
-        self._steps: list[int] = []
-        self._sums: list[tuple[float, int]] = []
+        self._read: list[tuple[int, Reading]] = []  # steps and what was read of them; brought from the device once a refresh
+
+    def read(self, readings: Sequence[Reading], step: int) -> None:
+        """Keeps the losses of an optimizer step that was applied and whose gradients were not collected."""
+        self._read += [(step, reading) for reading in readings if reading.losses is not None]
 
     def commit(self, bindings: Sequence[Binding], step: int, grad_scale: float, comm: Comm) -> None:
         """Keeps the rows of an optimizer step that was applied.
 
-        The first step that is harvested gives the frozen scale of the layers and no rows; that is the one collective.
+        The first step that is collected gives the frozen scale of the layers and no rows; that is the one collective.
 
         Args:
             bindings: of the step's micro-batches, on this rank.
@@ -64,36 +83,35 @@ class Harvester:
         parts = [h.rows(step) for h in harvested]
         self.rows_dropped += sum(len(h.ids) for h in harvested) - sum(map(len, parts))
         self._inbox += parts
-        losses = np.concatenate([p.loss for p in parts]) if parts else np.empty(0, np.float32)
-        finite = losses[np.isfinite(losses)]
-        self._steps.append(step)
-        self._sums.append((float(finite.sum(dtype=np.float64)), len(finite)))
 
     def discard(self, bindings: Sequence[Binding]) -> None:
         """Drops bindings of a step that was not applied."""
         for binding in bindings:
             self.sketcher.discard(binding)
 
-    def pending(self, comm: Comm) -> tuple[Rows, float | None]:
-        """The rows kept so far, centred, and the running mean that :meth:`drained` will take over.  Collective.
+    def pending(self, comm: Comm) -> Harvest:
+        """What has been kept so far, centred, and the running mean that :meth:`drained` will take over.  Collective.
 
         Nothing is removed yet, so that a refresh that fails loses nothing.
         """
         rows = Rows.concat(self._inbox) if self._inbox else Rows.empty(self.sketcher.dim)
-        first = int(comm.allreduce(np.array([min(self._steps, default=2**62)], np.int64), "min")[0])
-        last = int(comm.allreduce(np.array([max(self._steps, default=-1)], np.int64), "max")[0])
+        losses = Losses.concat([_losses(self._read), rows.losses])
+        losses = losses.take(losses.finite())
+        first = int(comm.allreduce(np.array([losses.step.min(initial=2**62)], np.int64), "min")[0])
+        last = int(comm.allreduce(np.array([losses.step.max(initial=-1)], np.int64), "max")[0])
         if last < first:
-            return rows, self.running_mean
-        sums = np.zeros((last - first + 1, 2), np.float64)
-        for step, (total, count) in zip(self._steps, self._sums, strict=True):
-            sums[step - first] += total, count
+            return Harvest(rows, losses, self.running_mean)
+        at = losses.step - first
+        sums = np.stack([np.bincount(at, weights, last - first + 1) for weights in (losses.loss.astype(np.float64), None)], 1)
         means, final = _running_means(comm.allreduce(sums), self.running_mean)
-        return replace(rows, loss=rows.loss - means[rows.step - first]), final
+        known = np.clip(rows.step - first, 0, last - first)  # a row without a loss may be of a step without any
+        rows = replace(rows, loss=rows.loss - means[known])
+        return Harvest(rows, replace(losses, loss=losses.loss - means[at]), final)
 
     def drained(self, running_mean: float | None) -> None:
-        """Forgets what :meth:`pending` gave, which has found its place in the table."""
+        """Forgets what :meth:`pending` gave, which has found its place in the tables."""
         self.running_mean = running_mean
-        self._inbox, self._steps, self._sums = [], [], []
+        self._inbox, self._read = [], []
 
     @property
     def total_seconds(self) -> float:
@@ -134,6 +152,16 @@ class Harvester:
         total = comm.allreduce(self.sketcher.scale.sums())
         if total[-1] > 0:
             self.sketcher.scale.freeze(total)
+
+
+def _losses(read: Sequence[tuple[int, Reading]]) -> Losses:
+    """Raw losses of what was read, in that order."""
+    tensors = [reading.losses for _, reading in read if reading.losses is not None]
+    if not tensors:
+        return Losses.empty()
+    steps = np.repeat([step for step, _ in read], [len(reading.ids) for _, reading in read]).astype(np.int64)
+    values = torch.cat(tensors).float().cpu().numpy()
+    return Losses(np.concatenate([reading.ids for _, reading in read]), steps, values)
 
 
 def _running_means(sums: FloatArray, mean: float | None) -> tuple[FloatArray, float | None]:

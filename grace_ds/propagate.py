@@ -54,7 +54,7 @@ class Propagated:
 
 def propagate(
     own: FloatArray,
-    own_age: Array,
+    own_ages: Array,
     place: IntArray,
     similarity: FloatArray,
     exchange: Exchange,
@@ -67,7 +67,7 @@ def propagate(
 
     Args:
         own: (n, s) float32, centred signals; NaN where unknown.
-        own_age: (n,) float, refreshes since the row was measured; 0 for this interval's anchors, inf where it never was.
+        own_ages: (n, s) float, refreshes since each was measured; 0 for this interval's anchors, inf where it never was.
         place: (n, k) integers, where each neighbour stands in what ``exchange`` returns; a row of zeros at padding.
         similarity: (n, k) float32, cosines; -inf at padding.
         exchange: (n, c) float64, facts of this rank's rows → (m, c) those of all neighbours.  Called once a hop; collective.
@@ -79,12 +79,12 @@ def propagate(
         ConfigError: ``hops``, ``shrink`` or ``decay`` is out of range.
         DataError: the shapes do not fit together.
     """
-    _check(own, own_age, place, similarity, hops, shrink, decay)
+    _check(own, own_ages, place, similarity, hops, shrink, decay)
     xp = array_namespace(own, similarity)
     weight = closeness(similarity)
     known = ~xp.isnan(own)
     value = _double(xp.where(known, own, 0.0))
-    trust = xp.where(known, confidence(own_age, decay)[:, None], 0.0)
+    trust = xp.where(known, confidence(own_ages, decay), 0.0)
     mean, sure = value, trust
     for hop in range(hops):
         facts = exchange(xp.concat([mean, sure], axis=1))
@@ -94,7 +94,7 @@ def propagate(
             mean = xp.where(known, value, xp.where(there, total / xp.where(there, evidence, 1.0), 0.0))
             sure = xp.where(known, trust, evidence / (shrink + evidence))
     values = (trust * value + total) / (shrink + trust + evidence)
-    fresh = known & (_double(own_age) == 0)[:, None]
+    fresh = known & (_double(own_ages) == 0)
     values = xp.where(fresh, value, values)
     reached = xp.any(evidence > 0, axis=1)
     return Propagated(xp.astype(values, xp.float32), reached, xp.astype(_spread(facts, place, weight), xp.float32))
@@ -136,7 +136,7 @@ def priority(staleness: Array, disagreement: FloatArray) -> FloatRows:
 
 
 def confidence(age: Array, decay: float) -> FloatRows:
-    """(n,) or (n, k) float64, what a value is worth at its age in refreshes: decay ** age.
+    """(n,) or (n, s) float64, what a value is worth at its age in refreshes: decay ** age.
 
     0 for a row that was never harvested, also where decay is 1.
     """
@@ -197,7 +197,7 @@ def _spread(facts: Array, place: IntArray, weight: FloatRows) -> FloatRows:
     return result
 
 
-def _check(own: Array, own_age: Array, place: Array, similarity: Array, hops: int, shrink: float, decay: float) -> None:
+def _check(own: Array, own_ages: Array, place: Array, similarity: Array, hops: int, shrink: float, decay: float) -> None:
     if hops < 1:
         raise ConfigError(f"graph.hops is {hops}: scores travel at least one hop; to send none, set ablate: [graph]")
     if not shrink > 0:
@@ -206,7 +206,7 @@ def _check(own: Array, own_age: Array, place: Array, similarity: Array, hops: in
         raise ConfigError(f"graph.decay is {decay}: it is the confidence kept per refresh, above 0 and at most 1")
     n, s = own.shape
     k = similarity.shape[-1]
-    want = {"own_age": (n,), "place": (n, k), "similarity": (n, k)}
-    have = {"own_age": np.shape(own_age), "place": tuple(place.shape), "similarity": tuple(similarity.shape)}
+    want = {"own_ages": (n, s), "place": (n, k), "similarity": (n, k)}
+    have = {"own_ages": tuple(own_ages.shape), "place": tuple(place.shape), "similarity": tuple(similarity.shape)}
     if want != have or s == 0:
         raise DataError(f"propagate: own is {own.shape}, so shapes must be {want}, not {have}")

@@ -7,10 +7,10 @@ A sample *is* its index in the job's dataset (int64).  Rows on a rank are sorted
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
+C = TypeVar("C", bound="Columns")
 
 
 HIDDEN = 16  # numbers of a sample's pooled hidden state that are kept
@@ -32,32 +33,56 @@ class Role(IntEnum):
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Harvested rows: what one training backward told about each of its samples.
+class Columns:
+    """What was measured of samples: arrays of n rows, side by side.  Before ``gather`` ids may repeat, after it they are sorted.
 
     Attributes:
-        ids: (n,) int64, dataset ids; before ``gather`` they may repeat and be unsorted, after it sorted and unique.
+        ids: (n,) int64, dataset ids.
+        step: (n,) int64, optimizer step (``engine.global_steps``) whose micro-batch told it.
+    """
+
+    name: ClassVar[str]
+    ids: IntArray
+    step: IntArray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self: C, index: Array) -> C:
+        """The rows at ``index`` (positions or a mask), in that order."""
+        return type(self)(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    @classmethod
+    def concat(cls: type[C], parts: Sequence[C]) -> C:
+        """All rows of ``parts`` (at least one part), one after another."""
+        return cls(**{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)})
+
+    def finite(self) -> npt.NDArray[np.bool_]:
+        """(n,) bool, rows that tell something."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Rows(Columns):
+    """Collected rows: what one training backward told about each of its samples.
+
+    Attributes:
         sketch: (n, d) float16, folded gradient sketch, scaled to unit norm (its length is in ``norm``).
         norm: (n,) float32, length of the unscaled sketch: the sampled layers' gradient norm of the sample's mean loss.
         loss: (n,) float32, nats per token minus the running mean at its step; NaN where the job's loss was not seen.
         align: (n,) float32, cosine with the trusted gradient; NaN where there was no trusted basis.
-        step: (n,) int64, optimizer step (``engine.global_steps``) whose backward produced the row.
         basis: (n,) int32, version of the trusted basis behind ``align``; -1 without one.
         hidden: (n, HIDDEN) float16, hidden state of the last sketched block, mean over the sample's tokens, projected; 0 where
             it was not seen.
     """
 
-    ids: IntArray
+    name: ClassVar[str] = "rows"
     sketch: npt.NDArray[np.float16]
     norm: FloatArray
     loss: FloatArray
     align: FloatArray
-    step: IntArray
     basis: npt.NDArray[np.int32]
     hidden: npt.NDArray[np.float16]
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     @staticmethod
     def empty(dim: int) -> Rows:
@@ -73,14 +98,36 @@ class Rows:
             hidden=np.empty((0, HIDDEN), np.float16),
         )
 
-    def take(self, index: Array) -> Rows:
-        """The rows at ``index`` (positions or a mask), in that order."""
-        return Rows(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+    @property
+    def losses(self) -> Losses:
+        """Their losses alone."""
+        return Losses(self.ids, self.step, self.loss)
+
+    def finite(self) -> npt.NDArray[np.bool_]:
+        """(n,) bool, rows of a finite gradient: others come of an overflow of the loss scale."""
+        sound: npt.NDArray[np.bool_] = np.isfinite(self.sketch).all(axis=1) & np.isfinite(self.norm)
+        return sound
+
+
+@dataclass(frozen=True)
+class Losses(Columns):
+    """Losses of the samples of any step, collected or not: they come with the forward.
+
+    Attributes:
+        loss: (n,) float32, as in :class:`Rows`.
+    """
+
+    name: ClassVar[str] = "losses"
+    loss: FloatArray
 
     @staticmethod
-    def concat(parts: list[Rows]) -> Rows:
-        """All rows of ``parts`` (at least one part), one after another."""
-        return Rows(**{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Rows)})
+    def empty() -> Losses:
+        """Of no sample."""
+        return Losses(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
+
+    def finite(self) -> npt.NDArray[np.bool_]:
+        """(n,) bool, losses that were seen."""
+        return np.isfinite(self.loss)
 
 
 @dataclass(frozen=True)
@@ -107,7 +154,7 @@ class Signals:
         density: (n,) float32, near-duplicates of the sample in the window.
         keep: (n,) float32 in (0, 1], pass of the trusted filter; NaN without one.
         crowding: (n,) float32, density of the k-NN graph at the sample; NaN without a graph.
-        staleness: (n,) float32, optimizer steps since the sample's gradient was collected; inf where it never was.
+        staleness: (n,) float32, optimizer steps since the sample was trained on and looked at; inf where it never was.
         disagreement: (n,) float32, spread of the losses around it; NaN without any.
     """
 

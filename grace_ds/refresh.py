@@ -27,7 +27,7 @@ from grace_ds.graph.kept import KeptGraph, follow
 from grace_ds.influence import labels
 from grace_ds.kept import Kept
 from grace_ds.portrait import portrait
-from grace_ds.records import FloatArray, IntArray, Neighbours, Rows, Schedule
+from grace_ds.records import FloatArray, IntArray, Losses, Neighbours, Rows, Schedule
 from grace_ds.signals import Inputs, Pipeline, active_parts, collect, estimate
 from grace_ds.table import Table, owner_of
 
@@ -38,7 +38,7 @@ class Outcome:
 
     Attributes:
         schedule: all ranks alike.
-        table: this rank's.
+        table, seen: this rank's.
         kept: this rank's, for the next refresh.
         seconds: by stage.
         counts: of this rank.
@@ -46,7 +46,8 @@ class Outcome:
     """
 
     schedule: Schedule
-    table: Table
+    table: Table[Rows]
+    seen: Table[Losses]
     kept: Kept
     seconds: dict[str, float]
     counts: dict[str, float]
@@ -82,10 +83,11 @@ def refresh(p: Pipeline, x: Inputs) -> Outcome:
     with clock("gather"):
         start = activation(p.comm, x.issued, p.batch)
         received, sent = gather_rows(p.comm, x.rows, p.pool.n)
+        read, sent_losses = gather_rows(p.comm, x.losses, p.pool.n)
     with clock("table"):
         window = p.pool.window_at(x.version)
         own = window[owner_of(window, p.comm.size) == p.comm.rank]
-        table = x.table.merge(received).keep(window)
+        table, latest = x.table.merge(received).keep(window), x.seen.merge(read).keep(window)
     kept, picture, counts = x.kept, None, {}
     if x.uniform:
         with clock("select"):
@@ -98,7 +100,7 @@ def refresh(p: Pipeline, x: Inputs) -> Outcome:
         with clock("graph"):
             graph = graph_of(p, x, own, rows)
         with clock("propagate"):
-            local = estimate(p, x, own, content, table, graph)
+            local = estimate(p, x, own, content, table, latest, graph)
         with clock("select"):
             signals = collect(p.comm, local.signals)
             edges = edges_on_root(p, own, graph)
@@ -117,15 +119,16 @@ def refresh(p: Pipeline, x: Inputs) -> Outcome:
     counts |= {
         "anchors": float(len(table)),
         "received": float(len(received)),
-        "gathered_bytes": float(sent.bytes),
+        "losses_received": float(len(read)),
+        "gathered_bytes": float(sent.bytes + sent_losses.bytes),
         "padding_dropped": float(sent.out_of_range),
         "nonfinite_dropped": float(sent.not_finite),
     }
-    return Outcome(schedule, table, kept, clock.seconds, counts, picture)
+    return Outcome(schedule, table, latest, kept, clock.seconds, counts, picture)
 
 
 def rows_of(
-    p: Pipeline, x: Inputs, own: IntArray, content: ContentFeatures, table: Table
+    p: Pipeline, x: Inputs, own: IntArray, content: ContentFeatures, table: Table[Rows]
 ) -> tuple[Learned | None, FloatArray | None]:
     """What the model says of this rank's samples, and the rows of the one k-NN graph, for all that needs one.  Collective.
 
@@ -162,12 +165,12 @@ def edges_on_root(p: Pipeline, own: IntArray, graph: KeptGraph | None) -> Neighb
     return Neighbours(neighbours[order], similarity[order])
 
 
-def by_role(comm: Comm, x: Inputs, table: Table) -> Seen | None:
+def by_role(comm: Comm, x: Inputs, table: Table[Rows]) -> Seen | None:
     """Influences of the samples harvested since the last schedule, core and audit apart; None but on root.  Collective.
 
     From the table, not from what has just come: a checkpoint in between must not change what is seen.
     """
-    rows = table.rows.take(table.rows.step > x.since) if len(x.core) else Rows.empty(table.dim)
+    rows = table.rows.take(table.rows.step > x.since) if len(x.core) else table.rows.take(table.last < 0)
     parts = [comm.gather(a) for a in (rows.ids, labels(rows, x.reference))]
     if parts[0] is None or parts[1] is None:
         return None

@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from grace_ds.comm.base import Comm
 from grace_ds.config.schema import HarvestConfig
-from grace_ds.harvest import Harvester
-from grace_ds.records import HIDDEN, IntArray, Rows
+from grace_ds.harvest import Harvest, Harvester
+from grace_ds.records import HIDDEN, IntArray, Losses, Rows
 from grace_ds.sketch.binding import Binding, Harvested, Plan, row_factor
 from grace_ds.sketch.sketcher import Sketcher
 
@@ -78,13 +78,13 @@ class SharedHarvester(Harvester):
         self.discard(bindings)
         self.seconds += time.perf_counter() - started
 
-    def pending(self, comm: Comm | None) -> tuple[Rows, float | None]:
+    def pending(self, comm: Comm | None) -> Harvest:
         """Like :meth:`Harvester.pending`; the rows are the leader's, and no other rank has any.  Collective over the peers."""
         found = self.collect()
         for step in sorted({step for step, _ in found}):
             self._keep([h for s, h in found if s == step], step)
         if comm is None:
-            return Rows.empty(self.sketcher.dim), self.running_mean
+            return Harvest(Rows.empty(self.sketcher.dim), Losses.empty(), self.running_mean)
         return super().pending(comm)
 
     def collect(self) -> list[tuple[int, Harvested]]:

@@ -19,13 +19,13 @@ from grace_ds.config.schema import GraceConfig
 from grace_ds.features import ContentFeatures
 from grace_ds.gather import Route
 from grace_ds.graph.kept import KeptGraph
-from grace_ds.influence import fit_content, influence, labels
+from grace_ds.influence import influence, labels
 from grace_ds.kept import Kept
 from grace_ds.order import Order
 from grace_ds.pool import Pool
 from grace_ds.propagate import Propagated, confidence, crowding, propagate
 from grace_ds.recipes import Recipe, recipe
-from grace_ds.records import Array, FloatArray, IntArray, Neighbours, Rows, Schedule, Signals
+from grace_ds.records import Array, C, FloatArray, IntArray, Losses, Neighbours, Rows, Schedule, Signals
 from grace_ds.schedule import Ledger
 from grace_ds.selection.guard import Decision
 from grace_ds.table import Table
@@ -76,8 +76,8 @@ class Inputs:
     """What one refresh starts from, on this rank.
 
     Attributes:
-        rows: harvested since the last refresh, in harvest order.
-        table: rows of earlier refreshes that this rank owns.
+        rows, losses: collected, and read, since the last refresh, in the order of the steps.
+        table, seen: the latest rows and losses of earlier refreshes, of the samples that this rank owns.
         ledger: uses of each sample so far (all ranks alike).
         step: optimizer steps done.
         version: of the schedule to be made.
@@ -94,7 +94,9 @@ class Inputs:
     """
 
     rows: Rows
-    table: Table
+    losses: Losses
+    table: Table[Rows]
+    seen: Table[Losses]
     ledger: Ledger
     step: int
     version: int
@@ -117,63 +119,74 @@ def active_parts(p: Pipeline, x: Inputs) -> frozenset[str]:
     return frozenset() if stepped_down and not looks else p.config.parts
 
 
-def estimate(p: Pipeline, x: Inputs, own: IntArray, content: ContentFeatures, table: Table, graph: KeptGraph | None) -> Estimate:
-    """Loss, influence and crowding of every sample of this rank: from its own row, its content, and along the graph.
+def estimate(
+    p: Pipeline,
+    x: Inputs,
+    own: IntArray,
+    content: ContentFeatures,
+    table: Table[Rows],
+    seen: Table[Losses],
+    graph: KeptGraph | None,
+) -> Estimate:
+    """Loss, influence and crowding of every sample of this rank: its own, what its content tells, and along the graph.
 
     Collective.
+
+    Args:
+        table, seen: the latest row and loss of each sample, those of this refresh among them.
     """
     n, nan, g = len(own), np.float32(np.nan), p.config.graph
-    at = table.lookup(own)
-    known = at >= 0
     loss, label = np.full((2, n), nan, np.float32)
-    if "loss" in p.config.parts:  # of what is switched off nothing is known
-        loss[known] = table.rows.loss[at[known]]
-    if "gradients" in p.config.parts:
-        label[known] = labels(table.rows.take(at[known]), x.reference)
-    staleness = np.full(n, np.inf, np.float32)
-    staleness[known] = np.maximum(0, x.step - table.rows.step[at[known]])
-    age = np.floor(staleness / p.config.refresh.interval_steps)  # in refreshes
-    worth = confidence(age, g.decay)
+    at, stale = found_in(table, own, x.step)
+    if "gradients" in p.config.parts:  # of what is switched off nothing is known
+        label[at >= 0] = labels(table.rows.take(at[at >= 0]), x.reference)
+    seen_at, unread = found_in(seen if "loss" in p.config.parts else Table(Losses.empty()), own, x.step)
+    loss[seen_at >= 0] = seen.rows.loss[seen_at[seen_at >= 0]]
+    ages = np.floor(np.stack([unread, stale], 1) / p.config.refresh.interval_steps)  # in refreshes
     centre = _exact_mean(p.comm, loss)
-    loss_fit = fit_content(p.comm, content, loss - centre, worth)
-    found = influence(p.comm, content, p.trusted, label, worth)
-    # What goes along the edges is what content does not tell already.
-    told = centre + (loss_fit.predicted if loss_fit is not None else np.zeros(n, np.float32))
+    found = influence(p.comm, content, p.trusted, label, confidence(ages[:, 1], g.decay))
+    # What goes along the edges is centred: the loss by its mean, the influence by what content tells of it already.
     rest = label - found.fit.predicted if found is not None else np.full(n, nan, np.float32)
-    values, crowded, disagreement = np.stack([loss - told, rest], 1), np.full(n, nan, np.float32), np.full(n, nan, np.float32)
+    values, crowded, disagreement = np.stack([loss - centre, rest], 1), np.full(n, nan, np.float32), np.full(n, nan, np.float32)
     reached = 0
     if graph is not None:
         edges = graph.neighbours()
-        result = _along(p, own, values, age, edges)
+        result = _along(p, own, values, ages, edges)
         # A signal that nobody was measured with stays unknown: shrinking it to a mean of nothing would invent it.
         unseen = p.comm.allreduce(np.isfinite(values).sum(0).astype(np.int64)) == 0
         values, disagreement = to_host(result.values), to_host(result.disagreement)
         values[:, unseen] = np.nan
-        crowded, reached = crowding(edges.similarity), int((to_host(result.reached) & ~known).sum())
-    elif loss_fit is not None:  # content alone tells of the samples that were not measured
-        values[:, 0] = np.nan_to_num(values[:, 0])
+        crowded, reached = crowding(edges.similarity), int((to_host(result.reached) & (at < 0) & (seen_at < 0)).sum())
     align = np.full(n, nan, np.float32)
     if found is not None:
         align = found.standard(found.fit.predicted + (np.nan_to_num(values[:, 1]) if graph is not None else 0))
     keep = content.keep if content.keep is not None else np.full(n, nan, np.float32)
-    spread_loss = np.asarray(values[:, 0] + told, np.float32)
-    signals = Signals(own, spread_loss, align, content.density, keep, crowded, staleness, disagreement)
+    spread_loss = np.asarray(values[:, 0] + centre, np.float32)
+    signals = Signals(own, spread_loss, align, content.density, keep, crowded, np.minimum(stale, unread), disagreement)
     if found is None:
         return Estimate(signals, reached)
     return Estimate(signals, reached, found.fit.labels, found.fit.explained)
 
 
-def _along(p: Pipeline, own: IntArray, values: FloatArray, age: Array, edges: Neighbours) -> Propagated:
-    """``values`` (n, s) spread along the graph; arrays of the device that the run computes on.  Collective."""
+def found_in(table: Table[C], own: IntArray, step: int) -> tuple[IntArray, FloatArray]:
+    """(n,) where the samples ``own`` stand in a table, -1 outside of it, and optimizer steps since they were measured, inf."""
+    at = table.lookup(own)
+    since = np.full(len(own), np.inf, np.float32)
+    since[at >= 0] = np.maximum(0, step - table.rows.step[at[at >= 0]])
+    return at, since
+
+
+def _along(p: Pipeline, own: IntArray, values: FloatArray, ages: Array, edges: Neighbours) -> Propagated:
+    """``values`` (n, s), of those ages, spread along the graph; arrays of the device that the run computes on.  Collective."""
     g, route = p.config.graph, Route.of(p.comm, edges.ids.reshape(-1), own)
 
     def exchange(facts: Array) -> Any:
         return to_device(route.exchange(to_host(facts)), p.device)
 
-    arrays = (values, age, route.place.reshape(edges.ids.shape), edges.similarity)
+    arrays = (values, ages, route.place.reshape(edges.ids.shape), edges.similarity)
     with device_memory(p.device):
-        own_values, own_age, place, similarity = (to_device(array, p.device) for array in arrays)
-        return propagate(own_values, own_age, place, similarity, exchange, hops=g.hops, shrink=g.shrink, decay=g.decay)
+        own_values, own_ages, place, similarity = (to_device(array, p.device) for array in arrays)
+        return propagate(own_values, own_ages, place, similarity, exchange, hops=g.hops, shrink=g.shrink, decay=g.decay)
 
 
 @dataclass(frozen=True)

@@ -11,37 +11,29 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Generic
 
 import numpy as np
-import numpy.typing as npt
 
 from grace_ds.bucket_files import load_columns, save_columns
 from grace_ds.buckets import N_BUCKETS, bucket_of, owner_of
 from grace_ds.errors import CheckpointError, DataError
-from grace_ds.records import Array, IntArray, Rows
+from grace_ds.records import Array, C, IntArray
 
 __all__ = ["N_BUCKETS", "Table", "bucket_of", "owner_of"]
 
-SCHEMA = 2
-PREFIX = "rows"
+SCHEMA = 3
 
 
 @dataclass(frozen=True)
-class Table:
-    """This rank's harvested rows.
+class Table(Generic[C]):
+    """The latest of what was measured of each of this rank's samples.
 
     Attributes:
-        rows: n rows sorted by id, unique; each the latest harvest of its sample.
-        visits: (n,) int32, committed uses of the sample: every harvested row counts, repeats in one merge too.
+        rows: n rows sorted by id, unique.
     """
 
-    rows: Rows
-    visits: npt.NDArray[np.int32]
-
-    @staticmethod
-    def empty(dim: int) -> Table:
-        """No rows, with sketches ``dim`` wide."""
-        return Table(Rows.empty(dim), np.empty(0, np.int32))
+    rows: C
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -53,34 +45,33 @@ class Table:
 
     @property
     def last(self) -> IntArray:
-        """(n,) int64, optimizer step of each sample's latest harvest."""
+        """(n,) int64, optimizer step of each sample's latest row."""
         return self.rows.step
 
-    @property
-    def dim(self) -> int:
-        """Width of a sketch."""
-        return int(self.rows.sketch.shape[1])
-
-    def merge(self, rows: Rows) -> Table:
+    def merge(self, rows: C) -> Table[C]:
         """A table with ``rows`` (any order, repeats allowed) added: of each id the row with the latest step.
 
         At equal steps the row further back in ``rows`` wins, and any of ``rows`` over the one held so far.
+
+        Raises:
+            DataError: a column of ``rows`` has another width.
         """
-        if rows.sketch.shape[1:] != self.rows.sketch.shape[1:]:
-            raise DataError(f"rows with sketches {rows.sketch.shape[1]} wide do not fit a table of width {self.dim}")
+        for f in fields(rows):
+            come, here = getattr(rows, f.name).shape[1:], getattr(self.rows, f.name).shape[1:]
+            if come != here:
+                raise DataError(f"{rows.name} with {f.name} of width {come} do not fit a table of width {here}")
         if not len(rows):
             return self
         ids = np.concatenate([self.ids, rows.ids])
         order = np.lexsort((np.concatenate([self.last, rows.step]), ids))  # stable, so ties keep their positions
         first = np.flatnonzero(np.diff(ids[order], prepend=ids[order[0]] - 1))
         winners = order[np.append(first[1:], len(order)) - 1]
-        uses = np.concatenate([self.visits, np.ones(len(rows), np.int32)])
-        merged = {f.name: _pick(getattr(self.rows, f.name), getattr(rows, f.name), winners) for f in fields(Rows)}
-        return Table(Rows(**merged), np.add.reduceat(uses[order], first, dtype=np.int32))
+        merged = {f.name: _pick(getattr(self.rows, f.name), getattr(rows, f.name), winners) for f in fields(rows)}
+        return Table(type(rows)(**merged))
 
-    def keep(self, window_ids: IntArray) -> Table:
+    def keep(self, window_ids: IntArray) -> Table[C]:
         """A table without the samples outside of ``window_ids`` (any order)."""
-        return self._take(np.isin(self.ids, window_ids))
+        return Table(self.rows.take(np.isin(self.ids, window_ids)))
 
     def lookup(self, ids: IntArray) -> IntArray:
         """Position of each of ``ids`` in this table: (q,) int64, -1 where it has none."""
@@ -97,29 +88,26 @@ class Table:
             {file name: digest}: at most one file, none where this rank owns no bucket.  The checkpoint's manifest needs
             the union over all ranks.
         """
-        columns = {f.name: getattr(self.rows, f.name) for f in fields(Rows)}
-        return save_columns(directory, PREFIX, SCHEMA, {**columns, "visits": self.visits}, rank, world)
+        columns = {f.name: getattr(self.rows, f.name) for f in fields(self.rows)}
+        return save_columns(directory, self.rows.name, SCHEMA, columns, rank, world)
 
     @staticmethod
-    def load(directory: str | os.PathLike[str], files: Mapping[str, str], rank: int, world: int, dim: int) -> Table:
+    def load(directory: str | os.PathLike[str], files: Mapping[str, str], rank: int, world: int, empty: C) -> Table[C]:
         """Reads the buckets that ``rank`` of ``world`` owns, whatever the world size was that wrote them.
 
         Args:
             files: {file name: digest} of all ranks that took part in the save.
-            dim: width of a sketch in this run.
+            empty: no rows, of the widths that this run has.
 
         Raises:
             CheckpointError: a file is missing, changed, of another schema or width, or the files overlap or leave gaps.
         """
-        names = (*(f.name for f in fields(Rows)), "visits")
-        parts = [Table.empty(dim)]
-        for path, columns in load_columns(directory, PREFIX, SCHEMA, files, rank, world, names):
-            parts.append(_parsed(path, columns, dim))
-        whole = Table(Rows.concat([p.rows for p in parts]), np.concatenate([p.visits for p in parts]))
-        return whole._take(np.argsort(whole.ids))
-
-    def _take(self, index: Array) -> Table:
-        return Table(self.rows.take(index), self.visits[index])
+        names = tuple(f.name for f in fields(empty))
+        parts = [empty]
+        for path, columns in load_columns(directory, empty.name, SCHEMA, files, rank, world, names):
+            parts.append(_parsed(path, columns, empty))
+        whole = type(empty).concat(parts)
+        return Table(whole.take(np.argsort(whole.ids)))
 
 
 def _pick(old: Array, new: Array, index: IntArray) -> Array:
@@ -131,15 +119,16 @@ def _pick(old: Array, new: Array, index: IntArray) -> Array:
     return out
 
 
-def _parsed(path: Path, columns: dict[str, Array], dim: int) -> Table:
+def _parsed(path: Path, columns: dict[str, Array], empty: C) -> C:
     """The rows of one file, of the types and widths that this run has."""
-    usual = {**vars(Rows.empty(dim)), "visits": np.empty(0, np.int32)}
+    usual = {name: getattr(empty, name) for name in columns}
     odd = [n for n, found in columns.items() if found.dtype != usual[n].dtype or found.ndim != usual[n].ndim]
     if odd:
         raise CheckpointError(f"{path} has columns of another type or length: {', '.join(odd)}; load another checkpoint")
-    if columns["sketch"].shape[1] != dim:
-        raise CheckpointError(
-            f"{path} has sketches of width {columns['sketch'].shape[1]}, this run harvest.dim={dim}; use the same in both"
-        )
-    visits = columns.pop("visits")
-    return Table(Rows(**columns), visits)
+    for name, found in columns.items():
+        if found.shape[1:] != usual[name].shape[1:]:
+            key = "harvest.dim" if name == "sketch" else name
+            raise CheckpointError(
+                f"{path} has {name} of width {found.shape[1]}, this run {key}={usual[name].shape[1]}; use the same in both"
+            )
+    return type(empty)(**columns)

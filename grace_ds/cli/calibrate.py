@@ -31,7 +31,7 @@ from grace_ds.grid import on_grid
 from grace_ds.integrations.build import pipeline_of, prepare
 from grace_ds.integrations.trusted_set import Extras
 from grace_ds.recipes import recipe
-from grace_ds.records import HIDDEN, Array, IntArray, Rows
+from grace_ds.records import HIDDEN, Array, IntArray, Losses, Rows
 from grace_ds.refresh import refresh
 from grace_ds.sampler import Geometry
 from grace_ds.schedule import Ledger
@@ -185,7 +185,8 @@ def _measured(comm: Comm, config: GraceConfig, n: int, tokens: int) -> _Taken:
         return features
 
     rows = _harvested(n, comm, config.harvest.dim) if config.collects else Rows.empty(config.harvest.dim)
-    x = Inputs(rows, Table.empty(config.harvest.dim), Ledger(), 40, 1, 0, 1, {0: 0.4})
+    nothing = Table(Rows.empty(config.harvest.dim)), Table(Losses.empty())
+    x = Inputs(rows, rows.losses, *nothing, Ledger(), 40, 1, 0, 1, {0: 0.4})
     comm.agree()
     started, cpu = time.perf_counter(), time.process_time()
     refresh(dataclasses.replace(pipeline, contents=contents), x)
@@ -203,7 +204,8 @@ def _harvested(n: int, comm: Comm, dim: int) -> Rows:
     draw = rng.standard_normal((3, len(ids))).astype(np.float32)
     steps, basis = np.full(len(ids), 39, np.int64), np.zeros(len(ids), np.int32)
     hidden = rng.standard_normal((len(ids), HIDDEN), np.float32).astype(np.float16)
-    return Rows(ids, sketch, np.abs(draw[0]), draw[1], 0.4 + 0.2 * draw[2], steps, basis, hidden)
+    align = 0.4 + 0.2 * draw[2]
+    return Rows(ids, steps, sketch, np.abs(draw[0]), draw[1], align, basis, hidden)
 
 
 class _Tokens:

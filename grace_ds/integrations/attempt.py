@@ -119,11 +119,11 @@ class Refresher:
             with during("trusted basis"):
                 basis, unit = self.trust.fit(x.version, self.pipeline.pool.window_at(x.version))
             reference = {**reference, x.version: unit}
-        rows, mean = x.rows, None
+        x, mean = dataclasses.replace(x, interval=interval, reference=reference), None
         if self.harvester is not None:
             with during("harvest"):
-                rows, mean = self.harvester.pending(self.comm)
-        x = dataclasses.replace(x, rows=rows, interval=interval, reference=reference)
+                harvest = self.harvester.pending(self.comm)
+            x, mean = dataclasses.replace(x, rows=harvest.rows, losses=harvest.losses), harvest.running_mean
         outcome = refresh(self.pipeline, x)
         outcome = dataclasses.replace(outcome, counts=self._of_all_ranks(outcome.counts))
         return Fresh(x, outcome, mean, basis)

@@ -1,6 +1,6 @@
 """Our part of a checkpoint: files of our own beside the engine's, written before it, read after it.
 
-``TAG/grace_ds/`` holds the bucket files of the table and of the window (each rank its own), the published schedules, the
+``TAG/grace_ds/`` holds the bucket files of the tables and of the window (each rank its own), the published schedules, the
 ledger and the trusted basis, and ``manifest.json`` with every scalar and the digest of every file.  The manifest's own
 digest goes into the engine's client state, so a checkpoint and a foreign or torn folder cannot be taken for one another.
 """
@@ -103,13 +103,14 @@ def write(c: Controller, save_dir: Path, tag: str) -> dict[str, Any]:
     if c.harvester is not None:
         # The table at the next refresh must not depend on whether somebody saved in between, nor on the number of
         # ranks that load: what is still on its way to its owner is delivered now.
-        rows, mean = c.harvester.pending(c.comm)
-        received, _ = gather_rows(c.comm, rows, c.pipeline.pool.n)
-        c.table = c.table.merge(received)
-        c.harvester.drained(mean)
+        harvest = c.harvester.pending(c.comm)
+        received, _ = gather_rows(c.comm, harvest.rows, c.pipeline.pool.n)
+        losses, _ = gather_rows(c.comm, harvest.losses, c.pipeline.pool.n)
+        c.table, c.seen = c.table.merge(received), c.seen.merge(losses)
+        c.harvester.drained(harvest.running_mean)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        mine = c.table.save(folder, c.comm.rank, c.comm.size)
+        mine = c.table.save(folder, c.comm.rank, c.comm.size) | c.seen.save(folder, c.comm.rank, c.comm.size)
         window, shared = c.kept.save(folder, bool(c.pipeline.pool.advance), c.comm.rank, c.comm.size)
         mine |= window
         if c.comm.rank == 0:
@@ -163,7 +164,8 @@ def take_over(c: Controller, saved: Saved, step: int) -> None:
     if c.config.replay is None:
         c.book.replace(saved.schedules)
         c.next_refresh = at["next_refresh"]
-    c.table, c.ledger, c.reference, c.kept = saved.table, saved.ledger, dict(saved.reference), saved.kept
+    c.table, c.seen, c.kept = saved.table, saved.seen, saved.kept
+    c.ledger, c.reference = saved.ledger, dict(saved.reference)
     if c.harvester is not None:
         c.take_basis(saved.basis)
     c.counted, c.lead = at["counted"], at["lead"]

@@ -18,21 +18,23 @@ from grace_ds.errors import GraceError, TransportError
 from grace_ds.harvest import Harvester
 from grace_ds.integrations import cadence
 from grace_ds.integrations.attempt import Fresh, Refresher
-from grace_ds.integrations.judging import by_role, collect_every, decision_of, worth_harvesting
+from grace_ds.integrations.judging import by_role, collect_every, decision_of, worth_harvesting, worth_reading
 from grace_ds.integrations.lookout import Lookout
 from grace_ds.integrations.record import EventWriter, Metrics, Preview, Recorder
 from grace_ds.integrations.trust import TrustedProbe
 from grace_ds.integrations.verdict import Verdict
 from grace_ds.kept import Kept
-from grace_ds.records import Rows
+from grace_ds.records import Losses, Rows
 from grace_ds.sampler import Geometry, IssuedBatch, Outstanding, Stream
 from grace_ds.schedule import Ledger, ScheduleBook, load_book
 from grace_ds.signals import Inputs, Pipeline
 from grace_ds.sketch.basis import TrustedBasis
-from grace_ds.sketch.binding import Binding
+from grace_ds.sketch.binding import Binding, Reading
 from grace_ds.table import Table
 
 log = logging.getLogger("grace_ds")
+
+Seen = tuple[IssuedBatch, Binding | Reading | None]  # a training forward's batch, and what its backward is to be read into
 
 
 class Controller:
@@ -71,7 +73,8 @@ class Controller:
         self.book = ScheduleBook()
         self.outstanding = Outstanding(geometry)
         self.sampler: Stream | None = None  # None in shadow mode: the job's own sampler feeds it
-        self.table = Table.empty(config.harvest.dim)
+        self.table = Table(Rows.empty(config.harvest.dim))
+        self.seen = Table(Losses.empty())
         self.kept = Kept()
         self.ledger = Ledger()
         self.reference: dict[int, float] = {}
@@ -85,9 +88,9 @@ class Controller:
         self._steps_timed = 0  # optimizer steps behind metrics.train_seconds
         self._last_seconds = 0.0
         self.metrics = Metrics()
-        self._current: tuple[IssuedBatch, Binding | None] | None = None
+        self._current: Seen | None = None
         self.weighed: IssuedBatch | None = None  # the batch that the last training forward was about
-        self._trained: list[tuple[IssuedBatch, Binding | None]] = []
+        self._trained: list[Seen] = []
         self._clock = time.perf_counter()
 
     # -- where the run stands ------------------------------------------------------------------------------------------
@@ -153,13 +156,16 @@ class Controller:
         if self.trust is not None and not self.trust.call.known:
             args, kwargs = inputs
             self.trust.call.learn(args, kwargs, issued.batch)
-        binding = None
-        if self.harvesting and len(issued.ids) and issued.ids.min() >= 0:
-            assert self.harvester is not None
-            binding = self.harvester.sketcher.begin(issued.ids)
+        binding: Binding | Reading | None = None
+        if self.harvester is not None and len(issued.ids) and issued.ids.min() >= 0:
+            sketcher = self.harvester.sketcher
+            if self.harvesting:
+                binding = sketcher.begin(issued.ids)
+            elif self.reading:
+                binding = sketcher.read(issued.ids)
         self._current = (issued, binding)
 
-    def after_forward(self, output: Any) -> tuple[IssuedBatch, Binding | None] | None:
+    def after_forward(self, output: Any) -> Seen | None:
         """At its end: reads per-sample losses where the output holds the loss; returns what to pass to :meth:`on_backward`."""
         current, self._current = self._current, None
         if current is not None and current[1] is not None:
@@ -170,11 +176,10 @@ class Controller:
 
     def observe_loss(self, loss: Any) -> None:
         """For jobs that compute the loss outside the module: called with it before the backward."""
-        if self.harvesting:
-            assert self.harvester is not None
+        if self.harvester is not None and (self.harvesting or self.reading):
             self.harvester.sketcher.observe_loss(loss)
 
-    def on_backward(self, current: tuple[IssuedBatch, Binding | None]) -> None:
+    def on_backward(self, current: Seen) -> None:
         """When the gradient of a bound forward arrives: from here on its batch counts as trained on."""
         if any(issued is current[0] for issued, _ in self._trained):
             return
@@ -185,7 +190,7 @@ class Controller:
 
     @property
     def harvesting(self) -> bool:
-        """Whether the optimizer step in progress is harvested."""
+        """Whether the gradients of the optimizer step in progress are collected."""
         h = self.harvester
         if h is None or self.frozen:
             return False
@@ -194,6 +199,13 @@ class Controller:
             return False
         due = (self.step + 1) % collect_every(self.config, self.book) == 0
         return due and cadence.harvested(self.config, self.step, self.next_refresh)
+
+    @property
+    def reading(self) -> bool:
+        """Whether the losses of the optimizer step in progress are read, where its gradients are not collected."""
+        if self.harvester is None or self.frozen or not worth_reading(self.config, decision_of(self.book)):
+            return False
+        return cadence.harvested(self.config, self.step, self.next_refresh)
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
@@ -207,7 +219,9 @@ class Controller:
         """
         harvested = self.harvesting
         trained, self._trained = self._trained, []
-        bindings = [binding for _, binding in trained if binding is not None]
+        bindings = [binding for _, binding in trained if isinstance(binding, Binding)]
+        if self.harvester is not None and applied:
+            self.harvester.read([reading for _, reading in trained if isinstance(reading, Reading)], step)
         if harvested:
             assert self.harvester is not None
             try:
@@ -265,7 +279,9 @@ class Controller:
         core, audit = by_role(last, c.mode == "shadow")
         return Inputs(
             rows=Rows.empty(c.harvest.dim),
+            losses=Losses.empty(),
             table=self.table,
+            seen=self.seen,
             ledger=self.counted_ledger(),
             step=self.step,
             version=m.version + 1,
@@ -284,8 +300,8 @@ class Controller:
     def _take_over(self, fresh: Fresh) -> None:
         """Makes what a refresh that counts has made this rank's state."""
         outcome, schedule = fresh.outcome, fresh.outcome.schedule
-        self.table, self.ledger, self.counted = outcome.table, fresh.inputs.ledger, self.cursor
-        self.kept = outcome.kept
+        self.table, self.seen, self.kept = outcome.table, outcome.seen, outcome.kept
+        self.ledger, self.counted = fresh.inputs.ledger, self.cursor
         if self.harvester is not None:
             self.harvester.drained(fresh.running_mean)
         self.reference = dict(fresh.inputs.reference)

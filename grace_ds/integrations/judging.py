@@ -1,4 +1,4 @@
-"""What the schedule in force says of itself: the guard's decision, who was chosen, whether harvesting can be of use.
+"""What the schedule in force says of itself: the guard's decision, who was chosen, whether collecting can be of use.
 
 Pure functions; all that they read is equal on all ranks.
 """
@@ -47,7 +47,7 @@ def worth_harvesting(
     basis: TrustedBasis | None,
     reference: Mapping[int, float],
 ) -> bool:
-    """Whether a row harvested now can be of use: not while the guard has stepped down, which stops paying.
+    """Whether a gradient collected now can be of use: not while the guard has stepped down, which stops paying.
 
     Args:
         decision: of the guard.
@@ -56,8 +56,20 @@ def worth_harvesting(
         basis: in force.
         reference: basis version → unit of influences along it, 0 where they cannot be judged by.
     """
-    if decision is not None and decision.level != recipes.recipe(config.recipe).name:
+    if stepped_down(config, decision):
         return False
-    if not trusted or "loss" in config.parts or not scale_frozen:
+    if any(config.learned_shares):
         return True
-    return basis is not None and reference.get(basis.version, 0.0) > 0
+    if not trusted or "gradients" not in config.parts:
+        return False
+    return not scale_frozen or (basis is not None and reference.get(basis.version, 0.0) > 0)
+
+
+def worth_reading(config: GraceConfig, decision: Decision | None) -> bool:
+    """Whether a loss read now can be of use."""
+    return "loss" in config.parts and not stepped_down(config, decision)
+
+
+def stepped_down(config: GraceConfig, decision: Decision | None) -> bool:
+    """Whether the schedule in force is made by less than the recipe."""
+    return decision is not None and decision.level != recipes.recipe(config.recipe).name

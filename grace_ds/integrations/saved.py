@@ -20,14 +20,14 @@ from safetensors.numpy import load as load_arrays
 from grace_ds.errors import CheckpointError, DamagedState
 from grace_ds.files import digest
 from grace_ds.kept import Kept
-from grace_ds.records import Array, Schedule
+from grace_ds.records import Array, Losses, Rows, Schedule
 from grace_ds.schedule import Ledger, parse_schedule
 from grace_ds.sketch.basis import TrustedBasis
 from grace_ds.table import Table
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST, LEDGER, BASIS, SHARED = "manifest.json", "ledger.safetensors", "basis.safetensors", "window.safetensors"
-_SCHEDULE, _ROWS, _WINDOW = "schedule-", "rows-", "window-"
+_SCHEDULE, _ROWS, _LOSSES, _WINDOW = "schedule-", f"{Rows.name}-", f"{Losses.name}-", "window-"
 # The manifest's numbers, which every rank has alike.
 SCALARS = ("samples", "batch", "step", "cursor", "counted", "next_refresh", "lead", "version", "refreshes")
 
@@ -44,7 +44,7 @@ class Saved:
         ledger: all ranks.
         basis: trusted basis; None without one; all ranks.
         harvest: the harvester's, None where nothing was harvested; all ranks.
-        table: the rows that this rank owns.
+        table, seen: the latest rows and losses of the samples that this rank owns.
         kept: of the last refresh, of the samples that this rank owns.
     """
 
@@ -55,7 +55,8 @@ class Saved:
     ledger: Ledger
     basis: TrustedBasis | None
     harvest: dict[str, Any] | None
-    table: Table
+    table: Table[Rows]
+    seen: Table[Losses]
     kept: Kept
 
 
@@ -97,7 +98,7 @@ def read_saved(folder: Path, state: Any, rank: int, world: int, dim: int) -> Sav
 def _parse(folder: Path, manifest: dict[str, Any], rank: int, world: int, dim: int) -> Saved:
     files: dict[str, str] = manifest["files"]
     ours = (LEDGER, BASIS, SHARED)
-    odd = [name for name in files if not name.startswith((_SCHEDULE, _ROWS, _WINDOW)) and name not in ours]
+    odd = [name for name in files if not name.startswith((_SCHEDULE, _ROWS, _LOSSES, _WINDOW)) and name not in ours]
     if odd:
         raise ValueError(f"unknown file {odd[0]!r}")
     numbers = {key: _whole(manifest, key) for key in SCALARS}
@@ -106,7 +107,7 @@ def _parse(folder: Path, manifest: dict[str, Any], rank: int, world: int, dim: i
     if ledger["ids"].dtype != np.int64 or ledger["ids"].shape != ledger["counts"].shape:
         raise ValueError("a ledger whose columns do not fit together")
     basis = None if manifest["basis"] is None else _whole(manifest, "basis")
-    windows = {name: named for name, named in files.items() if name.startswith(_WINDOW)}
+    rows, losses, windows = (_named(files, prefix) for prefix in (_ROWS, _LOSSES, _WINDOW))
     shared = _arrays(folder / SHARED, files[SHARED]) if SHARED in files else {}
     harvest = manifest["harvest"]
     if not isinstance(harvest, dict | None):
@@ -119,9 +120,14 @@ def _parse(folder: Path, manifest: dict[str, Any], rank: int, world: int, dim: i
         Ledger(ledger["ids"], ledger["counts"]),
         None if basis is None else TrustedBasis.from_arrays(basis, _arrays(folder / BASIS, files[BASIS])),
         harvest,
-        Table.load(folder, {name: named for name, named in files.items() if name.startswith(_ROWS)}, rank, world, dim),
+        Table.load(folder, rows, rank, world, Rows.empty(dim)),
+        Table.load(folder, losses, rank, world, Losses.empty()),
         Kept.load(folder, windows, shared, rank, world),
     )
+
+
+def _named(files: Mapping[str, str], prefix: str) -> dict[str, str]:
+    return {name: named for name, named in files.items() if name.startswith(prefix)}
 
 
 def _refuse_schema(folder: Path, schema: Any) -> None:

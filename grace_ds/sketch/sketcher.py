@@ -20,7 +20,7 @@ from torch import nn
 from grace_ds.errors import CheckpointError, ConfigError
 from grace_ds.records import HIDDEN, IntArray
 from grace_ds.sketch.basis import TRUSTED_RANK, BasisAccumulator, TrustedBasis
-from grace_ds.sketch.binding import Binding, Harvested, Meter, Plan, Target
+from grace_ds.sketch.binding import Binding, Harvested, Meter, Plan, Reading, Target
 from grace_ds.sketch.layers import Layer
 from grace_ds.sketch.losses import sample_losses
 from grace_ds.sketch.project import Fold, Side, bases, signs
@@ -68,6 +68,7 @@ class Sketcher:
         self._in_flight: list[Target] = []  # pipelined: in the order of their forwards
         self._current: Target | None = None  # takes forwards
         self._latest: Target | None = None  # takes the recomputations inside its backward
+        self._reading: Reading | None = None  # takes the losses of a micro-batch that the hooks leave alone
         self._told: set[str] = set()
         # The last layer that reads the residual stream: as wide as the narrowest input there is.
         narrowest = min(layer.inputs for layer in self.layers)
@@ -99,7 +100,7 @@ class Sketcher:
         self._in_flight.clear()
         if self._latest is not None:
             self._latest.close()
-        self._current = self._latest = None
+        self._current = self._latest = self._reading = None
 
     def __enter__(self) -> Sketcher:
         return self.attach()
@@ -115,9 +116,16 @@ class Sketcher:
         self.route(binding)
         return binding
 
+    def read(self, ids: IntArray) -> Reading:
+        """Takes the losses of the samples ``ids`` (n,) int64 from the next :meth:`observe_loss`; the hooks stay idle."""
+        self._current = self._latest = None
+        self._reading = Reading(ids)
+        return self._reading
+
     def route(self, target: Target) -> None:
         """Sends what the hooks see to ``target``, until :meth:`end`."""
         self._current = self._latest = target
+        self._reading = None
         if self.pipelined and not any(t is target for t in self._in_flight):
             self._in_flight = [*(t for t in self._in_flight if not t.closed), target]
 
@@ -130,20 +138,21 @@ class Sketcher:
         binding.close()
 
     def observe_loss(self, output: Any) -> None:
-        """Reads the current binding's per-sample losses and token counts; to be called before the backward."""
-        binding = self._latest
-        if not isinstance(binding, Binding) or binding.closed:
+        """Reads the current micro-batch's per-sample losses and token counts; to be called before the backward."""
+        target = self._reading if self._reading is not None else self._latest
+        if not isinstance(target, Binding | Reading) or (isinstance(target, Binding) and target.closed):
             return
         started = time.perf_counter()
-        held, self._current, self._latest = self._current, None, None  # reading may recompute a checkpointed loss
+        held, latest = self._current, self._latest
+        self._current = self._latest = None  # reading may recompute a checkpointed loss
         try:
-            found = sample_losses(output, len(binding.ids))
+            found = sample_losses(output, len(target.ids))
             if found is not None:
-                binding.losses, binding.tokens = found
+                target.losses, target.tokens = found
         except Exception as error:
             self._tell("losses", "losses cannot be read from the autograd graph (%r); rows go without", error)
         finally:
-            self._current, self._latest = held, binding
+            self._current, self._latest = held, latest
             self.seconds += time.perf_counter() - started
 
     def finish(

@@ -38,7 +38,7 @@ LIMIT, MARGIN = 20.0, 10.0
 PLACES: dict[str, tuple[Any, str]] = {
     "harvest": (["grace_ds.harvest", "Harvester.pending"], "stage harvest"),
     "basis": (["grace_ds.sketch.basis", "BasisAccumulator.pack"], "stage trusted basis"),
-    "gather": (["grace_ds.refresh", "gather_rows"], "stage gather"),
+    "gather": (["grace_ds.refresh", "activation"], "stage gather"),
     "table": (["grace_ds.refresh", "owner_of"], "in refresh"),
     "features": (["grace_ds.integrations.build", "follow_window"], "in refresh"),
     "graph": (["grace_ds.refresh", "follow"], "stage graph"),

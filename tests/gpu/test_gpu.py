@@ -177,13 +177,13 @@ def inputs(n: int = 5000) -> dict[str, Any]:
     own[draw.random(n) < 0.5] = np.nan
     similarity = draw.uniform(-0.2, 1, (n, K)).astype(np.float32)
     similarity[:, -1] = similarity[:3] = -np.inf
-    age = np.where(np.isnan(own[:, 0]), np.inf, draw.integers(0, 4, n))
-    return {"own": own, "age": age, "place": draw.integers(0, n, (n, K)), "similarity": similarity}
+    ages = np.where(np.isnan(own), np.inf, draw.integers(0, 4, own.shape))
+    return {"own": own, "ages": ages, "place": draw.integers(0, n, (n, K)), "similarity": similarity}
 
 
 def spread(x: dict[str, Any]) -> list[Any]:
-    found = propagate(x["own"], x["age"], x["place"], x["similarity"], lambda facts: facts, hops=2, shrink=0.5, decay=0.7)
-    return [found.values, found.reached, found.disagreement, priority(10 * x["age"], found.disagreement)]
+    found = propagate(x["own"], x["ages"], x["place"], x["similarity"], lambda facts: facts, hops=2, shrink=0.5, decay=0.7)
+    return [found.values, found.reached, found.disagreement, priority(10 * x["ages"][:, 0], found.disagreement)]
 
 
 def importance(x: dict[str, Any]) -> list[Any]:

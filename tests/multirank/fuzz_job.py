@@ -74,7 +74,7 @@ def fingerprint(c: Any) -> str:
     h = hashlib.blake2b(json.dumps(scalars(c), sort_keys=True).encode())
     for schedule in c.book.schedules:
         h.update(f"{schedule.digest()} {json.dumps(dict(schedule.meta), sort_keys=True)}".encode())
-    arrays = [getattr(c.table.rows, f.name) for f in fields(c.table.rows)] + [c.table.visits, c.ledger.ids, c.ledger.counts]
+    arrays = [getattr(t.rows, f.name) for t in (c.table, c.seen) for f in fields(t.rows)] + [c.ledger.ids, c.ledger.counts]
     arrays += [array for _, array in sorted(c.basis.to_arrays().items())] if c.basis is not None else []
     for array in arrays:
         h.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())

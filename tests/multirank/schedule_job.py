@@ -23,7 +23,7 @@ from grace_ds.integrations.build import Contents, Parts
 from grace_ds.kept import Kept
 from grace_ds.order import SamplerOrder
 from grace_ds.pool import Pool
-from grace_ds.records import HIDDEN, IntArray, Role, Rows, Schedule
+from grace_ds.records import HIDDEN, C, IntArray, Losses, Role, Rows, Schedule
 from grace_ds.refresh import refresh
 from grace_ds.schedule import Ledger
 from grace_ds.selection.guard import from_meta
@@ -126,7 +126,8 @@ class Made:
     """
 
     schedule: Schedule
-    table: Table
+    table: Table[Rows]
+    seen: Table[Losses]
     counts: Mapping[str, float]
     graph: KeptGraph | None
     learned: tuple[IntArray, np.ndarray] | None
@@ -244,8 +245,18 @@ def harvested(case: Case, version: int) -> Rows:
     return rows
 
 
-def share_of(rows: Rows, case: Case, version: int, world: World) -> Rows:
-    """The rows that this rank has harvested, by a rule that no two worlds have in common."""
+def read(case: Case, version: int) -> Losses:
+    """The losses of an interval: those of the collected steps, and of some samples in other steps."""
+    rows = harvested(case, version)
+    draw = np.random.default_rng([6, version])
+    extra = rows.losses.take(draw.random(len(rows)) < 0.5)
+    later = np.minimum(extra.step + draw.integers(0, 2, len(extra)), STEPS[version])
+    loss = extra.loss if case.harvest == "tied" else extra.loss * np.float32(0.75)
+    return Losses.concat([rows.losses, Losses(extra.ids, later, loss)])
+
+
+def share_of(rows: C, case: Case, version: int, world: World) -> C:
+    """The rows that this rank has measured, by a rule that no two worlds have in common."""
     busy = max(1, world.size - int(case.last_rank_idle))
     where = np.random.default_rng([4, version, world.size]).integers(0, busy, len(rows))
     return rows.take(where == world.rank)
@@ -286,12 +297,14 @@ def two_refreshes(world: World, comm: Comm, case: Case, cache: Cache) -> list[Ma
     p = Pipeline(comm, config_of(case), pool_of(case), SamplerOrder(N), BATCH, contents, include, exclude, trusted)
     p = dataclasses.replace(p, sources=source_of) if case.blend else p
     made: list[Made] = []
-    table, ledger, kept = Table.empty(DIM), Ledger(), Kept()
+    table, seen, ledger, kept = Table(Rows.empty(DIM)), Table(Losses.empty()), Ledger(), Kept()
     decision, since, core, audit = None, -1, nobody, None if case.shadow else nobody
     for version, step in enumerate(STEPS):
         x = Inputs(
             rows=share_of(harvested(case, version), case, version, world),
+            losses=share_of(read(case, version), case, version, world),
             table=table,
+            seen=seen,
             ledger=ledger,
             step=step,
             version=version,
@@ -308,8 +321,8 @@ def two_refreshes(world: World, comm: Comm, case: Case, cache: Cache) -> list[Ma
         out = refresh(p, x)
         learned = out.kept.learned
         parts = None if learned is None else (learned.ids, learned.values)
-        made.append(Made(out.schedule, out.table, out.counts, out.kept.graph, parts))
-        table, kept, ledger = out.table, out.kept, Ledger(ledger.ids, ledger.counts)
+        made.append(Made(out.schedule, out.table, out.seen, out.counts, out.kept.graph, parts))
+        table, seen, kept, ledger = out.table, out.seen, out.kept, Ledger(ledger.ids, ledger.counts)
         ledger.add(out.schedule.ids[: INTERVAL * BATCH])
         decision, since = from_meta(out.schedule.meta.get("guard")), step
         core = np.unique(out.schedule.ids[out.schedule.roles == Role.CORE])

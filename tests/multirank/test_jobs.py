@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ GRACE: dict[str, Any] = HARVESTING
 SAVES = [2, 4, 5, 7, 8, 12]
 
 FAULTS = {
-    "gather": ("grace_ds.refresh", "gather_rows"),
+    "gather": ("grace_ds.refresh", "activation"),
     "table": ("grace_ds.refresh", "owner_of"),
     "features": ("grace_ds.integrations.build", "follow_window"),
     "embed": ("grace_ds.refresh", "learn"),
@@ -73,6 +74,8 @@ def jobs(folder: Path) -> dict[str, Any]:
         "clean_uniform": {"steps": 10, "clean": True, "workers": 0, "grace": grace(recipe="uniform")},
         "overlap": {"grace": grace(trusted=str(trusted)), "validation": {"n": 160, "salt": 3}},
     }
+    seldom = {"refresh": {**GRACE["refresh"], "interval_steps": 16}, "harvest": {"share": 0.5}}
+    out["seldom"] = {**base, "steps": 18, "grace": grace(**seldom)}
     content = grace(recipe="content", trusted=str(trusted))
     out["content"] = {"steps": 10, "grace": content, "validation": {"n": 32, "salt": 7}}  # shares nothing with the trusted set
     out["opened"] = {"steps": 10, "grace": {**content, "start_step": -1, "run_dir": str(folder / "opened")}}
@@ -143,19 +146,29 @@ def test_the_coreset_is_fresh_and_within_its_budget(records: Records) -> None:
 
 
 def committed(records: list[dict[str, Any]]) -> dict[int, int]:
-    """Uses of each sample that the table has counted, over all ranks."""
+    """Sample → optimizer step of its row, over all ranks."""
     return {int(i): v for r in records for i, v in r["table"].items()}
+
+
+def latest(steps: list[list[int]], which: Iterable[int]) -> dict[int, int]:
+    """Sample → the last of the steps ``which``, counted from 0, that trained on it, as the engine counts it."""
+    return {i: k + 1 for k in which for i in steps[k]}
 
 
 @pytest.mark.parametrize("name", ["base", "peek", "skip", "evaluate", "filter", "workers0", "gas4"])
 def test_what_is_committed_is_what_was_trained_on(records: Records, name: str) -> None:
     # The table holds what the last refresh has seen; the first step only sets the scale of the layers.
     last = records[name][0]["metrics"]["step"] // 4 * 4
-    uses: dict[int, int] = {}
-    for step in stream(records[name])[1:last]:
-        for i in step:
-            uses[i] = uses.get(i, 0) + 1
-    assert committed(records[name]) == uses
+    assert committed(records[name]) == latest(stream(records[name]), range(1, last))
+
+
+def test_gradients_are_collected_on_a_share_of_the_steps_and_losses_are_read_on_all(records: Records) -> None:
+    job = records["seldom"]
+    steps = stream(job)
+    assert committed(job) == latest(steps, range(3, 16, 2))  # every other one; the first of them sets the scale of the layers
+    read = {int(i): v for r in job for i, v in r["seen"].items()}
+    assert read == latest(steps, (k for k in range(16) if k != 1))
+    assert job[0]["metrics"]["collected_rows"] == 7 * 8
 
 
 def test_filtered_samples_are_never_trained_on(records: Records) -> None:
@@ -176,12 +189,7 @@ def test_nor_the_run(records: Records, name: str) -> None:
 def test_an_overflow_moves_the_cursor_and_commits_no_rows(records: Records) -> None:
     steps = stream(records["overflow"])
     assert records["overflow"][0]["metrics"]["cursor"] == STEPS * 8
-    uses: dict[int, int] = {}
-    for k, step in enumerate(steps[:20]):
-        if k not in (0, 5):
-            for i in step:
-                uses[i] = uses.get(i, 0) + 1
-    assert committed(records["overflow"]) == uses
+    assert committed(records["overflow"]) == latest(steps, (k for k in range(1, 20) if k != 5))
 
 
 @pytest.mark.parametrize("step", SAVES)
@@ -262,11 +270,7 @@ def test_a_fault_on_one_rank_keeps_the_old_schedule_and_the_job(records: Records
 
 
 def test_nothing_is_lost_by_a_failed_refresh(records: Records) -> None:
-    uses: dict[int, int] = {}
-    for step in stream(records["fault_gather"])[1:12]:
-        for i in step:
-            uses[i] = uses.get(i, 0) + 1
-    assert committed(records["fault_gather"]) == uses
+    assert committed(records["fault_gather"]) == latest(stream(records["fault_gather"]), range(1, 12))
 
 
 def test_recipe_content_hooks_and_harvests_nothing(records: Records) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import pytest
 
-from grace_ds.records import Role, Rows, Schedule
+from grace_ds.records import Columns, Role, Schedule
 from grace_ds.table import Table
 from tests.multirank.harness import run_ranks
 from tests.multirank.schedule_job import (
@@ -30,6 +31,7 @@ from tests.multirank.schedule_job import (
     harvested,
     is_junk,
     pool_of,
+    read,
     source_of,
     work,
 )
@@ -63,9 +65,9 @@ def core(worlds: Worlds, name: str, version: int = 0) -> np.ndarray:
     return np.unique(s.ids[s.roles == Role.CORE])
 
 
-def records(rows: Rows) -> list[bytes]:
+def records(rows: Columns) -> list[bytes]:
     """Each row's bytes."""
-    columns = [getattr(rows, f.name) for f in fields(Rows)]
+    columns = [getattr(rows, f.name) for f in fields(rows)]
     return [b"".join(np.ascontiguousarray(c[i]).tobytes() for c in columns) for i in range(len(rows))]
 
 
@@ -77,28 +79,27 @@ def usable(case: Case, version: int) -> Iterator[tuple[int, int, bytes]]:
             yield int(rows.ids[i]), int(rows.step[i]), record
 
 
-def remembered(case: Case) -> list[tuple[dict[int, set[bytes]], dict[int, int]]]:
-    """For each version, row by row: id → the rows of its latest step, id → how often it was harvested."""
-    after, latest, uses, last = [], dict[int, set[bytes]](), dict[int, int](), dict[int, int]()
+def remembered(case: Case) -> list[dict[int, set[bytes]]]:
+    """For each version, row by row: id → the rows of its latest step."""
+    after, latest, last = [], dict[int, set[bytes]](), dict[int, int]()
     for version in VERSIONS:
         window = set(pool_of(case).window_at(version).tolist())
-        latest, uses = ({i: x for i, x in d.items() if i in window} for d in (latest, uses))
+        latest = {i: x for i, x in latest.items() if i in window}
         for i, step, record in usable(case, version):
             if i not in latest or step > last[i]:
                 latest[i], last[i] = set(), step
             latest[i].add(record)
-            uses[i] = uses.get(i, 0) + 1
-        after.append(({i: set(x) for i, x in latest.items()}, dict(uses)))
+        after.append({i: set(x) for i, x in latest.items()})
     return after
 
 
-def union(tables: list[Table]) -> dict[int, tuple[bytes, int]]:
-    """Id → (the row's bytes, visits) over all ranks."""
-    held: dict[int, tuple[bytes, int]] = {}
+def union(tables: Sequence[Table[Any]]) -> dict[int, bytes]:
+    """Id → the row's bytes over all ranks."""
+    held: dict[int, bytes] = {}
     for table in tables:
-        for i, record, visits in zip(table.ids.tolist(), records(table.rows), table.visits.tolist(), strict=True):
+        for i, record in zip(table.ids.tolist(), records(table.rows), strict=True):
             assert i not in held, f"two ranks hold sample {i}"
-            held[i] = (record, visits)
+            held[i] = record
     return held
 
 
@@ -117,12 +118,30 @@ def test_schedules_are_equal(worlds: Worlds, name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_tables_are_equal_and_hold_the_latest_rows(worlds: Worlds, name: str) -> None:
-    for version, (latest, uses) in enumerate(remembered(CASES[name])):
+    for version, latest in enumerate(remembered(CASES[name])):
         one = union([worlds[1][0][name][version].table])
-        assert {i: visits for i, (_, visits) in one.items()} == uses
-        assert all(record in latest[i] for i, (record, _) in one.items())
+        assert set(one) == set(latest) and all(record in latest[i] for i, record in one.items())
         for size in SIZES[1:]:
             assert union([made[name][version].table for made in worlds[size]]) == one, f"version {version}, {size} ranks"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_are_kept_of_the_steps_that_are_not_collected_too(worlds: Worlds, name: str) -> None:
+    """Each sample's latest finite loss, whoever read it, on any number of ranks."""
+    held: dict[int, tuple[int, set[float]]] = {}
+    for version in VERSIONS:
+        window = set(pool_of(CASES[name]).window_at(version).tolist())
+        held = {i: x for i, x in held.items() if i in window}
+        rows = read(CASES[name], version)
+        for i, step, loss in zip(rows.ids.tolist(), rows.step.tolist(), rows.loss.tolist(), strict=True):
+            if i in window and np.isfinite(loss) and step >= held.get(i, (0,))[0]:
+                held[i] = (step, {loss} | (held[i][1] if i in held and held[i][0] == step else set()))
+        one = worlds[1][0][name][version].seen
+        assert dict(zip(one.ids.tolist(), one.last.tolist(), strict=True)) == {i: step for i, (step, _) in held.items()}
+        assert all(loss in held[i][1] for i, loss in zip(one.ids.tolist(), one.rows.loss.tolist(), strict=True))
+        for size in SIZES[1:]:
+            parts = [made[name][version].seen for made in worlds[size]]
+            assert union(parts) == union([one]), f"version {version}, {size} ranks"
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -187,7 +187,7 @@ def run(spec: dict[str, Any], out: str) -> dict[str, Any]:
         c = handle.controller
         record["metrics"] = {k: v for k, v in handle.metrics.items() if isinstance(v, (int, float, bool))}
         record["schedules"] = [[s.version, s.start, s.digest()] for s in c.book.schedules]
-        record["table"] = {str(i): int(v) for i, v in zip(c.table.ids, c.table.visits, strict=True)}
+        record["table"] = {str(i): int(v) for i, v in zip(c.table.ids, c.table.last, strict=True)}
         if c.harvester is not None:
             record["layers"] = c.harvester.sketcher.names
             record["failures"] = c.harvester.sketcher.failures

@@ -80,7 +80,7 @@ def break_stage(spec: dict[str, Any], rank: int) -> Callable[[], None]:
                 args[fault["argument"]].reshape(-1)[0] = float(fault["poison"])
                 return original(*args, **kwargs)
             result = original(*args, **kwargs)
-            getattr(result[0], fault["column"]).reshape(-1)[0] = float(fault["poison"])
+            getattr(result.rows, fault["column"]).reshape(-1)[0] = float(fault["poison"])
             return result
         raise RuntimeError("injected fault")
 
@@ -184,7 +184,8 @@ def run(spec: dict[str, Any], rank: int) -> dict[str, Any]:
             c = grace.controller
             record["metrics"], record["comm"] = grace.metrics, c.comm.name
             record["schedules"] = [[s.version, s.start, s.digest()] for s in c.book.schedules]
-            record["table"] = {str(i): int(v) for i, v in zip(c.table.ids, c.table.visits, strict=True)}
+            record["seen"] = {str(i): int(v) for i, v in zip(c.seen.ids, c.seen.last, strict=True)}
+            record["table"] = {str(i): int(v) for i, v in zip(c.table.ids, c.table.last, strict=True)}
             record["hooks"] = len(engine.module._forward_hooks) + len(engine.module._forward_pre_hooks)
             record["levels"] = [[s.version, s.meta.get("guard", {}).get("level")] for s in c.book.schedules]
             record["align"] = np.isfinite(c.table.rows.align).mean().item() if len(c.table) else 0.0

@@ -29,14 +29,14 @@ def inputs() -> dict[str, Any]:
     own = draw.normal(size=(N, 2)).astype(np.float32)
     own[draw.random(N) < 0.5] = np.nan
     own[draw.random(N) < 0.1, 1] = np.nan
-    age = np.where(np.isnan(own[:, 0]), np.inf, draw.integers(0, 4, N))
+    ages = np.where(np.isnan(own), np.inf, draw.integers(0, 4, own.shape))
     similarity = draw.uniform(-0.2, 1, (N, K)).astype(np.float32)
     place = draw.integers(0, N, (N, K))
     similarity[:, -1], place[:, -1] = -np.inf, N
     similarity[:3], place[:3] = -np.inf, N
     crowded = np.where(draw.random(N) < 0.1, np.nan, draw.uniform(0, 3, N)).astype(np.float32)
     density = draw.integers(0, 5, N).astype(np.float32)
-    return {"own": own, "age": age, "place": place, "similarity": similarity, "density": density, "crowding": crowded}
+    return {"own": own, "ages": ages, "place": place, "similarity": similarity, "density": density, "crowding": crowded}
 
 
 def with_padding(facts: Any) -> Any:
@@ -48,8 +48,8 @@ def with_padding(facts: Any) -> Any:
 @pytest.mark.parametrize("hops", [1, 3])
 def test_propagation_in_torch_gives_what_numpy_gives(hops: int) -> None:
     def compute(x: dict[str, Any]) -> list[Any]:
-        found = propagate(x["own"], x["age"], x["place"], x["similarity"], with_padding, hops=hops, shrink=0.5, decay=0.7)
-        again = priority(10 * x["age"], found.disagreement)
+        found = propagate(x["own"], x["ages"], x["place"], x["similarity"], with_padding, hops=hops, shrink=0.5, decay=0.7)
+        again = priority(10 * x["ages"][:, 0], found.disagreement)
         return [found.values, found.reached, found.disagreement, again, crowding(x["similarity"])]
 
     alike(compute)
@@ -58,8 +58,8 @@ def test_propagation_in_torch_gives_what_numpy_gives(hops: int) -> None:
 def test_importance_in_torch_is_what_it_is_in_numpy() -> None:
     def compute(x: dict[str, Any]) -> list[Any]:
         loss, keep = x["own"][:, 0], soft_pass(x["own"][:, 1], 0.1, 0.3)
-        parts = [keep, rank01(loss), shared(x["density"]), uncrowded(x["crowding"]), confidence(x["age"], 0.5)]
-        s = Signals(x["age"], loss, x["own"][:, 1], x["density"], keep, x["crowding"], x["age"], x["age"])
+        parts = [keep, rank01(loss), shared(x["density"]), uncrowded(x["crowding"]), confidence(x["ages"], 0.5)]
+        s = Signals(x["ages"][:, 0], loss, x["own"][:, 1], x["density"], keep, x["crowding"], x["ages"][:, 0], x["ages"][:, 1])
         return parts + [log_importance(recipe(name), s, frozenset(recipes.PARTS)) for name in recipes.names()]
 
     alike(compute)

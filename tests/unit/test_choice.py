@@ -15,7 +15,7 @@ from grace_ds.features import ContentFeatures
 from grace_ds.influence import enough_labels
 from grace_ds.order import SamplerOrder
 from grace_ds.pool import Pool
-from grace_ds.records import IntArray, Neighbours, Role, Rows, Schedule, Signals
+from grace_ds.records import IntArray, Losses, Neighbours, Role, Rows, Schedule, Signals
 from grace_ds.schedule import Ledger
 from grace_ds.selection.guard import Decision
 from grace_ds.selection.prior import BigramPrior
@@ -63,7 +63,8 @@ def pipeline(**config: Any) -> Pipeline:
 
 
 def inputs(step: int) -> Inputs:
-    return Inputs(Rows.empty(4), Table.empty(4), Ledger(), step, 1, step * BATCH, INTERVAL, {0: 0.3})
+    rows, losses = Rows.empty(4), Losses.empty()
+    return Inputs(rows, losses, Table(rows), Table(losses), Ledger(), step, 1, step * BATCH, INTERVAL, {0: 0.3})
 
 
 def shares(schedule: Schedule) -> tuple[float, float]:

@@ -92,7 +92,7 @@ def test_propagation_minimises_its_objective() -> None:
     own[3:5] = np.nan
     place, sim = n + rng.integers(0, anchors, (n + anchors, k)), rng.random((n + anchors, k)).astype(np.float32)
     place[4], sim[4] = n + anchors, -np.inf
-    got = propagate(own, age, place, sim, alone, hops=1, shrink=0.5, decay=0.7)
+    got = propagate(own, age[:, None], place, sim, alone, hops=1, shrink=0.5, decay=0.7)
     grid = np.linspace(-4, 4, 80001)
     for i in range(1, 4):
         cost = 0.5 * grid**2
@@ -114,7 +114,7 @@ def test_each_hop_carries_a_value_one_row_further_and_less_of_it() -> None:
     place, sim = np.maximum(np.arange(n) - 1, 0)[:, None], np.ones((n, 1), np.float32)
     place[0], sim[0] = n, -np.inf
     for hops, heard in ((1, [1, 1 / 2]), (2, [1, 1 / 2, 1 / 3]), (5, [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5, 1 / 6])):
-        got = propagate(own, age, place, sim, alone, hops=hops, shrink=1.0, decay=0.5)
+        got = propagate(own, age[:, None], place, sim, alone, hops=hops, shrink=1.0, decay=0.5)
         np.testing.assert_allclose(got.values[:, 0], heard + [0] * (n - len(heard)), rtol=1e-6)
         assert got.reached.tolist() == [False, *[True] * hops, *[False] * (n - 1 - hops)]
 
@@ -129,7 +129,7 @@ def test_propagation_is_linear_and_never_beyond_what_was_measured(hops: int) -> 
 
     def values(own: np.ndarray) -> np.ndarray:
         column = np.where(known, own, np.nan).astype(np.float32)[:, None]
-        return propagate(column, age, place, sim, alone, hops=hops, shrink=0.3, decay=0.7).values[:, 0]
+        return propagate(column, age[:, None], place, sim, alone, hops=hops, shrink=0.3, decay=0.7).values[:, 0]
 
     a, b = rng.normal(size=(2, n)).astype(np.float32)
     np.testing.assert_allclose(values(2 * a - b), 2 * values(a) - values(b), atol=1e-5)
@@ -143,7 +143,7 @@ def test_rows_in_other_places_keep_their_values_bit_for_bit() -> None:
     n, k = 60, 5
     own = rng.normal(size=(n, 2)).astype(np.float32)
     own[rng.random((n, 2)) < 0.6] = np.nan
-    age = np.where(np.isnan(own).all(1), np.inf, rng.integers(0, 3, n))
+    age = np.where(np.isnan(own), np.inf, rng.integers(0, 3, own.shape))
     place, sim = rng.integers(0, n, (n, k)), rng.random((n, k)).astype(np.float32)
     options = {"hops": 4, "shrink": 0.5, "decay": 0.7}
     whole = propagate(own, age, place, sim, alone, **options)  # type: ignore[arg-type]
@@ -167,12 +167,13 @@ def test_settings_that_cannot_be_are_refused(wrong: dict[str, float], says: str)
     x = np.zeros((3, 1), np.float32)
     with pytest.raises(ConfigError, match=says):
         options = {"hops": 1, "shrink": 1.0, "decay": 0.5, **wrong}
-        propagate(x, np.zeros(3), np.zeros((3, 2), np.int64), np.zeros((3, 2), np.float32), alone, **options)  # type: ignore[arg-type]
+        propagate(x, np.zeros((3, 1)), np.zeros((3, 2), np.int64), np.zeros((3, 2), np.float32), alone, **options)  # type: ignore[arg-type]
 
 
 def test_arrays_that_do_not_fit_are_refused() -> None:
     x, place, sim = np.zeros((3, 1), np.float32), np.zeros((3, 2), np.int64), np.zeros((3, 2), np.float32)
-    for own, age, at in ((x, np.zeros(2), place), (x, np.zeros(3), place[:2]), (x[:, :0], np.zeros(3), place)):
+    nothing = x[:, :0]
+    for own, age, at in ((x, x[:2], place), (x, x[:, 0], place), (x, x, place[:2]), (nothing, nothing, place)):
         with pytest.raises(DataError, match="shapes"):
             propagate(own, age, at, sim, alone, hops=1, shrink=1.0, decay=0.5)
 

@@ -20,7 +20,7 @@ from grace_ds.integrations.build import pipeline_of, prepare
 from grace_ds.integrations.record import Recorder, keep_portrait, preview_of
 from grace_ds.integrations.trusted_set import Extras
 from grace_ds.kept import Kept
-from grace_ds.records import Role, Rows
+from grace_ds.records import Losses, Role, Rows
 from grace_ds.refresh import refresh
 from grace_ds.report.facts import facts
 from grace_ds.report.load import load_run
@@ -72,10 +72,12 @@ def record(folder: Path, refreshes: int = 3, data: Any = None, preview: Any = No
     pipeline = pipeline_of(LocalComm(), config, geometry, prepare(data, config, geometry, Extras(trusted_data=trusted)))
     write_resolved(config, folder)
     recorder = Recorder(str(folder), None, preview or preview_of(data, "auto"))
-    table, step, kept = Table.empty(config.harvest.dim), 0, Kept()
+    table, seen, step, kept = Table(Rows.empty(config.harvest.dim)), Table(Losses.empty()), 0, Kept()
     for version in range(refreshes):
         nothing, uniform = Rows.empty(config.harvest.dim), version == 0
-        x = Inputs(nothing, table, Ledger(), step, version, step * BATCH, INTERVAL, uniform=uniform, kept=kept)
+        x = Inputs(
+            nothing, Losses.empty(), table, seen, Ledger(), step, version, step * BATCH, INTERVAL, uniform=uniform, kept=kept
+        )
         outcome = refresh(pipeline, x)
         spent = 0.5 * version
         told = {"train_seconds": 10.0 * version, "refresh_seconds": spent, "harvest_seconds": 0.0, "failures": 0.0}

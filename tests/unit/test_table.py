@@ -35,14 +35,14 @@ def rows_of(pairs: list[tuple[int, int]], mark: int = 0) -> Rows:
     )
 
 
-def filled(n: int, rank: int = 0, world: int = 1) -> Table:
+def filled(n: int, rank: int = 0, world: int = 1) -> Table[Rows]:
     ids = [i for i in range(-3, n) if owner_of(np.array([i]), world)[0] == rank]
-    return Table.empty(DIM).merge(rows_of([(i, i) for i in ids] + [(i, 0) for i in ids[::2]]))
+    return Table(Rows.empty(DIM)).merge(rows_of([(i, i) for i in ids] + [(i, 0) for i in ids[::2]]))
 
 
-def equal(a: Table, b: Table) -> bool:
-    columns = [(getattr(a.rows, f.name), getattr(b.rows, f.name)) for f in fields(Rows)]
-    return all(x.dtype == y.dtype and x.tobytes() == y.tobytes() for x, y in [*columns, (a.visits, b.visits)])
+def equal(a: Table[Rows], b: Table[Rows]) -> bool:
+    columns = [(getattr(a.rows, f.name), getattr(b.rows, f.name)) for f in fields(a.rows)]
+    return all(x.dtype == y.dtype and x.tobytes() == y.tobytes() for x, y in columns)
 
 
 batches = st.lists(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 4)), max_size=15), max_size=5)
@@ -51,22 +51,20 @@ batches = st.lists(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 4)), ma
 @settings(deadline=None, max_examples=150)
 @given(batches)
 def test_merge_is_the_dictionary(parts: list[list[tuple[int, int]]]) -> None:
-    """Row by row: a row replaces what is held unless it is older; every row counts as a use."""
-    table, held, uses, mark = Table.empty(DIM), dict[int, tuple[int, int]](), dict[int, int](), 0
+    """Row by row: a row replaces what is held unless it is older."""
+    table, held, mark = Table(Rows.empty(DIM)), dict[int, tuple[int, int]](), 0
     for part in parts:
         table = table.merge(rows_of(part, mark))
         for number, (i, step) in enumerate(part, mark):
-            uses[i] = uses.get(i, 0) + 1
             if i not in held or step >= held[i][0]:
                 held[i] = (step, number)
         mark += len(part)
     assert table.ids.tolist() == sorted(held)
-    assert table.visits.tolist() == [uses[i] for i in sorted(held)]
     assert table.last.tolist() == [held[i][0] for i in sorted(held)]
     numbers = [held[i][1] for i in sorted(held)]
     assert table.rows.norm.tolist() == numbers and table.rows.basis.tolist() == numbers
     assert table.rows.sketch.astype(int).tolist() == [[n, -n, n + 1] for n in numbers]
-    assert [t.dtype for t in (table.visits, table.rows.sketch, table.ids)] == [np.int32, np.float16, np.int64]
+    assert [t.dtype for t in (table.rows.sketch, table.ids)] == [np.float16, np.int64]
 
 
 @settings(deadline=None, max_examples=60)
@@ -80,11 +78,11 @@ def test_keep_and_lookup(window: list[int], asked: list[int]) -> None:
 
 def test_a_table_is_a_value() -> None:
     table = filled(10)
-    before = Table(table.rows.take(slice(None)), table.visits.copy())
+    before = Table(table.rows.take(np.arange(len(table))))
     table.merge(rows_of([(3, 99), (77, 1)]))
     table.keep(np.array([1]))
     assert equal(table, before)
-    with pytest.raises(DataError, match="4 wide do not fit a table of width 3"):
+    with pytest.raises(DataError, match=r"sketch of width \(4,\) do not fit a table of width \(3,\)"):
         table.merge(Rows.empty(4))
 
 
@@ -113,9 +111,9 @@ def save_all(folder: Path, world: int, n: int = 300) -> dict[str, str]:
 def test_saved_on_some_ranks_loaded_on_others(tmp_path: Path, old: int, new: int) -> None:
     files = save_all(tmp_path, old)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(files)  # no temporary files
-    whole = Table.load(tmp_path, files, 0, 1, DIM)
+    whole = Table.load(tmp_path, files, 0, 1, Rows.empty(DIM))
     assert whole.ids.tolist() == list(range(-3, 300))
-    parts = [Table.load(tmp_path, files, rank, new, DIM) for rank in range(new)]
+    parts = [Table.load(tmp_path, files, rank, new, Rows.empty(DIM)) for rank in range(new)]
     for rank, part in enumerate(parts):
         assert equal(part, whole.keep(whole.ids[owner_of(whole.ids, new) == rank]))
     if old == new:
@@ -123,9 +121,9 @@ def test_saved_on_some_ranks_loaded_on_others(tmp_path: Path, old: int, new: int
 
 
 def test_empty_and_more_ranks_than_buckets(tmp_path: Path) -> None:
-    files = Table.empty(DIM).save(tmp_path, 0, 1)
-    assert len(Table.load(tmp_path, files, 1, 2, DIM)) == 0
-    many = [Table.empty(DIM).save(tmp_path / "many", rank, N_BUCKETS + 1000) for rank in (0, 1, 2, 3, 4, 5)]
+    files = Table(Rows.empty(DIM)).save(tmp_path, 0, 1)
+    assert len(Table.load(tmp_path, files, 1, 2, Rows.empty(DIM))) == 0
+    many = [Table(Rows.empty(DIM)).save(tmp_path / "many", rank, N_BUCKETS + 1000) for rank in (0, 1, 2, 3, 4, 5)]
     assert [len(m) for m in many].count(0) >= 1
     assert (tmp_path / "many").exists()
 
@@ -144,7 +142,7 @@ def test_save_replaces_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         filled(60).save(tmp_path, 0, 1)
     monkeypatch.undo()
     assert [p.name for p in tmp_path.iterdir()] == list(files)
-    assert equal(Table.load(tmp_path, files, 0, 1, DIM), filled(50))
+    assert equal(Table.load(tmp_path, files, 0, 1, Rows.empty(DIM)), filled(50))
 
 
 def flip(path: Path, at: int) -> None:
@@ -159,40 +157,40 @@ def test_damaged_files(tmp_path: Path) -> None:
     for at in (0, 20, -1):
         flip(tmp_path / first, at)
         with pytest.raises(CheckpointError, match=f"{first} has digest .*torn or changed"):
-            Table.load(tmp_path, files, 0, 2, DIM)
+            Table.load(tmp_path, files, 0, 2, Rows.empty(DIM))
         flip(tmp_path / first, at)
-    Table.load(tmp_path, files, 0, 2, DIM)
+    Table.load(tmp_path, files, 0, 2, Rows.empty(DIM))
     (tmp_path / first).unlink()
     with pytest.raises(CheckpointError, match=f"{first} cannot be read"):
-        Table.load(tmp_path, files, 0, 2, DIM)
-    assert len(Table.load(tmp_path, files, 1, 2, DIM))  # reads only what it owns
+        Table.load(tmp_path, files, 0, 2, Rows.empty(DIM))
+    assert len(Table.load(tmp_path, files, 1, 2, Rows.empty(DIM)))  # reads only what it owns
     with pytest.raises(CheckpointError, match=f"{second} leaves buckets from 0"):
-        Table.load(tmp_path, {second: files[second]}, 0, 2, DIM)
+        Table.load(tmp_path, {second: files[second]}, 0, 2, Rows.empty(DIM))
     with pytest.raises(CheckpointError, match="2048 of 4096 buckets"):
-        Table.load(tmp_path, {first: files[first]}, 1, 2, DIM)
+        Table.load(tmp_path, {first: files[first]}, 1, 2, Rows.empty(DIM))
     with pytest.raises(CheckpointError, match="overlaps another file"):
-        Table.load(tmp_path, files | save_all(tmp_path / "other", 3), 0, 2, DIM)
+        Table.load(tmp_path, files | save_all(tmp_path / "other", 3), 0, 2, Rows.empty(DIM))
     with pytest.raises(CheckpointError, match="'rows.bin' is not a file of rows"):
-        Table.load(tmp_path, {"rows.bin": ""}, 0, 1, DIM)
+        Table.load(tmp_path, {"rows.bin": ""}, 0, 1, Rows.empty(DIM))
 
 
 def test_wrong_width_and_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = save_all(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"3, this run harvest.dim=8"):
-        Table.load(tmp_path, files, 0, 1, 8)
-    monkeypatch.setattr("grace_ds.table.SCHEMA", 3)
-    with pytest.raises(CheckpointError, match="schema 2 .*this version reads 3"):
-        Table.load(tmp_path, files, 0, 1, DIM)
+        Table.load(tmp_path, files, 0, 1, Rows.empty(8))
+    monkeypatch.setattr("grace_ds.table.SCHEMA", 4)
+    with pytest.raises(CheckpointError, match="schema 3 .*this version reads 4"):
+        Table.load(tmp_path, files, 0, 1, Rows.empty(DIM))
 
 
 def test_repeated_and_misplaced_ids(tmp_path: Path) -> None:
     good = filled(50)
     twice: Any = replace(good.rows, ids=np.sort(np.append(good.ids[1:], good.ids[5])))
-    files = Table(twice, good.visits).save(tmp_path, 0, 1)
+    files = Table(twice).save(tmp_path, 0, 1)
     with pytest.raises(CheckpointError, match="repeats ids"):
-        Table.load(tmp_path, files, 0, 1, DIM)
+        Table.load(tmp_path, files, 0, 1, Rows.empty(DIM))
     names = sorted(save_all(tmp_path, 2))
     shutil.copy(tmp_path / names[0], tmp_path / names[1])
     stolen = filled(300, 0, 2).save(tmp_path / "b", 0, 2)[names[0]]
     with pytest.raises(CheckpointError, match="other buckets than its name says"):
-        Table.load(tmp_path, {names[0]: stolen, names[1]: stolen}, 1, 2, DIM)
+        Table.load(tmp_path, {names[0]: stolen, names[1]: stolen}, 1, 2, Rows.empty(DIM))
