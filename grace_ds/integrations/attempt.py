@@ -17,11 +17,10 @@ from grace_ds.errors import GraceError, PeerFailed, PeerLost, TransportError, Tr
 from grace_ds.harvest import Harvester
 from grace_ds.integrations import cadence
 from grace_ds.integrations.lookout import Lookout
-from grace_ds.integrations.trust import TrustedProbe
+from grace_ds.integrations.trust import Fitted, TrustedProbe
 from grace_ds.integrations.verdict import Verdict
 from grace_ds.refresh import Outcome, refresh
 from grace_ds.signals import Inputs, Pipeline, active_parts
-from grace_ds.sketch.basis import TrustedBasis
 
 log = logging.getLogger("grace_ds")
 
@@ -34,13 +33,13 @@ class Fresh:
         inputs: what it was made from; its rows now stand in the outcome's table.
         outcome: the schedule and the table; its counts are of all ranks.
         running_mean: of the loss, for :meth:`~grace_ds.harvest.Harvester.drained`.
-        basis: the trusted basis fitted on the way; None where none was.
+        fitted: the trusted basis fitted on the way; None where none was.
     """
 
     inputs: Inputs
     outcome: Outcome
     running_mean: float | None
-    basis: TrustedBasis | None
+    fitted: Fitted | None
 
 
 @dataclass(frozen=True)
@@ -113,12 +112,12 @@ class Refresher:
         x = stand()
         # Every rank has its own clock; rank 0's decides.
         interval = int(self.comm.broadcast(np.array([x.interval], np.int64))[0])
-        reference, basis = x.reference, None
+        reference, fitted = x.reference, None
         wanted = self._wants_basis(x, interval) and cadence.basis_due(reference, x.version)
         if self.trust is not None and wanted:
             with during("trusted basis"):
-                basis, unit = self.trust.fit(x.version, self.pipeline.pool.window_at(x.version))
-            reference = {**reference, x.version: unit}
+                fitted = self.trust.fit(x.version, self.pipeline.pool.window_at(x.version))
+            reference = {**reference, x.version: fitted.unit}
         x, mean = dataclasses.replace(x, interval=interval, reference=reference), None
         if self.harvester is not None:
             with during("harvest"):
@@ -126,7 +125,7 @@ class Refresher:
             x, mean = dataclasses.replace(x, rows=harvest.rows, losses=harvest.losses), harvest.running_mean
         outcome = refresh(self.pipeline, x)
         outcome = dataclasses.replace(outcome, counts=self._of_all_ranks(outcome.counts))
-        return Fresh(x, outcome, mean, basis)
+        return Fresh(x, outcome, mean, fitted)
 
     def _of_all_ranks(self, counts: dict[str, float]) -> dict[str, float]:
         """Counts added up over the ranks, with those of the harvest: rank 0 writes them down for everybody."""

@@ -23,7 +23,7 @@ from grace_ds.integrations.controller import Controller
 from grace_ds.integrations.engine import is_pipeline, shares_model
 from grace_ds.integrations.record import monitor_of, preview_of
 from grace_ds.integrations.together import together
-from grace_ds.integrations.trust import TrustedProbe, probed
+from grace_ds.integrations.trust import Probes, TrustedProbe
 from grace_ds.integrations.trusted_set import Extras, trusted_set
 from grace_ds.integrations.verdict import Verdict, job_store
 from grace_ds.order import Order, SeededOrder
@@ -83,7 +83,7 @@ def build_controller(
             extras.loss_fn,
             comm,
             config.seed,
-            probed(config.refresh.probe_share, config.refresh.interval_steps, geometry.batch),
+            Probes.of(config.refresh.probe_share, config.refresh.interval_steps, geometry.batch),
         )
     show = preview_of(dataset, config.features.tokens_key)
     verdict, call = Verdict(job_store(comm.size)), RollCall.open(os.environ)

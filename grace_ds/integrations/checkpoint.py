@@ -1,7 +1,7 @@
 """Our part of a checkpoint: files of our own beside the engine's, written before it, read after it.
 
 ``TAG/grace_ds/`` holds the bucket files of the tables and of the window (each rank its own), the published schedules, the
-ledger and the trusted basis, and ``manifest.json`` with every scalar and the digest of every file.  The manifest's own
+ledger, the trusted basis and gradient, and ``manifest.json`` with every scalar and the digest of every file.  The manifest's own
 digest goes into the engine's client state, so a checkpoint and a foreign or torn folder cannot be taken for one another.
 """
 
@@ -21,10 +21,11 @@ from grace_ds.errors import CheckpointError, DamagedState
 from grace_ds.files import digest, write_atomic
 from grace_ds.gather import gather_rows
 from grace_ds.integrations.controller import Controller
-from grace_ds.integrations.saved import BASIS, LEDGER, MANIFEST, SCHEMA, SHARED, Saved, read_saved
+from grace_ds.integrations.saved import BASIS, GRADIENT, LEDGER, MANIFEST, SCHEMA, SHARED, Saved, read_saved
 from grace_ds.integrations.together import together
 from grace_ds.records import Array
 from grace_ds.schedule import save_schedule
+from grace_ds.sketch.basis import TrustedBasis
 
 log = logging.getLogger("grace_ds")
 
@@ -150,8 +151,9 @@ def check(c: Controller, saved: Saved, state: dict[str, Any], step: int) -> None
     try:
         if saved.harvest is not None:
             c.harvester.check_state(saved.harvest)
-        if saved.basis is not None:
-            saved.basis.check(c.harvester.sketcher.layers)
+        for basis in (saved.basis, saved.gradient):
+            if basis is not None:
+                basis.check(c.harvester.sketcher.layers)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
 
@@ -168,6 +170,8 @@ def take_over(c: Controller, saved: Saved, step: int) -> None:
     c.ledger, c.reference = saved.ledger, dict(saved.reference)
     if c.harvester is not None:
         c.take_basis(saved.basis)
+    if c.trust is not None:
+        c.trust.gradient = saved.gradient
     c.counted, c.lead = at["counted"], at["lead"]
     c.metrics.version, c.metrics.refreshes = at["version"], at["refreshes"]
     c.stand_at(step, at["cursor"])
@@ -190,8 +194,13 @@ def scalars(c: Controller) -> dict[str, Any]:
         "refreshes": c.metrics.refreshes,
         "reference": {str(k): v for k, v in c.reference.items()},
         "basis": None if c.basis is None else c.basis.version,
+        "gradient": None if (gradient := _gradient(c)) is None else gradient.version,
         "harvest": None if c.harvester is None else c.harvester.state_dict(),
     }
+
+
+def _gradient(c: Controller) -> TrustedBasis | None:
+    return c.trust.gradient if c.trust is not None else None
 
 
 def _write_shared(c: Controller, folder: Path, window: dict[str, Array]) -> dict[str, str]:
@@ -203,6 +212,8 @@ def _write_shared(c: Controller, folder: Path, window: dict[str, Array]) -> dict
     groups: dict[str, dict[str, Array]] = {LEDGER: {"ids": c.ledger.ids, "counts": c.ledger.counts}}
     if c.basis is not None:
         groups[BASIS] = dict(c.basis.to_arrays())
+    if (gradient := _gradient(c)) is not None:
+        groups[GRADIENT] = dict(gradient.to_arrays())
     if window:
         groups[SHARED] = window
     for name, arrays in groups.items():

@@ -306,7 +306,9 @@ class Controller:
             self.harvester.drained(fresh.running_mean)
         self.reference = dict(fresh.inputs.reference)
         if self.trust is not None:
-            self.take_basis(fresh.basis)
+            self.take_basis(fresh.fitted.basis if fresh.fitted is not None else None)
+            if fresh.fitted is not None:
+                self.trust.gradient = fresh.fitted.gradient
         self.metrics.count(schedule, self.book.schedules[-1] if self.book.schedules else None)
         self.book.publish(schedule)
         self.book.prune(self.cursor)

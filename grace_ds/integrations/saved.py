@@ -26,7 +26,8 @@ from grace_ds.sketch.basis import TrustedBasis
 from grace_ds.table import Table
 
 SCHEMA = 3
-MANIFEST, LEDGER, BASIS, SHARED = "manifest.json", "ledger.safetensors", "basis.safetensors", "window.safetensors"
+MANIFEST, LEDGER, SHARED = "manifest.json", "ledger.safetensors", "window.safetensors"
+BASIS, GRADIENT = "basis.safetensors", "gradient.safetensors"
 _SCHEDULE, _ROWS, _LOSSES, _WINDOW = "schedule-", f"{Rows.name}-", f"{Losses.name}-", "window-"
 # The manifest's numbers, which every rank has alike.
 SCALARS = ("samples", "batch", "step", "cursor", "counted", "next_refresh", "lead", "version", "refreshes")
@@ -42,7 +43,7 @@ class Saved:
         reference: unit of the trusted basis of each version; all ranks.
         schedules: published ones, in order; all ranks.
         ledger: all ranks.
-        basis: trusted basis; None without one; all ranks.
+        basis, gradient: the trusted basis in force, and what the next one goes on from; None without; all ranks.
         harvest: the harvester's, None where nothing was harvested; all ranks.
         table, seen: the latest rows and losses of the samples that this rank owns.
         kept: of the last refresh, of the samples that this rank owns.
@@ -54,6 +55,7 @@ class Saved:
     schedules: list[Schedule]
     ledger: Ledger
     basis: TrustedBasis | None
+    gradient: TrustedBasis | None
     harvest: dict[str, Any] | None
     table: Table[Rows]
     seen: Table[Losses]
@@ -97,7 +99,7 @@ def read_saved(folder: Path, state: Any, rank: int, world: int, dim: int) -> Sav
 
 def _parse(folder: Path, manifest: dict[str, Any], rank: int, world: int, dim: int) -> Saved:
     files: dict[str, str] = manifest["files"]
-    ours = (LEDGER, BASIS, SHARED)
+    ours = (LEDGER, BASIS, GRADIENT, SHARED)
     odd = [name for name in files if not name.startswith((_SCHEDULE, _ROWS, _LOSSES, _WINDOW)) and name not in ours]
     if odd:
         raise ValueError(f"unknown file {odd[0]!r}")
@@ -106,7 +108,6 @@ def _parse(folder: Path, manifest: dict[str, Any], rank: int, world: int, dim: i
     ledger = _arrays(folder / LEDGER, files[LEDGER])
     if ledger["ids"].dtype != np.int64 or ledger["ids"].shape != ledger["counts"].shape:
         raise ValueError("a ledger whose columns do not fit together")
-    basis = None if manifest["basis"] is None else _whole(manifest, "basis")
     rows, losses, windows = (_named(files, prefix) for prefix in (_ROWS, _LOSSES, _WINDOW))
     shared = _arrays(folder / SHARED, files[SHARED]) if SHARED in files else {}
     harvest = manifest["harvest"]
@@ -118,7 +119,8 @@ def _parse(folder: Path, manifest: dict[str, Any], rank: int, world: int, dim: i
         {int(version): float(unit) for version, unit in manifest["reference"].items()},
         [parse_schedule(_read_checked(folder / name, files[name]), folder / name) for name in names],
         Ledger(ledger["ids"], ledger["counts"]),
-        None if basis is None else TrustedBasis.from_arrays(basis, _arrays(folder / BASIS, files[BASIS])),
+        _basis(folder, manifest, "basis", BASIS),
+        _basis(folder, manifest, "gradient", GRADIENT),
         harvest,
         Table.load(folder, rows, rank, world, Rows.empty(dim)),
         Table.load(folder, losses, rank, world, Losses.empty()),
@@ -128,6 +130,12 @@ def _parse(folder: Path, manifest: dict[str, Any], rank: int, world: int, dim: i
 
 def _named(files: Mapping[str, str], prefix: str) -> dict[str, str]:
     return {name: named for name, named in files.items() if name.startswith(prefix)}
+
+
+def _basis(folder: Path, manifest: dict[str, Any], key: str, name: str) -> TrustedBasis | None:
+    if manifest[key] is None:
+        return None
+    return TrustedBasis.from_arrays(_whole(manifest, key), _arrays(folder / name, manifest["files"][name]))
 
 
 def _refuse_schema(folder: Path, schema: Any) -> None:

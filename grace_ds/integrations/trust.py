@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,50 @@ from grace_ds.sketch.whiten import whiten
 
 log = logging.getLogger("grace_ds")
 
-_MOST, _LEAST = 256, 16  # samples that a refresh looks at, in each of its three probes
+_MOST, _LEAST = 768, 16  # samples that a refresh probes in all; in each of its three probes
+_MEMORY = 0.8  # of the trusted gradient, from one basis to the next
 
 
-def probed(share: float, interval_steps: int, batch: int) -> int:
-    """Samples of each of a refresh's three probes (pool, one trusted half, the other): ``share`` of those trained on."""
-    return min(_MOST, max(_LEAST, round(share * interval_steps * batch / 3)))
+@dataclass(frozen=True)
+class Probes:
+    """Samples of a refresh's three probes, over all ranks.
+
+    Attributes:
+        pool: whose second moments the trusted gradient is divided by.
+        fit: of the trusted half that the gradient is taken of.
+        judge: of the other one.
+    """
+
+    pool: int
+    fit: int
+    judge: int
+
+    @property
+    def total(self) -> int:
+        """Of all three."""
+        return self.pool + self.fit + self.judge
+
+    @staticmethod
+    def of(share: float, interval_steps: int, batch: int) -> Probes:
+        """``share`` of the samples trained on in an interval, most of them for the gradient: a mean of few is mostly noise."""
+        total = min(_MOST, round(share * interval_steps * batch))
+        pool, judge = max(_LEAST, round(total / 9)), max(_LEAST, round(total / 3))
+        return Probes(pool, max(_LEAST, total - pool - judge), judge)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a refresh has found out by its probes; equal on all ranks.
+
+    Attributes:
+        basis: to measure influences by.
+        unit: of influences along it; 0 where they cannot be judged by.
+        gradient: the trusted gradient behind it, earlier ones remembered; the next fit goes on from it.
+    """
+
+    basis: TrustedBasis
+    unit: float
+    gradient: TrustedBasis
 
 
 def unit_of(influence: FloatArray) -> tuple[float, float]:
@@ -41,9 +80,9 @@ def unit_of(influence: FloatArray) -> tuple[float, float]:
 
 
 class TrustedProbe:
-    """Fits the trusted basis to one half of the trusted set, and judges by the other what it measures.
+    """Fits the trusted basis to one half of the trusted set, and judges by the other, which chooses nothing, what it measures.
 
-    The halves change places from one basis to the next: what one has chosen, the other judges.
+    A refresh probes few samples, other ones each time, and remembers the gradients of earlier ones.
 
     Args:
         module: ``engine.module``.
@@ -57,7 +96,7 @@ class TrustedProbe:
         loss_fn: (module, batch) → mean loss; default: calls the module with the batch and takes the loss from its output.
         comm: between the ranks.
         seed: of the run.
-        count: samples of each probe, over all ranks.
+        count: samples of the probes.
     """
 
     def __init__(
@@ -73,19 +112,18 @@ class TrustedProbe:
         loss_fn: LossFn | None,
         comm: Comm,
         seed: int,
-        count: int,
+        count: Probes,
     ) -> None:
         self.module, self.sketcher, self.dataset, self.halves, self.pool = module, sketcher, dataset, halves, pool
         self.collate, self.rows, self.device, self.comm, self.seed = collate, rows, device, comm, seed
         self.count = count
+        self.gradient: TrustedBasis | None = None  # of the basis in force; earlier ones remembered
         self.probed = 0  # samples that this rank has run through the model for probes
         self.call = Call()
         self.loss_fn: LossFn = loss_fn or self.call.loss
 
-    def fit(self, version: int, window: IntArray) -> tuple[TrustedBasis, float]:
-        """Basis number ``version`` of the model as it is now, and the unit of influences along it; equal on all ranks.
-
-        Collective.  The unit is 0 where influences cannot be judged by.
+    def fit(self, version: int, window: IntArray) -> Fitted:
+        """Basis number ``version`` of the model as it is now.  Collective; nothing is taken over yet.
 
         Args:
             version: counts the fits.
@@ -94,18 +132,20 @@ class TrustedProbe:
         Raises:
             DataError: no trusted sample has a finite gradient, or the probed pool samples have none.
         """
-        fitting, judging = self.halves[version % 2], self.halves[1 - version % 2]
+        fitting, judging = self.halves
         moments = self.sketcher.moments()
-        batches = self._batches(self.pool, self._draw(window, version, 1))
+        batches = self._batches(self.pool, self._draw(window, version, 1, self.count.pool))
         probe_basis(self.module, batches, self.loss_fn, self.sketcher, moments)
         second = moments.fit(self.comm.allreduce(moments.pack()))
         target = self.sketcher.accumulator(self.sketcher.rank)
-        batches = self._batches(self.dataset, self._draw(fitting, version, 2))
+        batches = self._batches(self.dataset, self._draw(fitting, version, 2, self.count.fit))
         probe_basis(self.module, batches, self.loss_fn, self.sketcher, target)
-        raw = target.fit(self.comm.allreduce(target.pack()), version)
+        gradient = target.fit(self.comm.allreduce(target.pack()), version)
+        if self.gradient is not None:
+            gradient = gradient.plus(self.gradient, _MEMORY ** (version - self.gradient.version))
         scale = dict(zip(self.sketcher.names, self.sketcher.scale.sigma.tolist(), strict=True))
-        basis = whiten(raw, second, scale)
-        return basis, self._unit(basis, self._draw(judging, version, 3))
+        basis = whiten(gradient, second, scale)
+        return Fitted(basis, self._unit(basis, self._draw(judging, version, 3, self.count.judge)), gradient)
 
     def _unit(self, basis: TrustedBasis, ids: IntArray) -> float:
         before = self.sketcher.basis
@@ -126,10 +166,10 @@ class TrustedProbe:
             log.info(message, basis.version, float(np.median(everyone)), error, verdict)
         return unit
 
-    def _draw(self, ids: IntArray, version: int, purpose: int) -> IntArray:
+    def _draw(self, ids: IntArray, version: int, purpose: int, count: int) -> IntArray:
         """This rank's share of a probe, equally many on every rank (ZeRO-3 gathers weights in step)."""
         rng = np.random.Generator(np.random.Philox(key=[self.seed, 4 * version + purpose]))
-        chosen = rng.permutation(ids)[: self.count] if len(ids) < 4 * self.count else rng.choice(ids, self.count)
+        chosen = rng.permutation(ids)[:count] if len(ids) < 4 * count else rng.choice(ids, count)
         each = max(1, len(chosen) // self.comm.size)
         at = (self.comm.rank * each + np.arange(each)) % len(chosen)
         return np.asarray(chosen[at], np.int64)

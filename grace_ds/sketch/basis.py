@@ -36,6 +36,11 @@ class TrustedBasis:
     version: int
     factors: Mapping[str, Factors]
 
+    def plus(self, older: TrustedBasis, weight: float) -> TrustedBasis:
+        """This gradient plus ``weight`` times an older one, by as many factors: the best approximation that has them."""
+        factors = {n: _sum(here, older.factors[n], weight) for n, here in self.factors.items()}
+        return TrustedBasis(self.version, factors)
+
     def check(self, layers: Sequence[Layer]) -> None:
         """Whether a saved basis is one of ``layers``.
 
@@ -163,6 +168,18 @@ class BasisAccumulator(Target):
             psi = signs(layer.name, self._seed, "psi", (self._rows, layer.inputs)).astype(np.float64)
             factors[layer.name] = _factorise(arrays[0].T, arrays[1], psi, self._rank)
         return TrustedBasis(version, factors)
+
+
+def _sum(here: Factors, older: Factors, weight: float) -> Factors:
+    """Factors of U diag(s) Vᵀ + weight U' diag(s') V'ᵀ, as many as ``here`` has."""
+    left, upper = np.linalg.qr(np.concatenate([here[0], older[0]], 1).astype(np.float64))
+    right, lower = np.linalg.qr(np.concatenate([here[2], older[2]], 1).astype(np.float64))
+    inner = upper @ np.diag(np.concatenate([here[1], weight * older[1]]).astype(np.float64)) @ lower.T
+    u, s, v = np.linalg.svd(inner, full_matrices=False)
+    missing = (0, max(0, len(here[1]) - len(s)))  # a layer narrower than the factors: padded with zeros, as they are
+    parts = (left @ u[:, : len(here[1])], s[: len(here[1])], right @ v[: len(here[1])].T)
+    found = [np.ascontiguousarray(np.pad(a, [(0, 0)] * (a.ndim - 1) + [missing]), np.float32) for a in parts]
+    return found[0], found[1], found[2]
 
 
 def _factorise(y: Matrix, w: Matrix, psi: Matrix, rank: int) -> Factors:

@@ -128,3 +128,22 @@ def test_unusable_sums_and_torn_arrays_are_refused():
     del arrays["blocks.1.up/V"]
     with pytest.raises(CheckpointError, match=r"lacks 'blocks.1.up/V'"):
         TrustedBasis.from_arrays(7, arrays)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(12, 9), (5, 3)])
+def test_a_sum_of_two_gradients_is_the_best_of_as_many_factors(inputs: int, outputs: int) -> None:
+    draw, rank = np.random.default_rng(0), 4
+
+    def made() -> TrustedBasis:
+        u, s, v = np.linalg.svd(draw.normal(size=(inputs, outputs)), full_matrices=False)
+        pad = max(0, rank - len(s))
+        parts = (np.pad(u[:, :rank], ((0, 0), (0, pad))), np.pad(s[:rank], (0, pad)), np.pad(v[:rank].T, ((0, 0), (0, pad))))
+        return TrustedBasis(2, {"layer": tuple(p.astype(np.float32) for p in parts)})  # type: ignore[dict-item]
+
+    a, b = made(), made()
+    dense = [f[0] * f[1] @ f[2].T for f in (a.factors["layer"], b.factors["layer"])]
+    u, s, v = np.linalg.svd(dense[0] + 0.5 * dense[1])
+    wanted = u[:, : len(s)][:, :rank] * s[:rank] @ v[:rank]
+    found = a.plus(b, 0.5).factors["layer"]
+    assert [x.shape for x in found] == [(inputs, rank), (rank,), (outputs, rank)]
+    np.testing.assert_allclose(found[0] * found[1] @ found[2].T, wanted, atol=1e-5)

@@ -11,7 +11,7 @@ from torch import nn
 
 from grace_ds.comm.local import LocalComm
 from grace_ds.errors import DataError
-from grace_ds.integrations.trust import Call, TrustedProbe, probed, unit_of
+from grace_ds.integrations.trust import Call, Probes, TrustedProbe, unit_of
 from grace_ds.sketch.layers import select_layers
 from grace_ds.sketch.probe import probe_rows
 from grace_ds.sketch.sketcher import Sketcher
@@ -81,10 +81,11 @@ class Reads:
 POOL = cycles(40, 1, 0.8)
 
 
-def probe_of(model: Narrow, sketcher: Sketcher, trusted: Reads, count: int = 64, window: Reads | None = None) -> TrustedProbe:
+def probe_of(model: Narrow, sketcher: Sketcher, trusted: Reads, each: int = 64, window: Reads | None = None) -> TrustedProbe:
     halves = np.arange(0, 24, 2), np.arange(1, 24, 2)
     pool = window or Reads(POOL)
     device = torch.device("cpu")
+    count = Probes(each, each, each)
     return TrustedProbe(model, sketcher, trusted, halves, pool, torch.stack, 5, device, None, LocalComm(5.0), 3, count)
 
 
@@ -99,10 +100,12 @@ def scaled_sketcher(model: Narrow) -> Sketcher:
 def test_one_half_fits_the_direction_and_the_other_gives_the_unit(version: int) -> None:
     model, data = Narrow(), cycles(24, 2, 0.1)
     trusted, window = Reads(data), Reads(POOL)
-    fit, judge = np.arange(version % 2, 24, 2), np.arange(1 - version % 2, 24, 2)
+    fit, judge = np.arange(0, 24, 2), np.arange(1, 24, 2)  # at every version: what judges has chosen nothing
     with scaled_sketcher(model) as sketcher:
         probe = probe_of(model, sketcher, trusted, window=window)
-        basis, unit = probe.fit(version, np.arange(10, 40))
+        found = probe.fit(version, np.arange(10, 40))
+        basis, unit = found.basis, found.unit
+        assert probe.gradient is None  # nothing is taken over yet
         sigma = sketcher.scale.by_name()
         assert sketcher.basis is None
     assert sorted(trusted.read[:12]) == fit.tolist() and sorted(trusted.read[12:]) == judge.tolist()
@@ -123,7 +126,7 @@ def test_halves_that_do_not_agree_give_no_unit(caplog: pytest.LogCaptureFixture)
     data[1::2] = cycles(12, 4, 0.0).flip(1)  # the other half runs backwards
     model_of = dict(model.named_parameters())
     with scaled_sketcher(model) as sketcher, caplog.at_level("INFO", logger="grace_ds"):
-        assert probe_of(model, sketcher, Reads(data)).fit(0, np.arange(40))[1] == 0
+        assert probe_of(model, sketcher, Reads(data)).fit(0, np.arange(40)).unit == 0
     assert "left out: the trusted halves do not agree" in caplog.text
     assert all(p.grad is None for p in model_of.values())
 
@@ -131,7 +134,7 @@ def test_halves_that_do_not_agree_give_no_unit(caplog: pytest.LogCaptureFixture)
 def test_a_probe_draws_as_many_as_it_may_and_others_each_time() -> None:
     model, trusted, window = Narrow(), Reads(cycles(24, 2, 0.1)), Reads(POOL)
     with scaled_sketcher(model) as sketcher:
-        probe = probe_of(model, sketcher, trusted, count=6, window=window)
+        probe = probe_of(model, sketcher, trusted, each=6, window=window)
         for version in (0, 2, 2):
             probe.fit(version, np.arange(40))
     first, second, again = (trusted.read[i : i + 12] for i in (0, 12, 24))
@@ -152,6 +155,24 @@ def test_trusted_samples_without_a_finite_gradient_say_what_to_do() -> None:
 
 
 def test_the_probe_stays_within_its_share() -> None:
-    assert probed(0.03, 500, 2048) == 256  # a large job: a few hundred samples are enough
-    assert probed(0.1, 80, 32) == 85  # 10 % of 2,560, a third of it for the pool and for each half
-    assert probed(0.03, 4, 8) == 16  # a toy: fewer would fit nothing
+    large = Probes.of(0.03, 500, 2048)
+    assert large.total == 768  # of a million: a few hundred samples are enough
+    assert large.fit > large.judge > large.pool > 64
+    assert Probes.of(0.1, 80, 32).total == 256  # 10 % of 2,560
+    assert Probes.of(0.03, 4, 8) == Probes(16, 16, 16)  # a toy: fewer would fit nothing
+
+
+def test_a_gradient_goes_on_from_earlier_ones_the_less_the_older_they_are() -> None:
+    model, first, second = Narrow(), cycles(24, 2, 0.1), cycles(24, 5, 0.1)
+    with scaled_sketcher(model) as sketcher:
+        probe = probe_of(model, sketcher, Reads(first))
+        probe.gradient = old = probe.fit(3, np.arange(40)).gradient
+        probe.dataset = Reads(second)
+        later, much_later = (probe.fit(version, np.arange(40)).gradient for version in (4, 6))
+        probe.gradient = None
+        alone = probe.fit(4, np.arange(40)).gradient
+    for name in NAMES:
+        dense = [u * s @ v.T for u, s, v in (g.factors[name] for g in (old, alone, later, much_later))]
+        np.testing.assert_allclose(dense[2], dense[1] + 0.8 * dense[0], atol=1e-4 * np.abs(dense[1]).max())
+        np.testing.assert_allclose(dense[3], dense[1] + 0.8**3 * dense[0], atol=1e-4 * np.abs(dense[1]).max())
+    assert later.version == 4
