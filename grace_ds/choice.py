@@ -14,7 +14,7 @@ from grace_ds.propagate import priority
 from grace_ds.recipes import Recipe, log_importance, recipe
 from grace_ds.records import Array, Coreset, FloatArray, IntArray, Neighbours, Role, Schedule, Signals
 from grace_ds.schedule import compose
-from grace_ds.selection.guard import Decision, contrast, decide, effective_share
+from grace_ds.selection.guard import Decision, contrast, decide, effective_share, foretold
 from grace_ds.selection.objectives import select
 from grace_ds.selection.sample import gumbel
 from grace_ds.selection.shares import by_source
@@ -115,10 +115,13 @@ class Seen:
 
     Attributes:
         core, audit: (n,), (m,) float32, in units of the trusted median.
+        predicted, measured: (l,) float32, of all of them: what older ones say of them (NaN: nothing), and what came.
     """
 
     core: FloatArray
     audit: FloatArray
+    predicted: FloatArray
+    measured: FloatArray
 
 
 def judge(p: Pipeline, x: Inputs, s: Signals, seen: Seen | None) -> Decision:
@@ -131,7 +134,8 @@ def judge(p: Pipeline, x: Inputs, s: Signals, seen: Seen | None) -> Decision:
     filters = most.trusted and np.isfinite(s.keep).any()
     clean_share = config.guard.clean_share if filters or not most.content else float("inf")
     found = contrast(seen.core, seen.audit, config.guard.confidence, config.seed + x.version) if seen is not None else None
-    return decide(most.name, x.version, share, clean_share, found, x.decision)
+    known = foretold(seen.predicted, seen.measured) if seen is not None and x.since >= config.learning else None
+    return decide(most.name, x.version, share, clean_share, found, x.decision, known)
 
 
 def collect_every(p: Pipeline, x: Inputs, e: Estimate, window: int) -> int:
@@ -164,7 +168,7 @@ def weighed_by(p: Pipeline, x: Inputs, decision: Decision) -> frozenset[str]:
         return frozenset()
     early = {"gradients", "loss"} if x.step < p.config.learning else set()
     twice = {"graph"} if p.config.selection.objective == "facility_location" else set()
-    return active_parts(p, x) - early - twice
+    return active_parts(p, x) - early - twice - decision.off
 
 
 def slack(config: GraceConfig, interval: int) -> int:

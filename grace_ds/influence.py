@@ -22,6 +22,7 @@ from grace_ds.records import Array, FloatArray, IntArray, Rows
 from grace_ds.selection.limits import tail_location
 from grace_ds.selection.prior import STATISTICS
 from grace_ds.selection.ridge import TARGET_CLIP, Ridge, columns, design, normal_equations, weight_of
+from grace_ds.table import Table
 
 TOLERANCE = 0.1  # of the variance that is explained: an error of the fit below it is not worth more labels
 LEAST_DEVIATION = 0.02  # of the trusted predictions, in trusted medians: below it they say nothing about their spread
@@ -123,6 +124,18 @@ def influence(
     # A trusted sample is no copy of anything in the pool: density 0.
     among = fit.ridge.predict(design(_with_density(trusted, np.zeros(len(trusted), np.float32))))
     return Influence(fit, *tail_location(among, least=LEAST_DEVIATION))
+
+
+def forecast(comm: Comm, content: ContentFeatures, table: Table[Rows], old: Array, reference: Mapping[int, float]) -> FloatArray:
+    """(n,) float32: what the rows ``old`` (n,) bool of this rank's table say of the influence of each; NaN: nothing.
+
+    Collective, as :func:`fit_content`; from content alone, since what goes along the graph has heard of the new rows.
+    """
+    at = np.searchsorted(content.ids, table.ids)  # a table holds samples of the window
+    label = np.full(len(content.ids), np.nan, np.float32)
+    label[at] = np.where(old, labels(table.rows, reference), np.nan)
+    fit = fit_content(comm, content, label, np.ones(len(label)))
+    return fit.predicted[at] if fit is not None else np.full(len(at), np.nan, np.float32)
 
 
 def _explained(comm: Comm, sums: IntArray, halves: Sequence[tuple[Array, Array]]) -> float:

@@ -18,13 +18,12 @@ import numpy as np
 
 from grace_ds.broadcast import activation, broadcast_schedule
 from grace_ds.choice import Seen, choose, uniform_schedule
-from grace_ds.comm.base import Comm
 from grace_ds.embed import Learned, embed, learn
 from grace_ds.errors import during
 from grace_ds.features import ContentFeatures
 from grace_ds.gather import gather_rows
 from grace_ds.graph.kept import KeptGraph, follow
-from grace_ds.influence import labels
+from grace_ds.influence import forecast, labels
 from grace_ds.kept import Kept
 from grace_ds.portrait import portrait
 from grace_ds.records import FloatArray, IntArray, Losses, Neighbours, Rows, Schedule
@@ -104,7 +103,7 @@ def refresh(p: Pipeline, x: Inputs) -> Outcome:
         with clock("select"):
             signals = collect(p.comm, local.signals)
             edges = edges_on_root(p, own, graph)
-            seen = by_role(p.comm, x, table)
+            seen = by_role(p, x, table, content)
             schedule = choose(p, x, start, local, signals, edges, seen) if signals is not None else None
         with clock("portrait"):
             if signals is not None and schedule is not None and p.config.run_dir is not None:
@@ -165,18 +164,22 @@ def edges_on_root(p: Pipeline, own: IntArray, graph: KeptGraph | None) -> Neighb
     return Neighbours(neighbours[order], similarity[order])
 
 
-def by_role(comm: Comm, x: Inputs, table: Table[Rows]) -> Seen | None:
-    """Influences of the samples harvested since the last schedule, core and audit apart; None but on root.  Collective.
+def by_role(p: Pipeline, x: Inputs, table: Table[Rows], content: ContentFeatures) -> Seen | None:
+    """Influences collected since the last schedule, core and audit apart, and as foretold; None but on root.  Collective.
 
     From the table, not from what has just come: a checkpoint in between must not change what is seen.
     """
-    rows = table.rows.take(table.rows.step > x.since) if len(x.core) else table.rows.take(table.last < 0)
-    parts = [comm.gather(a) for a in (rows.ids, labels(rows, x.reference))]
-    if parts[0] is None or parts[1] is None:
+    new = (table.last > x.since) & bool(len(x.core))
+    expected = np.full(len(table), np.nan, np.float32)
+    if p.config.guard.enabled and "gradients" in active_parts(p, x):
+        expected = forecast(p.comm, content, table, ~new, x.reference)
+    rows = table.rows.take(new)
+    parts = [p.comm.gather(a) for a in (rows.ids, labels(rows, x.reference), expected[new])]
+    if any(part is None for part in parts):
         return None
-    ids, label = np.concatenate(parts[0]), np.concatenate(parts[1])
+    ids, label, expected = (np.concatenate(part) for part in parts if part is not None)
     order = np.argsort(ids, kind="stable")  # the bootstrap must draw the same for any number of ranks
-    ids, label = ids[order], label[order]
+    ids, label, expected = ids[order], label[order], expected[order]
     core = np.isin(ids, x.core)
     audit = ~core if x.audit is None else np.isin(ids, x.audit)
-    return Seen(label[core & ~audit], label[audit])
+    return Seen(label[core & ~audit], label[audit], expected, label)

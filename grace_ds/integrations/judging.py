@@ -56,7 +56,7 @@ def worth_harvesting(
         basis: in force.
         reference: basis version → unit of influences along it, 0 where they cannot be judged by.
     """
-    if stepped_down(config, decision):
+    if stepped_down(config, decision) or (decision is not None and decision.blind.on):
         return False
     if any(config.learned_shares):
         return True

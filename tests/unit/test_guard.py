@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grace_ds.selection.guard import Contrast, Decision, contrast, decide, effective_share, from_meta
+from grace_ds.selection.guard import Contrast, Decision, Foretold, contrast, decide, effective_share, foretold, from_meta
 
 HELP, HARM, OPEN = (Contrast(d, d - 0.1, d + 0.1, 50, 20) for d in (0.5, -0.5, 0.02))
 UNKNOWN = Contrast(math.nan, math.nan, math.nan, 3, 2)
@@ -147,3 +147,62 @@ def test_a_decision_outlives_a_checkpoint() -> None:
             assert decide("grace", 9, DIRTY, LIMIT, None, back) == decide("grace", 9, DIRTY, LIMIT, None, previous)
     assert previous.meta()["effective_share"] == DIRTY
     assert from_meta(None) is None and from_meta({}) is None and from_meta({"objective": "sample"}) is None
+
+
+def rows_of(correlation: float, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    draw = np.random.default_rng(seed).normal(size=(2, n))
+    return draw[0], correlation * draw[0] + np.sqrt(1 - correlation**2) * draw[1]
+
+
+def test_what_was_foretold_is_compared_by_rank() -> None:
+    predicted, measured = rows_of(0.5, 4000, 0)
+    found = foretold(predicted, measured)
+    assert found.samples == 4000 and found.correlation == pytest.approx(0.48, abs=0.03)  # 6/pi arcsin(r/2) of a normal pair
+    assert foretold(np.exp(predicted), measured**3) == found  # whatever keeps the order
+    assert foretold(predicted, -measured).correlation == pytest.approx(-found.correlation)
+    holes = np.where(np.arange(4000) % 2, np.nan, predicted)
+    assert foretold(holes, measured) == foretold(predicted[::2], measured[::2])
+    assert foretold(np.full(99, np.nan), measured[:99]) == foretold(predicted[:7], measured[:7]) == Foretold()
+    assert foretold(np.ones(50), measured[:50]) == Foretold(0.0, 50)
+
+
+def blind_at(correlations: dict[int, float], versions: int, n: int = 640) -> list[Decision]:
+    """Schedules of recipe grace; influences are measured under every schedule that is not blind."""
+    made: list[Decision] = []
+    for version in range(versions):
+        previous = made[-1] if made else None
+        measured = previous is not None and not previous.blind.on
+        seen = foretold(*rows_of(correlations.get(version, 0.0), n, version)) if measured else None
+        made.append(decide("grace", version, DIRTY, LIMIT, None, previous, seen))
+    return made
+
+
+def test_without_foresight_gradients_are_paid_for_ever_more_rarely() -> None:
+    made = blind_at({}, 40)
+    assert {d.level for d in made} == {"grace"}  # losses and the graph go on
+    off = [v for v, d in enumerate(made) if d.off]
+    assert 0 not in off and 1 not in off and len(off) > 20
+    assert all(d.off == {"gradients", "sketches"} and "no gradients until schedule" in d.reason for d in made if d.off)
+    runs = [len(run) for run in "".join("x" if d.off else " " for d in made).split()]
+    assert runs == sorted(runs) and runs[0] < runs[-1]
+
+
+def test_with_foresight_they_are_paid_for_and_what_was_missed_is_forgotten() -> None:
+    assert not any(d.off for d in blind_at(dict.fromkeys(range(40), 0.2), 40))
+    made = blind_at(dict.fromkeys(range(4, 40), 0.4), 40)
+    assert made[2].off or made[3].off
+    assert not any(d.off for d in made[12:]) and made[-1].blind.misses == 0
+    assert made[-1].numbers["foretold"] > 0.3
+
+
+def test_chance_seldom_passes_for_foresight_and_foresight_seldom_for_chance() -> None:
+    chance = [blind_at({}, 3, 1500 + seed)[2].blind.on for seed in range(100)]
+    foresight = [blind_at(dict.fromkeys(range(3), 0.2), 3, 1500 + seed)[2].blind.on for seed in range(100)]
+    assert np.mean(chance) > 0.85 and np.mean(foresight) < 0.05
+
+
+def test_how_it_stands_with_the_gradients_outlives_a_checkpoint() -> None:
+    for previous in blind_at({2: 0.1}, 12):
+        back = from_meta(json.loads(json.dumps(previous.meta())))
+        assert back is not None and back.blind == previous.blind and back.off == previous.off
+    assert "blind" not in decide("content", 3, DIRTY, LIMIT, None, None).meta()
