@@ -3,9 +3,9 @@
 Three questions, answered before the money is spent twice.  Does content alone find anything to leave out?  The effective
 share (Σp)² / (N Σp²) of the window says so: on clean text nearly all of it is kept.  Do core samples, which were chosen,
 lower the trusted loss more than audit samples, which were not?  The bootstrap interval of the difference of their mean
-influence says so; the trusted half that gives it its unit chooses nothing.  And do influences foretell the next ones?  Those measured
-since the last schedule are compared by rank with what older ones predicted of the same samples: where no such correlation can
-be shown, influences are noise, and gradients are not collected until the next look.
+influence says so; the trusted half that gives it its unit chooses nothing.  And do influences foretell the next ones?  Those
+measured since the last schedule are compared by rank with what older ones predicted of the same samples: where no such
+correlation can be shown, influences are noise, and gradients are not collected until the next look.
 """
 
 from __future__ import annotations
