@@ -77,7 +77,7 @@ def test_equal_loss_takes_the_first_crossing() -> None:
 
 def test_ratios_count_the_arms_whole_cost() -> None:
     uniform = [result("uniform", 0, log_law(n), steps=n, cpu=2.0) for n in (400, 800, 1600)]
-    found = ratios(result("guarded", 0, log_law(800), cpu=2.5), uniform, "dev")
+    found = ratios(result("grace", 0, log_law(800), cpu=2.5), uniform, "dev")
     assert found.steps == pytest.approx(2.0) and found.bound == ""
     assert found.cpu == pytest.approx(800 * 2.0 / (400 * 2.5)) and found.flops == pytest.approx(found.cpu)
 
@@ -95,20 +95,20 @@ def crawl(gain: Sequence[float] = (0.5, 0.4), oracle: float = 0.6) -> PoolRuns:
         found += [result("uniform", seed, log_law(n, seed), steps=n) for n in (400, 800, 1600)]
         found += [result("uniform", seed, log_law(400, seed) + 0.03, order=1000 + seed)]
         base = log_law(400, seed)
-        found += [result("guarded", seed, base - won), result("oracle", seed, base - oracle), result("content", seed, base - 0.1)]
+        found += [result("grace", seed, base - won), result("oracle", seed, base - oracle), result("content", seed, base - 0.1)]
     return PoolRuns("crawl", found, "dev", 400)
 
 
 def test_deltas_are_against_the_same_seed_and_shares_against_the_oracle() -> None:
     runs = crawl()
-    assert runs.deltas("guarded") == pytest.approx([-0.5, -0.4])
-    assert runs.share("guarded") == pytest.approx(0.75) and runs.share("uniform") == 0.0
+    assert runs.deltas("grace") == pytest.approx([-0.5, -0.4])
+    assert runs.share("grace") == pytest.approx(0.75) and runs.share("uniform") == 0.0
     assert runs.luck() == pytest.approx(0.03)
-    assert crawl(oracle=-0.1).share("guarded") is None  # an oracle that gains nothing is no yardstick
+    assert crawl(oracle=-0.1).share("grace") is None  # an oracle that gains nothing is no yardstick
 
 
 def test_claims_of_the_crawl_pool() -> None:
-    found = {c.name: c for c in claims([crawl()], "guarded")}
+    found = {c.name: c for c in claims([crawl()], "grace")}
     names = {"steps_ratio_mean", "steps_ratio_min", "net_ratio", "oracle_share", "beyond_content_crawl", "choosing_share_small"}
     assert set(found) == names
     assert found["beyond_content_crawl"].value == pytest.approx(-0.35) and found["beyond_content_crawl"].met
@@ -116,7 +116,7 @@ def test_claims_of_the_crawl_pool() -> None:
     assert found["steps_ratio_min"].value == pytest.approx(math.exp(0.4))
     assert found["net_ratio"].value == pytest.approx(found["steps_ratio_mean"].value)
     assert found["oracle_share"].met is False and found["steps_ratio_mean"].met is False
-    bound = {c.name: c for c in claims([crawl(gain=(9.0, 0.8), oracle=9.0)], "guarded")}
+    bound = {c.name: c for c in claims([crawl(gain=(9.0, 0.8), oracle=9.0)], "grace")}
     assert "lower bound" in bound["steps_ratio_mean"].unit and "bound" not in bound["steps_ratio_min"].unit
     assert bound["steps_ratio_mean"].value == pytest.approx((4 + math.exp(0.8)) / 2) and bound["steps_ratio_min"].met
     assert claims([crawl()], "pseudo") == []
@@ -139,19 +139,19 @@ def test_claims_of_the_held_out_pools_take_the_worst_share_and_the_least_gain_of
 
 
 def test_claims_of_the_natural_pool() -> None:
-    mine = [result("guarded", s, 5.0 + d, pool="natural", chosen=0.03) for s, d in enumerate((0.02, -0.01, 0.005))]
+    mine = [result("grace", s, 5.0 + d, pool="natural", chosen=0.03) for s, d in enumerate((0.02, -0.01, 0.005))]
     runs = PoolRuns("natural", [*mine, *(result("uniform", s, 5.0, pool="natural") for s in range(3))], "dev", 400)
-    found = {c.name: c for c in claims([runs], "guarded")}
+    found = {c.name: c for c in claims([runs], "grace")}
     goal = found["natural_delta_mean"].goal  # the standard error, as it is above the least
     assert found["natural_delta_mean"].value == pytest.approx(0.005) and goal is not None and goal > 0.008
     assert found["choosing_share_small"].value == pytest.approx(0.03) and found["choosing_share_small"].met
-    assert {c.name: c.met for c in claims([runs], "guarded", "4m")}["choosing_share_4m"] is False
+    assert {c.name: c.met for c in claims([runs], "grace", "4m")}["choosing_share_4m"] is False
 
 
 def test_test_losses_stay_hidden_until_the_final_tables_and_held_out_kinds_always() -> None:
-    record = tables([crawl()], {"guarded": 7}, final=False)
+    record = tables([crawl()], {"grace": 7}, final=False)
     assert all("test" not in row and "test" not in row["curve"][0] and "kinds" in row for row in record.rows["runs"])
-    assert {row["arm"]: row["tried"] for row in record.rows["crawl, 400 steps"]}["guarded"] == 7
+    assert {row["arm"]: row["tried"] for row in record.rows["crawl, 400 steps"]}["grace"] == 7
     final = tables([replace_metric(crawl())], {}, final=True)
     assert all("test" in row for row in final.rows["runs"])
     assert final.rows["crawl, 400 steps"][0]["test"] == pytest.approx((log_law(400) + log_law(400, 1)) / 2 + 0.5)

@@ -20,17 +20,16 @@ from benchmarks.selection.arms.base import Arm, Batch, View, job_sampler
 from benchmarks.selection.sizes import training_flops
 from grace_ds.records import Array
 
-OPEN: dict[str, Any] = {"guard": {"enabled": False}}
-RECIPES: dict[str, dict[str, Any]] = {
-    "content": {"recipe": "content", **OPEN},
-    "grace": {"recipe": "grace", **OPEN},
-    "no_gradients": {"recipe": "grace", "ablate": ["gradients", "loss", "sketches"], **OPEN},
-    "no_graph": {"recipe": "grace", "ablate": ["graph", "sketches"], **OPEN},
-    "no_sketches": {"recipe": "grace", "ablate": ["sketches"], **OPEN},
-    "grace_facility": {"recipe": "grace", "selection": {"objective": "facility_location"}, **OPEN},
-    "pseudo": {"recipe": "grace", **OPEN},
-    "pseudo_content": {"recipe": "content", **OPEN},
-    "guarded": {},  # what a block without either key gets
+RECIPES: dict[str, dict[str, Any]] = {  # as a user has them, the guard included
+    "grace": {},  # the default
+    "content": {"recipe": "content"},
+    "no_gradients": {"ablate": ["gradients", "loss", "sketches"]},
+    "no_graph": {"ablate": ["graph", "sketches"]},
+    "no_sketches": {"ablate": ["sketches"]},
+    "grace_facility": {"selection": {"objective": "facility_location"}},
+    "pseudo": {},
+    "pseudo_content": {"recipe": "content"},
+    "unguarded": {"guard": {"enabled": False}},
 }
 WITHOUT_TRUSTED = ("pseudo", "pseudo_content")
 
@@ -72,7 +71,7 @@ class SystemArm(Arm):
         harvested_steps: so far.
     """
 
-    name = "guarded"
+    name = "grace"
 
     def __init__(self, view: View) -> None:
         super().__init__(view)
