@@ -212,10 +212,10 @@ class Check:
 
 
 def harvested(n: int) -> tuple[FloatArray, Array]:
-    """(centred signals (n, 1) float32, NaN for half of the rows; ages (n,) float64 in refreshes, inf where NaN)."""
+    """(centred signals (n, 1) float32, NaN for half of the rows; ages (n, 1) float64 in refreshes, inf where NaN)."""
     draw = np.random.default_rng(1)
     values = np.where(draw.random((n, 1)) < 0.5, draw.standard_normal((n, 1)), np.nan).astype(np.float32)
-    return values, np.where(np.isnan(values[:, 0]), np.inf, draw.integers(0, 4, n))
+    return values, np.where(np.isnan(values), np.inf, draw.integers(0, 4, (n, 1)))
 
 
 def difference(a: Array, b: Array) -> float:
