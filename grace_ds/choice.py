@@ -134,7 +134,7 @@ def judge(p: Pipeline, x: Inputs, s: Signals, seen: Seen | None) -> Decision:
     filters = most.trusted and np.isfinite(s.keep).any()
     clean_share = config.guard.clean_share if filters or not most.content else float("inf")
     found = contrast(seen.core, seen.audit, config.guard.confidence, config.seed + x.version) if seen is not None else None
-    known = foretold(seen.predicted, seen.measured) if seen is not None and x.since >= config.learning else None
+    known = foretold(seen.predicted, seen.measured) if seen is not None else None
     return decide(most.name, x.version, share, clean_share, found, x.decision, known)
 
 

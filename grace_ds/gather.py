@@ -53,8 +53,8 @@ def gather_rows(comm: Comm, rows: C, n_dataset: int) -> tuple[C, Sent]:
     back = got.reshape(-1).view(kind)
     # A sample that stands twice in a batch may come from two ranks with two rows (dropout), of which the table keeps the
     # last: which one that is must not depend on the number of ranks.
-    told = sorted(f.name for f in fields(rows) if f.name not in ("ids", "step") and back[f.name].ndim == 1)
-    back = back[np.lexsort([back[name] for name in (*told, "step", "ids")])]
+    scalars = sorted(f.name for f in fields(rows) if f.name not in ("ids", "step") and back[f.name].ndim == 1)
+    back = back[np.lexsort([back[name] for name in (*scalars, "step", "ids")])]
     sent = Sent(packed.nbytes, int((~inside).sum()), int((inside & ~finite).sum()))
     return type(rows)(**{f.name: np.ascontiguousarray(back[f.name]) for f in fields(rows)}), sent
 

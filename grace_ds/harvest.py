@@ -25,7 +25,7 @@ _MEMORY = 0.98  # of the running mean of the loss, per optimizer step
 
 @dataclass(frozen=True)
 class Harvest:
-    """What an interval's steps told, on this rank, losses centred on the running mean at their step.
+    """What was measured in an interval's steps, on this rank, losses centred on the running mean at their step.
 
     Attributes:
         rows: of the steps that were collected.

@@ -38,7 +38,7 @@ class Columns:
 
     Attributes:
         ids: (n,) int64, dataset ids.
-        step: (n,) int64, optimizer step (``engine.global_steps``) whose micro-batch told it.
+        step: (n,) int64, optimizer step (``engine.global_steps``) whose micro-batch it was measured in.
     """
 
     name: ClassVar[str]
@@ -64,7 +64,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Rows(Columns):
-    """Collected rows: what one training backward told about each of its samples.
+    """Collected rows: what one training backward gave for each of its samples.
 
     Attributes:
         sketch: (n, d) float16, folded gradient sketch, scaled to unit norm (its length is in ``norm``).

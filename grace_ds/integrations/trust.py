@@ -41,11 +41,6 @@ class Probes:
     fit: int
     judge: int
 
-    @property
-    def total(self) -> int:
-        """Of all three."""
-        return self.pool + self.fit + self.judge
-
     @staticmethod
     def of(share: float, interval_steps: int, batch: int) -> Probes:
         """``share`` of the samples trained on in an interval, most of them for the gradient: a mean of few is mostly noise."""

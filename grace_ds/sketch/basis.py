@@ -176,9 +176,14 @@ def _sum(here: Factors, older: Factors, weight: float) -> Factors:
     right, lower = np.linalg.qr(np.concatenate([here[2], older[2]], 1).astype(np.float64))
     inner = upper @ np.diag(np.concatenate([here[1], weight * older[1]]).astype(np.float64)) @ lower.T
     u, s, v = np.linalg.svd(inner, full_matrices=False)
-    missing = (0, max(0, len(here[1]) - len(s)))  # a layer narrower than the factors: padded with zeros, as they are
-    parts = (left @ u[:, : len(here[1])], s[: len(here[1])], right @ v[: len(here[1])].T)
-    found = [np.ascontiguousarray(np.pad(a, [(0, 0)] * (a.ndim - 1) + [missing]), np.float32) for a in parts]
+    rank = len(here[1])
+    return padded(left @ u[:, :rank], s[:rank], right @ v[:rank].T, rank)
+
+
+def padded(u: Matrix, s: Matrix, v: Matrix, rank: int) -> Factors:
+    """``rank`` factors of u (inputs, q), s (q,) and v (outputs, q), q at most ``rank``: those that are missing are zeros."""
+    missing = (0, rank - len(s))  # of a layer that is narrower than the rank
+    found = [np.ascontiguousarray(np.pad(a, [(0, 0)] * (a.ndim - 1) + [missing]), np.float32) for a in (u, s, v)]
     return found[0], found[1], found[2]
 
 
@@ -187,9 +192,4 @@ def _factorise(y: Matrix, w: Matrix, psi: Matrix, rank: int) -> Factors:
     q, _ = np.linalg.qr(y)
     x = np.linalg.lstsq(psi @ q, w, rcond=None)[0]
     left, s, right = np.linalg.svd(x, full_matrices=False)
-    keep = min(rank, len(s))
-    u = np.zeros((y.shape[0], rank), np.float32)
-    v = np.zeros((w.shape[1], rank), np.float32)
-    strength = np.zeros(rank, np.float32)
-    u[:, :keep], strength[:keep], v[:, :keep] = (q @ left)[:, :keep], s[:keep], right[:keep].T
-    return u, strength, v
+    return padded((q @ left)[:, :rank], s[:rank], right[:rank].T, rank)

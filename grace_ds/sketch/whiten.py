@@ -22,8 +22,7 @@ import numpy.typing as npt
 import torch
 
 from grace_ds.errors import DataError
-from grace_ds.records import FloatArray
-from grace_ds.sketch.basis import Factors, TrustedBasis
+from grace_ds.sketch.basis import Factors, TrustedBasis, padded
 from grace_ds.sketch.binding import Meter, Receiver, Target
 from grace_ds.sketch.layers import Layer
 from grace_ds.sketch.project import Side, product_dtype, signs
@@ -163,12 +162,7 @@ def _whitened(factors: Factors, pair: tuple[Moment, Moment] | None, sigma: float
     left, lower = np.linalg.qr(pair[0].solve(u))
     right, upper = np.linalg.qr(pair[1].solve(v))
     inner_left, strength, inner_right = np.linalg.svd(lower @ np.diag(s) @ upper.T, full_matrices=False)
-    missing = (0, len(s) - len(strength))  # a layer narrower than the basis: padded with zeros, as the basis is
-    out: tuple[FloatArray, ...] = tuple(
-        np.ascontiguousarray(np.pad(a, [(0, 0)] * (a.ndim - 1) + [missing]), np.float32)
-        for a in (left @ inner_left, strength * sigma**2, right @ inner_right.T)
-    )
-    return out[0], out[1], out[2]
+    return padded(left @ inner_left, strength * sigma**2, right @ inner_right.T, len(s))
 
 
 def _nystrom(y: Matrix, omega: Matrix, trace: float) -> Moment:

@@ -156,9 +156,10 @@ def test_trusted_samples_without_a_finite_gradient_say_what_to_do() -> None:
 
 def test_the_probe_stays_within_its_share() -> None:
     large = Probes.of(0.03, 500, 2048)
-    assert large.total == 768  # of a million: a few hundred samples are enough
+    assert large.pool + large.fit + large.judge == 768  # of a million: a few hundred samples are enough
     assert large.fit > large.judge > large.pool > 64
-    assert Probes.of(0.1, 80, 32).total == 256  # 10 % of 2,560
+    small = Probes.of(0.1, 80, 32)
+    assert small.pool + small.fit + small.judge == 256  # 10 % of 2,560
     assert Probes.of(0.03, 4, 8) == Probes(16, 16, 16)  # a toy: fewer would fit nothing
 
 
