@@ -20,6 +20,7 @@ from rich.console import Console
 
 from benchmarks.finetune.arms import ARMS
 from benchmarks.finetune.model import prepare_model
+from benchmarks.interrupts import put_off
 from benchmarks.record import Claim, Record, Rows
 from grace_ds.processes import end_group
 from grace_ds.quickstart.launch import environment, free_port
@@ -111,7 +112,8 @@ def run_all(specs: list[dict[str, Any]], folder: Path, jobs: int, limit: float, 
     try:
         while todo or running:
             while todo and len(running) < jobs:
-                running.append((*_start(*todo.pop(0)), time.monotonic() + limit))
+                with put_off():
+                    running.append((*_start(*todo.pop(0)), time.monotonic() + limit))
             time.sleep(0.2)
             for child, path, deadline in [r for r in running if r[0].poll() is not None or time.monotonic() > r[2]]:
                 running.remove((child, path, deadline))

@@ -192,7 +192,7 @@ def html_pages() -> list[str]:
     if ended.returncode:
         raise DataError(f"pydoc gave no pages (status {ended.returncode}): {ended.stderr.strip()[-500:]}")
     pages: list[str] = json.loads(ended.stdout)
-    return [re.sub(r"0x[0-9a-fA-F]{6,}", "0x0", page) for page in pages]
+    return [re.sub(r"(0x|handle )[0-9a-fA-F]{6,}", r"\g<1>0", page) for page in pages]
 
 
 def descriptions() -> list[str]:
