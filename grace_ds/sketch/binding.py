@@ -177,13 +177,11 @@ class Reading:
     Attributes:
         ids: (n,) int64, dataset ids, in the order of the batch's rows.
         losses: (n,) float32 tensor or None; see :meth:`Sketcher.observe_loss`.
-        tokens: (n,) int64 tensor of valid targets, or None.
     """
 
     def __init__(self, ids: IntArray) -> None:
         self.ids = np.ascontiguousarray(ids, np.int64).reshape(-1)
         self.losses: torch.Tensor | None = None
-        self.tokens: torch.Tensor | None = None
 
 
 class Binding(Target):

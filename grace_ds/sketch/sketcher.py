@@ -148,7 +148,9 @@ class Sketcher:
         try:
             found = sample_losses(output, len(target.ids))
             if found is not None:
-                target.losses, target.tokens = found
+                target.losses = found[0]
+            if found is not None and isinstance(target, Binding):
+                target.tokens = found[1]
         except Exception as error:
             self._tell("losses", "losses cannot be read from the autograd graph (%r); rows go without", error)
         finally:
