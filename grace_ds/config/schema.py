@@ -42,7 +42,7 @@ class RefreshConfig:
     cadence: str = "adaptive"  # adaptive: stretched to stay below max_overhead; fixed: exactly interval_steps
     max_overhead: float = 0.05  # adaptive only: share of wall time that refreshes may take
     slack_steps: int = -1  # steps a schedule lasts beyond the interval; -1: a quarter of the interval
-    probe_share: float = 0.03  # samples run through the model at a refresh, of those trained on in between
+    probe_share: float = 0.01  # samples run through the model at a refresh, of those trained on in between
     timeout_seconds: float = 600.0  # limit of every wait inside a refresh
 
 
