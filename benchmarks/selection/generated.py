@@ -1,4 +1,4 @@
-"""Templates of machine-written code that no tuning may see: other ones than :mod:`grace_ds.quickstart.generated` has.
+"""Templates of machine-written code that no tuning may see: other forms and words than :mod:`grace_ds.quickstart.generated` has.
 
 Real machine-written text, which is another held-out kind, stands in :mod:`benchmarks.selection.texts`.
 """
@@ -9,10 +9,33 @@ import numpy as np
 
 from grace_ds.quickstart.generated import Fields, Template
 
+_NOUNS = """
+account answer array bit body bound bucket case cell chain channel choice chunk client clock codec column condition connection
+constant cookie counter cursor delay depth descriptor digest directory document environment exception expression extension factory
+feature field filter flag folder future generator grammar graph guard identifier iterator kind label language layer length library
+limit locale machine manager mapping marker mask member memory namespace network offset operation operator package packet pair
+parameter password pattern payload pipe platform pointer policy precision priority property protocol proxy reader record reference
+region register registry release reply report request resource response sample scale scope script segment semaphore separator
+sequence session signal signature slot socket status step style subject suffix symbol system target task template term title tool
+total transport tree update variable view weight worker writer zone
+"""
+_VERBS = """
+accept apply begin change clean clear collect compare compute connect convert create delete detach drop emit enter expand
+fetch fill flush generate iterate merge move notify poll push query receive record reload resolve restore scan select
+skip split submit swap transform update validate visit walk
+"""
+_ADJECTIVES = """
+absolute abstract allowed anonymous atomic available basic common compact complete constant dead direct dynamic exact
+explicit external fast foreign free generic hidden implicit initial large latest lazy legal logical long lower mixed modern
+physical plain possible previous primary proper readable relative safe same second secure separate shared silent similar small
+stable standard strong temporary true unique unknown unused upper useful virtual visible weak whole
+"""
+WORDS = tuple(tuple(words.split()) for words in (_NOUNS, _VERBS, _ADJECTIVES))
+
 
 def enumeration(rng: np.random.Generator) -> str:
     """Named constants with their values."""
-    f = Fields(rng)
+    f = Fields(rng, WORDS)
     lines: list[str] = []
     for _ in range(f.number(2, 4)):
         lines += ["@unique", f"class {f.camel()}(IntEnum):", ""]
@@ -26,7 +49,7 @@ def enumeration(rng: np.random.Generator) -> str:
 
 def migration(rng: np.random.Generator) -> str:
     """The steps from one version of a database to the next, and back."""
-    f = Fields(rng)
+    f = Fields(rng, WORDS)
     steps = [(f.snake(), f.snake(3)) for _ in range(f.number(7, 16))]
     lines = [f'revision = "{f.number(1000, 9999)}_{f.snake(3)}"', "", "", "def upgrade(op):"]
     for table, column in steps:
@@ -42,7 +65,7 @@ def migration(rng: np.random.Generator) -> str:
 
 def client_stub(rng: np.random.Generator) -> str:
     """The methods of a client, one for each address of a server."""
-    f = Fields(rng)
+    f = Fields(rng, WORDS)
     lines: list[str] = []
     for _ in range(f.number(5, 11)):
         first, second = f.distinct(2, 2)
@@ -60,7 +83,7 @@ def client_stub(rng: np.random.Generator) -> str:
 
 def action_table(rng: np.random.Generator) -> str:
     """The actions of a parser by state and symbol."""
-    f = Fields(rng)
+    f = Fields(rng, WORDS)
     lines = [f"# States of the grammar {f.snake(3)}.", f"def fill_{f.snake()}(state):"]
     number = f.number(0, 90)
     for _ in range(f.number(14, 30)):
@@ -75,7 +98,7 @@ def action_table(rng: np.random.Generator) -> str:
 
 def dataclass_schema(rng: np.random.Generator) -> str:
     """Records with the types, defaults and other names of their fields."""
-    f = Fields(rng)
+    f = Fields(rng, WORDS)
     lines: list[str] = []
     for _ in range(f.number(2, 4)):
         lines += ["@dataclass(slots=True)", f"class {f.camel(3)}:"]
@@ -88,7 +111,7 @@ def dataclass_schema(rng: np.random.Generator) -> str:
 
 def insert_fixture(rng: np.random.Generator) -> str:
     """Rows put into a database before a test."""
-    f = Fields(rng)
+    f = Fields(rng, WORDS)
     lines = [f"def load_{f.snake()}(cursor):"]
     for _ in range(f.number(8, 18)):
         names = ", ".join(f.distinct(3, 2))
@@ -101,7 +124,7 @@ def insert_fixture(rng: np.random.Generator) -> str:
 
 def ctypes_binding(rng: np.random.Generator) -> str:
     """The functions of a C library with the types of their arguments."""
-    f = Fields(rng)
+    f = Fields(rng, WORDS)
     prefix = f.noun()
     lines = [f"lib = load_library({f.snake()!r}, version={f.number(1, 20)})", ""]
     for _ in range(f.number(8, 15)):
@@ -116,7 +139,7 @@ def ctypes_binding(rng: np.random.Generator) -> str:
 
 def feature_flags(rng: np.random.Generator) -> str:
     """The switches of a product with their owners and what they are for."""
-    f = Fields(rng)
+    f = Fields(rng, WORDS)
     lines = ["from . import registry", "", f"flags = registry.section({f.snake()!r})"]
     for _ in range(f.number(9, 20)):
         lines += [

@@ -7,7 +7,7 @@ fields cannot be known.  All functions are deterministic in the generator that t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -35,7 +35,8 @@ mutable native new next nested normal old open optional outer partial public ran
 short simple single sorted special static strict valid
 """
 NOUNS, VERBS, ADJECTIVES = (tuple(words.split()) for words in (_NOUNS, _VERBS, _ADJECTIVES))
-VOCABULARY = ((NOUNS, 14), (VERBS, 5), (ADJECTIVES, 5))  # and how many of them one document has
+VOCABULARY = (NOUNS, VERBS, ADJECTIVES)
+SUBJECT = (14, 5, 5)  # how many of each one document has
 
 
 class Fields:
@@ -43,12 +44,14 @@ class Fields:
 
     Args:
         rng: the only source of randomness.
+        vocabulary: nouns, verbs and adjectives, at least ``SUBJECT`` of each.
     """
 
-    def __init__(self, rng: np.random.Generator) -> None:
+    def __init__(self, rng: np.random.Generator, vocabulary: Sequence[tuple[str, ...]] = VOCABULARY) -> None:
         self._rng = rng
         self._nouns, self._verbs, self._adjectives = (
-            tuple(words[at] for at in rng.choice(len(words), size=size, replace=False)) for words, size in VOCABULARY
+            tuple(words[at] for at in rng.choice(len(words), size=size, replace=False))
+            for words, size in zip(vocabulary, SUBJECT, strict=True)
         )
 
     def number(self, low: int, high: int) -> int:

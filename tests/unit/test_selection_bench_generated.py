@@ -15,7 +15,7 @@ from benchmarks.selection.answers import matched_rows, permuted_answers, questio
 from benchmarks.selection.arms import ARMS
 from benchmarks.selection.corpora import ANSWERS, HELD, CorpusSpec, split_name
 from benchmarks.selection.decontaminate import shares_gram
-from benchmarks.selection.generated import HELD_OUT
+from benchmarks.selection.generated import HELD_OUT, WORDS
 from benchmarks.selection.junk import apart_from, blended
 from benchmarks.selection.pools import ADDED, GROUPS, HELDOUT, SPECS, PoolSpec, prepare_pool
 from benchmarks.selection.store import Stored
@@ -24,7 +24,7 @@ from grace_ds.errors import DataError
 from grace_ds.features.density import NgramCounts, ngram_bins
 from grace_ds.features.tokens import TokenBlock
 from grace_ds.quickstart.corpus import chunk, split_of
-from grace_ds.quickstart.generated import TEMPLATES, Template, generated_code, templated
+from grace_ds.quickstart.generated import TEMPLATES, VOCABULARY, Template, generated_code, templated
 from grace_ds.quickstart.pollute import JunkSource, Kind
 from grace_ds.quickstart.tokenizer import encode_stream, train_tokenizer
 from grace_ds.records import Array, IntArray
@@ -107,6 +107,11 @@ def test_held_out_templates_share_no_text_with_the_development_ones(rows: dict[s
     held_out = np.concatenate([rows[name] for name in HELD_OUT])
     assert shares_gram(held_out, development).mean() < 0.01  # three words drawn alike by chance
     assert shares_gram(rows["codec_table"], rows["codec_table"]).all()
+
+
+def test_held_out_templates_have_words_of_their_own() -> None:
+    for held_out, development in zip(WORDS, VOCABULARY, strict=True):
+        assert len(held_out) > 40 and not set(held_out) & set(development)
 
 
 @pytest.mark.parametrize("templates", [TEMPLATES, HELD_OUT], ids=["development", "held-out"])
