@@ -13,9 +13,9 @@ from rich.console import Console
 from grace_ds.commandline import Parser, in_one_line, wants_debug
 from grace_ds.errors import ConfigError
 
-NAMES = ("harvest", "refresh", "graph", "quickstart", "greedy", "selection", "soak", "finetune", "plan", "gpu_check")
+NAMES = ("collect", "refresh", "graph", "quickstart", "greedy", "selection", "soak", "finetune", "plan", "gpu_check")
 EXAMPLES = {
-    "harvest": "harvest --pairs 10 --models small",
+    "collect": "collect --pairs 10 --models small",
     "refresh": "refresh --sizes 6250 12500",
     "graph": "graph --sizes 50000 --repeats 1",
     "quickstart": "quickstart --pools crawl --seeds 1",
@@ -39,7 +39,7 @@ def _run(given: list[str]) -> int:
         prog="python -m benchmarks",
         description="Runs one benchmark, prints its tables and what it claims, and keeps its raw figures.",
         example="""\
-            python -m benchmarks harvest --json harvest.json
+            python -m benchmarks collect --json collect.json
             python -m benchmarks selection --help
             """,
     )

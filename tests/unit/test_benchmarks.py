@@ -63,7 +63,7 @@ def test_a_plan_is_made_before_the_job_that_it_is_compared_with(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "options", "claims"),
     [
-        ("harvest", ["--pairs", "3", "--models", "small"], ["harvest_ratio_small"]),
+        ("collect", ["--pairs", "3", "--models", "small"], ["collect_ratio_small"]),
         ("refresh", ["--sizes", "400", "800", "--repeats", "1"], ["refresh_exponent", "repair_share", "refresh_to_faiss_ratio"]),
     ],
 )
@@ -78,7 +78,7 @@ def test_a_benchmark_writes_its_claims_and_rows(tmp_path: Path, name: str, optio
     assert found["hardware"]["cores"] and found["versions"]["torch"]
     assert "out.json" in found["command"] and str(tmp_path) not in found["command"]
     assert all(rows for rows in found["rows"].values())
-    if name == "harvest":
+    if name == "collect":
         row = found["rows"]["by model"][0]
         assert row["layers"] == 8 and 0 < row["added_flops_share"] < 0.1 and row["hook_peak_bytes"] > 0
     else:
