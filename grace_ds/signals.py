@@ -28,6 +28,7 @@ from grace_ds.recipes import Recipe, recipe
 from grace_ds.records import Array, C, FloatArray, IntArray, Losses, Neighbours, Rows, Schedule, Signals
 from grace_ds.schedule import Ledger
 from grace_ds.selection.guard import Decision
+from grace_ds.selection.limits import Limits
 from grace_ds.table import Table
 
 
@@ -84,6 +85,7 @@ class Inputs:
         issued: samples over all ranks that this rank's loader has been given.
         interval: optimizer steps until the next refresh.
         reference: basis version → median influence of trusted samples at its fit; 0 where it is not to be judged by.
+        usual: what losses trusted samples have now, over the running mean; None where that is not asked, or cannot be told.
         decision: of the guard for the schedule in force; None before the first.
         since: optimizer steps done when the schedule in force was made.
         core: (m,) int64: samples that it has chosen; empty for a uniform one.
@@ -103,6 +105,7 @@ class Inputs:
     issued: int
     interval: int
     reference: Mapping[int, float] = field(default_factory=dict)
+    usual: Limits | None = None
     decision: Decision | None = None
     since: int = -1
     core: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
@@ -165,7 +168,12 @@ def estimate(
         align = found.standard(found.fit.predicted + (np.nan_to_num(values[:, 1]) if graph is not None else 0))
     keep = content.keep if content.keep is not None else np.full(n, nan, np.float32)
     spread_loss = np.asarray(values[:, 0] + centre, np.float32)
-    signals = Signals(own, spread_loss, align, content.density, keep, crowded, np.minimum(stale, unread), disagreement)
+    usual = (
+        np.full(n, nan, np.float32)
+        if x.usual is None
+        else x.usual.keep(spread_loss[:, None].astype(np.float64)).astype(np.float32)
+    )
+    signals = Signals(own, spread_loss, align, content.density, keep, usual, crowded, np.minimum(stale, unread), disagreement)
     if found is None:
         return Estimate(signals, reached)
     return Estimate(signals, reached, found.fit.labels, found.fit.explained)

@@ -18,7 +18,7 @@ from grace_ds.features.density import BITS
 from grace_ds.features.tokens import BLOCK_TOKENS
 from grace_ds.graph.kept import SPARE
 from grace_ds.graph.plan import GraphPlan, plan_graph
-from grace_ds.integrations.trust import Probes
+from grace_ds.integrations.trust import FORWARDS, Probes
 from grace_ds.pool import Pool, implied_repeats
 from grace_ds.recipes import recipe
 from grace_ds.selection.prior import STATISTICS
@@ -259,6 +259,7 @@ def _gradients(sizes: Sizes, c: GraceConfig, rates: Rates, step: float) -> tuple
     each = sizes.batch / sizes.ranks
     probes = Probes.of(c.refresh.probe_share, sizes.interval, sizes.batch)
     count = sum(max(1, n // sizes.ranks) for n in (probes.pool, probes.fit, probes.judge))
+    count += max(1, FORWARDS // 3 // sizes.ranks)  # a forward pass is a third of a step
     if sizes.model is None or not step:
         return count * step / each, None, None, 0
     harvest = Harvest.of(sizes.model, c.harvest, sizes.tokens)

@@ -17,7 +17,7 @@ from grace_ds.records import FloatArray, IntArray
 from grace_ds.selection.prior import robust_location
 from grace_ds.sketch.basis import TrustedBasis
 from grace_ds.sketch.losses import scalar_loss
-from grace_ds.sketch.probe import LossFn, probe_basis, probe_rows
+from grace_ds.sketch.probe import LossFn, probe_basis, probe_losses, probe_rows
 from grace_ds.sketch.sketcher import Sketcher
 from grace_ds.sketch.whiten import whiten
 
@@ -25,6 +25,7 @@ log = logging.getLogger("grace_ds")
 
 _MOST, _LEAST = 768, 16  # samples that a refresh probes in all; in each of its three probes
 _MEMORY = 0.8  # of the trusted gradient, from one basis to the next
+FORWARDS = 64  # trusted samples whose losses a refresh looks at, over all ranks: a forward pass each
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,16 @@ class TrustedProbe:
         scale = dict(zip(self.sketcher.names, self.sketcher.scale.sigma.tolist(), strict=True))
         basis = whiten(gradient, second, scale)
         return Fitted(basis, self._unit(basis, self._draw(judging, version, 3, self.count.judge)), gradient)
+
+    def losses(self, version: int) -> FloatArray:
+        """(n,) float32, nats per token: of some trusted samples of both halves, under the model as it is now.  Collective.
+
+        The same on all ranks; other samples for another ``version``.
+        """
+        ids = self._draw(np.sort(np.concatenate(self.halves)), version, 0, FORWARDS)
+        mine = probe_losses(self.module, self._batches(self.dataset, ids), self.loss_fn)
+        everyone: FloatArray = np.concatenate(self.comm.allgather(mine))
+        return everyone[np.isfinite(everyone)]
 
     def _unit(self, basis: TrustedBasis, ids: IntArray) -> float:
         before = self.sketcher.basis

@@ -2,7 +2,8 @@
 
     importance = keep · copies · influence · loss · crowding
 
-Influence and loss are measured for the samples that the job has trained on, and spread to the others along the graph.
+Influence and loss are measured for the samples that the job has trained on, and spread to the others along the graph.  A loss
+passes where trusted samples have such losses too: far below them the model knows the text already, far above them it is noise.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from grace_ds.recipes.weights import any_known, rank01, soft_pass, uncrowded
 from grace_ds.records import Signals
 
 INFLUENCE_CUT, INFLUENCE_SOFTNESS = -1.5, 0.2  # of the filter by influence, in deviations of the trusted samples
-LOSS_BASE = 0.3  # a sample of the lowest loss keeps 0.3 / 1.3 of the highest's chance
+LOSS_BASE = 0.3  # where no trusted losses are known, a sample of the lowest loss keeps 0.3 / 1.3 of the highest's chance
 
 
 def factors(signals: Signals, parts: frozenset[str]) -> Factors:
@@ -21,7 +22,9 @@ def factors(signals: Signals, parts: frozenset[str]) -> Factors:
     found = dict(content(signals, parts))
     if "gradients" in parts and any_known(signals.align):
         found["influence"] = soft_pass(signals.align, INFLUENCE_CUT, INFLUENCE_SOFTNESS)
-    if "loss" in parts and any_known(signals.loss):
+    if "loss" in parts and any_known(signals.usual):
+        found["loss"] = signals.usual
+    elif "loss" in parts and any_known(signals.loss):
         found["loss"] = LOSS_BASE + rank01(signals.loss)
     if "graph" in parts and any_known(signals.crowding):
         found["crowding"] = uncrowded(signals.crowding)

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from grace_ds.errors import DataError
-from grace_ds.records import IntArray
+from grace_ds.records import FloatArray, IntArray
 from grace_ds.sketch.binding import Harvested, Target
+from grace_ds.sketch.losses import sample_losses
 from grace_ds.sketch.sketcher import Sketcher
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
@@ -93,6 +95,21 @@ def probe_basis(module: nn.Module, batches: Batches, loss_fn: LossFn, sketcher: 
             loss.backward()  # type: ignore[no-untyped-call]
     if target.spoiled:
         raise DataError("a hook failed during a probe (its warning is in the log); nothing can be fitted")
+
+
+def probe_losses(module: nn.Module, batches: Batches, loss_fn: LossFn) -> FloatArray:
+    """(n,) float32 losses of the samples of ``batches``, nats per token, as far as each one's can be told from the batch's.
+
+    Args:
+        module, batches, loss_fn: as for :func:`probe_rows`; there is no backward pass.
+    """
+    found = [np.empty(0, np.float32)]
+    with untouched(module):
+        for ids, batch in batches:
+            read = sample_losses(loss_fn(module, batch), len(ids))
+            if read is not None:
+                found.append(read[0].cpu().numpy())
+    return np.concatenate(found)
 
 
 def probe_rows(

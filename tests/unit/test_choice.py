@@ -48,6 +48,7 @@ def made(
     influence = np.where(HELPS, 0.0, -9.0).astype(np.float32)
     zero = np.zeros(N, np.float32)
     known = {"loss": zero, "align": influence, "density": zero, "keep": np.where(READS_WELL, 1.0, 0.02).astype(np.float32)}
+    known["usual"] = np.full(N, np.nan, np.float32)
     known |= {"crowding": zero, "staleness": zero, "disagreement": zero, **(signals or {})}
     s = Signals(IDS, **{name: np.asarray(column, np.float32) for name, column in known.items()})
     return choose(p, x, step * BATCH, Estimate(s, 0, *estimate), s, edges, None)
@@ -226,7 +227,7 @@ def test_by_default_the_guard_leaves_alone_what_is_like_the_trusted_set_and_no_q
     keep = BigramPrior.fit(*flat(trusted)).keep(*flat(pool)).astype(np.float32)
     nothing, unknown = np.zeros(N, np.float32), np.full(N, np.nan, np.float32)
     p = pipeline(recipe=recipe, guard=GuardConfig())
-    s = Signals(IDS, unknown, unknown, nothing, keep, unknown, nothing, unknown)
+    s = Signals(IDS, unknown, unknown, nothing, keep, unknown, unknown, nothing, unknown)
     found = judge(p, inputs(0), s, None)
     assert found.level == (top if junk else "uniform"), found.reason
 

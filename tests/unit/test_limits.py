@@ -40,6 +40,14 @@ def test_a_trusted_set_of_two_kinds_does_not_widen_the_limit_to_what_lies_beyond
     assert limits.keep(code).mean() > 0.7  # an eighth of all trusted is a quarter of one kind
 
 
+def test_a_value_is_usual_where_trusted_samples_have_such_values_too() -> None:
+    limits = Limits.around(RNG.normal(2.0, 0.5, 200))
+    assert limits is not None
+    found = limits.keep(np.array([[2.0], [1.6], [2.4], [0.5], [3.5], [-9.0]]))
+    assert (found[:3] > 0.9).all() and (found[3:] < 0.05).all()
+    assert Limits.around(np.arange(7.0)) is None
+
+
 @given(st.integers(40, 400), st.integers(0, 2**32 - 1))
 def test_an_eighth_of_the_trusted_samples_fails_whatever_their_distribution(n: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -96,6 +96,15 @@ def scaled_sketcher(model: Narrow) -> Sketcher:
     return sketcher
 
 
+def test_the_losses_of_trusted_samples_are_those_of_each_alone() -> None:
+    model, data = Narrow(), cycles(24, 2, 0.1)
+    with scaled_sketcher(model) as sketcher, torch.no_grad():
+        found = probe_of(model, sketcher, Reads(data)).losses(version=3)
+        alone = [float(model(row[None])) for row in data]
+    np.testing.assert_allclose(np.sort(found), np.sort(alone), rtol=1e-5)
+    assert found.dtype == np.float32 and all(p.grad is None for p in model.parameters())
+
+
 @pytest.mark.parametrize("version", [0, 1, 2])
 def test_one_half_fits_the_direction_and_the_other_gives_the_unit(version: int) -> None:
     model, data = Narrow(), cycles(24, 2, 0.1)
