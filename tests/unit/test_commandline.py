@@ -60,8 +60,8 @@ MISTAKES = {
     "quickstart: bad choice": ([*QUICKSTART, "--pool", "crwal"], "did you mean crawl?"),
     "quickstart: bad value": ([*QUICKSTART, "--ranks", "0"], "must be 1 or more"),
     "quickstart: no such folder": ([*QUICKSTART, "--out", "/proc/nowhere"], "/proc/nowhere"),
-    "benchmarks: no such benchmark": ([*BENCHMARKS, "harvets"], "did you mean harvest?"),
-    "benchmarks: typo": ([*BENCHMARKS, "harvest", "--piars", "3"], "did you mean --pairs?"),
+    "benchmarks: no such benchmark": ([*BENCHMARKS, "colect"], "did you mean collect?"),
+    "benchmarks: typo": ([*BENCHMARKS, "collect", "--piars", "3"], "did you mean --pairs?"),
     "benchmarks: bad value": ([*BENCHMARKS, "soak", "--minutes", "few"], "few"),
     "benchmarks: no such folder": ([*BENCHMARKS, "soak", "--json", "/proc/nowhere/file"], "/proc/nowhere"),
     "launch/mpirun.sh: nothing given": (["bash", "launch/mpirun.sh"], "usage: "),
@@ -191,7 +191,7 @@ def test_help_says_what_a_command_does_how_and_what_each_option_means(parser: ar
 
 
 @pytest.mark.parametrize(
-    "command", [QUICKSTART, [*BENCHMARKS], *([*BENCHMARKS, n] for n in ("harvest", "selection", "soak"))], ids=str
+    "command", [QUICKSTART, [*BENCHMARKS], *([*BENCHMARKS, n] for n in ("collect", "selection", "soak"))], ids=str
 )
 def test_help_of_the_others_has_an_example_and_a_word_on_every_option(command: list[str]) -> None:
     done = run([*command, "--help"], COLUMNS="120")
