@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM put off while a process is started and noted, so that none is left behind unnoted."""
+"""Defer Ctrl-C and SIGTERM while a child process is started and recorded, so that none is left behind."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from types import FrameType
 
 
 @contextmanager
-def put_off() -> Iterator[None]:
-    """Handles SIGINT and SIGTERM that come within the block at its end.  In the main thread only.
+def deferred_interrupts() -> Iterator[None]:
+    """Deliver SIGINT and SIGTERM that arrive within the block at its end.  In the main thread only.
 
-    A signal between a child's start and the note of it would raise where nobody knows of the child yet.
+    A signal between a child's start and its record would raise before anything can end the child.
     """
     came: list[int] = []
 

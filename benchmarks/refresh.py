@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), metavar="N", help="rows of a window")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="turns of each size")
     parser.add_argument("--objective", choices=("sample", "facility_location"), default="sample", help="selection.objective")
-    parser.add_argument("--full", action="store_true", help=f"adds {FULL[0]:,} rows of width {FULL[1]}, once; takes ten minutes")
+    parser.add_argument("--full", action="store_true", help=f"adds {FULL[0]:,} rows of width {FULL[1]}, once; about an hour")
     parser.add_argument("--data", type=Path, default=Path("runs/benchmarks/refresh-data"), help="where the pool is kept")
 
 

@@ -18,7 +18,7 @@ from grace_ds.selection.guard import Decision, contrast, decide, effective_share
 from grace_ds.selection.objectives import select
 from grace_ds.selection.sample import gumbel
 from grace_ds.selection.shares import by_source
-from grace_ds.signals import Estimate, Inputs, Pipeline, active_parts
+from grace_ds.signals import Estimate, Inputs, Pipeline, weighed_parts
 
 ANCHOR_SHARE = 1 / 32  # of the window: anchors from which scores reach the other samples over a few hops
 SOURCES_TOLD = 64  # in a schedule's own account
@@ -161,14 +161,12 @@ def content_of(most: Recipe) -> Recipe:
 def weighed_by(p: Pipeline, x: Inputs, decision: Decision) -> frozenset[str]:
     """The parts of the recipe that the importance of a sample is made of, under a decision of the guard.
 
-    The few influences of a fresh model's first steps mislead, those of an interval do not.  Facility location sees to
-    diversity itself, so that dividing by the graph's density would count it twice.
+    Facility location sees to diversity itself, so that dividing by the graph's density would count it twice.
     """
     if decision.level != p.recipe.name:
         return frozenset()
-    early = {"gradients", "loss"} if x.step < p.config.learning else set()
     twice = {"graph"} if p.config.selection.objective == "facility_location" else set()
-    return active_parts(p, x) - early - twice - decision.off
+    return weighed_parts(p, x) - twice - decision.off
 
 
 def slack(config: GraceConfig, interval: int) -> int:

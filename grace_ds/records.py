@@ -153,7 +153,7 @@ class Signals:
         align: (n,) float32, influence in robust deviations from the trusted samples'; NaN unknown.
         density: (n,) float32, near-duplicates of the sample in the window.
         keep: (n,) float32 in (0, 1], pass of the trusted filter; NaN without one.
-        usual: (n,) float32 in (0, 1], pass of the limits that the trusted samples' losses set to its own; NaN without them.
+        loss_pass: (n,) float32 in (0, 1], pass of the loss filter, fitted to trusted samples' losses; NaN without one.
         crowding: (n,) float32, density of the k-NN graph at the sample; NaN without a graph.
         staleness: (n,) float32, optimizer steps since the sample was trained on and looked at; inf where it never was.
         disagreement: (n,) float32, spread of the losses around it; NaN without any.
@@ -164,7 +164,7 @@ class Signals:
     align: FloatArray
     density: FloatArray
     keep: FloatArray
-    usual: FloatArray
+    loss_pass: FloatArray
     crowding: FloatArray
     staleness: FloatArray
     disagreement: FloatArray

@@ -85,7 +85,7 @@ class Inputs:
         issued: samples over all ranks that this rank's loader has been given.
         interval: optimizer steps until the next refresh.
         reference: basis version → median influence of trusted samples at its fit; 0 where it is not to be judged by.
-        usual: what losses trusted samples have now, over the running mean; None where that is not asked, or cannot be told.
+        loss_limits: fitted to trusted samples' losses less the running mean; None if losses are not weighed or cannot be read.
         decision: of the guard for the schedule in force; None before the first.
         since: optimizer steps done when the schedule in force was made.
         core: (m,) int64: samples that it has chosen; empty for a uniform one.
@@ -105,7 +105,7 @@ class Inputs:
     issued: int
     interval: int
     reference: Mapping[int, float] = field(default_factory=dict)
-    usual: Limits | None = None
+    loss_limits: Limits | None = None
     decision: Decision | None = None
     since: int = -1
     core: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
@@ -123,6 +123,12 @@ def active_parts(p: Pipeline, x: Inputs) -> frozenset[str]:
         return frozenset()
     blind = x.decision is not None and x.version < x.decision.blind.look
     return p.config.parts - (x.decision.off if x.decision is not None and blind else frozenset())
+
+
+def weighed_parts(p: Pipeline, x: Inputs) -> frozenset[str]:
+    """The active parts that a sample may be weighed by: the few influences and losses of a fresh model's first steps mislead."""
+    early = {"gradients", "loss"} if x.step < p.config.learning else set()
+    return active_parts(p, x) - early
 
 
 def estimate(
@@ -168,12 +174,11 @@ def estimate(
         align = found.standard(found.fit.predicted + (np.nan_to_num(values[:, 1]) if graph is not None else 0))
     keep = content.keep if content.keep is not None else np.full(n, nan, np.float32)
     spread_loss = np.asarray(values[:, 0] + centre, np.float32)
-    usual = (
-        np.full(n, nan, np.float32)
-        if x.usual is None
-        else x.usual.keep(spread_loss[:, None].astype(np.float64)).astype(np.float32)
-    )
-    signals = Signals(own, spread_loss, align, content.density, keep, usual, crowded, np.minimum(stale, unread), disagreement)
+    loss_pass = np.full(n, nan, np.float32)
+    if x.loss_limits is not None:
+        loss_pass = x.loss_limits.keep(spread_loss[:, None].astype(np.float64)).astype(np.float32)
+    since = np.minimum(stale, unread)
+    signals = Signals(own, spread_loss, align, content.density, keep, loss_pass, crowded, since, disagreement)
     if found is None:
         return Estimate(signals, reached)
     return Estimate(signals, reached, found.fit.labels, found.fit.explained)

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from benchmarks.finetune.arms import ARMS
 from benchmarks.finetune.model import prepare_model
-from benchmarks.interrupts import put_off
+from benchmarks.interrupts import deferred_interrupts
 from benchmarks.record import Claim, Record, Rows
 from grace_ds.processes import end_group
 from grace_ds.quickstart.launch import environment, free_port
@@ -112,7 +112,7 @@ def run_all(specs: list[dict[str, Any]], folder: Path, jobs: int, limit: float, 
     try:
         while todo or running:
             while todo and len(running) < jobs:
-                with put_off():
+                with deferred_interrupts():
                     running.append((*_start(*todo.pop(0)), time.monotonic() + limit))
             time.sleep(0.2)
             for child, path, deadline in [r for r in running if r[0].poll() is not None or time.monotonic() > r[2]]:

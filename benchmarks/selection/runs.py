@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.interrupts import put_off
+from benchmarks.interrupts import deferred_interrupts
 from benchmarks.selection.arms.ceiling import CEILINGS
 from benchmarks.selection.arms.system import RECIPES
 from grace_ds.processes import end_group
@@ -205,7 +205,7 @@ def run_all(
     try:
         while todo or running:
             while todo and len(running) < jobs:
-                with put_off():
+                with deferred_interrupts():
                     running.append(_start(todo.pop(0), folder, limit_seconds))
             time.sleep(0.1)
             for run in [r for r in running if r.child.poll() is not None or time.monotonic() > r.deadline]:

@@ -175,8 +175,7 @@ def _repaired(
 
 def _searched(comm: Comm, g: KeptGraph, which: Array, config: GraphConfig, device: str) -> KeptGraph:
     """``g`` with the lists of the rows ``which`` (n,) bool searched for among all rows.  Collective."""
-    sizes = comm.allgather(np.array([which.sum(), len(g.ids)], np.int64))
-    total = sum(int(size[0]) for size in sizes)
+    total = int(comm.allreduce(np.array([which.sum()], np.int64))[0])
     if not total:
         return replace(g, searched=0)
     asked = Request(g.ids[which], np.ascontiguousarray(g.X[which]), g.ids, g.X, g.k + SPARE)

@@ -21,7 +21,7 @@ from grace_ds.integrations.trust import Fitted, TrustedProbe
 from grace_ds.integrations.verdict import Verdict
 from grace_ds.refresh import Outcome, refresh
 from grace_ds.selection.limits import Limits
-from grace_ds.signals import Inputs, Pipeline, active_parts
+from grace_ds.signals import Inputs, Pipeline, active_parts, weighed_parts
 
 log = logging.getLogger("grace_ds")
 
@@ -124,9 +124,9 @@ class Refresher:
             with during("harvest"):
                 harvest = self.harvester.pending(self.comm)
             x, mean = dataclasses.replace(x, rows=harvest.rows, losses=harvest.losses), harvest.running_mean
-        if self.trust is not None and mean is not None and self._weighs_losses(x):
+        if self.trust is not None and mean is not None and not x.uniform and "loss" in weighed_parts(self.pipeline, x):
             with during("trusted losses"):
-                x = dataclasses.replace(x, usual=Limits.around(self.trust.losses(x.version) - np.float32(mean)))
+                x = dataclasses.replace(x, loss_limits=Limits.around(self.trust.losses(x.version) - np.float32(mean)))
         outcome = refresh(self.pipeline, x)
         outcome = dataclasses.replace(outcome, counts=self._of_all_ranks(outcome.counts))
         return Fresh(x, outcome, mean, fitted)
@@ -147,10 +147,6 @@ class Refresher:
             return False
         looked_at = "gradients" in active_parts(self.pipeline, x)
         return looked_at and cadence.wants_basis(self.pipeline.config, x.step, interval)
-
-    def _weighs_losses(self, x: Inputs) -> bool:
-        """Whether samples are going to be weighed by their losses."""
-        return "loss" in active_parts(self.pipeline, x) and not x.uniform and x.step >= self.pipeline.config.learning
 
     def _agree(self, where: str) -> TransportError | None:
         """Returns when the refresh counts on every rank, with what has befallen the transport; raises when it does not."""

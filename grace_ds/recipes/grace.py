@@ -22,8 +22,8 @@ def factors(signals: Signals, parts: frozenset[str]) -> Factors:
     found = dict(content(signals, parts))
     if "gradients" in parts and any_known(signals.align):
         found["influence"] = soft_pass(signals.align, INFLUENCE_CUT, INFLUENCE_SOFTNESS)
-    if "loss" in parts and any_known(signals.usual):
-        found["loss"] = signals.usual
+    if "loss" in parts and any_known(signals.loss_pass):
+        found["loss"] = signals.loss_pass
     elif "loss" in parts and any_known(signals.loss):
         found["loss"] = LOSS_BASE + rank01(signals.loss)
     if "graph" in parts and any_known(signals.crowding):

@@ -19,7 +19,7 @@ Float64Array = npt.NDArray[np.float64]
 CUT, SOFTNESS = -1.5, 0.2  # a filter's threshold and width, in deviations
 TAIL, SHOULDER = 0.0668, 0.3085  # of a normal distribution beyond CUT, and beyond one deviation less
 REJECTED = 0.12  # of held-out trusted samples that fail one of the limits
-FEWEST = 8  # values that limits to both sides of one statistic can be told from
+FEWEST = 8  # values needed to fit limits to both sides of one statistic
 MIN_SPREAD = 0.01  # of a statistic (the score's in nats per token), below which trusted samples say nothing about its spread
 
 
@@ -52,7 +52,7 @@ class Limits:
 
     @staticmethod
     def around(values: Array) -> Limits | None:
-        """To both sides of one statistic, from its finite values (n,) for trusted samples; None for fewer than ``FEWEST``."""
+        """Fit to both sides of one statistic by its finite values (n,) for trusted samples; None for fewer than ``FEWEST``."""
         return Limits.fit(np.asarray(values, np.float64)[:, None], ((0, -1), (0, 1))) if len(values) >= FEWEST else None
 
     @staticmethod

@@ -98,7 +98,7 @@ def probe_basis(module: nn.Module, batches: Batches, loss_fn: LossFn, sketcher: 
 
 
 def probe_losses(module: nn.Module, batches: Batches, loss_fn: LossFn) -> FloatArray:
-    """(n,) float32 losses of the samples of ``batches``, nats per token, as far as each one's can be told from the batch's.
+    """(n,) float32 losses of the samples of ``batches``, nats per token; without batches whose per-sample losses cannot be read.
 
     Args:
         module, batches, loss_fn: as for :func:`probe_rows`; there is no backward pass.

@@ -149,8 +149,8 @@ class Sketcher:
             found = sample_losses(output, len(target.ids))
             if found is not None:
                 target.losses = found[0]
-            if found is not None and isinstance(target, Binding):
-                target.tokens = found[1]
+                if isinstance(target, Binding):
+                    target.tokens = found[1]
         except Exception as error:
             self._tell("losses", "losses cannot be read from the autograd graph (%r); rows go without", error)
         finally:

@@ -48,7 +48,7 @@ def made(
     influence = np.where(HELPS, 0.0, -9.0).astype(np.float32)
     zero = np.zeros(N, np.float32)
     known = {"loss": zero, "align": influence, "density": zero, "keep": np.where(READS_WELL, 1.0, 0.02).astype(np.float32)}
-    known["usual"] = np.full(N, np.nan, np.float32)
+    known["loss_pass"] = np.full(N, np.nan, np.float32)
     known |= {"crowding": zero, "staleness": zero, "disagreement": zero, **(signals or {})}
     s = Signals(IDS, **{name: np.asarray(column, np.float32) for name, column in known.items()})
     return choose(p, x, step * BATCH, Estimate(s, 0, *estimate), s, edges, None)

@@ -119,7 +119,7 @@ def test_chances_multiply_what_is_known() -> None:
     np.testing.assert_allclose(chances("grace", signals(3, loss=[-2, NAN, 7])), [0.3, 0.8, 1.3])
     np.testing.assert_allclose(chances("grace", signals(3, align=[-1e3, 1e3, NAN])), [0.02, 1, 1], rtol=1e-6)
     np.testing.assert_allclose(chances("grace", signals(4, crowding=[2, 2, 6, NAN])), [1 / 4, 1 / 4, 1 / 16, 1], rtol=1e-6)
-    np.testing.assert_allclose(chances("grace", signals(3, usual=[0.5, 1, NAN], loss=[9, 1, 2]))[:2], [0.5, 1])  # in its place
+    np.testing.assert_allclose(chances("grace", signals(2, loss_pass=[0.5, 1], loss=[9, 1])), [0.5, 1])  # in its place
     all_of_it = signals(2, keep=[0.5, 1], density=[3, 0], loss=[4, 1], align=[-1e3, 1e3], crowding=[2, 6])
     np.testing.assert_allclose(chances("grace", all_of_it), [0.5 / 4 * 1.3 * 0.02 / 4, 0.3 / 16], rtol=1e-6)
 

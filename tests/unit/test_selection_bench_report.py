@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.interrupts import put_off
+from benchmarks.interrupts import deferred_interrupts
 from benchmarks.selection.claims import claims
 from benchmarks.selection.equal_loss import EqualLoss, equal_loss_steps, joint_bound, ratios
 from benchmarks.selection.matrix import add_arguments, chosen_arms, pool_names, read_tried, run_specs
@@ -341,7 +341,7 @@ def test_the_ceiling_trains_on_unique_rows_alone_once_it_chooses(
 
 def test_an_interrupt_while_a_run_is_being_started_waits_until_it_is_noted() -> None:
     noted: list[str] = []
-    with pytest.raises(KeyboardInterrupt), put_off():
+    with pytest.raises(KeyboardInterrupt), deferred_interrupts():
         signal.raise_signal(signal.SIGINT)
         noted.append("run")
     assert noted == ["run"]

@@ -54,7 +54,7 @@ def estimated(
     decision: Decision | None = None,
     version: int = 0,
     read: Losses | None = None,
-    usual: Limits | None = None,
+    loss_limits: Limits | None = None,
     **graph: Any,
 ) -> Estimate:
     """The product's own answer on one rank, over the graph of the content alone."""
@@ -67,7 +67,7 @@ def estimated(
     pool = Pool(n, 0, 0.2, INTERVAL, 4, 1)
     p = Pipeline(LocalComm(5.0), config, pool, SamplerOrder(n), 4, lambda *_: content, nobody, nobody, trusted)
     table, seen = Table(Rows.empty(4)).merge(rows), Table(Losses.empty()).merge(read if read is not None else rows.losses)
-    now = {"usual": usual, "decision": decision}
+    now = {"loss_limits": loss_limits, "decision": decision}
     inputs = Inputs(Rows.empty(4), Losses.empty(), table, seen, Ledger(), STEP, version, 0, INTERVAL, reference, **now)
     _, vectors = rows_of(p, inputs, own, content, table)
     kept = follow(p.comm, None, own, vectors, edges) if vectors is not None else None
@@ -304,12 +304,12 @@ def test_of_a_part_that_is_switched_off_nothing_is_known(part: str) -> None:
 
 def test_a_loss_is_held_against_the_trusted_ones_whether_it_is_measured_or_spread() -> None:
     x, rows = window(0)
-    usual = Limits.around(np.random.default_rng(0).normal(2.0, 1.0, 200))
-    assert usual is not None and np.isnan(believed(x, rows, REFERENCE).usual).all()
-    s = believed(x, rows, REFERENCE, usual=usual)
+    limits = Limits.around(np.random.default_rng(0).normal(2.0, 1.0, 200))
+    assert limits is not None and np.isnan(believed(x, rows, REFERENCE).loss_pass).all()
+    s = believed(x, rows, REFERENCE, loss_limits=limits)
     away = np.abs(s.loss - 2.0)
-    assert len(s.usual) == N > len(rows) and (away > 3).any() and (away < 1).any()
-    assert (s.usual[away > 3] < 0.05).all() and (s.usual[away < 1] > 0.8).all()
+    assert len(s.loss_pass) == N > len(rows) and (away > 3).any() and (away < 1).any()
+    assert (s.loss_pass[away > 3] < 0.05).all() and (s.loss_pass[away < 1] > 0.8).all()
 
 
 def test_what_nobody_knows_stays_unknown() -> None:
