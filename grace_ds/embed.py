@@ -27,6 +27,7 @@ from grace_ds.sketch.project import signs
 from grace_ds.table import Table
 
 SKETCHED = 16  # numbers that a gradient sketch is projected to
+_BLOCK = 1 << 14  # rows at a time, so that no second copy of all of them is made
 _GRID = 2.0**14  # of the values that are summed up: exact, so equal for any number of ranks
 
 
@@ -68,10 +69,7 @@ def learn(comm: Comm, before: Learned, own: IntArray, table: Table[Rows], graph:
     last = np.full(len(own), -1, np.int64)
     last[at >= 0] = table.last[at[at >= 0]]
     fresh = np.flatnonzero((at >= 0) & (step != last))
-    rows = table.rows.take(at[fresh])
-    # Half precision by powers of two, summed up in float64, is exact: the order of a product's sums follows its shape.
-    projected = rows.sketch.astype(np.float64) @ _projection(seed, rows.sketch.shape[1])
-    new = _centred(comm, np.concatenate([projected, rows.hidden.astype(np.float64)], 1))
+    new = _centred(comm, _collected(table.rows, at[fresh], seed))
     # A single gradient is noisy: a sample that is collected again takes the mean of what it was and what it is.
     values[fresh] = np.where(step[fresh, None] >= 0, _unit_parts(values[fresh].astype(np.float64) + new), new)
     step[fresh] = last[fresh]
@@ -88,11 +86,27 @@ def embed(content: FloatArray, learned: FloatArray, sketch_share: float, hidden_
         learned: (n, SKETCHED + HIDDEN), of :class:`Learned`.
     """
     weights = np.sqrt([1 - sketch_share - hidden_share, sketch_share, hidden_share]).astype(np.float32)
-    parts = (content, learned[:, :SKETCHED], learned[:, SKETCHED:])
-    rows = np.concatenate([weight * part for weight, part in zip(weights, parts, strict=True)], axis=1)
-    length = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))[:, None]
-    unit = np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)
-    return on_grid(unit.astype(np.float16).astype(np.float32))
+    out = np.empty((len(content), content.shape[1] + learned.shape[1]), np.float32)
+    for lo in range(0, len(out), _BLOCK):
+        own, said = content[lo : lo + _BLOCK], learned[lo : lo + _BLOCK]
+        parts = (own, said[:, :SKETCHED], said[:, SKETCHED:])
+        rows = np.concatenate([weight * part for weight, part in zip(weights, parts, strict=True)], axis=1)
+        length = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))[:, None]
+        unit = np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)
+        out[lo : lo + _BLOCK] = on_grid(unit.astype(np.float16).astype(np.float32))
+    return out
+
+
+def _collected(rows: Rows, at: IntArray, seed: int) -> Array:
+    """(m, SKETCHED + HIDDEN) float64 of the rows ``at`` (m,): the sketch, projected, and the hidden state."""
+    project = _projection(seed, rows.sketch.shape[1])
+    out = np.empty((len(at), SKETCHED + HIDDEN))
+    for lo in range(0, len(at), _BLOCK):
+        some = at[lo : lo + _BLOCK]
+        # Half precision by powers of two, summed up in float64, is exact: the order of a product's sums follows its shape.
+        out[lo : lo + _BLOCK, :SKETCHED] = rows.sketch[some].astype(np.float64) @ project
+        out[lo : lo + _BLOCK, SKETCHED:] = rows.hidden[some]
+    return out
 
 
 @functools.lru_cache(maxsize=2)

@@ -151,7 +151,7 @@ def estimate(
     loss, label = np.full((2, n), nan, np.float32)
     at, stale = found_in(table, own, x.step)
     if "gradients" in p.config.parts:  # of what is switched off nothing is known
-        label[at >= 0] = labels(table.rows.take(at[at >= 0]), x.reference)
+        label[at >= 0] = labels(table.rows, x.reference)[at[at >= 0]]
     seen_at, unread = found_in(seen if "loss" in p.config.parts else Table(Losses.empty()), own, x.step)
     loss[seen_at >= 0] = seen.rows.loss[seen_at[seen_at >= 0]]
     ages = np.floor(np.stack([unread, stale], 1) / p.config.refresh.interval_steps)  # in refreshes

@@ -71,7 +71,8 @@ class Table(Generic[C]):
 
     def keep(self, window_ids: IntArray) -> Table[C]:
         """A table without the samples outside of ``window_ids`` (any order)."""
-        return Table(self.rows.take(np.isin(self.ids, window_ids)))
+        stays = np.isin(self.ids, window_ids)
+        return self if stays.all() else Table(self.rows.take(stays))  # no second copy of all sketches where none goes
 
     def lookup(self, ids: IntArray) -> IntArray:
         """Position of each of ``ids`` in this table: (q,) int64, -1 where it has none."""

@@ -144,11 +144,11 @@ class TrustedProbe:
         return Fitted(basis, self._unit(basis, self._draw(judging, version, 3, self.count.judge)), gradient)
 
     def losses(self, version: int) -> FloatArray:
-        """(n,) float32, nats per token: of some trusted samples of both halves, under the model as it is now.  Collective.
+        """(n,) float32, nats per token: of some trusted samples, under the model as it is now.  Collective.
 
-        The same on all ranks; other samples for another ``version``.
+        The same on all ranks; other samples for another ``version``; of the fitting half, as the other chooses nothing.
         """
-        ids = self._draw(np.sort(np.concatenate(self.halves)), version, 0, FORWARDS)
+        ids = self._draw(self.halves[0], version, 0, FORWARDS)
         mine = probe_losses(self.module, self._batches(self.dataset, ids), self.loss_fn)
         everyone: FloatArray = np.concatenate(self.comm.allgather(mine))
         return everyone[np.isfinite(everyone)]

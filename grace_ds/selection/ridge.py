@@ -21,6 +21,7 @@ DAMPING = 0.05  # lambda, in mean diagonals of the normal equations
 TARGET_CLIP = 6.0  # labels beyond are pulled in: they are outliers of a single sample
 _ROW_BITS, _WEIGHT_BITS, _TARGET_BITS = 8, 8, 10
 _CLIP = 6.0  # of a statistic
+_BLOCK = 1 << 14  # rows at a time
 _GRID = 2.0**-16  # predictions are rounded to it: products of other shapes may differ in their last bits
 
 
@@ -32,9 +33,15 @@ def columns(statistics: int) -> int:
 def design(statistics: Array) -> Floats:
     """(n, c) float64 on a grid of 2⁻⁸: 1, the (n, s) ``statistics``, and a sixth of each product of two of them."""
     z = np.clip(np.nan_to_num(np.asarray(statistics, np.float64)), -_CLIP, _CLIP)
-    products = [z[:, i] * z[:, j] / _CLIP for i in range(z.shape[1]) for j in range(i, z.shape[1])]
-    rows = np.column_stack([np.ones(len(z)), z, *products]) if len(z) else np.empty((0, columns(z.shape[1])))
-    return np.asarray(np.rint(rows * 2.0**_ROW_BITS) / 2.0**_ROW_BITS, np.float64)
+    rows = np.empty((len(z), columns(z.shape[1])))
+    rows[:, 0], rows[:, 1 : 1 + z.shape[1]] = 1, z
+    pairs = [(i, j) for i in range(z.shape[1]) for j in range(i, z.shape[1])]
+    for column, (i, j) in enumerate(pairs, start=1 + z.shape[1]):
+        rows[:, column] = z[:, i] * z[:, j] / _CLIP
+    rows *= 2.0**_ROW_BITS
+    np.rint(rows, out=rows)
+    rows /= 2.0**_ROW_BITS
+    return rows
 
 
 def normal_equations(rows: Floats, target: Array, weight: Array) -> Integers:
@@ -47,13 +54,19 @@ def normal_equations(rows: Floats, target: Array, weight: Array) -> Integers:
         target: (n,) finite labels; those beyond ±6 are pulled in.
         weight: (n,) in [0, 1].
     """
-    x = np.rint(rows * 2.0**_ROW_BITS).astype(np.int64)
-    w = np.rint(np.asarray(weight, np.float64) * 2.0**_WEIGHT_BITS).astype(np.int64)
-    y = np.rint(np.clip(np.asarray(target, np.float64), -TARGET_CLIP, TARGET_CLIP) * 2.0**_TARGET_BITS).astype(np.int64)
-    wx = x * w[:, None]
-    # int64 matrix products have no BLAS; column by column keeps the scratch small.
-    gram = np.stack([wx.T @ x[:, j] for j in range(x.shape[1])], 1) if len(x) else np.zeros((rows.shape[1],) * 2, np.int64)
-    return np.concatenate([gram.ravel(), wx.T @ y]).astype(np.int64)
+    c = rows.shape[1]
+    gram, right = np.zeros((c, c), np.int64), np.zeros(c, np.int64)
+    for lo in range(0, len(rows), _BLOCK):
+        part = slice(lo, lo + _BLOCK)
+        x = np.rint(rows[part] * 2.0**_ROW_BITS).astype(np.int64)
+        w = np.rint(np.asarray(weight[part], np.float64) * 2.0**_WEIGHT_BITS).astype(np.int64)
+        clipped = np.clip(np.asarray(target[part], np.float64), -TARGET_CLIP, TARGET_CLIP)
+        y = np.rint(clipped * 2.0**_TARGET_BITS).astype(np.int64)
+        wx = x * w[:, None]
+        for j in range(c):  # int64 matrix products have no BLAS; column by column keeps the scratch small
+            gram[:, j] += wx.T @ x[:, j]
+        right += wx.T @ y
+    return np.concatenate([gram.ravel(), right])
 
 
 def weight_of(equations: Integers) -> float:
