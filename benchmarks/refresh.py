@@ -118,37 +118,47 @@ def measure(data: Path, n: int, dim: int, repeats: int, objective: str) -> list[
     pool = Pool(n, n, config.budget, interval, BATCH, config.seed)
     nobody = np.empty(0, np.int64)
     pipeline = Pipeline(comm, config, pool, SamplerOrder(n), BATCH, contents, nobody, nobody, prior.held_out)
-    old, new = _harvest(n, config.harvest.dim, interval)
-    tables = Table(Rows.empty(config.harvest.dim)).merge(old), Table(Losses.empty()).merge(old.losses)
-    inputs = Inputs(new, new.losses, *tables, Ledger(), 20 * interval, 1, 0, interval, {0: 0.4})
     out = []
     for _ in range(repeats):
+        inputs = _inputs(n, config.harvest.dim, interval)
         before = _reset_peak()
         started = time.perf_counter()
         outcome = refresh(pipeline, inputs)
         total = time.perf_counter() - started
         row: dict[str, Any] = {"n": n, "dim": dim, "total": total, **{s: outcome.seconds.get(s, 0.0) for s in STAGES}}
-        row |= _later(pipeline, inputs, outcome, interval, new)
+        inputs = _next(inputs, outcome, interval)  # a job lets the old table go as well
+        row |= _later(pipeline, inputs)
         row |= {"peak_mib": _status("VmHWM"), "peak_extra_mib": _status("VmHWM") - before}
         compared = n <= max(SIZES)
         out.append(row | (bare_faiss(last[0].vectors, config.graph.k, config.graph.recall) if compared else {}))
     return out
 
 
-def _later(pipeline: Pipeline, first: Inputs, outcome: Outcome, interval: int, rows: Rows) -> dict[str, Any]:
-    """Seconds of the next refresh, which keeps content and graph: rows of as many samples have been collected again."""
-    step = first.step + interval
+def _inputs(n: int, dim: int, interval: int) -> Inputs:
+    """Of the first refresh that is timed."""
+    old, new = _harvest(n, dim, interval)
+    tables = Table(Rows.empty(dim)).merge(old), Table(Losses.empty()).merge(old.losses)
+    return Inputs(new, new.losses, *tables, Ledger(), 20 * interval, 1, 0, interval, {0: 0.4})
+
+
+def _next(first: Inputs, outcome: Outcome, interval: int) -> Inputs:
+    """Of the refresh after that, which keeps content and graph: rows of as many samples have been collected again."""
+    rows = first.rows
     again = replace(rows, step=rows.step + interval, sketch=rows.sketch[::-1].copy(), hidden=rows.hidden[::-1].copy())
-    x = replace(
+    return replace(
         first,
         rows=again,
         losses=again.losses,
         table=outcome.table,
         seen=outcome.seen,
         kept=outcome.kept,
-        step=step,
+        step=first.step + interval,
         version=first.version + 1,
     )
+
+
+def _later(pipeline: Pipeline, x: Inputs) -> dict[str, Any]:
+    """Seconds of a later refresh."""
     started = time.perf_counter()
     found = refresh(pipeline, x)
     graph = found.kept.graph

@@ -90,7 +90,9 @@ class Route:
             raise DataError(f"a route needs sorted unique ids; got {len(ids_here)} ids in another order")
         if (owner_of(ids_here, comm.size) != comm.rank).any():
             raise DataError(f"rank {comm.rank} of {comm.size} offers values of ids that it does not own")
-        unique, place = np.unique(np.asarray(ids_wanted, np.int64), return_inverse=True)
+        wanted = np.asarray(ids_wanted, np.int64)
+        unique = np.unique(wanted)
+        place = np.searchsorted(unique, wanted)  # less memory than np.unique's own inverse
         padding = int(np.searchsorted(unique, 0))  # at most one entry is left after these: all of them become the last row
         known = unique[padding:]
         place = np.where(place < padding, len(known), place - padding)

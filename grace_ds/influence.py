@@ -99,14 +99,15 @@ def fit_content(comm: Comm, content: ContentFeatures, label: FloatArray, confide
         return None
     rows = design(_with_density(content.statistics, content.density))
     known = np.isfinite(label)
-    x, y, weight = rows[known], label[known], np.asarray(confidence)[known]
-    half = splitmix64(content.ids[known]) & np.uint64(1) == 1  # by id: the same for any number of ranks
-    halves = [normal_equations(x[part], y[part], weight[part]) for part in (half, ~half)]
-    sums = comm.allreduce(np.stack(halves))
+    half = splitmix64(content.ids) & np.uint64(1) == 1  # by id: the same for any number of ranks
+    weight = np.asarray(confidence)
+    parts = [np.flatnonzero(known & half), np.flatnonzero(known & ~half)]
+    halves = [(rows[part], label[part], weight[part]) for part in parts]
+    sums = comm.allreduce(np.stack([normal_equations(*one) for one in halves]))
     ridge = Ridge.solve(sums[0] + sums[1])
     if ridge is None:
         return None
-    explained = _explained(comm, sums, [(x[part], y[part]) for part in (half, ~half)])
+    explained = _explained(comm, sums, [(x, y) for x, y, _ in halves])
     return ContentFit(ridge, ridge.predict(rows), weight_of(sums[0] + sums[1]), explained)
 
 

@@ -159,9 +159,11 @@ def _largest(xp: Any, x: Array) -> float:
 def closeness(similarity: FloatArray) -> FloatRows:
     """max(cosine, 0) ** 4, by products: they round alike everywhere."""
     xp = array_namespace(similarity)
-    cosine = _double(similarity)
-    square = xp.square(xp.where(cosine > 0, cosine, 0.0))
-    result: FloatRows = xp.square(square)
+    weight = _double(similarity)
+    weight = xp.where(weight > 0, weight, 0.0)
+    for _ in range(2):  # one name: only two copies of all edges are alive at a time
+        weight = xp.square(weight)
+    result: FloatRows = weight
     return result
 
 

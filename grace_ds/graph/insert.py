@@ -40,11 +40,11 @@ def insert(ids: IntArray, X: FloatArray, where: Array, keys: IntArray, depth: In
 
     Args:
         ids, X, where: (n,), (n, d), (n, o) of this rank; rows are compared where they share a cluster, all where o is 0.
-        keys: (n, w) their lists; a list takes a moved row in that is no further than ``depth`` (n,).
+        keys: (n, w) their lists, changed in place; a list takes a moved row in that is no further than ``depth`` (n,).
         moved: of all ranks; those of this rank are among ``ids`` too and are left alone.
 
     Returns:
-        (n, w) int64.
+        ``keys``.
     """
     if not len(moved.ids) or not len(ids):
         return keys
@@ -101,6 +101,5 @@ def _taken_in(keys: IntArray, depth: IntArray, pairs: IntArray, ids: IntArray, X
     names, at = np.unique(row[keep], return_inverse=True)
     wide = np.full((len(names), int(place[keep].max(initial=-1)) + 1), PAD)
     wide[at, place[keep]] = fresh[keep]
-    out: IntArray = keys.copy()
-    out[names] = merge(keys[names], wide, wanted)
-    return out
+    keys[names] = merge(keys[names], wide, wanted)
+    return keys

@@ -21,7 +21,7 @@ from grace_ds.graph import clustered, leaves, ring
 from grace_ds.graph.build import search_all
 from grace_ds.graph.clusters import nearest_centroids
 from grace_ds.graph.insert import Moved, insert
-from grace_ds.graph.merge import ID_BITS, PAD, ROWS, unpack, without_self
+from grace_ds.graph.merge import ID_BITS, PAD, ROWS, finished, without_self
 from grace_ds.graph.placement import Placement, sampled_recall
 from grace_ds.graph.rows import Request, prepared
 from grace_ds.records import Array, FloatArray, IntArray, Neighbours
@@ -64,7 +64,7 @@ class KeptGraph:
 
     def neighbours(self) -> Neighbours:
         """The k nearest of each row, nearest first."""
-        return unpack(self.keys[:, : self.k])
+        return finished(self.keys, self.ids, self.k, exclude_self=False)
 
 
 def build_kept(comm: Comm, ids: IntArray, X: FloatArray, config: GraphConfig, device: str = "cpu") -> KeptGraph | None:
@@ -107,7 +107,7 @@ def follow(
     Args:
         kept: of the last refresh, on all ranks or on none.
         ids: (n,) int64, sorted, this rank's now; those that were not there are new, those missing are gone.
-        X: (n, d) float32, their rows now.
+        X: (n, d) float32, their rows now; taken over: those that have not gone further than ``drift`` become their old ones.
         config: as when it was built.
         drift: 1 - cosine up to which a row counts as unmoved; its old place is kept until it has gone further.
         device: of the job's model.
@@ -155,20 +155,18 @@ def _repaired(
 ) -> KeptGraph:
     """Args: ``moved`` (n,) bool, ``old`` places in ``kept`` of the others, ``struck`` ids of all ranks to leave all lists."""
     stays = ~moved
-    rows = X
     if drift > 0:  # a row that has not gone far is left where its edges were computed
-        rows = X.copy()
-        rows[stays] = kept.X[old]
+        _put_back(X, np.flatnonzero(stays), kept.X, old)
     where = np.empty((len(ids), kept.where.shape[1]), np.int32)
     where[stays] = kept.where[old]
     if kept.where.shape[1]:
-        where[moved] = nearest_centroids(rows[moved], kept.centroids, kept.where.shape[1])
+        where[moved] = nearest_centroids(X[moved], kept.centroids, kept.where.shape[1])
     keys, depth = np.full((len(ids), config.k + SPARE), PAD), np.full(len(ids), PAD)
     keys[stays], depth[stays] = kept.keys[old], kept.depth[old]
     _strike(keys, struck)
-    keys = insert(ids, rows, where, keys, depth, Moved.gathered(comm, ids[moved], rows[moved], where[moved]))
+    keys = insert(ids, X, where, keys, depth, Moved.gathered(comm, ids[moved], X[moved], where[moved]))
     depth = np.minimum(depth, keys[:, -1])  # a list that is full is complete up to its last
-    now = replace(kept, ids=ids, X=rows, where=where, keys=keys, depth=depth, change="repaired")
+    now = replace(kept, ids=ids, X=X, where=where, keys=keys, depth=depth, change="repaired")
     # Search for the rows that have moved, and for those whose list has run short but was not complete.
     return _searched(comm, now, moved | ((keys[:, kept.k - 1] == PAD) & (depth != PAD)), config, device)
 
@@ -215,6 +213,15 @@ def _gone_further(old: FloatArray, new: FloatArray, drift: float) -> Array:
     moved = np.zeros(len(old), bool)
     moved[far] = (old[far] != new[far]).any(axis=1)  # a row of zeros is far even from itself
     return moved
+
+
+def _put_back(X: FloatArray, at: IntArray, old: FloatArray, there: IntArray) -> None:
+    """Makes the rows ``at`` of ``X`` the rows ``there`` of ``old``, in place; block by block, and only where they differ."""
+    for lo in range(0, len(at), ROWS):
+        some, before = at[lo : lo + ROWS], old[there[lo : lo + ROWS]]
+        differ = (X[some] != before).any(axis=1)
+        if differ.any():
+            X[some[differ]] = before[differ]
 
 
 def _strike(keys: IntArray, ids: IntArray) -> None:

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 SAMPLE_QUERIES = 500  # standard error of a recall of .99 on 500 x k neighbours: below .001
 TRAIN_ROWS = 40  # a centroid: k-means in faiss warns below 39 and gains little above
-QUERY_BLOCK = 65_536  # bounds what faiss holds at once
+QUERY_BLOCK = 8_192  # bounds what faiss holds at once: 64 times k candidates of 12 bytes for each
 LIST_SHARE = 8  # an inverted file that must probe more than an eighth of its lists is slower than scanning all codes
 LIST_CANDIDATES = 32  # candidates behind an inverted file, in multiples of k
 CANDIDATES = (4, 8, 16, 32, 64)  # candidates of a scan of all codes, likewise
@@ -110,15 +110,15 @@ class FaissLeaf:
     def tune(self, X: FloatArray, Q: FloatArray, k: int) -> tuple[Any, Tuned | None]:
         """The faiss index of ``X`` that reaches the recall on a sample of ``Q``, and its settings; None for the exact one."""
         sample = np.ascontiguousarray(Q[np.linspace(0, len(Q) - 1, min(SAMPLE_QUERIES, len(Q))).astype(np.int64)])
-        exact = _flat(X)
-        bar = exact.search(sample, k)[0][:, -1:] - 1e-6  # by similarity, not by id: among equally near rows any is right
+        bar = _flat(X).search(sample, k)[0][:, -1:] - 1e-6  # by similarity, not by id: among equally near rows any is right
 
         def reached(core: Any, nprobe: int, candidates: int) -> float:
             _set_effort(core, nprobe, candidates)
             return float(np.mean(core.search(sample, k)[0] >= bar))
 
-        best = 0.0
+        best, core = 0.0, None
         for nlist in (2 ** round(math.log2(4 * math.sqrt(len(X)))), 0):
+            core = None  # each structure holds a copy of the rows: one at a time
             core, efforts = _structure(X, nlist), _efforts(nlist)
             if nlist and reached(core, *efforts[-1]) < self.recall:
                 continue  # the most that an inverted file may cost is not enough
@@ -129,7 +129,8 @@ class FaissLeaf:
                     log.info("graph.leaf faiss: %d rows, %s on %d queries (asked: %.4f)", len(X), tuned, len(sample), self.recall)
                     return core, tuned
         log.info("graph.leaf faiss: %d rows, exact: codes reach a recall of %.4f, asked %.4f", len(X), best, self.recall)
-        return exact, None
+        core = None
+        return _flat(X), None
 
 
 def _efforts(nlist: int) -> list[tuple[int, int]]:
