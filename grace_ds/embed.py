@@ -71,7 +71,11 @@ def learn(comm: Comm, before: Learned, own: IntArray, table: Table[Rows], graph:
     fresh = np.flatnonzero((at >= 0) & (step != last))
     new = _centred(comm, _collected(table.rows, at[fresh], seed))
     # A single gradient is noisy: a sample that is collected again takes the mean of what it was and what it is.
-    values[fresh] = np.where(step[fresh, None] >= 0, _unit_parts(values[fresh].astype(np.float64) + new), new)
+    again = np.flatnonzero(step[fresh] >= 0)
+    for lo in range(0, len(again), _BLOCK):
+        some = again[lo : lo + _BLOCK]
+        new[some] = _unit_parts(values[fresh[some]].astype(np.float64) + new[some])
+    values[fresh] = new
     step[fresh] = last[fresh]
     if graph is not None:
         values = _from_neighbours(comm, own, step, values, graph)
@@ -118,14 +122,20 @@ def _projection(seed: int, width: int) -> Array:
 def _centred(comm: Comm, rows: Array) -> FloatArray:
     """``rows`` (n, SKETCHED + HIDDEN) less the mean over all ranks' rows, each part of length 1, or 0.  Collective."""
     # Parts may be of any scale: brought near 1 by the power of two that fits all of them.
-    parts = [rows[:, :SKETCHED], rows[:, SKETCHED:]]
-    largest = comm.allreduce(np.array([float(np.abs(part).max(initial=0.0)) for part in parts]), "max")
-    scaled = [np.ldexp(part, -int(np.frexp(top)[1])) for part, top in zip(parts, largest, strict=True)]
-    grid = [np.rint(part * _GRID).astype(np.int64) for part in scaled]
-    sums: IntArray = comm.allreduce(np.concatenate([*(part.sum(0) for part in grid), np.array([len(rows)])]))
+    parts = (rows[:, :SKETCHED], rows[:, SKETCHED:])
+    largest = comm.allreduce(np.array([max(part.max(initial=0.0), -part.min(initial=0.0)) for part in parts]), "max")
+    scale = np.repeat(np.ldexp(1.0, -np.frexp(largest)[1]), [SKETCHED, HIDDEN])
+    blocks = [slice(lo, lo + _BLOCK) for lo in range(0, len(rows), _BLOCK)]
+    sums = np.zeros(SKETCHED + HIDDEN + 1, np.int64)
+    for block in blocks:
+        sums[:-1] += np.rint(rows[block] * (scale * _GRID)).astype(np.int64).sum(0)
+    sums[-1] = len(rows)
+    sums = comm.allreduce(sums)
     mean = sums[:-1].astype(np.float64) / _GRID / max(int(sums[-1]), 1)
-    centred = np.concatenate(scaled, axis=1) - mean
-    return _unit_parts(centred)
+    out = np.empty(rows.shape, np.float32)
+    for block in blocks:
+        out[block] = _unit_parts(rows[block] * scale - mean)
+    return out
 
 
 def _unit_parts(x: Array) -> FloatArray:
