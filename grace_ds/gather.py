@@ -92,13 +92,14 @@ class Route:
             raise DataError(f"rank {comm.rank} of {comm.size} offers values of ids that it does not own")
         wanted = np.asarray(ids_wanted, np.int64)
         unique = np.unique(wanted)
-        place = np.searchsorted(unique, wanted)  # less memory than np.unique's own inverse
+        place: IntArray = np.searchsorted(unique, wanted)  # less memory than np.unique's own inverse
         padding = int(np.searchsorted(unique, 0))  # at most one entry is left after these: all of them become the last row
         known = unique[padding:]
-        place = np.where(place < padding, len(known), place - padding)
+        place -= padding
+        place[place < 0] = len(known)
         parts, order = _by_owner(known, owner_of(known, comm.size), comm.size)
         asked = [_positions(ids, ids_here) for ids in comm.exchange(parts)]
-        return Route(comm, place.astype(np.int64), asked, order)
+        return Route(comm, place, asked, order)
 
     def exchange(self, values: Array, fill: float = 0.0) -> Array:
         """The values of the wanted samples, each once, and a last row of ``fill``.  Collective: one exchange.

@@ -101,13 +101,12 @@ def fit_content(comm: Comm, content: ContentFeatures, label: FloatArray, confide
     known = np.isfinite(label)
     half = splitmix64(content.ids) & np.uint64(1) == 1  # by id: the same for any number of ranks
     weight = np.asarray(confidence)
-    parts = [np.flatnonzero(known & half), np.flatnonzero(known & ~half)]
-    halves = [(rows[part], label[part], weight[part]) for part in parts]
-    sums = comm.allreduce(np.stack([normal_equations(*one) for one in halves]))
+    halves = [np.flatnonzero(known & half), np.flatnonzero(known & ~half)]
+    sums = comm.allreduce(np.stack([normal_equations(rows[part], label[part], weight[part]) for part in halves]))
     ridge = Ridge.solve(sums[0] + sums[1])
     if ridge is None:
         return None
-    explained = _explained(comm, sums, [(x, y) for x, y, _ in halves])
+    explained = _explained(comm, sums, rows, label, halves)
     return ContentFit(ridge, ridge.predict(rows), weight_of(sums[0] + sums[1]), explained)
 
 
@@ -139,16 +138,16 @@ def forecast(comm: Comm, content: ContentFeatures, table: Table[Rows], old: Arra
     return fit.predicted[at] if fit is not None else np.full(len(at), np.nan, np.float32)
 
 
-def _explained(comm: Comm, sums: IntArray, halves: Sequence[tuple[Array, Array]]) -> float:
+def _explained(comm: Comm, sums: IntArray, rows: Array, label: FloatArray, halves: Sequence[IntArray]) -> float:
     """Share of the labels' variance that the other half of them predicts.  Collective; the same bits for any number of ranks."""
     fitted = [Ridge.solve(equations) for equations in sums]
     if fitted[0] is None or fitted[1] is None:
         return 0.0
     parts = []
-    for (x, y), other in zip(halves, (fitted[1], fitted[0]), strict=True):
-        clipped = np.clip(y.astype(np.float64), -TARGET_CLIP, TARGET_CLIP)
-        error = clipped - other.predict(x)
-        parts.append([len(y), *(np.rint(v * 2.0**16).astype(np.int64).sum() for v in (error**2, clipped**2, clipped))])
+    for half, other in zip(halves, (fitted[1], fitted[0]), strict=True):
+        clipped = np.clip(label[half].astype(np.float64), -TARGET_CLIP, TARGET_CLIP)
+        error = clipped - other.predict(rows[half])
+        parts.append([len(half), *(np.rint(v * 2.0**16).astype(np.int64).sum() for v in (error**2, clipped**2, clipped))])
     n, squares, total, first = comm.allreduce(np.sum(parts, axis=0).astype(np.int64)) / np.array([1, *[2.0**16] * 3])
     variance = total - first**2 / max(n, 1)
     return max(0.0, 1 - squares / variance) if variance > 0 else 0.0

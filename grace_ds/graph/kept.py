@@ -228,9 +228,14 @@ def _strike(keys: IntArray, ids: IntArray) -> None:
     """Drops the neighbours ``ids`` (sorted) from the lists, in place, order kept."""
     if not len(ids):
         return
-    flat = keys.reshape(-1)
     seen = np.zeros(_FILTER, bool)  # by the ids' last bits: few are looked up that are not meant
     seen[ids & (_FILTER - 1)] = True
+    for lo in range(0, len(keys), ROWS):
+        _strike_block(keys[lo : lo + ROWS], ids, seen)
+
+
+def _strike_block(keys: IntArray, ids: IntArray, seen: Array) -> None:
+    flat = keys.reshape(-1)
     likely = np.flatnonzero(seen[flat & (_FILTER - 1)])
     named = flat[likely] & ((1 << ID_BITS) - 1)
     at = np.minimum(np.searchsorted(ids, named), len(ids) - 1)
