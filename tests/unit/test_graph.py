@@ -8,6 +8,7 @@ import pytest
 from grace_ds.comm.local import LocalComm
 from grace_ds.errors import ConfigError, DataError
 from grace_ds.graph import leaves
+from grace_ds.graph.leaves import torch_leaf
 from grace_ds.graph.ring import nearest
 from grace_ds.graph.rows import Request
 from grace_ds.propagate import priority, propagate
@@ -33,6 +34,21 @@ def test_graph_equals_dense_search(name: str) -> None:
     assert not (got.ids == ids[:, None]).any()
     at = np.searchsorted(ids, got.ids)
     assert np.abs(np.take_along_axis(exact, at, 1) - got.similarity).max() < 1e-5
+
+
+@pytest.mark.parametrize("block", [5, 50, 600])
+@pytest.mark.parametrize("order", ["as they come", "nearer and nearer"])
+def test_an_exact_search_finds_the_nearest_wherever_they_lie(block: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_leaf, "INDEX_BLOCK", block)  # 5: less than is asked for
+    x, leaf = clustered(600, 16), torch_leaf.TorchLeaf()
+    if order == "nearer and nearer":  # to the first query: every block holds nearer ones than all before it
+        x = x[np.argsort(x @ x[0])]
+    queries = np.concatenate([x[-1:], x[::7]])
+    ids, similarity = leaf.search(leaf.build(x, np.arange(600) + 3), queries, 7)
+    exact = queries @ x.T
+    np.testing.assert_allclose(similarity, -np.sort(-exact, axis=1)[:, :7], atol=1e-6)
+    np.testing.assert_allclose(np.take_along_axis(exact, ids - 3, 1), similarity, atol=1e-6)
+    assert all(len(set(row)) == 7 for row in ids.tolist())
 
 
 def rows_of(kind: str, n: int, d: int) -> np.ndarray:
