@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--final", action="store_true", help="by the test rows: for the final tables, after everything is fixed")
     add("--tried", nargs="+", default=[], metavar="N|ARM=N", help="configurations tried of every arm, or of one")
     add("--corpus", type=Path, help="folder of the second corpus: gsm8k/train.jsonl, tinyshakespeare/input.txt")
-    add("--division", type=int, default=0, help="another one than 0 divides the documents anew, without the final test ones")
+    divided = "another one than 0 divides the documents anew, without the final test ones; several: one run in each, its own seed"
+    add("--division", type=int, nargs="+", default=[0], metavar="N", help=divided)
     add("--allow-missing-kinds", action="store_true", help="leave out junk kinds whose text is not on this machine")
     add("--jobs", type=int, default=2, help="processes at once, each on one thread")
     add("--limit", type=float, default=3600.0, help="seconds of one run, at most")
@@ -74,9 +75,11 @@ def run(args: argparse.Namespace, console: Console) -> Record:
     say = functools.partial(console.print, highlight=False, markup=False)
     specs: dict[str, list[RunSpec]] = {}
     for name in pool_names(args):
-        pool = prepare(args, name)
-        say(f"pool {name}: {pool.manifest['rows']['train']} rows, {pool.manifest['kinds']}, {pool.folder}")
-        specs[name] = run_specs(args, name, pool)
+        specs[name] = []
+        for division in args.division:
+            pool = prepare(args, name, division)
+            say(f"pool {name}: {pool.manifest['rows']['train']} rows, {pool.manifest['kinds']}, {pool.folder}")
+            specs[name] += run_specs(args, name, pool, seeds_of(args, division))
     everything = [spec for one in specs.values() for spec in one]
     if args.known:
         say(f"{take_from(args.known, everything, args.out / 'runs')} runs taken from {' '.join(map(str, args.known))}")
@@ -86,6 +89,9 @@ def run(args: argparse.Namespace, console: Console) -> Record:
     pools = [PoolRuns(name, [results[spec] for spec in one], metric, args.steps) for name, one in specs.items()]
     record = tables(pools, tried, args.final)
     record.claims = claims(pools, args.arm, args.model)
+    if len(args.division) > 1:
+        divisions = ", ".join(map(str, args.division))
+        record.notes.append(f"a seed is a division of the documents ({divisions}), with rows for testing of its own")
     record.notes.append(f"model {args.model}: {done[0]['parameters']:,} parameters, float32, one thread")
     return record
 
@@ -107,18 +113,23 @@ def pool_names(args: argparse.Namespace) -> list[str]:
     return names
 
 
-def prepare(args: argparse.Namespace, name: str) -> Stored:
-    """The pool called ``name``."""
+def seeds_of(args: argparse.Namespace, division: int) -> range:
+    """The seeds to run in a division: in several of them each is a seed."""
+    return range(args.seeds) if len(args.division) == 1 else range(division, division + 1)
+
+
+def prepare(args: argparse.Namespace, name: str, division: int) -> Stored:
+    """The pool called ``name`` of a division."""
     spec = replace(SPECS[name], size=args.pool_size)
     root = None if spec.corpus == STDLIB else args.corpus
     try:
-        clean = CorpusSpec(division=args.division)
+        clean = CorpusSpec(division=division)
         return prepare_pool(spec, args.out / "pools", corpus=clean, root=root, allow_missing=args.allow_missing_kinds)
     except GraceError as error:
         raise SystemExit(str(error)) from None
 
 
-def run_specs(args: argparse.Namespace, name: str, pool: Stored) -> list[RunSpec]:
+def run_specs(args: argparse.Namespace, name: str, pool: Stored, seeds: Iterable[int]) -> list[RunSpec]:
     """All runs of a pool: every arm, uniform in further orders, uniform at further lengths."""
     lengths = args.uniform_steps
     if lengths is None:
@@ -141,7 +152,7 @@ def run_specs(args: argparse.Namespace, name: str, pool: Stored) -> list[RunSpec
         ).stamped()
 
     found: list[RunSpec] = []
-    for seed in range(args.seeds):  # a whole seed first: there is something to look at early
+    for seed in seeds:  # a whole seed first: there is something to look at early
         found += [spec(arm, seed, seed, args.steps) for arm in chosen_arms(args)]
         found += [spec("uniform", seed, seed + ORDER * (i + 1), args.steps) for i in range(args.orders)]
         found += [spec("uniform", seed, seed, steps) for steps in lengths if steps != args.steps]

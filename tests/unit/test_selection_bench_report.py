@@ -19,7 +19,7 @@ import pytest
 from benchmarks.interrupts import deferred_interrupts
 from benchmarks.selection.claims import claims
 from benchmarks.selection.equal_loss import EqualLoss, equal_loss_steps, joint_bound, ratios
-from benchmarks.selection.matrix import add_arguments, chosen_arms, pool_names, read_tried, run_specs
+from benchmarks.selection.matrix import add_arguments, chosen_arms, pool_names, read_tried, run_specs, seeds_of
 from benchmarks.selection.report import PoolRuns, run_row, tables
 from benchmarks.selection.runs import ROOT, RunSpec, _meaning, code_digest, finished, run_all, take_from
 from benchmarks.selection.store import Stored
@@ -176,7 +176,7 @@ def parsed(*options: str) -> argparse.Namespace:
 def test_the_matrix_holds_every_arm_the_orders_and_the_lengths_once() -> None:
     args = parsed("--pool", "crawl", "--arms", "oracle", "--seeds", "2", "--uniform-steps", "400,800")
     pool = Stored(Path("/p"), {"digest": "d", "rows": {"train": 20_000}}, reused=True)
-    specs = run_specs(args, "crawl", pool)
+    specs = run_specs(args, "crawl", pool, seeds_of(args, 0))
     told = sorted((s.arm, s.seed, s.order_seed, s.steps) for s in specs)
     assert told == sorted(
         (arm, seed, order, steps)
@@ -192,8 +192,16 @@ def test_the_matrix_holds_every_arm_the_orders_and_the_lengths_once() -> None:
     assert {s.lr for s in specs} == {5e-3}
     for given, rate in (([], 2e-3), (["--lr", "1e-3"], 1e-3)):
         large = parsed("--pool", "crawl", "--model", "4m", "--seeds", "1", *given)
-        assert {s.lr for s in run_specs(large, "crawl", pool)} == {rate}
+        assert {s.lr for s in run_specs(large, "crawl", pool, (0,))} == {rate}
     assert chosen_arms(parsed("--pool", "dose"))[0] == "uniform"
+
+
+def test_of_several_divisions_each_is_a_seed_and_one_alone_has_all_of_them() -> None:
+    several = parsed("--pool", "crawl", "--division", "7", "9", "--seeds", "3")
+    assert [list(seeds_of(several, division)) for division in several.division] == [[7], [9]]
+    for given, division in (([], 0), (["--division", "4"], 4)):
+        one = parsed("--pool", "crawl", "--seeds", "3", *given)
+        assert one.division == [division] and list(seeds_of(one, division)) == [0, 1, 2]
 
 
 def test_the_command_line_says_what_is_wrong() -> None:
@@ -352,7 +360,7 @@ def test_a_benchmark_that_is_terminated_leaves_no_run_behind(tmp_path: Path) -> 
     program = (
         "import runpy, sys\nfrom pathlib import Path\nimport benchmarks.selection.matrix as matrix\n"
         "from tests.selection_pools import tiny_pool\n"
-        "matrix.prepare = lambda args, name: tiny_pool(args.out)\n"  # a second, not a minute
+        "matrix.prepare = lambda args, name, division: tiny_pool(args.out)\n"  # a second, not a minute
         "runpy.run_module('benchmarks', run_name='__main__')\n"
     )
     words = ["selection", "--pool", "crawl", "--arms", "rs2", "--seeds", "1", "--steps", "100000", "--out", str(tmp_path)]
