@@ -23,7 +23,7 @@ import numpy as np
 from grace_ds.errors import DataError
 
 PIECE = 6000  # characters taken from a file at most, so that no file prevails
-_SITE = Path(sysconfig.get_paths()["purelib"])
+_SITE, _LIBRARY = Path(sysconfig.get_paths()["purelib"]), Path(sysconfig.get_paths()["stdlib"])
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,13 @@ SOURCES = {
         ((Path("/usr/share/locale"), "*/LC_MESSAGES/*.mo"),),
         "translated messages: apt-get install gettext, with locales not excluded by dpkg's path-exclude",
     ),
-    # Written by a program, and of installed packages alone: the standard library's tables (encodings, pydoc_data, lib2to3) are
-    # clean text here already.
+    # Written by a program: of installed packages, and the standard library's own tables, which its clean text does not hold.
+    "codecs": Source(
+        tuple((_LIBRARY / "encodings", f"{name}*.py") for name in ("cp", "iso8859", "koi8", "mac_")),
+        "codecs: a whole Python",
+        True,
+    ),
+    "topics": Source(((_LIBRARY / "pydoc_data", "topics.py"),), "help texts: a whole Python", True),
     "stubs": Source(
         ((_SITE / "torch" / "_C", "**/*.pyi"), (_SITE / "faiss", "*.pyi")), "generated stubs: pip install torch faiss-cpu", True
     ),
@@ -86,7 +91,7 @@ SOURCES = {
         True,
     ),
 }
-MACHINE_WRITTEN = ("stubs", "swig", "parsers", "stemmers", "protobuf")
+MACHINE_WRITTEN = ("codecs", "topics", "stubs", "swig", "parsers", "stemmers", "protobuf")
 
 # Of the standard library, without side effects when imported.
 _DOCUMENTED = """

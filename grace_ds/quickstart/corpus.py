@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,8 +27,9 @@ from grace_ds.records import Array
 POOLS = ("crawl", "natural")
 TOKENIZER = "tokenizer.json"
 SPLITS = ("train", "trusted", "validation")
-FORMAT = 2  # raise when the same arguments would give other data
+FORMAT = 3  # raise when the same arguments would give other data
 STREAM = 1  # of the random numbers: raised with FORMAT only if the natural pool is to change too
+_GENERATED = re.compile(r"do not edit|auto-?generated|generated (by|from)", re.IGNORECASE)  # in a file's first lines
 _SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload"}
 
 
@@ -77,6 +79,8 @@ def split_of(package: str) -> str:
 def read_packages(root: Path) -> dict[str, list[str]]:
     """The text of every .py file below ``root``, by top-level package or module, without tests and third parties.
 
+    Files that a program wrote are left out: what pools hold as machine-written must not be what is trusted or tested on.
+
     Returns:
         package name to the texts of its files, both in sorted order.
     """
@@ -87,9 +91,14 @@ def read_packages(root: Path) -> dict[str, list[str]]:
         if _SKIP.intersection(parts) or parts[0].startswith(("_sysconfigdata", "config-")):
             continue
         text = path.read_text("utf-8", errors="replace")
-        if text.strip():
+        if text.strip() and not is_generated(text):
             packages.setdefault(path.relative_to(root).parts[0].removesuffix(".py"), []).append(text)
     return packages
+
+
+def is_generated(text: str) -> bool:
+    """Whether a file says in its first three lines that a program wrote it."""
+    return any(_GENERATED.search(line) for line in text.splitlines()[:3])
 
 
 def chunk(stream: Array, length: int) -> Array:
