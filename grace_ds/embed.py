@@ -92,8 +92,8 @@ def embed(content: FloatArray, learned: FloatArray, sketch_share: float, hidden_
     weights = np.sqrt([1 - sketch_share - hidden_share, sketch_share, hidden_share]).astype(np.float32)
     out = np.empty((len(content), content.shape[1] + learned.shape[1]), np.float32)
     for lo in range(0, len(out), _BLOCK):
-        own, said = content[lo : lo + _BLOCK], learned[lo : lo + _BLOCK]
-        parts = (own, said[:, :SKETCHED], said[:, SKETCHED:])
+        block = slice(lo, lo + _BLOCK)
+        parts = (content[block], learned[block, :SKETCHED], learned[block, SKETCHED:])
         rows = np.concatenate([weight * part for weight, part in zip(weights, parts, strict=True)], axis=1)
         length = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))[:, None]
         unit = np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)

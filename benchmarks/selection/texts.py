@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from grace_ds.errors import DataError
+from grace_ds.quickstart.corpus import is_generated
 
 PIECE = 6000  # characters taken from a file at most, so that no file prevails
 _SITE, _LIBRARY = Path(sysconfig.get_paths()["purelib"]), Path(sysconfig.get_paths()["stdlib"])
@@ -34,11 +35,13 @@ class Source:
         roots: folders with the patterns of their files.
         install: what to install.
         pieces: take every piece of a file, not one: the files are few and long.
+        declared: take those files alone that say that a program wrote them; the others are clean text.
     """
 
     roots: tuple[tuple[Path, str], ...]
     install: str
     pieces: bool = False
+    declared: bool = False
 
 
 SOURCES = {
@@ -69,12 +72,8 @@ SOURCES = {
         "translated messages: apt-get install gettext, with locales not excluded by dpkg's path-exclude",
     ),
     # Written by a program: of installed packages, and the standard library's own tables, which its clean text does not hold.
-    "codecs": Source(
-        tuple((_LIBRARY / "encodings", f"{name}*.py") for name in ("cp", "iso8859", "koi8", "mac_")),
-        "codecs: a whole Python",
-        True,
-    ),
-    "topics": Source(((_LIBRARY / "pydoc_data", "topics.py"),), "help texts: a whole Python", True),
+    "codecs": Source(((_LIBRARY / "encodings", "*.py"),), "codecs: a whole Python", True, declared=True),
+    "topics": Source(((_LIBRARY / "pydoc_data", "*.py"),), "help texts: a whole Python", True, declared=True),
     "stubs": Source(
         ((_SITE / "torch" / "_C", "**/*.pyi"), (_SITE / "faiss", "*.pyi")), "generated stubs: pip install torch faiss-cpu", True
     ),
@@ -129,6 +128,8 @@ def files_of(kind: str) -> list[Path]:
     found = [path for root, pattern in source.roots for path in sorted(root.glob(pattern)) if path.is_file()]
     if kind == "language":
         found = [path for path in found if not path.parts[-3].startswith("en")]
+    if source.declared:
+        found = [path for path in found if is_generated(read_text(path))]
     if not found:
         roots = ", ".join(str(root / pattern) for root, pattern in source.roots)
         raise MissingKind(f"no text of kind {kind!r} (looked for {roots}); {source.install}")

@@ -107,7 +107,8 @@ def follow(
     Args:
         kept: of the last refresh, on all ranks or on none.
         ids: (n,) int64, sorted, this rank's now; those that were not there are new, those missing are gone.
-        X: (n, d) float32, their rows now; taken over: those that have not gone further than ``drift`` become their old ones.
+        X: (n, d) float32, their rows now; taken over: those that have not gone further than ``drift`` become their old ones,
+            also where the repaired graph is then found wanting and built anew.
         config: as when it was built.
         drift: 1 - cosine up to which a row counts as unmoved; its old place is kept until it has gone further.
         device: of the job's model.

@@ -116,20 +116,22 @@ class FaissLeaf:
             _set_effort(core, nprobe, candidates)
             return float(np.mean(core.search(sample, k)[0] >= bar))
 
-        best, core = 0.0, None
-        for nlist in (2 ** round(math.log2(4 * math.sqrt(len(X)))), 0):
-            core = None  # each structure holds a copy of the rows: one at a time
+        def least(nlist: int) -> tuple[Any, Tuned] | None:
             core, efforts = _structure(X, nlist), _efforts(nlist)
             if nlist and reached(core, *efforts[-1]) < self.recall:
-                continue  # the most that an inverted file may cost is not enough
+                return None  # the most that an inverted file may cost is not enough
             for nprobe, candidates in efforts:
-                best = reached(core, nprobe, candidates)
-                if best >= self.recall:
-                    tuned = Tuned(nlist, nprobe, candidates, best)
-                    log.info("graph.leaf faiss: %d rows, %s on %d queries (asked: %.4f)", len(X), tuned, len(sample), self.recall)
-                    return core, tuned
-        log.info("graph.leaf faiss: %d rows, exact: codes reach a recall of %.4f, asked %.4f", len(X), best, self.recall)
-        core = None
+                recall = reached(core, nprobe, candidates)
+                if recall >= self.recall:
+                    return core, Tuned(nlist, nprobe, candidates, recall)
+            log.info("graph.leaf faiss: %d rows, exact: codes reach a recall of %.4f, asked %.4f", len(X), recall, self.recall)
+            return None
+
+        for nlist in (2 ** round(math.log2(4 * math.sqrt(len(X)))), 0):  # one after another: each holds a copy of the rows
+            found = least(nlist)
+            if found is not None:
+                log.info("graph.leaf faiss: %d rows, %s on %d queries (asked: %.4f)", len(X), found[1], len(sample), self.recall)
+                return found
         return _flat(X), None
 
 
