@@ -14,7 +14,7 @@ from grace_ds.propagate import priority
 from grace_ds.recipes import Recipe, log_importance, recipe
 from grace_ds.records import Array, Coreset, FloatArray, IntArray, Neighbours, Role, Schedule, Signals
 from grace_ds.schedule import compose
-from grace_ds.selection.guard import Decision, contrast, decide, effective_share, foretold
+from grace_ds.selection.guard import Decision, Window, contrast, decide, effective_share, foretold, heard
 from grace_ds.selection.objectives import select
 from grace_ds.selection.sample import gumbel
 from grace_ds.selection.shares import by_source
@@ -132,10 +132,22 @@ def judge(p: Pipeline, x: Inputs, s: Signals, seen: Seen | None) -> Decision:
         return Decision(most.name, "the guard is off", numbers={"effective_share": share})
     # Copies alone do not tell clean from dirty: they are worth thinning out in either.
     filters = most.trusted and np.isfinite(s.keep).any()
-    clean_share = config.guard.clean_share if filters or not most.content else float("inf")
+    clean = config.guard.clean_share if filters or not most.content else float("inf")
+    listens = "loss" in config.parts and config.collects and p.trusted is not None
+    losses = heard(s.loss_pass[_unchosen(x, s)]) if listens and x.loss_limits is not None else heard(s.loss_pass[:0])
+    window = Window(share, clean, losses, awaited=listens and x.step < config.learning)
     found = contrast(seen.core, seen.audit, config.guard.confidence, config.seed + x.version) if seen is not None else None
     known = foretold(seen.predicted, seen.measured) if seen is not None else None
-    return decide(most.name, x.version, share, clean_share, found, x.decision, known)
+    return decide(most.name, x.version, window, found, x.decision, known)
+
+
+def _unchosen(x: Inputs, s: Signals) -> Array:
+    """(n,) bool: of the window's samples those read since the last schedule and drawn whatever they are like.
+
+    All of them under a uniform schedule and in shadow mode, else the audit slots.
+    """
+    fresh = np.isfinite(s.loss) & (s.staleness <= x.step - x.since)
+    return fresh if x.audit is None or not len(x.core) else fresh & np.isin(s.ids, x.audit)
 
 
 def collect_every(p: Pipeline, x: Inputs, e: Estimate, window: int) -> int:

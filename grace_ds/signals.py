@@ -116,13 +116,8 @@ class Inputs:
 
 
 def active_parts(p: Pipeline, x: Inputs) -> frozenset[str]:
-    """The parts of the recipe that this refresh pays for: none while the guard has stepped down and is not to look again."""
-    stepped_down = x.decision is not None and x.decision.level != p.recipe.name
-    looks = x.decision is not None and x.version >= x.decision.look > 0
-    if stepped_down and not looks:
-        return frozenset()
-    blind = x.decision is not None and x.version < x.decision.blind.look
-    return p.config.parts - (x.decision.off if x.decision is not None and blind else frozenset())
+    """The parts of the recipe that this refresh pays for: those of the schedule in force, all where the guard looks again."""
+    return p.config.parts - (x.decision.unpaid(x.version) if x.decision is not None else frozenset())
 
 
 def weighed_parts(p: Pipeline, x: Inputs) -> frozenset[str]:

@@ -24,7 +24,7 @@ from grace_ds.quickstart.corpus import chunk, read_packages, split_of, spread
 from grace_ds.quickstart.tokenizer import encode_stream, train_tokenizer
 from grace_ds.records import Array
 
-FORMAT = 2  # raise when the same spec would give other data
+FORMAT = 3  # raise when the same spec would give other data
 STDLIB, GSM8K, ANSWERS = "stdlib", "gsm8k", "answers"
 HELD = ("trusted", "dev", "test")
 Documents = dict[str, list[str]]  # name of a package or problem -> its texts

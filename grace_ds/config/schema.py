@@ -106,7 +106,7 @@ class GuardConfig:
     """What stops a selection that does not help."""
 
     enabled: bool = True  # false: the recipe is used whatever comes of it
-    clean_share: float = 0.8  # effective share of the window from which content alone finds nothing worth leaving out
+    clean_share: float = 0.8  # effective share of the window from which on nothing is worth leaving out, by content and by losses
     confidence: float = 0.95  # of the bootstrap interval that core and audit samples are compared by
 
 

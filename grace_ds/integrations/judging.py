@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from grace_ds import recipes
 from grace_ds.config.schema import GraceConfig
 from grace_ds.records import IntArray, Role, Schedule
 from grace_ds.schedule import ScheduleBook
@@ -47,7 +46,7 @@ def worth_harvesting(
     basis: TrustedBasis | None,
     reference: Mapping[int, float],
 ) -> bool:
-    """Whether a gradient collected now can be of use: not while the guard has stepped down, which stops paying.
+    """Whether a gradient collected now can be of use: not while the guard does without gradients.
 
     Args:
         decision: of the guard.
@@ -56,7 +55,7 @@ def worth_harvesting(
         basis: in force.
         reference: basis version → unit of influences along it, 0 where they cannot be judged by.
     """
-    if stepped_down(config, decision) or (decision is not None and decision.blind.on):
+    if decision is not None and decision.off >= {"gradients", "sketches"}:
         return False
     if any(config.learned_shares):
         return True
@@ -67,9 +66,4 @@ def worth_harvesting(
 
 def worth_reading(config: GraceConfig, decision: Decision | None) -> bool:
     """Whether a loss read now can be of use."""
-    return "loss" in config.parts and not stepped_down(config, decision)
-
-
-def stepped_down(config: GraceConfig, decision: Decision | None) -> bool:
-    """Whether the schedule in force is made by less than the recipe."""
-    return decision is not None and decision.level != recipes.recipe(config.recipe).name
+    return "loss" in config.parts and (decision is None or "loss" not in decision.off)

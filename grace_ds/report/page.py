@@ -157,23 +157,24 @@ def _guard(found: Facts) -> str:
     if not told:
         return _section("The guard", "<p>No decision is recorded: no refresh of this run has weighed a sample.</p>")
 
-    def number(g: Generation, key: str) -> str:
-        return f"{g.guard[key]:+.3f}" if key in g.guard else "–"
+    def number(g: Generation, key: str, form: str) -> str:
+        return format(g.guard[key], form) if key in g.guard else "–"
 
-    head = ("schedule", "step", "effective share", "core − audit", "low", "high", "level: reason")
+    head = ("schedule", "step", "effective share", "losses' share", "core − audit", "low", "high", "level: reason")
     lines = [
         (
             str(g.version),
             str(g.step),
-            f"{g.guard['effective_share']:.3f}" if "effective_share" in g.guard else "–",
-            *(number(g, key) for key in ("core_minus_audit", "low", "high")),
+            *(number(g, key, ".3f") for key in ("effective_share", "loss_share")),
+            *(number(g, key, "+.3f") for key in ("core_minus_audit", "low", "high")),
             f"{g.level}: {g.reason}",
         )
         for g in (told if len(told) <= SHOWN else [told[0], *told[1 - SHOWN :]])
     ]
     said = (
-        '<p class="dim">Effective share: 1 where content finds nothing to leave out. Core − audit: by how much more chosen '
-        "samples lower the trusted loss than unchosen ones (recipe grace only), with its bootstrap interval.</p>"
+        '<p class="dim">Effective share: 1 where content finds nothing to leave out. Losses\' share: of what losses pass. '
+        "Core − audit: by how much more chosen samples lower the trusted loss than unchosen ones (recipe grace only), with its "
+        "bootstrap interval.</p>"
     )
     return _section("The guard", _table(head, lines) + said)
 

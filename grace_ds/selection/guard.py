@@ -1,11 +1,13 @@
 """The guard: what stops a selection that does not help.
 
-Three questions, answered before the money is spent twice.  Does content alone find anything to leave out?  The effective
-share (Σp)² / (N Σp²) of the window says so: on clean text nearly all of it is kept.  Do core samples, which were chosen,
-lower the trusted loss more than audit samples, which were not?  The bootstrap interval of the difference of their mean
-influence says so; the trusted half that gives it its unit chooses nothing.  And do influences foretell the next ones?  Those
-measured since the last schedule are compared by rank with what older ones predicted of the same samples: where no such
-correlation can be shown, influences are noise, and gradients are not collected until the next look.
+Three questions, answered before the money is spent twice.  Is there anything to leave out?  The effective share
+(Σp)² / (N Σp²) of the window says so, once under content alone and once under what losses pass: a window is clean where both
+leave nearly all of it, since text that reads like the trusted samples may still be known to the model by heart.  Do core
+samples, which were chosen, lower the trusted loss more than audit samples, which were not?  The bootstrap interval of the
+difference of their mean influence says so; the trusted half that gives it its unit chooses nothing.  And do influences
+foretell the next ones?  Those measured since the last schedule are compared by rank with what older ones predicted of the
+same samples: where no such correlation can be shown, influences are noise, and gradients are not collected until the next
+look.
 """
 
 from __future__ import annotations
@@ -21,11 +23,14 @@ from grace_ds.recipes.weights import rank01
 from grace_ds.records import Array
 
 RESAMPLES = 1000
-LEAST = 8  # audit samples below which nothing is said
+LEAST = 8  # samples drawn whatever they are like below which nothing is said
 ENOUGH = 1000  # foretold influences from which on they are judged
-MEMORY = 0.75  # of how well they were foretold, from one refresh to the next
+MEMORY = 0.75  # of what was found, from one refresh to the next
+LOOK = 40  # losses that say as much of the window as the trusted ones, which differ from look to look, let them
 ONE_SIDED = 1.645  # standard errors of a correlation that chance exceeds once in twenty
-BLIND = ("gradients", "sketches")  # parts that are not paid for while influences foretell nothing
+BLIND = frozenset({"gradients", "sketches"})  # parts that are not paid for while influences foretell nothing
+DOWN = frozenset(recipes.PARTS)  # parts that are not paid for after a step down
+CLEAN = frozenset(recipes.PARTS) - {"loss"}  # parts that are not paid for while the window is clean: losses go on being read
 
 
 @dataclass(frozen=True)
@@ -45,22 +50,22 @@ class Contrast:
 
 
 @dataclass(frozen=True)
-class Foretold:
-    """How well influences foretold those measured after them.
+class Remembered:
+    """A mean of what refreshes found, of which earlier ones count less.
 
     Attributes:
-        correlation: of the ranks, in [-1, 1].
-        samples: that it was taken over; earlier refreshes count less.
+        value: the mean, 0 where nothing was found.
+        weight: what it was taken over, by which it counts.
     """
 
-    correlation: float = 0.0
-    samples: float = 0.0
+    value: float = 0.0
+    weight: float = 0.0
 
-    def after(self, earlier: Foretold) -> Foretold:
+    def after(self, earlier: Remembered) -> Remembered:
         """With what ``earlier`` refreshes found."""
-        samples = self.samples + MEMORY * earlier.samples
-        total = self.samples * self.correlation + MEMORY * earlier.samples * earlier.correlation
-        return Foretold(total / samples if samples else 0.0, samples)
+        weight = self.weight + MEMORY * earlier.weight
+        total = self.weight * self.value + MEMORY * earlier.weight * earlier.value
+        return Remembered(total / weight if weight else 0.0, weight)
 
 
 @dataclass(frozen=True)
@@ -71,22 +76,22 @@ class Blindness:
         on: they are neither collected nor used.
         misses: looks in a row that could not show that influences foretell anything; each doubles the time to the next.
         look: version of the schedule from which on they are collected again.
-        foretold: what is known of them since the last look.
+        foretold: rank correlation of influences with those that older ones predicted, since the last look; by samples.
     """
 
     on: bool = False
     misses: int = 0
     look: int = 0
-    foretold: Foretold = field(default_factory=Foretold)
+    foretold: Remembered = field(default_factory=Remembered)
 
-    def at(self, version: int, found: Foretold) -> Blindness:
+    def at(self, version: int, found: Remembered) -> Blindness:
         """How it stands for schedule ``version``, by what was ``found`` at its refresh."""
         if self.on:
             return replace(self, on=version < self.look)
         known = found.after(self.foretold)
-        if known.samples < ENOUGH:
+        if known.weight < ENOUGH:
             return replace(self, foretold=known)
-        if known.correlation * np.sqrt(known.samples) >= ONE_SIDED:
+        if known.value * np.sqrt(known.weight) >= ONE_SIDED:
             return Blindness(foretold=known)
         return Blindness(True, self.misses + 1, version + 2 ** (self.misses + 1))
 
@@ -101,7 +106,9 @@ class Decision:
         misses: looks in a row that found no help; each doubles the time to the next look.
         look: version of the schedule at which a level that was stepped down is tried again.
         numbers: what it was decided by.
+        off: parts of the recipe that are not paid for.
         blind: whether it does without gradients.
+        losses: effective share of the window under what losses pass, by looks.
     """
 
     level: str
@@ -109,17 +116,21 @@ class Decision:
     misses: int = 0
     look: int = 0
     numbers: Mapping[str, float] = field(default_factory=dict)
+    off: frozenset[str] = frozenset()
     blind: Blindness = field(default_factory=Blindness)
+    losses: Remembered = field(default_factory=Remembered)
 
-    @property
-    def off(self) -> frozenset[str]:
-        """Parts of the recipe that are not paid for."""
-        return frozenset(BLIND) if self.blind.on else frozenset()
+    def unpaid(self, version: int) -> frozenset[str]:
+        """Parts that the refresh which makes schedule ``version`` does without: none of those that are looked at again."""
+        blind = BLIND if self.blind.on and version < self.blind.look else frozenset()
+        return blind if self.off <= BLIND or version >= self.look > 0 else self.off
 
     def meta(self) -> dict[str, object]:
         """JSON-able; kept in the schedule, read back by :func:`from_meta`."""
         plain = {"level": self.level, "reason": self.reason, "misses": self.misses, "look": self.look, **self.numbers}
-        return {**plain, "blind": asdict(self.blind)} if self.blind != Blindness() else plain
+        blind = {"blind": asdict(self.blind)} if self.blind != Blindness() else {}
+        losses = {"losses": asdict(self.losses)} if self.losses.weight else {}
+        return {**plain, "off": sorted(self.off), **blind, **losses}
 
 
 def from_meta(meta: Mapping[str, Any] | None) -> Decision | None:
@@ -128,8 +139,16 @@ def from_meta(meta: Mapping[str, Any] | None) -> Decision | None:
         return None
     blind = dict(meta.get("blind") or {})
     if blind:
-        blind["foretold"] = Foretold(**blind["foretold"])
-    return Decision(str(meta["level"]), str(meta["reason"]), int(meta["misses"]), int(meta["look"]), blind=Blindness(**blind))
+        blind["foretold"] = Remembered(**blind["foretold"])
+    return Decision(
+        str(meta["level"]),
+        str(meta["reason"]),
+        int(meta["misses"]),
+        int(meta["look"]),
+        off=frozenset(meta.get("off") or ()),
+        blind=Blindness(**blind),
+        losses=Remembered(**(meta.get("losses") or {})),
+    )
 
 
 def effective_share(log_p: Array) -> float:
@@ -152,14 +171,38 @@ def contrast(core: Array, audit: Array, confidence: float, seed: int) -> Contras
     return Contrast(difference, float(low), float(high), len(core), len(audit))
 
 
-def foretold(predicted: Array, measured: Array) -> Foretold:
+def foretold(predicted: Array, measured: Array) -> Remembered:
     """Spearman's correlation of influences (n,) that were predicted and then measured; those that are not finite left out."""
     both = np.isfinite(predicted) & np.isfinite(measured)
     if both.sum() < LEAST:
-        return Foretold()
+        return Remembered()
     a, b = (rank01(np.asarray(v, np.float64)[both]) - 0.5 for v in (predicted, measured))
     spread = np.sqrt((a @ a) * (b @ b))
-    return Foretold(float(a @ b / spread) if spread > 0 else 0.0, float(both.sum()))
+    return Remembered(float(a @ b / spread) if spread > 0 else 0.0, float(both.sum()))
+
+
+def heard(loss_pass: Array) -> Remembered:
+    """One look at what losses pass, (n,), of samples that were drawn whatever they are like; nothing of too few."""
+    known = loss_pass[np.isfinite(loss_pass)]
+    n = len(known)
+    return Remembered(effective_share(np.log(known)), n / (n + LOOK)) if n >= LEAST else Remembered()
+
+
+@dataclass(frozen=True)
+class Window:
+    """What the first question is answered by.
+
+    Attributes:
+        share: effective share of the window under content alone.
+        losses: effective share under what losses pass, as :func:`heard` since the last schedule.
+        clean: from which on a share says that there is nothing worth leaving out.
+        awaited: no loss is held against trusted ones yet, but will be.
+    """
+
+    share: float
+    clean: float
+    losses: Remembered = field(default_factory=Remembered)
+    awaited: bool = False
 
 
 def _below(name: str) -> str:
@@ -169,50 +212,62 @@ def _below(name: str) -> str:
 def decide(
     recipe: str,
     version: int,
-    share: float,
-    clean_share: float,
+    window: Window,
     found: Contrast | None,
     previous: Decision | None,
-    seen: Foretold | None = None,
+    seen: Remembered | None = None,
 ) -> Decision:
     """The level of schedule ``version``.
 
     Args:
         recipe: the most that may be used.
-        share: effective share of the window under content alone.
-        clean_share: from which on content finds nothing worth leaving out.
+        window: what it is made from.
         found: core against audit of the samples harvested since the last schedule; None where nothing was.
         previous: decision of the schedule before; None for the first.
-        seen: how well influences foretold those measured since; None where nothing was.
+        seen: :func:`foretold` of the influences measured since; None where nothing was.
     """
-    blind = (previous.blind if previous is not None else Blindness()).at(version, seen or Foretold())
-    level = _level(recipe, version, share, clean_share, found, previous)
+    before = previous if previous is not None else Decision(recipe, "")
+    losses = window.losses.after(before.losses) if window.losses.weight else before.losses  # no look, nothing forgotten
+    blind = before.blind.at(version, seen or Remembered())
+    level = _clean(recipe, window, losses) or _level(recipe, version, window, losses, found, before)
+    numbers = {**level.numbers, "effective_share": window.share}
+    if losses.weight:
+        numbers["loss_share"] = losses.value
+    level = replace(level, numbers=numbers, blind=blind, losses=losses)
     if level.level != recipe or blind == Blindness():
-        return replace(level, blind=blind)
-    known = blind.foretold
-    numbers = {**level.numbers, "foretold": known.correlation, "foretold_samples": known.samples}
+        return level
     if blind.on:
         reason = f"{level.reason}; influences foretell nothing: no gradients until schedule {blind.look}"
-        return replace(level, reason=reason, blind=blind)
-    return replace(level, numbers=numbers, blind=blind)
+        return replace(level, reason=reason, off=BLIND)
+    known = blind.foretold
+    return replace(level, numbers={**numbers, "foretold": known.value, "foretold_samples": known.weight})
 
 
-def _level(
-    recipe: str, version: int, share: float, clean_share: float, found: Contrast | None, previous: Decision | None
-) -> Decision:
-    """The recipe that the schedule is made by."""
-    numbers = {"effective_share": share}
-    if share >= clean_share:
-        reason = f"effective share {share:.2f} is at least {clean_share:g}: the window is clean, nothing is worth leaving out"
-        return Decision("uniform", reason, numbers=numbers)
-    misses, look = (previous.misses, previous.look) if previous is not None else (0, 0)
+def _clean(recipe: str, window: Window, losses: Remembered) -> Decision | None:
+    """That nothing is worth leaving out of the window, as far as is known; None: something is."""
+    if window.share < window.clean or (losses.weight and losses.value < window.clean):
+        return None
+    shares = f"effective share {window.share:.2f}" + (f" ({losses.value:.2f} under what losses pass)" if losses.weight else "")
+    if window.awaited:
+        return Decision("uniform", f"{shares} is at least {window.clean:g}; losses are yet to be heard")
+    return Decision(
+        "uniform", f"{shares} is at least {window.clean:g}: the window is clean, nothing is worth leaving out", off=CLEAN
+    )
+
+
+def _level(recipe: str, version: int, window: Window, losses: Remembered, found: Contrast | None, previous: Decision) -> Decision:
+    """The recipe that the schedule is made by, where something is worth leaving out."""
     if found is not None and np.isfinite(found.difference):
-        numbers |= {"core_minus_audit": found.difference, "low": found.low, "high": found.high}
+        numbers = {"core_minus_audit": found.difference, "low": found.low, "high": found.high}
         said = f"core minus audit influence {found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
         if found.high < 0 and recipes.recipe(recipe).fallback is not None:
-            lower = _below(recipe)
-            return Decision(lower, f"{said} is below 0: {recipe} does harm", misses + 1, version + 2 ** (misses + 1), numbers)
+            lower, misses = _below(recipe), previous.misses + 1
+            return Decision(lower, f"{said} is below 0: {recipe} does harm", misses, version + 2**misses, numbers, DOWN)
         return Decision(recipe, said, 0, 0, numbers)
+    misses, look = previous.misses, previous.look
     if misses and version < look:
-        return Decision(_below(recipe), f"next look at schedule {look}", misses, look, numbers)
-    return Decision(recipe, f"effective share {share:.2f}", misses, look, numbers)
+        return Decision(_below(recipe), f"next look at schedule {look}", misses, look, off=DOWN)
+    said = f"effective share {window.share:.2f}"
+    if window.share >= window.clean:
+        said += f", but {losses.value:.2f} under what losses pass is below {window.clean:g}"
+    return Decision(recipe, said, misses, look)

@@ -17,7 +17,8 @@ from grace_ds.order import SamplerOrder
 from grace_ds.pool import Pool
 from grace_ds.records import IntArray, Losses, Neighbours, Role, Rows, Schedule, Signals
 from grace_ds.schedule import Ledger
-from grace_ds.selection.guard import Decision
+from grace_ds.selection.guard import DOWN, Decision
+from grace_ds.selection.limits import Limits
 from grace_ds.selection.prior import BigramPrior
 from grace_ds.signals import Estimate, Inputs, Pipeline
 from grace_ds.table import Table
@@ -147,7 +148,7 @@ def test_facility_location_does_not_divide_by_the_crowd_once_more() -> None:
 
 
 def test_what_the_guard_has_stepped_down_to_is_weighed_by_its_own_signals_alone() -> None:
-    down = Decision("content", "", misses=1, look=9)
+    down = Decision("content", "", misses=1, look=9, off=DOWN)
     guard = GuardConfig(enabled=True, clean_share=1.0)
     rng = np.random.default_rng(0)
     found = made(20, {"loss": rng.normal(size=N), "crowding": rng.uniform(0, 3, N)}, guard=guard, decision=down)
@@ -230,6 +231,26 @@ def test_by_default_the_guard_leaves_alone_what_is_like_the_trusted_set_and_no_q
     s = Signals(IDS, unknown, unknown, nothing, keep, unknown, unknown, nothing, unknown)
     found = judge(p, inputs(0), s, None)
     assert found.level == (top if junk else "uniform"), found.reason
+
+
+@pytest.mark.parametrize(("shadow", "chosen"), [(False, False), (False, True), (True, True)])
+def test_the_guard_hears_losses_of_samples_that_were_drawn_whatever_they_are_like(shadow: bool, chosen: bool) -> None:
+    """A core that was chosen tells nothing of the window: its audit slots do, in shadow mode the job's own samples."""
+    audit, core = IDS[100:200], IDS[:100] if chosen else IDS[:0]
+    x = dataclasses.replace(inputs(INTERVAL), core=core, audit=None if shadow else audit if chosen else IDS[:0], since=0)
+    x = dataclasses.replace(x, loss_limits=Limits.around(np.zeros(9)))
+    one, nothing = np.ones(N, np.float32), np.zeros(N, np.float32)
+    stale = np.where(IDS < 300, 5.0, 99.0)  # the last hundred were read long ago
+    passed = np.select([IDS < 100, IDS < 200, IDS < 300], [0.02, 1.0, 0.5], 0.02)
+    s = Signals(IDS, nothing, nothing, nothing, one, passed.astype(np.float32), nothing, stale.astype(np.float32), nothing)
+    p = dataclasses.replace(pipeline(guard=GuardConfig()), trusted=np.zeros((9, 4), np.float32))
+    told = judge(p, x, s, None)
+    assert told.losses.value == pytest.approx(1.0 if chosen and not shadow else 0.61, abs=0.01)
+    assert told.level == ("uniform" if chosen and not shadow else "grace")
+    deaf = dataclasses.replace(p, config=dataclasses.replace(p.config, ablate=["loss"]))
+    for without in (pipeline(guard=GuardConfig()), deaf):
+        found = judge(without, x, s, None)
+        assert found.losses.weight == 0 and found.level == "uniform"
 
 
 def flat(rows: IntArray) -> tuple[IntArray, IntArray]:

@@ -10,11 +10,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grace_ds.selection.guard import Contrast, Decision, Foretold, contrast, decide, effective_share, foretold, from_meta
+from grace_ds.selection.guard import (
+    Contrast,
+    Decision,
+    Remembered,
+    Window,
+    contrast,
+    decide,
+    effective_share,
+    foretold,
+    from_meta,
+    heard,
+)
 
 HELP, HARM, OPEN = (Contrast(d, d - 0.1, d + 0.1, 50, 20) for d in (0.5, -0.5, 0.02))
 UNKNOWN = Contrast(math.nan, math.nan, math.nan, 3, 2)
-DIRTY, CLEAN, LIMIT = 0.4, 0.8, 0.62
+LIMIT = 0.62
+DIRTY, CLEAN = Window(0.4, LIMIT), Window(0.8, LIMIT)
 
 
 def draw(rng: np.random.Generator, mean: float, n: int) -> np.ndarray:
@@ -83,10 +95,10 @@ def test_the_effective_share_is_of_probabilities_up_to_a_factor(values: list[flo
 def test_a_clean_window_is_left_alone_whatever_was_before(recipe: str) -> None:
     for found in (None, HELP, HARM):
         for previous in (None, Decision("content", "", 2, 99)):
-            decision = decide(recipe, 7, CLEAN, LIMIT, found, previous)
+            decision = decide(recipe, 7, CLEAN, found, previous)
             assert decision.level == "uniform" and "0.80" in decision.reason and "0.62" in decision.reason
-    assert decide(recipe, 0, LIMIT, LIMIT, None, None).level == "uniform"
-    assert decide(recipe, 0, LIMIT - 1e-6, LIMIT, None, None).level == recipe
+    assert decide(recipe, 0, Window(LIMIT, LIMIT), None, None).level == "uniform"
+    assert decide(recipe, 0, Window(LIMIT - 1e-6, LIMIT), None, None).level == recipe
 
 
 @pytest.mark.parametrize(
@@ -94,12 +106,12 @@ def test_a_clean_window_is_left_alone_whatever_was_before(recipe: str) -> None:
 )
 def test_harm_steps_one_level_down_and_nothing_else_does(recipe: str, lower: str) -> None:
     for quiet in (None, UNKNOWN, OPEN, HELP):
-        assert decide(recipe, 3, DIRTY, LIMIT, quiet, None).level == recipe
-    found = decide(recipe, 3, DIRTY, LIMIT, HARM, None)
+        assert decide(recipe, 3, DIRTY, quiet, None).level == recipe
+    found = decide(recipe, 3, DIRTY, HARM, None)
     assert found.level == lower
     assert found.misses == (recipe != "uniform")
     assert "-0.500 [-0.600, -0.400]" in found.reason
-    assert found.numbers == {"effective_share": DIRTY, "core_minus_audit": -0.5, "low": -0.6, "high": -0.4}
+    assert found.numbers == {"effective_share": DIRTY.share, "core_minus_audit": -0.5, "low": -0.6, "high": -0.4}
 
 
 def levels(versions: int, verdict: dict[int, Contrast]) -> tuple[list[str], list[Decision]]:
@@ -108,7 +120,7 @@ def levels(versions: int, verdict: dict[int, Contrast]) -> tuple[list[str], list
     for version in range(versions):
         previous = made[-1] if made else None
         found = verdict.get(version - 1, HARM) if previous is not None and previous.level == "grace" else None
-        made.append(decide("grace", version, DIRTY, LIMIT, found, previous))
+        made.append(decide("grace", version, DIRTY, found, previous))
     return [d.level for d in made], made
 
 
@@ -126,9 +138,9 @@ def test_it_recovers_at_once_and_forgets() -> None:
 
 
 def test_a_look_that_could_not_be_judged_keeps_what_was_missed() -> None:
-    looked = decide("grace", 8, DIRTY, LIMIT, None, Decision("content", "", 2, 8))
-    unjudged = decide("grace", 9, DIRTY, LIMIT, UNKNOWN, looked)
-    again = decide("grace", 10, DIRTY, LIMIT, HARM, unjudged)
+    looked = decide("grace", 8, DIRTY, None, Decision("content", "", 2, 8))
+    unjudged = decide("grace", 9, DIRTY, UNKNOWN, looked)
+    again = decide("grace", 10, DIRTY, HARM, unjudged)
     assert [d.level for d in (looked, unjudged, again)] == ["grace", "grace", "content"]
     assert (again.misses, again.look) == (3, 18)
 
@@ -144,9 +156,68 @@ def test_a_decision_outlives_a_checkpoint() -> None:
                 previous.misses,
                 previous.look,
             )
-            assert decide("grace", 9, DIRTY, LIMIT, None, back) == decide("grace", 9, DIRTY, LIMIT, None, previous)
-    assert previous.meta()["effective_share"] == DIRTY
+            assert decide("grace", 9, DIRTY, None, back) == decide("grace", 9, DIRTY, None, previous)
+    assert previous.meta()["effective_share"] == DIRTY.share
     assert from_meta(None) is None and from_meta({}) is None and from_meta({"objective": "sample"}) is None
+
+
+def passing(share: float, n: int = 400) -> np.ndarray:
+    """Passes of which a share is whole and the others nearly nothing."""
+    return np.where(np.arange(n) < share * n, 1.0, 0.02)
+
+
+def test_what_losses_pass_is_heard_as_an_effective_share() -> None:
+    assert [heard(passing(share)).value for share in (0.25, 0.5, 1)] == pytest.approx([0.26, 0.52, 1], abs=0.03)
+    assert heard(np.append(passing(0.5), np.full(99, np.nan))) == heard(passing(0.5))
+    assert heard(passing(0.5, 7)) == heard(np.full(99, np.nan)) == Remembered()
+    few, many = heard(passing(0.5, 20)), heard(passing(0.5, 4000))
+    assert few.value == pytest.approx(many.value, abs=0.01) and 0 < few.weight < 0.5 < 0.9 < many.weight < 1
+
+
+def looks(shares: list[float], awaited: int = 0) -> list[Decision]:
+    """Schedules of recipe grace of a window that reads like the trusted samples, by what its losses pass at each look."""
+    made: list[Decision] = []
+    for version, share in enumerate(shares):
+        window = Window(0.9, 0.8, heard(passing(share)) if version >= awaited else Remembered(), version < awaited)
+        made.append(decide("grace", version, window, None, made[-1] if made else None))
+    return made
+
+
+def test_text_that_reads_well_but_is_known_by_heart_is_worth_leaving_out() -> None:
+    assert {d.level for d in looks([0.9] * 6)} == {"uniform"}
+    found = looks([0.4] * 6)
+    assert {d.level for d in found} == {"grace"} and {d.off for d in found} == {frozenset()}
+    assert "effective share 0.90, but 0.42 under what losses pass is below 0.8" in found[0].reason
+    assert found[0].numbers == {"effective_share": 0.9, "loss_share": pytest.approx(0.42, abs=0.02)}
+
+
+def test_one_look_among_many_decides_nothing_but_what_stays_is_believed() -> None:
+    assert [d.level for d in looks([0.9, 0.95, 0.65, 0.9, 0.85])] == ["uniform"] * 5
+    found = [d.level for d in looks([0.9] * 3 + [0.4] * 5 + [0.95] * 9)]
+    assert found[:3] == ["uniform"] * 3 and found[5:8] == ["grace"] * 3 and found[-4:] == ["uniform"] * 4
+
+
+def test_until_losses_are_heard_nothing_is_chosen_and_all_is_paid_for() -> None:
+    found = looks([0.4] * 5, awaited=3)
+    assert [(d.level, d.off) for d in found] == [("uniform", frozenset())] * 3 + [("grace", frozenset())] * 2
+    assert "yet to be heard" in found[2].reason
+    never = decide("grace", 9, Window(0.9, 0.8), None, found[2])  # no trusted loss could be read
+    assert never.level == "uniform" and "window is clean" in never.reason
+
+
+def test_under_a_clean_window_losses_alone_go_on_being_read() -> None:
+    clean = looks([0.9] * 3)[-1]
+    assert clean.off == clean.unpaid(9) == {"gradients", "graph", "sketches"}
+    down = decide("grace", 3, DIRTY, HARM, clean)
+    assert down.off == down.unpaid(4) == {"gradients", "graph", "sketches", "loss"}
+    assert down.unpaid(down.look) == frozenset()
+
+
+def test_what_was_heard_outlives_a_checkpoint() -> None:
+    for previous in looks([0.9, 0.7, 0.4, 0.95], awaited=1):
+        back = from_meta(json.loads(json.dumps(previous.meta())))
+        assert back is not None and (back.losses, back.off) == (previous.losses, previous.off)
+    assert "losses" not in decide("content", 3, DIRTY, None, None).meta()
 
 
 def rows_of(correlation: float, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -157,13 +228,13 @@ def rows_of(correlation: float, n: int, seed: int) -> tuple[np.ndarray, np.ndarr
 def test_what_was_foretold_is_compared_by_rank() -> None:
     predicted, measured = rows_of(0.5, 4000, 0)
     found = foretold(predicted, measured)
-    assert found.samples == 4000 and found.correlation == pytest.approx(0.48, abs=0.03)  # 6/pi arcsin(r/2) of a normal pair
+    assert found.weight == 4000 and found.value == pytest.approx(0.48, abs=0.03)  # 6/pi arcsin(r/2) of a normal pair
     assert foretold(np.exp(predicted), measured**3) == found  # whatever keeps the order
-    assert foretold(predicted, -measured).correlation == pytest.approx(-found.correlation)
+    assert foretold(predicted, -measured).value == pytest.approx(-found.value)
     holes = np.where(np.arange(4000) % 2, np.nan, predicted)
     assert foretold(holes, measured) == foretold(predicted[::2], measured[::2])
-    assert foretold(np.full(99, np.nan), measured[:99]) == foretold(predicted[:7], measured[:7]) == Foretold()
-    assert foretold(np.ones(50), measured[:50]) == Foretold(0.0, 50)
+    assert foretold(np.full(99, np.nan), measured[:99]) == foretold(predicted[:7], measured[:7]) == Remembered()
+    assert foretold(np.ones(50), measured[:50]) == Remembered(0.0, 50)
 
 
 def blind_at(correlations: dict[int, float], versions: int, n: int = 640) -> list[Decision]:
@@ -173,7 +244,7 @@ def blind_at(correlations: dict[int, float], versions: int, n: int = 640) -> lis
         previous = made[-1] if made else None
         measured = previous is not None and not previous.blind.on
         seen = foretold(*rows_of(correlations.get(version, 0.0), n, version)) if measured else None
-        made.append(decide("grace", version, DIRTY, LIMIT, None, previous, seen))
+        made.append(decide("grace", version, DIRTY, None, previous, seen))
     return made
 
 
@@ -205,4 +276,4 @@ def test_how_it_stands_with_the_gradients_outlives_a_checkpoint() -> None:
     for previous in blind_at({2: 0.1}, 12):
         back = from_meta(json.loads(json.dumps(previous.meta())))
         assert back is not None and back.blind == previous.blind and back.off == previous.off
-    assert "blind" not in decide("content", 3, DIRTY, LIMIT, None, None).meta()
+    assert "blind" not in decide("content", 3, DIRTY, None, None).meta()

@@ -16,7 +16,7 @@ from grace_ds.pool import Pool
 from grace_ds.records import HIDDEN, Losses, Rows, Signals
 from grace_ds.refresh import rows_of
 from grace_ds.schedule import Ledger
-from grace_ds.selection.guard import Decision
+from grace_ds.selection.guard import CLEAN, DOWN, Decision
 from grace_ds.selection.limits import Limits
 from grace_ds.signals import Estimate, Inputs, Pipeline, estimate
 from grace_ds.table import Table
@@ -334,12 +334,13 @@ def test_without_a_graph_each_sample_knows_its_own_loss_alone() -> None:
 
 def test_while_the_guard_has_stepped_down_no_graph_is_paid_for_until_it_looks_again() -> None:
     x, rows = window(0)
-    down = Decision("content", "", misses=1, look=5)
+    down = Decision("content", "", misses=1, look=5, off=DOWN)
     for version, pays in ((1, False), (4, False), (5, True), (6, True)):
         found = believed(x, rows, REFERENCE, decision=down, version=version)
         assert np.isfinite(found.crowding).all() == pays
-    paused = Decision("uniform", "clean")  # nothing to look at again
-    assert np.isnan(believed(x, rows, REFERENCE, decision=paused, version=9).crowding).all()
+    clean = Decision("uniform", "clean", off=CLEAN)  # nothing to look at again, but losses go on being read
+    found = believed(x, rows, REFERENCE, decision=clean, version=9)
+    assert np.isnan(found.crowding).all() and np.isfinite(found.loss[rows.ids]).any()
 
 
 def test_how_many_labels_there_are_is_told_by_what_they_are_worth() -> None:
