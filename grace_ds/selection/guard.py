@@ -244,12 +244,10 @@ def decide(
 
 
 def _clean(recipe: str, window: Window, losses: Remembered) -> Decision | None:
-    """That nothing is worth leaving out of the window, as far as is known; None: something is."""
-    if window.share < window.clean or (losses.weight and losses.value < window.clean):
+    """That nothing is worth leaving out of the window; None: something is, or it is not known yet."""
+    if window.share < window.clean or window.awaited or (losses.weight and losses.value < window.clean):
         return None
     shares = f"effective share {window.share:.2f}" + (f" ({losses.value:.2f} under what losses pass)" if losses.weight else "")
-    if window.awaited:
-        return Decision("uniform", f"{shares} is at least {window.clean:g}; losses are yet to be heard")
     return Decision(
         "uniform", f"{shares} is at least {window.clean:g}: the window is clean, nothing is worth leaving out", off=CLEAN
     )
@@ -268,6 +266,8 @@ def _level(recipe: str, version: int, window: Window, losses: Remembered, found:
     if misses and version < look:
         return Decision(_below(recipe), f"next look at schedule {look}", misses, look, off=DOWN)
     said = f"effective share {window.share:.2f}"
-    if window.share >= window.clean:
+    if window.share >= window.clean and window.awaited:
+        said += "; losses are yet to be heard"
+    elif window.share >= window.clean:
         said += f", but {losses.value:.2f} under what losses pass is below {window.clean:g}"
     return Decision(recipe, said, misses, look)

@@ -295,7 +295,9 @@ def test_by_default_a_run_opens_on_the_pool_as_it_is_and_chooses_after_one_inter
     assert stream(records["opened"])[:4] == stream(records["plain"])[:4]
 
 
-def test_a_clean_corpus_is_trained_on_in_uniform_order_and_no_gradient_is_collected(launched: tuple[Records, str], folder: Path) -> None:
+def test_a_clean_corpus_is_trained_on_in_uniform_order_and_no_gradient_is_collected(
+    launched: tuple[Records, str], folder: Path
+) -> None:
     records, said = launched
     assert stream(records["clean"]) == stream(records["clean_uniform"])
     assert records["clean"][0]["params"] == records["clean_uniform"][0]["params"]

@@ -197,10 +197,11 @@ def test_one_look_among_many_decides_nothing_but_what_stays_is_believed() -> Non
     assert found[:3] == ["uniform"] * 3 and found[5:8] == ["grace"] * 3 and found[-4:] == ["uniform"] * 4
 
 
-def test_until_losses_are_heard_nothing_is_chosen_and_all_is_paid_for() -> None:
-    found = looks([0.4] * 5, awaited=3)
-    assert [(d.level, d.off) for d in found] == [("uniform", frozenset())] * 3 + [("grace", frozenset())] * 2
-    assert "yet to be heard" in found[2].reason
+def test_until_losses_are_heard_a_window_is_not_called_clean() -> None:
+    for share, level in ((0.4, "grace"), (0.9, "uniform")):
+        found = looks([share] * 5, awaited=3)
+        assert [d.level for d in found] == ["grace"] * 3 + [level] * 2
+        assert all("yet to be heard" in d.reason and not d.off for d in found[:3])
     never = decide("grace", 9, Window(0.9, 0.8), None, found[2])  # no trusted loss could be read
     assert never.level == "uniform" and "window is clean" in never.reason
 

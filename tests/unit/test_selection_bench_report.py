@@ -345,6 +345,8 @@ def test_the_ceiling_trains_on_unique_rows_alone_once_it_chooses(
     opening = 1 / specs[0].steps  # the pool as it is
     assert 1 - opening <= found["kinds"]["unique"] and results[0]["kinds"]["unique"] < 1 - opening
     assert found["told"]["metrics"]["version"] > 0
+    decided = found["told"]["decisions"]
+    assert len(decided) == found["told"]["metrics"]["version"] + 1 and all(d["level"] for d in decided)
 
 
 def test_an_interrupt_while_a_run_is_being_started_waits_until_it_is_noted() -> None:

@@ -30,6 +30,8 @@ RECIPES: dict[str, dict[str, Any]] = {  # as a user has them, the guard included
     "pseudo": {},
     "pseudo_content": {"recipe": "content"},
     "unguarded": {"guard": {"enabled": False}},
+    "unguarded_content": {"recipe": "content", "guard": {"enabled": False}},
+    "unguarded_no_gradients": {"ablate": ["gradients", "loss", "sketches"], "guard": {"enabled": False}},
 }
 WITHOUT_TRUSTED = ("pseudo", "pseudo_content")
 
@@ -69,6 +71,7 @@ class SystemArm(Arm):
         block: of the job's config, as the system is given it.
         step_flops: of the dearest step that was counted, training included; told by the training loop.
         harvested_steps: so far.
+        decisions: of the guard, one for each schedule: step, level and what it was decided by.
     """
 
     name = "grace"
@@ -82,6 +85,7 @@ class SystemArm(Arm):
         self.block = block(self.name, view)
         self.step_flops = 0.0
         self.harvested_steps = 0
+        self.decisions: list[dict[str, Any]] = []
 
     def begin(self, engine: Any) -> None:
         """Attaches the system; its first schedule is made here."""
@@ -115,6 +119,10 @@ class SystemArm(Arm):
             self.harvested_steps += 1
         fresh = controller.metrics.version != self._version
         self._version = controller.metrics.version
+        if fresh:
+            guard = controller.book.schedules[-1].meta.get("guard", {})
+            told = {key: guard[key] for key in ("level", "effective_share", "loss_share", "foretold", "high") if key in guard}
+            self.decisions.append({"step": controller.step, **told})
         return bool(fresh and controller.harvesting and controller.next_refresh > controller.step + 1)
 
     def counted(self, flops: float) -> None:
@@ -136,6 +144,7 @@ class SystemArm(Arm):
         self.handle.detach()
         plain = {k: v for k, v in metrics.items() if isinstance(v, (int, float, str, list)) and k != "train_seconds"}
         told = {"harvested_steps": self.harvested_steps, "harvest_flops_a_step": harvest, "probe_samples": probes}
+        told |= {"decisions": self.decisions}
         return {"block": self.block, "metrics": plain, "events": dict(metrics["events"]), **told}
 
     def _plain_step_flops(self) -> float:
