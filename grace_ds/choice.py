@@ -14,7 +14,7 @@ from grace_ds.propagate import priority
 from grace_ds.recipes import Recipe, log_importance, recipe
 from grace_ds.records import Array, Coreset, FloatArray, IntArray, Neighbours, Role, Schedule, Signals
 from grace_ds.schedule import compose
-from grace_ds.selection.guard import Decision, Window, contrast, decide, effective_share, foretold, heard
+from grace_ds.selection.guard import Decision, Remembered, Window, contrast, decide, effective_share, foretold, heard
 from grace_ds.selection.objectives import select
 from grace_ds.selection.sample import gumbel
 from grace_ds.selection.shares import by_source
@@ -134,15 +134,15 @@ def judge(p: Pipeline, x: Inputs, s: Signals, seen: Seen | None) -> Decision:
     filters = most.trusted and np.isfinite(s.keep).any()
     clean = config.guard.clean_share if filters or not most.content else float("inf")
     listens = "loss" in config.parts and config.collects and p.trusted is not None
-    losses = heard(s.loss_pass[_unchosen(x, s)]) if listens and x.loss_limits is not None else heard(s.loss_pass[:0])
+    losses = heard(s.loss_pass[_drawn_uniformly(x, s)]) if listens else Remembered()
     window = Window(share, clean, losses, awaited=listens and x.step < config.learning)
     found = contrast(seen.core, seen.audit, config.guard.confidence, config.seed + x.version) if seen is not None else None
     known = foretold(seen.predicted, seen.measured) if seen is not None else None
     return decide(most.name, x.version, window, found, x.decision, known)
 
 
-def _unchosen(x: Inputs, s: Signals) -> Array:
-    """(n,) bool: of the window's samples those read since the last schedule and drawn whatever they are like.
+def _drawn_uniformly(x: Inputs, s: Signals) -> Array:
+    """(n,) bool: of the window's samples those read since the last schedule and drawn uniformly.
 
     All of them under a uniform schedule and in shadow mode, else the audit slots.
     """

@@ -95,8 +95,8 @@ class Metrics:
             if guard:
                 # 0 is uniform, so that a curve that falls to the floor is a guard that has stopped paying.
                 events["guard/level"] = float(depth(guard["level"]))
-            said = ("loss_share", "core_minus_audit", "low", "high", "foretold")
-            events |= {f"guard/{k}": float(guard[k]) for k in said if k in guard}
+            keys = ("loss_share", "core_minus_audit", "low", "high", "foretold")
+            events |= {f"guard/{k}": float(guard[k]) for k in keys if k in guard}
         self.events = events
 
     def _add_up(self, outcome: Outcome) -> None:

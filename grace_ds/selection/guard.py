@@ -23,10 +23,10 @@ from grace_ds.recipes.weights import rank01
 from grace_ds.records import Array
 
 RESAMPLES = 1000
-LEAST = 8  # samples drawn whatever they are like below which nothing is said
+LEAST = 8  # samples drawn uniformly below which nothing is concluded
 ENOUGH = 1000  # foretold influences from which on they are judged
 MEMORY = 0.75  # of what was found, from one refresh to the next
-LOOK = 40  # losses that say as much of the window as the trusted ones, which differ from look to look, let them
+LOOK = 40  # losses whose own sampling error is as large as that of the limits fitted to the trusted ones
 ONE_SIDED = 1.645  # standard errors of a correlation that chance exceeds once in twenty
 BLIND = frozenset({"gradients", "sketches"})  # parts that are not paid for while influences foretell nothing
 DOWN = frozenset(recipes.PARTS)  # parts that are not paid for after a step down
@@ -182,7 +182,7 @@ def foretold(predicted: Array, measured: Array) -> Remembered:
 
 
 def heard(loss_pass: Array) -> Remembered:
-    """One look at what losses pass, (n,), of samples that were drawn whatever they are like; nothing of too few."""
+    """One look at what losses pass, (n,), of samples that were drawn uniformly; nothing of too few."""
     known = loss_pass[np.isfinite(loss_pass)]
     n = len(known)
     return Remembered(effective_share(np.log(known)), n / (n + LOOK)) if n >= LEAST else Remembered()
@@ -257,17 +257,17 @@ def _level(recipe: str, version: int, window: Window, losses: Remembered, found:
     """The recipe that the schedule is made by, where something is worth leaving out."""
     if found is not None and np.isfinite(found.difference):
         numbers = {"core_minus_audit": found.difference, "low": found.low, "high": found.high}
-        said = f"core minus audit influence {found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+        reason = f"core minus audit influence {found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
         if found.high < 0 and recipes.recipe(recipe).fallback is not None:
             lower, misses = _below(recipe), previous.misses + 1
-            return Decision(lower, f"{said} is below 0: {recipe} does harm", misses, version + 2**misses, numbers, DOWN)
-        return Decision(recipe, said, 0, 0, numbers)
+            return Decision(lower, f"{reason} is below 0: {recipe} does harm", misses, version + 2**misses, numbers, DOWN)
+        return Decision(recipe, reason, 0, 0, numbers)
     misses, look = previous.misses, previous.look
     if misses and version < look:
         return Decision(_below(recipe), f"next look at schedule {look}", misses, look, off=DOWN)
-    said = f"effective share {window.share:.2f}"
+    reason = f"effective share {window.share:.2f}"
     if window.share >= window.clean and window.awaited:
-        said += "; losses are yet to be heard"
+        reason += "; losses are yet to be heard"
     elif window.share >= window.clean:
-        said += f", but {losses.value:.2f} under what losses pass is below {window.clean:g}"
-    return Decision(recipe, said, misses, look)
+        reason += f", but {losses.value:.2f} under what losses pass is below {window.clean:g}"
+    return Decision(recipe, reason, misses, look)
