@@ -16,11 +16,11 @@ import functools
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from grace_ds.comm.base import Comm
 from grace_ds.gather import Route
 from grace_ds.graph.kept import KeptGraph
-from grace_ds.grid import on_grid
 from grace_ds.propagate import closeness
 from grace_ds.records import HIDDEN, Array, FloatArray, IntArray, Rows
 from grace_ds.sketch.project import signs
@@ -28,6 +28,7 @@ from grace_ds.table import Table
 
 SKETCHED = 16  # numbers that a gradient sketch is projected to
 _BLOCK = 1 << 14  # rows at a time, so that no second copy of all of them is made
+_CACHED = 1 << 11  # likewise, where a block is gone over several times
 _GRID = 2.0**14  # of the values that are summed up: exact, so equal for any number of ranks
 
 
@@ -90,14 +91,17 @@ def embed(content: FloatArray, learned: FloatArray, sketch_share: float, hidden_
         learned: (n, SKETCHED + HIDDEN), of :class:`Learned`.
     """
     weights = np.sqrt([1 - sketch_share - hidden_share, sketch_share, hidden_share]).astype(np.float32)
-    out = np.empty((len(content), content.shape[1] + learned.shape[1]), np.float32)
-    for lo in range(0, len(out), _BLOCK):
-        block = slice(lo, lo + _BLOCK)
-        parts = (content[block], learned[block, :SKETCHED], learned[block, SKETCHED:])
-        rows = np.concatenate([weight * part for weight, part in zip(weights, parts, strict=True)], axis=1)
-        length = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))[:, None]
-        unit = np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)
-        out[lo : lo + _BLOCK] = on_grid(unit.astype(np.float16).astype(np.float32))
+    width = content.shape[1]
+    weight = np.repeat(weights, [width, SKETCHED, HIDDEN])
+    out = np.empty((len(content), len(weight)), np.float32)
+    for lo in range(0, len(out), _CACHED):
+        rows = out[lo : lo + _CACHED]
+        rows[:, :width], rows[:, width:] = content[lo : lo + _CACHED], learned[lo : lo + _CACHED]
+        rows *= weight
+        length = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
+        rows /= np.where(length > 0, length, 1)[:, None]
+        rows[:] = torch.from_numpy(rows).half().float().numpy()  # ten times as fast as NumPy's own
+        rows += np.float32(0)  # no -0: with that the rows are on the grid of the graph's
     return out
 
 
@@ -159,8 +163,10 @@ def _from_neighbours(comm: Comm, own: IntArray, step: IntArray, values: FloatArr
     asking, there = asking[step[asking] < 0], there[step[asking] < 0]
     mass, total = np.ones(len(asking)), values[asking].astype(np.float64)
     for j in range(edges.ids.shape[1]):  # neighbour by neighbour: the order of a sum must not depend on the rows beside it
-        w: Array = weight[there, j] * known[place[there, j]]
-        total += w.reshape(-1, 1) * table[place[there, j]]
+        at = place[there, j]
+        w: Array = weight[there, j] * known[at]
+        says = np.flatnonzero(w)  # few at first
+        total[says] += w[says].reshape(-1, 1) * table[at[says]]
         mass += w
     out: FloatArray = values.copy()
     out[asking] = total / mass.reshape(-1, 1)

@@ -91,12 +91,7 @@ class Route:
         if (owner_of(ids_here, comm.size) != comm.rank).any():
             raise DataError(f"rank {comm.rank} of {comm.size} offers values of ids that it does not own")
         wanted = np.asarray(ids_wanted, np.int64)
-        unique = np.unique(wanted)
-        place: IntArray = np.searchsorted(unique, wanted)  # less memory than np.unique's own inverse
-        padding = int(np.searchsorted(unique, 0))  # at most one entry is left after these: all of them become the last row
-        known = unique[padding:]
-        place -= padding
-        place[place < 0] = len(known)
+        known, place = _distinct(wanted)
         parts, order = _by_owner(known, owner_of(known, comm.size), comm.size)
         asked = [_positions(ids, ids_here) for ids in comm.exchange(parts)]
         return Route(comm, place, asked, order)
@@ -133,6 +128,26 @@ def _by_owner(x: Array, owner: IntArray, world: int) -> tuple[list[Array], IntAr
     order = np.argsort(owner, kind="stable")
     cuts = np.cumsum(np.bincount(owner, minlength=world))[:-1]
     return np.split(x[order], cuts), order
+
+
+def _distinct(wanted: IntArray) -> tuple[IntArray, IntArray]:
+    """(u,) int64, the ids of ``wanted`` (q,), sorted, each once, without padding; (q,) where each stands there, u at padding."""
+    span = int(wanted.max(initial=-1)) + 1
+    if span <= len(wanted) and wanted.min(initial=0) >= -1:  # some ten times faster than sorting, and no larger
+        there = np.zeros(span + 1, bool)
+        there[wanted] = True
+        there[-1] = False  # which no id has: where padding looks
+        known = np.flatnonzero(there)
+        number = np.cumsum(there)
+        number[:-1] -= 1
+        return known, number[wanted]
+    unique = np.unique(wanted)
+    place: IntArray = np.searchsorted(unique, wanted)  # less memory than np.unique's own inverse
+    padding = int(np.searchsorted(unique, 0))  # at most one entry is left after these: all of them become the last row
+    place -= padding
+    known = unique[padding:]
+    place[place < 0] = len(known)
+    return known, place
 
 
 def _positions(ids: IntArray, ids_here: IntArray) -> IntArray:

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace
 
 from grace_ds.errors import ConfigError, DataError
 from grace_ds.records import Array, FloatArray, IntArray
@@ -97,7 +97,9 @@ def propagate(
     fresh = known & (_double(own_ages) == 0)
     values = xp.where(fresh, value, values)
     reached = xp.any(evidence > 0, axis=1)
-    return Propagated(xp.astype(values, xp.float32), reached, xp.astype(_spread(facts, place, weight), xp.float32))
+    return Propagated(
+        xp.astype(values, xp.float32), reached, xp.astype(_spread(facts, place, weight, evidence, total), xp.float32)
+    )
 
 
 def crowding(similarity: FloatArray) -> FloatArray:
@@ -167,35 +169,44 @@ def closeness(similarity: FloatArray) -> FloatRows:
     return result
 
 
+def _column(x: Array, j: int) -> Any:
+    """Column ``j`` of ``x``, side by side in memory: gathered at twice the speed."""
+    return array_namespace(x).asarray(x[:, j], copy=True)
+
+
 def _around(facts: Array, place: IntArray, weight: FloatRows) -> tuple[FloatRows, FloatRows]:
     """Evidence and weighted sum of the neighbours' means, both (n, s), from ``facts`` (m, 2 s): means, then confidences."""
     xp = array_namespace(facts, weight)
     s = facts.shape[1] // 2
-    evidence = xp.zeros((weight.shape[0], s), dtype=xp.float64, device=device(weight))
-    total = xp.zeros_like(evidence)
+    facts_of = [_column(facts, i) for i in range(2 * s)]
+    evidence = [xp.zeros_like(weight[:, 0]) for _ in range(s)]
+    total = list(evidence)
     # Neighbour by neighbour: a sum along an axis may be split differently for other shapes, this one cannot.
     for j in range(weight.shape[1]):
-        nearby = facts[place[:, j], :]
-        usable = weight[:, j, None] * nearby[:, s:]
-        total = total + usable * nearby[:, :s]
-        evidence = evidence + usable
-    return evidence, total
+        near, w = _column(place, j), _column(weight, j)
+        for i in range(s):
+            usable = w * facts_of[s + i][near]
+            total[i] = total[i] + usable * facts_of[i][near]
+            evidence[i] = evidence[i] + usable
+    return xp.stack(evidence, axis=1), xp.stack(total, axis=1)
 
 
-def _spread(facts: Array, place: IntArray, weight: FloatRows) -> FloatRows:
-    """(n,) weighted standard deviation of signal 0 over the neighbours; NaN where none has a value."""
+def _spread(facts: Array, place: IntArray, weight: FloatRows, evidence: FloatRows, total: FloatRows) -> FloatRows:
+    """(n,) weighted standard deviation of signal 0 over the neighbours; NaN where none has a value.
+
+    Args: ``evidence``, ``total`` (n, s) of :func:`_around`.
+    """
     xp = array_namespace(facts, weight)
     s = facts.shape[1] // 2
-    first = xp.concat([facts[:, :1], facts[:, s : s + 1]], axis=1)
-    evidence, total = _around(first, place, weight)
-    seen = evidence > 0
-    mass = xp.where(seen, evidence, 1.0)
-    mean = total / mass
-    squares = xp.zeros_like(evidence)
+    first, trust = _column(facts, 0), _column(facts, s)
+    seen = evidence[:, 0] > 0
+    mass = xp.where(seen, evidence[:, 0], 1.0)
+    mean = total[:, 0] / mass
+    squares = xp.zeros_like(mean)
     for j in range(weight.shape[1]):
-        nearby = first[place[:, j], :]
-        squares = squares + weight[:, j, None] * nearby[:, 1:] * xp.square(nearby[:, :1] - mean)
-    result: FloatRows = xp.sqrt(xp.where(seen, squares / mass, float("nan")))[:, 0]
+        near = _column(place, j)
+        squares = squares + weight[:, j] * trust[near] * xp.square(first[near] - mean)
+    result: FloatRows = xp.sqrt(xp.where(seen, squares / mass, float("nan")))
     return result
 
 
