@@ -36,7 +36,7 @@ from grace_ds.selection.prior import BigramPrior
 from grace_ds.signals import Inputs, Pipeline
 from grace_ds.table import Table
 
-SIZES = (6_250, 12_500, 25_000, 50_000, 100_000)
+SIZES = (5_000, 10_000, 20_000, 40_000, 80_000)  # there is text for on a machine with Python alone
 FULL = (1_000_000, 64)  # rows, width: --full
 STAGES = ("gather", "table", "content", "embed", "graph", "propagate", "select", "broadcast")
 BATCH = 32
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace, console: Console) -> Record:
     small = [s for s in by_size if (s["n"], s["dim"]) != FULL]
     sizes, totals, largest = [s["n"] for s in small], [s["total"] for s in small], small[-1]
     if largest["n"] == max(SIZES):
-        record.claims.append(Claim("refresh_seconds_1e5", largest["total"], "s", None))
+        record.claims.append(Claim("refresh_seconds_8e4", largest["total"], "s", None))
     if len(sizes) > 1:
         slope = float(np.polyfit(np.log(sizes), np.log(totals), 1)[0])
         record.claims.append(Claim("refresh_exponent", slope, "d log(seconds) / d log(rows)", None))
