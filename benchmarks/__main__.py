@@ -16,7 +16,7 @@ from grace_ds.errors import ConfigError
 NAMES = ("collect", "refresh", "graph", "quickstart", "greedy", "selection", "soak", "finetune", "plan", "gpu_check")
 EXAMPLES = {
     "collect": "collect --pairs 10 --models small",
-    "refresh": "refresh --sizes 6250 12500",
+    "refresh": "refresh --sizes 5000 10000",
     "graph": "graph --sizes 50000 --repeats 1",
     "quickstart": "quickstart --pools crawl --seeds 1",
     "greedy": "greedy --sizes 6250 --libraries",
