@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from grace_ds.config.schema import GraphConfig
 from grace_ds.graph.clustered import wave_bytes
 from grace_ds.graph.clusters import ROUNDS, SAMPLE_ROWS
-from grace_ds.graph.leaves import FLAT_ROWS
 from grace_ds.graph.leaves.cuvs_leaf import QUERY_BLOCK
 from grace_ds.graph.placement import MOST, SAMPLE_QUERIES
 
 log = logging.getLogger(__name__)
 
+CLUSTERED_ROWS = 30_000  # from here on rows that cluster well are compared faster within their clusters
 EXPECTED_OVERLAP = 3  # for the figures; the build measures what it needs
 IMBALANCE = 1.5  # of sum over clusters of m^2, measured 1.3 to 1.6 on the rows of benchmarks graph
 PAIR_SECONDS, VISIT_SECONDS = 2.5e-9, 8e-6  # one thread of a 2020s x86 core, k = 15, 128 columns: within a factor of two
@@ -71,9 +71,9 @@ def plan_graph(config: GraphConfig, n_queries: int, n_index: int, dim: int, rank
     """
     tier, why = config.tier, "asked for"
     if tier == "auto":
-        small = n_index < FLAT_ROWS
+        small = n_index < CLUSTERED_ROWS
         tier = "exact" if small or config.recall >= 1 else "clustered"
-        why = f"{n_index} index rows, {'fewer than' if small else 'at least'} {FLAT_ROWS}"
+        why = f"{n_index} index rows, {'fewer than' if small else 'at least'} {CLUSTERED_ROWS}"
         if not small and config.recall >= 1:
             why = "graph.recall is 1"
     made = _clustered if tier == "clustered" else _exact

@@ -112,7 +112,7 @@ def test_rows_that_do_not_cluster_are_searched_exactly(caplog: pytest.LogCapture
     x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
     ids = np.arange(600)
     with pytest.MonkeyPatch.context() as patch, caplog.at_level("INFO"):
-        patch.setattr("grace_ds.graph.plan.FLAT_ROWS", 500)
+        patch.setattr("grace_ds.graph.plan.CLUSTERED_ROWS", 500)
         graph = knn(LocalComm(5.0), ids, x, ids, x, GraphConfig(k=K))
     wanted = nearest(LocalComm(5.0), Request.of(ids, x, K), exact("torch"))
     assert graph is not None and graph.ids.tobytes() == wanted.ids.tobytes()

@@ -61,11 +61,13 @@ def rows_of(kind: str, n: int, d: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("kind", "d"), [("clustered", 32), ("spread", 32), ("spread", 63)])
-def test_a_large_shard_is_searched_to_the_asked_recall(kind: str, d: int) -> None:
+def test_a_large_shard_is_searched_to_the_asked_recall(kind: str, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("faiss")
+    from grace_ds.graph.leaves import faiss_leaf
     from grace_ds.graph.leaves.faiss_leaf import FaissLeaf
 
-    x, k = rows_of(kind, leaves.FLAT_ROWS + 1000, d), 10
+    monkeypatch.setattr(faiss_leaf, "FLAT_ROWS", 30_000)
+    x, k = rows_of(kind, 31_000, d), 10
     queries, leaf = x[::37], FaissLeaf(0.95)
     index = leaf.build(x, np.arange(len(x)) + 7)
     ids, similarity = leaf.search(index, queries, k)

@@ -21,7 +21,7 @@ from grace_ds.records import Array, FloatArray, IntArray
 
 log = logging.getLogger(__name__)
 
-FLAT_ROWS = 30_000  # below this an exact search costs less than training and tuning an approximate index
+FLAT_ROWS = 100_000  # below this an exact search of real text costs less than training, tuning and asking an approximate index
 
 
 class Leaf(Protocol):

@@ -1,4 +1,4 @@
-"""The faiss leaf: exact below 30,000 rows; above, a compressed scan (and lists, where they help) tuned to the asked recall.
+"""The faiss leaf: exact below 100,000 rows; above, a compressed scan (and lists, where they help) tuned to the asked recall.
 
 Real text has little cluster structure: an inverted file alone had to probe 711 of 1,024 lists of 100,000 projected TF-IDF
 rows for a recall of .99 and was five times slower than the exact search.  So the codes are what saves work: 4-bit product
