@@ -145,7 +145,7 @@ class _Memory:
 
     def __init__(self, reader: TokenReader, ids: IntArray, limit: int) -> None:
         self.reader, self.ids = reader, ids
-        self.tokens, self.terms = _Room(limit), _Room(limit)
+        self.tokens, self.terms, self.arena = _Room(limit), _Room(limit), _Arena()
         self.kept: list[tuple[IntArray, Array, IntArray, Terms | None]] = []
         self.rows = 0
 
@@ -153,8 +153,10 @@ class _Memory:
         """Keeps the next block of the first sweep, if there is room for it and was for all before it."""
         flat = _narrow(block.flat)
         if self.tokens.take(flat.nbytes + block.offsets.nbytes):
-            kept = terms if terms is not None and self.terms.take(terms.nbytes) else None
-            self.kept.append((block.ids, flat, block.offsets, kept))
+            kept = None
+            if terms is not None and self.terms.take(terms.nbytes):
+                kept = Terms(self.arena.keep(terms.keys), self.arena.keep(terms.counts))
+            self.kept.append((block.ids, self.arena.keep(flat), block.offsets, kept))
             self.rows += len(block)
 
     def replay(self) -> Iterator[tuple[TokenBlock, Terms | None]]:
@@ -163,6 +165,24 @@ class _Memory:
             yield TokenBlock(ids, flat.astype(np.int64), offsets), terms
         for block in self.reader.blocks(self.ids[self.rows :]):
             yield block, None
+
+
+class _Arena:
+    """Arrays side by side in large pieces of memory, which go back to the system whole; many small ones freed would not."""
+
+    PIECE = 1 << 26  # bytes: more than the C library keeps to itself
+
+    def __init__(self) -> None:
+        self._free = np.empty(0, np.uint8)
+
+    def keep(self, array: Array) -> Array:
+        """A copy of ``array`` (n,)."""
+        size = -(-array.nbytes // 8) * 8  # the next one is aligned
+        if size > len(self._free):
+            self._free = np.empty(max(self.PIECE, size), np.uint8)
+        place, self._free = self._free[: array.nbytes].view(array.dtype), self._free[size:]
+        place[:] = array
+        return place
 
 
 class _Room:
