@@ -158,13 +158,13 @@ def _from_neighbours(comm: Comm, own: IntArray, step: IntArray, values: FloatArr
     route = Route.of(comm, edges.ids.reshape(-1), own)
     table = route.exchange(np.where(step[:, None] >= 0, values, np.float32(0)))
     known = route.exchange((step >= 0).astype(np.float64))
-    place, weight = route.place.reshape(edges.ids.shape), closeness(edges.similarity)
+    place = route.place.reshape(edges.ids.shape)
     asking, there = _both(own, graph.ids)
     asking, there = asking[step[asking] < 0], there[step[asking] < 0]
     mass, total = np.ones(len(asking)), values[asking].astype(np.float64)
     for j in range(edges.ids.shape[1]):  # neighbour by neighbour: the order of a sum must not depend on the rows beside it
         at = place[there, j]
-        w: Array = weight[there, j] * known[at]
+        w: Array = closeness(edges.similarity[there, j]) * known[at]
         says = np.flatnonzero(w)  # few at first
         total[says] += w[says].reshape(-1, 1) * table[at[says]]
         mass += w

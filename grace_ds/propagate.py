@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, device
 
 from grace_ds.errors import ConfigError, DataError
 from grace_ds.records import Array, FloatArray, IntArray
@@ -81,14 +81,13 @@ def propagate(
     """
     _check(own, own_ages, place, similarity, hops, shrink, decay)
     xp = array_namespace(own, similarity)
-    weight = closeness(similarity)
     known = ~xp.isnan(own)
     value = _double(xp.where(known, own, 0.0))
     trust = xp.where(known, confidence(own_ages, decay), 0.0)
     mean, sure = value, trust
     for hop in range(hops):
         facts = exchange(xp.concat([mean, sure], axis=1))
-        evidence, total = _around(facts, place, weight)
+        evidence, total = _around(facts, place, similarity)
         if hop + 1 < hops:
             there = evidence > 0
             mean = xp.where(known, value, xp.where(there, total / xp.where(there, evidence, 1.0), 0.0))
@@ -97,18 +96,16 @@ def propagate(
     fresh = known & (_double(own_ages) == 0)
     values = xp.where(fresh, value, values)
     reached = xp.any(evidence > 0, axis=1)
-    return Propagated(
-        xp.astype(values, xp.float32), reached, xp.astype(_spread(facts, place, weight, evidence, total), xp.float32)
-    )
+    spread = _spread(facts, place, similarity, evidence, total)
+    return Propagated(xp.astype(values, xp.float32), reached, xp.astype(spread, xp.float32))
 
 
 def crowding(similarity: FloatArray) -> FloatArray:
     """(n,) float32, density of the graph at each row: the sum over its (n, k) neighbours of max(cosine, 0)^4."""
     xp = array_namespace(similarity)
-    weight = closeness(similarity)
-    total = xp.zeros_like(weight[:, 0])
-    for j in range(weight.shape[1]):  # in this order: a sum along an axis may be split differently for other shapes
-        total = total + weight[:, j]
+    total = _zeros(similarity)
+    for j in range(similarity.shape[1]):  # in this order: a sum along an axis may be split differently for other shapes
+        total = total + closeness(_column(similarity, j))
     result: FloatArray = xp.astype(total, xp.float32)
     return result
 
@@ -163,7 +160,7 @@ def closeness(similarity: FloatArray) -> FloatRows:
     xp = array_namespace(similarity)
     weight = _double(similarity)
     weight = xp.where(weight > 0, weight, 0.0)
-    for _ in range(2):  # one name: only two copies of all edges are alive at a time
+    for _ in range(2):
         weight = xp.square(weight)
     result: FloatRows = weight
     return result
@@ -174,16 +171,23 @@ def _column(x: Array, j: int) -> Any:
     return array_namespace(x).asarray(x[:, j], copy=True)
 
 
-def _around(facts: Array, place: IntArray, weight: FloatRows) -> tuple[FloatRows, FloatRows]:
+def _zeros(similarity: FloatArray) -> FloatRows:
+    """(n,) of a sum over (n, k) neighbours."""
+    xp = array_namespace(similarity)
+    zeros: FloatRows = xp.zeros(similarity.shape[0], dtype=xp.float64, device=device(similarity))
+    return zeros
+
+
+def _around(facts: Array, place: IntArray, similarity: FloatArray) -> tuple[FloatRows, FloatRows]:
     """Evidence and weighted sum of the neighbours' means, both (n, s), from ``facts`` (m, 2 s): means, then confidences."""
-    xp = array_namespace(facts, weight)
+    xp = array_namespace(facts, similarity)
     s = facts.shape[1] // 2
     facts_of = [_column(facts, i) for i in range(2 * s)]
-    evidence = [xp.zeros_like(weight[:, 0]) for _ in range(s)]
+    evidence = [_zeros(similarity) for _ in range(s)]
     total = list(evidence)
     # Neighbour by neighbour: a sum along an axis may be split differently for other shapes, this one cannot.
-    for j in range(weight.shape[1]):
-        near, w = _column(place, j), _column(weight, j)
+    for j in range(similarity.shape[1]):
+        near, w = _column(place, j), closeness(_column(similarity, j))
         for i in range(s):
             usable = w * facts_of[s + i][near]
             total[i] = total[i] + usable * facts_of[i][near]
@@ -191,21 +195,21 @@ def _around(facts: Array, place: IntArray, weight: FloatRows) -> tuple[FloatRows
     return xp.stack(evidence, axis=1), xp.stack(total, axis=1)
 
 
-def _spread(facts: Array, place: IntArray, weight: FloatRows, evidence: FloatRows, total: FloatRows) -> FloatRows:
+def _spread(facts: Array, place: IntArray, similarity: FloatArray, evidence: FloatRows, total: FloatRows) -> FloatRows:
     """(n,) weighted standard deviation of signal 0 over the neighbours; NaN where none has a value.
 
     Args: ``evidence``, ``total`` (n, s) of :func:`_around`.
     """
-    xp = array_namespace(facts, weight)
+    xp = array_namespace(facts, similarity)
     s = facts.shape[1] // 2
     first, trust = _column(facts, 0), _column(facts, s)
     seen = evidence[:, 0] > 0
     mass = xp.where(seen, evidence[:, 0], 1.0)
     mean = total[:, 0] / mass
     squares = xp.zeros_like(mean)
-    for j in range(weight.shape[1]):
+    for j in range(similarity.shape[1]):
         near = _column(place, j)
-        squares = squares + weight[:, j] * trust[near] * xp.square(first[near] - mean)
+        squares = squares + closeness(_column(similarity, j)) * trust[near] * xp.square(first[near] - mean)
     result: FloatRows = xp.sqrt(xp.where(seen, squares / mass, float("nan")))
     return result
 

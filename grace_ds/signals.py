@@ -25,7 +25,7 @@ from grace_ds.order import Order
 from grace_ds.pool import Pool
 from grace_ds.propagate import Propagated, confidence, crowding, propagate
 from grace_ds.recipes import Recipe, recipe
-from grace_ds.records import Array, C, FloatArray, IntArray, Losses, Neighbours, Rows, Schedule, Signals
+from grace_ds.records import Array, C, FloatArray, IntArray, Losses, Rows, Schedule, Signals
 from grace_ds.schedule import Ledger
 from grace_ds.selection.guard import Decision
 from grace_ds.selection.limits import Limits
@@ -158,12 +158,14 @@ def estimate(
     reached = 0
     if graph is not None:
         edges = graph.neighbours()
-        result = _along(p, own, values, ages, edges)
+        similarity, route = edges.similarity, Route.of(p.comm, edges.ids.reshape(-1), own)
+        del edges  # the route has taken the place of its ids
+        result = _along(p, route, values, ages, similarity)
         # A signal that nobody was measured with stays unknown: shrinking it to a mean of nothing would invent it.
         unseen = p.comm.allreduce(np.isfinite(values).sum(0).astype(np.int64)) == 0
         values, disagreement = to_host(result.values), to_host(result.disagreement)
         values[:, unseen] = np.nan
-        crowded, reached = crowding(edges.similarity), int((to_host(result.reached) & (at < 0) & (seen_at < 0)).sum())
+        crowded, reached = crowding(similarity), int((to_host(result.reached) & (at < 0) & (seen_at < 0)).sum())
     align = np.full(n, nan, np.float32)
     if found is not None:
         align = found.standard(found.fit.predicted + (np.nan_to_num(values[:, 1]) if graph is not None else 0))
@@ -187,17 +189,17 @@ def found_in(table: Table[C], own: IntArray, step: int) -> tuple[IntArray, Float
     return at, since
 
 
-def _along(p: Pipeline, own: IntArray, values: FloatArray, ages: Array, edges: Neighbours) -> Propagated:
+def _along(p: Pipeline, route: Route, values: FloatArray, ages: Array, similarity: FloatArray) -> Propagated:
     """``values`` (n, s), of those ages, spread along the graph; arrays of the device that the run computes on.  Collective."""
-    g, route = p.config.graph, Route.of(p.comm, edges.ids.reshape(-1), own)
+    g = p.config.graph
 
     def exchange(facts: Array) -> Any:
         return to_device(route.exchange(to_host(facts)), p.device)
 
-    arrays = (values, ages, route.place.reshape(edges.ids.shape), edges.similarity)
+    arrays = (values, ages, route.place.reshape(similarity.shape), similarity)
     with device_memory(p.device):
-        own_values, own_ages, place, similarity = (to_device(array, p.device) for array in arrays)
-        return propagate(own_values, own_ages, place, similarity, exchange, hops=g.hops, shrink=g.shrink, decay=g.decay)
+        own_values, own_ages, place, close = (to_device(array, p.device) for array in arrays)
+        return propagate(own_values, own_ages, place, close, exchange, hops=g.hops, shrink=g.shrink, decay=g.decay)
 
 
 @dataclass(frozen=True)
