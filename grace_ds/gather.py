@@ -64,14 +64,14 @@ class Route:
     """How values of some samples are read from their owners: worked out once, used as often as the values change.
 
     Attributes:
-        place: (q,) int64, where each wanted sample stands in what :meth:`exchange` returns.
+        place: (q,) int32 or int64, where each wanted sample stands in what :meth:`exchange` returns.
         comm: between the ranks.
         asked: of each rank, positions among this rank's samples that it wants; -1 for one that is not here.
         order: (u,) int64, of the answers in rank order, their places.
     """
 
     comm: Comm
-    place: IntArray
+    place: Array
     asked: list[IntArray]
     order: IntArray
 
@@ -108,7 +108,10 @@ class Route:
         """
         answers = [_taken(values, at, fill) for at in self.asked]
         out = np.full((len(self.order) + 1, *values.shape[1:]), fill, values.dtype)
-        out[self.order] = np.concatenate(self.comm.exchange(answers))
+        start = 0
+        for part in self.comm.exchange(answers):
+            out[self.order[start : start + len(part)]] = part
+            start += len(part)
         return out
 
 
@@ -130,15 +133,15 @@ def _by_owner(x: Array, owner: IntArray, world: int) -> tuple[list[Array], IntAr
     return np.split(x[order], cuts), order
 
 
-def _distinct(wanted: IntArray) -> tuple[IntArray, IntArray]:
+def _distinct(wanted: IntArray) -> tuple[IntArray, Array]:
     """(u,) int64, the ids of ``wanted`` (q,), sorted, each once, without padding; (q,) where each stands there, u at padding."""
     span = int(wanted.max(initial=-1)) + 1
-    if span <= len(wanted) and wanted.min(initial=0) >= -1:  # some ten times faster than sorting, and no larger
+    if span <= min(len(wanted), 2**31 - 2) and wanted.min(initial=0) >= -1:  # some ten times faster than sorting, and no larger
         there = np.zeros(span + 1, bool)
         there[wanted] = True
         there[-1] = False  # which no id has: where padding looks
         known = np.flatnonzero(there)
-        number = np.cumsum(there)
+        number = np.cumsum(there, dtype=np.int32)
         number[:-1] -= 1
         return known, number[wanted]
     unique = np.unique(wanted)

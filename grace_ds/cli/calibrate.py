@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import dataclasses
 import gc
 import os
@@ -28,6 +27,7 @@ from grace_ds.features import ContentFeatures
 from grace_ds.graph.build import knn
 from grace_ds.graph.plan import plan_graph
 from grace_ds.grid import on_grid
+from grace_ds.heap import trim_heap
 from grace_ds.integrations.build import pipeline_of, prepare
 from grace_ds.integrations.trusted_set import Extras
 from grace_ds.recipes import recipe
@@ -241,8 +241,7 @@ def _each(work: Callable[[], Any], seconds: float) -> float:
 
 def _resident() -> float:
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    trim_heap()
     return _status("VmRSS")
 
 

@@ -24,6 +24,7 @@ from grace_ds.graph.insert import Moved, insert
 from grace_ds.graph.merge import ID_BITS, PAD, ROWS, finished, without_self
 from grace_ds.graph.placement import Placement, sampled_recall
 from grace_ds.graph.rows import Request, prepared
+from grace_ds.heap import trim_heap
 from grace_ds.records import Array, FloatArray, IntArray, Neighbours
 
 log = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ def build_kept(comm: Comm, ids: IntArray, X: FloatArray, config: GraphConfig, de
     keys = without_self(found.keys, ids, config.k + SPARE)
     where = np.empty((len(ids), 0), np.int32) if found.placement is None else found.placement.index
     centroids = np.empty((0, asked.X.shape[1]), np.float32) if found.centroids is None else found.centroids
+    trim_heap()  # building takes the most memory of a refresh, in many pieces
     return KeptGraph(config.k, ids, asked.X, centroids, where, keys, keys[:, -1].copy(), found.exact, "built", n)
 
 
