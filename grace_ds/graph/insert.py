@@ -58,9 +58,10 @@ def insert(ids: IntArray, X: FloatArray, where: Array, keys: IntArray, depth: In
             part = rows[lo : lo + step]
             near = np.flatnonzero(X[part] @ there >= bar[part][:, None])  # several times faster than nonzero in two axes
             row, column = np.divmod(near, len(columns))
-            taken.append(np.stack([part[row], columns[column]]))
-    pairs = np.concatenate(taken, axis=1) if taken else np.empty((2, 0), np.int64)
-    return _taken_in(keys, depth, pairs, ids, X, moved)
+            taken.append(part[row] * len(moved.ids) + columns[column])
+    pairs = np.concatenate(taken) if taken else np.empty(0, np.int64)
+    taken.clear()
+    return _taken_in(keys, depth, np.unique(pairs), X, moved)
 
 
 def _shared(here: Array, there: Array) -> list[tuple[IntArray, IntArray]]:
@@ -78,22 +79,20 @@ def _by_cluster(where: Array) -> dict[int, IntArray]:
     return {int(c): rows // where.shape[1] for c, rows in zip(names, np.split(order, start[1:]), strict=True)}
 
 
-def _taken_in(keys: IntArray, depth: IntArray, pairs: IntArray, ids: IntArray, X: FloatArray, moved: Moved) -> IntArray:
-    """The lists with those moved rows of ``pairs`` (2, p) that are no further than the list is complete."""
+def _taken_in(keys: IntArray, depth: IntArray, pairs: IntArray, X: FloatArray, moved: Moved) -> IntArray:
+    """The lists with those moved rows that are no further than the list is complete.
+
+    Args: ``pairs`` (p,) int64, sorted: row times the number of moved rows, plus the moved row.
+    """
     wanted = keys.shape[1]
-    pairs = np.stack(np.divmod(np.unique(pairs[0] * len(moved.ids) + pairs[1]), len(moved.ids)))
-    exact = np.concatenate(
-        [
-            np.empty(0),
-            *(
-                np.einsum("pd,pd->p", X[a].astype(np.float64), moved.X[b].astype(np.float64))
-                for a, b in (pairs[:, lo : lo + PAIRS] for lo in range(0, pairs.shape[1], PAIRS))
-            ),
-        ]
-    )
-    fresh = pack(exact, moved.ids[pairs[1]])
-    good = fresh <= depth[pairs[0]]
-    row, fresh = pairs[0][good], fresh[good]
+    rows, found = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for lo in range(0, len(pairs), PAIRS):  # most of them are not taken
+        a, b = np.divmod(pairs[lo : lo + PAIRS], len(moved.ids))
+        near = pack(np.einsum("pd,pd->p", X[a].astype(np.float64), moved.X[b].astype(np.float64)), moved.ids[b])
+        good = near <= depth[a]
+        rows.append(a[good])
+        found.append(near[good])
+    row, fresh = np.concatenate(rows), np.concatenate(found)
     order = np.lexsort((fresh, row))
     row, fresh = row[order], fresh[order]
     place = np.arange(len(row)) - np.searchsorted(row, row)  # among a row's new ones, nearest first
