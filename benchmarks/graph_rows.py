@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from grace_ds.grid import on_grid
+from grace_ds.heap import trim_heap
 from grace_ds.records import Array, FloatArray
 
 TOPICS, SUBTOPICS = 100, 2000
@@ -63,8 +62,7 @@ class Extra:
 @contextmanager
 def peak_above() -> Iterator[Extra]:
     """Counts the memory that the block takes at its peak."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what is taken now
+    trim_heap()  # what was freed before must not hide what is taken now
     Path("/proc/self/clear_refs").write_text("5")
     before, extra = _status("VmRSS"), Extra()
     yield extra

@@ -7,7 +7,6 @@ process holds beyond that at the peak of a refresh is GRACE's.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import time
@@ -22,6 +21,7 @@ from deepspeed.ops import __compatible_ops__
 from torch.utils.data import Dataset
 
 import grace_ds
+from grace_ds.heap import trim_heap
 from grace_ds.integrations import attempt as attempts
 from grace_ds.integrations.attempt import Refresher
 from grace_ds.methods import replace_method
@@ -173,7 +173,7 @@ def mark() -> None:
 def resident() -> float:
     """Bytes that this process holds, without what its allocator keeps for later."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    trim_heap()
     return status("VmRSS")
 
 

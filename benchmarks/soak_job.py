@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import random
@@ -18,6 +17,7 @@ from deepspeed.ops import __compatible_ops__
 from torch.utils.data import Dataset
 
 import grace_ds
+from grace_ds.heap import trim_heap
 from grace_ds.quickstart.model import GPT, GPTConfig
 
 __compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled first, for a minute
@@ -47,7 +47,7 @@ class Chains(Dataset[dict[str, torch.Tensor]]):
 def resident_mib() -> float:
     """Resident memory of this process without what its allocator keeps for later."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    trim_heap()
     words = Path("/proc/self/statm").read_text().split()
     return int(words[1]) * 4096 / 2**20
 
