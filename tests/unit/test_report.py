@@ -295,18 +295,18 @@ def test_figures_hold_no_script_and_no_reference(tmp_path: Path) -> None:
 
 
 def test_a_page_stays_small_however_large_and_long_the_run(tmp_path: Path) -> None:
-    """A window of 40,000 samples and records of 200 refreshes, each text longer than what is shown."""
-    folder = record(tmp_path, refreshes=2, data=Texts(40_000, text=MARKUP * 100), window=40_000)
+    """A window of 100,000 samples and records of 200 refreshes, each text longer than what is shown."""
+    folder = record(tmp_path, refreshes=2, data=Texts(100_000, text=MARKUP * 100), window=100_000)
     line = json.loads((folder / "refreshes.jsonl").read_text().splitlines()[-1])
     portrait = json.loads((folder / "reports" / "report-000001.json").read_text())
     with (folder / "refreshes.jsonl").open("a") as f:
         for version in range(2, 200):
             f.write(json.dumps({**line, "version": version, "step": version * INTERVAL}) + "\n")
             (folder / "reports" / f"report-{version:06d}.json").write_text(json.dumps({**portrait, "version": version}))
-    np.save(tmp_path / "sources.npy", np.arange(40_000) % 5000)
+    np.save(tmp_path / "sources.npy", np.arange(100_000) % 5000)
     assert main(["report", str(folder), "--sources", str(tmp_path / "sources.npy")]) == 0
     assert (folder / "report.html").stat().st_size < 3_000_000
-    assert "1,500 samples, drawn uniformly from a window of 40,000," in (folder / "report.html").read_text("utf-8")
+    assert "1,500 samples, drawn uniformly from a window of 100,000," in (folder / "report.html").read_text("utf-8")
     kept = sum(path.stat().st_size for path in (folder / "reports").glob("*.json")) / 200
     assert kept < 200_000  # of a refresh, as the README says
 
