@@ -76,6 +76,7 @@ def run_ranks(
             for p in ranks:
                 p.join(max(0.0, deadline - time.monotonic()))
             late = [r for r, p in enumerate(ranks) if p.is_alive()]
+            _dump_groups([ranks[r].pid for r in late])
         finally:
             for p in ranks:
                 _kill_group(p.pid, p.is_alive())
@@ -149,6 +150,7 @@ def _rank(target: str, world: World, folder: str, args: tuple[Any, ...], timeout
 
 def _work(target: str, world: World, folder: str, args: tuple[Any, ...], timeout: float, join: bool) -> None:
     faulthandler.dump_traceback_later(timeout, file=sys.__stderr__)
+    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)  # forked processes inherit it, the timer they do not
     try:
         if join:
             world.join()
@@ -174,6 +176,15 @@ def _collect(folder: Path, size: int, codes: list[int | None], late: list[int], 
             shown.append(f"--- rank {r} {how} ---\n{out.read_text() if out.exists() else ''}")
         raise RanksFailed(f"rank(s) {bad} of {size} failed\n" + "\n".join(shown))
     return [pickle.loads(f.read_bytes()) if f.exists() else None for f in results]
+
+
+def _dump_groups(pids: Sequence[int | None]) -> None:
+    """Has these ranks, and the data workers that they have forked, write where they stand: a rank may wait for a worker."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            if pid is not None:
+                os.killpg(pid, signal.SIGUSR1)
+    time.sleep(1.0 if pids else 0.0)
 
 
 def _kill_group(pid: int | None, alive: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Iterator
@@ -164,6 +165,8 @@ def consume(train: Any, block: dict[str, Any], first: int, last: int, workers: i
     uses = {k: feed.controller.metrics.refresh_failures for k in ("failures",)}
     samples = len(feed.corpus)
     grace_ds.megatron.detach()
+    del trainer, wrapped, feed
+    gc.collect()  # a job has its process to itself: nothing of this one may end in a data worker that the next one forks
     return {"consumed": consumed, "said": said, "samples": samples, **state, **uses}
 
 
