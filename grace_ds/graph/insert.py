@@ -13,6 +13,7 @@ from grace_ds.records import Array, FloatArray, IntArray
 
 BLOCK = 1 << 20  # similarities at a time
 PAIRS = 1 << 13  # pairs of rows at a time whose similarity is computed exactly: with 128 columns 8 MiB each side
+HELD = 1 << 22  # pairs that are held at a time: 32 MiB
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,21 @@ def insert(ids: IntArray, X: FloatArray, where: Array, keys: IntArray, depth: In
         return keys
     bar = unpack(depth[:, None]).similarity[:, 0].astype(np.float32) - np.float32(rounding(X.shape[1]))
     bar[np.isin(ids, moved.ids)] = np.inf  # their own lists are searched for
-    taken: list[IntArray] = []
+    near, held = [np.empty(0, np.int64)], 0
     for rows, columns in _shared(where, moved.where):
         there = moved.X[columns].T
         step = max(1, BLOCK // len(columns))
         for lo in range(0, len(rows), step):
             part = rows[lo : lo + step]
-            near = np.flatnonzero(X[part] @ there >= bar[part][:, None])  # several times faster than nonzero in two axes
-            row, column = np.divmod(near, len(columns))
-            taken.append(part[row] * len(moved.ids) + columns[column])
-    pairs = np.concatenate(taken) if taken else np.empty(0, np.int64)
-    taken.clear()
-    return _taken_in(keys, depth, np.unique(pairs), X, moved)
+            found = np.flatnonzero(X[part] @ there >= bar[part][:, None])  # several times faster than nonzero in two axes
+            row, column = np.divmod(found, len(columns))
+            near.append(part[row] * len(moved.ids) + columns[column])
+            held += len(found)
+            if held > HELD:
+                _take_in(keys, depth, near, X, moved)
+                near, held = near[:1], 0
+    _take_in(keys, depth, near, X, moved)
+    return keys
 
 
 def _shared(here: Array, there: Array) -> list[tuple[IntArray, IntArray]]:
@@ -79,12 +83,12 @@ def _by_cluster(where: Array) -> dict[int, IntArray]:
     return {int(c): rows // where.shape[1] for c, rows in zip(names, np.split(order, start[1:]), strict=True)}
 
 
-def _taken_in(keys: IntArray, depth: IntArray, pairs: IntArray, X: FloatArray, moved: Moved) -> IntArray:
-    """The lists with those moved rows that are no further than the list is complete.
+def _take_in(keys: IntArray, depth: IntArray, near: list[IntArray], X: FloatArray, moved: Moved) -> None:
+    """Puts those moved rows into the lists that are no further than the list is complete; one that is there already stays once.
 
-    Args: ``pairs`` (p,) int64, sorted: row times the number of moved rows, plus the moved row.
+    Args: ``near``, parts of pairs: row times the number of moved rows, plus the moved row.
     """
-    wanted = keys.shape[1]
+    pairs, wanted = np.unique(np.concatenate(near)), keys.shape[1]
     rows, found = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for lo in range(0, len(pairs), PAIRS):  # most of them are not taken
         a, b = np.divmod(pairs[lo : lo + PAIRS], len(moved.ids))
@@ -101,4 +105,3 @@ def _taken_in(keys: IntArray, depth: IntArray, pairs: IntArray, X: FloatArray, m
     wide = np.full((len(names), int(place[keep].max(initial=-1)) + 1), PAD)
     wide[at, place[keep]] = fresh[keep]
     keys[names] = merge(keys[names], wide, wanted)
-    return keys

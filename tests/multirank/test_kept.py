@@ -11,6 +11,7 @@ from grace_ds.buckets import owner_of
 from grace_ds.comm.choose import choose
 from grace_ds.comm.local import LocalComm
 from grace_ds.config.schema import GraphConfig
+from grace_ds.graph import insert as insertion
 from grace_ds.graph import kept as module
 from grace_ds.graph.build import knn
 from grace_ds.graph.kept import KeptGraph, build_kept, follow
@@ -110,6 +111,17 @@ def test_a_repaired_graph_is_the_rebuilt_one_bit_for_bit(seed: int, k: int) -> N
             assert np.array_equal(within, true[: len(within)])
         changes.append(graph.change)
     assert changes[0] == "built" and changes.count("repaired") >= 5
+
+
+@pytest.mark.parametrize("clusters", [0, 6])
+@pytest.mark.parametrize("seed", range(3))
+def test_how_many_pairs_are_held_at_a_time_changes_no_graph(seed: int, clusters: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clusters that overlap find a pair twice; it may then come in two parts."""
+    at_once = followed(wanderings(seed), config(clusters, overlap=3))
+    monkeypatch.setattr(insertion, "HELD", 5)
+    monkeypatch.setattr(insertion, "BLOCK", 100)
+    for one, other in zip(at_once, followed(wanderings(seed), config(clusters, overlap=3)), strict=True):
+        assert np.array_equal(one.keys, other.keys) and np.array_equal(one.depth, other.depth)
 
 
 def test_a_built_graph_is_that_of_a_search_and_has_some_to_spare() -> None:
