@@ -204,6 +204,25 @@ def uniform_schedule(p: Pipeline, x: Inputs, start: int, told: Mapping[str, Any]
     return Schedule(x.version, start, ids, roles, np.ones(length, np.float32), p.config.seed, meta)
 
 
+def uniform_forever(p: Pipeline, version: int, step: int, start: int) -> Schedule:
+    """The corpus once in the order of the job's own sampler, then over and over; for a run that chooses no more.
+
+    A pure function of its arguments, so that every rank makes it by itself.
+    """
+    ids = p.order(np.arange(start, start + p.pool.n, dtype=np.int64))
+    meta = {
+        "objective": "uniform",
+        "batch": p.batch,
+        "window": p.pool.n,
+        "coreset": p.pool.n,
+        "decided_at_step": step,
+        "next_refresh_step": step + p.pool.n // p.batch,
+    }
+    return Schedule(
+        version, start, ids, np.full(len(ids), Role.CORE, np.uint8), np.ones(len(ids), np.float32), p.config.seed, meta
+    )
+
+
 def _draw_audit(p: Pipeline, x: Inputs, ids: IntArray, count: int) -> IntArray:
     if not count:  # recipes without gradients: no noise for the whole window
         return ids[:0]

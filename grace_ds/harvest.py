@@ -49,6 +49,7 @@ class Harvester:
     def __init__(self, sketcher: Sketcher, config: HarvestConfig) -> None:
         self.sketcher, self.config = sketcher, config
         self.running_mean: float | None = None  # nats per token, all ranks alike, up to the last drained step
+        self.rows_kept = 0  # that were put into the inbox so far
         self.rows_dropped = 0  # of steps before the layer scale was frozen, or without a finite gradient
         self.seconds = 0.0  # spent here and not in the hooks
         self._inbox: list[Rows] = []
@@ -81,7 +82,9 @@ class Harvester:
     def _keep(self, harvested: Sequence[Harvested], step: int) -> None:
         """Puts a step's rows into the inbox."""
         parts = [h.rows(step) for h in harvested]
-        self.rows_dropped += sum(len(h.ids) for h in harvested) - sum(map(len, parts))
+        kept = sum(map(len, parts))
+        self.rows_dropped += sum(len(h.ids) for h in harvested) - kept
+        self.rows_kept += kept
         self._inbox += parts
 
     def discard(self, bindings: Sequence[Binding]) -> None:

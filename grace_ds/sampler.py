@@ -19,10 +19,12 @@ from torch.utils.data import Dataset, Sampler, default_collate
 
 from grace_ds.errors import DataError
 from grace_ds.records import IntArray
+from grace_ds.rng import undisturbed_rng
 from grace_ds.schedule import ScheduleBook
 
 log = logging.getLogger("grace_ds")
 
+_CUT = 8  # columns that a job may cut off a batch before it is trained on
 _OUTSTANDING = 64  # batches that may be out at once: more than any loader prefetches into the user's hands
 
 
@@ -116,11 +118,12 @@ class TicketedCollate:
     def _identify(self, items: list[tuple[int, int, Any]], ids: torch.Tensor, rows: int) -> torch.Tensor:
         """The collate function dropped rows: ask it about every sample alone."""
         kept = []
-        for _, _, item in items:
-            try:
-                kept.append(_rows_of(self.collate([item])) == 1)
-            except Exception:  # an empty batch may well be an error of the user's function: then the sample was dropped
-                kept.append(False)
+        with undisturbed_rng():  # the job's own draws are not to depend on being asked
+            for _, _, item in items:
+                try:
+                    kept.append(_rows_of(self.collate([item])) == 1)
+                except Exception:  # an empty batch may well be an error of the user's function: then the sample was dropped
+                    kept.append(False)
         found = ids[torch.tensor(kept, dtype=torch.bool)]
         return found if len(found) == rows else torch.full((rows,), -1, dtype=torch.int64)
 
@@ -168,14 +171,21 @@ class StreamSampler(Sampler[Any]):
 class Outstanding:
     """The batches that are out, and the recognition of the one that a forward is about.
 
+    A batch is recognised by the memory of its tensors or by their contents, never guessed: what is not recognised is a batch of
+    another source, or one that the job has changed beyond recognition.
+
     Attributes:
         most: batches that it remembers.
+        recognised: whether any forward's batch has been recognised so far.
+        unrecognised: forwards so far that no batch which was out could be found for.
     """
 
     def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
         self.most = _OUTSTANDING
+        self.recognised, self.unrecognised = False, 0
         self._batches: deque[IssuedBatch] = deque(maxlen=_OUTSTANDING)
+        self._last: IssuedBatch | None = None  # issued last, whether or not it has been trained on
         self._warned = False
 
     def __len__(self) -> int:
@@ -192,33 +202,51 @@ class Outstanding:
                 len(ids),
                 len(positions),
             )
-        self._batches.append(IssuedBatch(ids.numpy().copy(), end, list(_leaves(batch)), batch))
+        issued = IssuedBatch(ids.numpy().copy(), end, list(_leaves(batch)), batch)
+        if self._last is not None:
+            _part(self._last, issued)
+        self._last = issued
+        self._batches.append(issued)
 
     def match(self, inputs: Any) -> IssuedBatch | None:
-        """The outstanding batch whose tensors (or views, or copies of them) are among a forward's ``inputs``."""
+        """The outstanding batch whose tensors (or views, or copies of them) are among ``inputs``; None for no such."""
         if not self._batches:
             return None
+        found = self._by_memory(inputs) or self._by_contents(inputs)
+        if found is None:
+            self.unrecognised += 1
+        else:
+            self.recognised = True
+        return found
+
+    def _by_memory(self, inputs: Any) -> IssuedBatch | None:
         seen = {_address(t) for t in _leaves(inputs)}
+        return next((b for b in reversed(self._batches) if any(_address(t) in seen for t in b.leaves)), None)
+
+    def _by_contents(self, inputs: Any) -> IssuedBatch | None:
+        """For batches that were copied: moved to a device, cut, or put into another type.  From a device it takes a copy back."""
+        moved = [t for t in (t.detach().cpu() for t in _leaves(inputs)) if _tells(t)]
         for issued in reversed(self._batches):
-            if any(_address(t) in seen for t in issued.leaves):
+            if any(_tells(a) and _holds(a, b) for a in issued.leaves for b in moved):
                 return issued
-        if len(self._batches) == 1:
-            return self._batches[0]
-        # The batch was copied (moved to a device) and several are out: compare contents.  Rare, so a sync is fine.
-        moved = [t.detach().cpu() for t in _leaves(inputs)]
-        for issued in reversed(self._batches):
-            if any(a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b) for a in issued.leaves for b in moved):
-                return issued
-        return self._batches[-1]
+        return None
 
     def trained(self, issued: IssuedBatch) -> None:
         """The batch has been through a backward: it is out no more."""
         if issued in self._batches:
             self._batches.remove(issued)
 
+    def pass_over(self, count: int) -> int:
+        """Forgets the ``count`` batches that have been out for longest; returns how many there were."""
+        there = min(count, len(self._batches))
+        for _ in range(there):
+            self._batches.popleft()
+        return there
+
     def clear(self) -> None:
         """Forgets every batch (after a checkpoint was loaded)."""
         self._batches.clear()
+        self._last = None
 
 
 class TicketedLoader:
@@ -263,6 +291,42 @@ def _rows_of(batch: Any) -> int | None:
     """Rows of a collated batch: the leading axis of its first tensor."""
     first = next(_leaves(batch), None)
     return None if first is None else int(first.shape[0])
+
+
+def _part(a: IssuedBatch, b: IssuedBatch) -> None:
+    """Takes out of two batches' leaves the memory that both have, such as a mask that is made once: it tells neither.
+
+    Where they have nothing else, it is one buffer that is filled anew, and stands for the batch that came last.
+    """
+    shared = {_address(t) for t in a.leaves} & {_address(t) for t in b.leaves}
+    if shared:
+        for issued in (a, b):
+            issued.leaves = [t for t in issued.leaves if _address(t) not in shared] or issued.leaves
+
+
+def _tells(t: torch.Tensor) -> bool:
+    """Whether a tensor's contents can tell batches apart: not a mask, nor the same in every row as positions are."""
+    if t.dtype == torch.bool or t.numel() == 0:
+        return False
+    rows = t.detach()
+    if t.shape[0] > 1 and bool((rows == rows[:1]).all()):
+        return False
+    some = rows.reshape(-1)[:4096]
+    return bool(((some != some.min()) & (some != some.max())).any())  # of more than two values
+
+
+def _holds(whole: torch.Tensor, part: torch.Tensor) -> bool:
+    """Whether ``part`` has the values of ``whole``, or of its columns but a few at either end; both on the CPU."""
+    if whole.is_floating_point() != part.is_floating_point():
+        return False
+    kind = part.dtype if part.is_floating_point() else torch.int64
+    whole, part = whole.to(kind), part.to(kind)
+    if whole.numel() == part.numel():
+        return torch.equal(whole.reshape(-1), part.reshape(-1))
+    if whole.dim() != part.dim() or whole.dim() < 2 or len(whole) != len(part) or whole.shape[2:] != part.shape[2:]:
+        return False
+    spare = whole.shape[1] - part.shape[1]
+    return 0 < spare <= _CUT and any(torch.equal(whole[:, at : at + part.shape[1]], part) for at in range(spare + 1))
 
 
 def _address(t: torch.Tensor) -> tuple[str, int]:

@@ -149,6 +149,7 @@ def validate(c: GraceConfig, path: str = HOME) -> None:
         ("selection.shares", c.selection.shares, schema.SHARES),
         ("checkpoint.on_missing_state", c.checkpoint.on_missing_state, schema.MISSING_STATE),
         ("checkpoint.on_damaged_state", c.checkpoint.on_damaged_state, schema.MISSING_STATE),
+        ("checkpoint.on_failed_save", c.checkpoint.on_failed_save, schema.FAILED_SAVE),
     ]
     for key, value, allowed in choices:
         if value not in allowed:

@@ -30,6 +30,7 @@ EXECUTORS = ("ring", "dask")
 TIERS = ("auto", "exact", "clustered")
 REDUCTIONS = ("mean", "sum")
 MISSING_STATE = ("rebuild", "error")
+FAILED_SAVE = ("warn", "error")
 OPENING_SHARE = 20  # a run of known length opens for at most this part of it
 LEAST_COLLECTED = 8  # steps between two refreshes that are collected at the least, where there are so many
 
@@ -116,6 +117,7 @@ class CheckpointConfig:
 
     on_missing_state: str = "rebuild"  # the checkpoint has none: rebuild (start afresh at its step) | error
     on_damaged_state: str = "error"  # a file of it is torn, altered or missing; the log names it either way
+    on_failed_save: str = "warn"  # ours cannot be written: warn (the engine's checkpoint is saved without it) | error
 
 
 @dataclass

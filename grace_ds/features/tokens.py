@@ -7,9 +7,7 @@ NumPy and torch is put back afterwards, so that looking at the data never change
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import random
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ import numpy as np
 
 from grace_ds.errors import DataError
 from grace_ds.records import Array, IntArray
+from grace_ds.rng import undisturbed_rng
 
 TOKEN_KEYS = ("input_ids", "tokens", "ids", "text_ids")
 BLOCK_TOKENS = 1 << 18  # a block is cut here, so that its temporaries stay near the caches
@@ -130,20 +129,6 @@ def _unmasked(tokens: IntArray, item: Mapping[Any, Any]) -> IntArray:
         return tokens
     keep: Array = np.asarray(mask).reshape(-1) != 0
     return tokens[keep] if keep.shape == tokens.shape else tokens
-
-
-@contextlib.contextmanager
-def undisturbed_rng() -> Iterator[None]:
-    """Puts the global random states of Python, NumPy and torch (CPU) back at exit, so that reading leaves no trace."""
-    import torch
-
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
 
 
 class TokenReader:

@@ -83,12 +83,12 @@ def _by_cluster(where: Array) -> dict[int, IntArray]:
     return {int(c): rows // where.shape[1] for c, rows in zip(names, np.split(order, start[1:]), strict=True)}
 
 
-def _take_in(keys: IntArray, depth: IntArray, near: list[IntArray], X: FloatArray, moved: Moved) -> None:
+def _take_in(keys: IntArray, depth: IntArray, parts: list[IntArray], X: FloatArray, moved: Moved) -> None:
     """Puts those moved rows into the lists that are no further than the list is complete; one that is there already stays once.
 
-    Args: ``near``, parts of pairs: row times the number of moved rows, plus the moved row.
+    Args: ``parts`` of pairs: row times the number of moved rows, plus the moved row.
     """
-    pairs, wanted = np.unique(np.concatenate(near)), keys.shape[1]
+    pairs, wanted = np.unique(np.concatenate(parts)), keys.shape[1]
     rows, found = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for lo in range(0, len(pairs), PAIRS):  # most of them are not taken
         a, b = np.divmod(pairs[lo : lo + PAIRS], len(moved.ids))

@@ -16,9 +16,9 @@ import numpy as np
 from grace_ds.errors import GraceError, PeerFailed, PeerLost, TransportError, TransportTimeout, during
 from grace_ds.harvest import Harvester
 from grace_ds.integrations import cadence
+from grace_ds.integrations.agreement import Agreement
 from grace_ds.integrations.lookout import Lookout
 from grace_ds.integrations.trust import Fitted, TrustedProbe
-from grace_ds.integrations.verdict import Verdict
 from grace_ds.refresh import Outcome, refresh
 from grace_ds.selection.limits import Limits
 from grace_ds.signals import Inputs, Pipeline, active_parts, weighed_parts
@@ -63,7 +63,7 @@ class Refresher:
         pipeline: of the refresh; its ``comm`` is the transport.
         harvester: None where nothing is harvested.
         trust: fits the trusted basis; None without a trusted set.
-        verdict: the agreement of last resort.
+        agreement: of last resort.
         lookout: tells a rank that is late from one that is lost.
     """
 
@@ -72,10 +72,10 @@ class Refresher:
         pipeline: Pipeline,
         harvester: Harvester | None,
         trust: TrustedProbe | None,
-        verdict: Verdict,
+        agreement: Agreement,
         lookout: Lookout,
     ) -> None:
-        self.pipeline, self.harvester, self.trust, self.verdict = pipeline, harvester, trust, verdict
+        self.pipeline, self.harvester, self.trust, self.agreement = pipeline, harvester, trust, agreement
         self.lookout = lookout
         self.comm = pipeline.comm
         self._attempts = 0
@@ -85,7 +85,7 @@ class Refresher:
 
         Args:
             stand: gives what this rank knows by itself: all inputs but the rows, with the interval that it would choose.
-                Called in here, so that an error in it is agreed on like any other.
+                Called in here, so that an error in it is agreed on like any other; it may use the transport.
 
         Raises:
             PeerLost: a rank's process has ended or its host cannot be reached.
@@ -158,10 +158,10 @@ class Refresher:
         except TransportError as error:
             self.lookout.check(error, where)  # the store may lie on the host that is lost
             # Every rank may have come and only the answer been lost: then the others have published, and so must we.
-            if not self.verdict.abort(self._attempts):
+            if not self.agreement.abort(self._attempts):
                 raise
             return error
-        if not self.verdict.commit(self._attempts):
+        if not self.agreement.commit(self._attempts):
             raise TransportTimeout("another rank had given this refresh up when its wait ran out")
         return None
 

@@ -19,13 +19,13 @@ from grace_ds.config.schema import GraceConfig
 from grace_ds.errors import ConfigError
 from grace_ds.features import ContentFeatures, TokenReader, content_features, follow_window
 from grace_ds.harvest import Harvester
+from grace_ds.integrations.agreement import agreement_of
 from grace_ds.integrations.controller import Controller
 from grace_ds.integrations.engine import is_pipeline, shares_model
 from grace_ds.integrations.record import monitor_of, preview_of
 from grace_ds.integrations.together import together
 from grace_ds.integrations.trust import Probes, TrustedProbe
 from grace_ds.integrations.trusted_set import Extras, trusted_set
-from grace_ds.integrations.verdict import Verdict, job_store
 from grace_ds.order import Order, SeededOrder
 from grace_ds.pool import Pool, check_repeats, read_ids, read_sources
 from grace_ds.recipes import AUTO, recipe
@@ -66,28 +66,36 @@ def build_controller(
     # Ranks that work on the same samples must agree on them, so that all take part in one refresh.
     group = None if shares_model(engine) else engine.data_parallel_group
     comm = choose(config.comm, dp_group=group, timeout=config.refresh.timeout_seconds)
-    parts: Parts = together(comm, lambda: prepare(dataset, config, geometry, extras))
-    pipeline = pipeline_of(comm, config, geometry, parts, device=str(engine.device))
-    harvester = Harvester(sketcher.attach(), config.harvest) if sketcher is not None else None
-    trust = None
-    if harvester is not None and parts.trusted is not None and "gradients" in config.parts:
-        trust = TrustedProbe(
-            engine.module,
-            harvester.sketcher,
-            parts.trusted,
-            split_trusted(len(parts.trusted), config.seed),
-            dataset,
-            collate,
-            geometry.rows,
-            torch.device(engine.device),
-            extras.loss_fn,
-            comm,
-            config.seed,
-            Probes.of(config.refresh.probe_share, config.refresh.interval_steps, geometry.batch),
-        )
-    show = preview_of(dataset, config.features.tokens_key)
-    verdict, call = Verdict(job_store(comm.size)), RollCall.open(os.environ)
-    return Controller(config, geometry, pipeline, harvester, verdict, call, trust, monitor_of(engine), show)
+    undo: list[Callable[[], None]] = [comm.close]
+    try:
+        parts: Parts = together(comm, lambda: prepare(dataset, config, geometry, extras))
+        pipeline = pipeline_of(comm, config, geometry, parts, device=str(engine.device))
+        harvester = Harvester(sketcher.attach(), config.harvest) if sketcher is not None else None
+        if harvester is not None:
+            undo.append(harvester.sketcher.detach)
+        trust = None
+        if harvester is not None and parts.trusted is not None and "gradients" in config.parts:
+            trust = TrustedProbe(
+                engine.module,
+                harvester.sketcher,
+                parts.trusted,
+                split_trusted(len(parts.trusted), config.seed),
+                dataset,
+                collate,
+                geometry.rows,
+                torch.device(engine.device),
+                extras.loss_fn,
+                comm,
+                config.seed,
+                Probes.of(config.refresh.probe_share, config.refresh.interval_steps, geometry.batch),
+            )
+        show = preview_of(dataset, config.features.tokens_key)
+        agreement, call = agreement_of(comm), RollCall.open(os.environ)
+        return Controller(config, geometry, pipeline, harvester, agreement, call, trust, monitor_of(engine), show)
+    except BaseException:
+        while undo:
+            undo.pop()()
+        raise
 
 
 def settled(config: GraceConfig, engine: Any) -> tuple[GraceConfig, Sketcher | None]:

@@ -7,6 +7,7 @@ digest goes into the engine's client state, so a checkpoint and a foreign or tor
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import logging
@@ -17,7 +18,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save as save_arrays
 
-from grace_ds.errors import CheckpointError, DamagedState
+from grace_ds.choice import uniform_forever
+from grace_ds.errors import CheckpointError, DamagedState, TransportError
 from grace_ds.files import digest, write_atomic
 from grace_ds.gather import gather_rows
 from grace_ds.integrations.controller import Controller
@@ -35,21 +37,40 @@ FOLDER = "grace_ds"
 def save(controller: Controller, engine: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``engine.save_checkpoint`` with our state: ours first, so that the engine's ``latest`` names a complete checkpoint.
 
+    Where our state cannot be written, the engine's checkpoint is saved without it, and the log says so.
+
     Raises:
-        CheckpointError: our files cannot be written; on every rank.
+        CheckpointError: our state cannot be written and ``checkpoint.on_failed_save: error``; on every rank.
     """
     bound = inspect.signature(original).bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
     tag = str(given["tag"]) if given["tag"] is not None else f"global_step{engine.global_steps}"
-    if controller.frozen:
-        log.warning("GRACE is frozen (its transport has failed): checkpoint %s goes without its state", tag)
-        if controller.comm.rank == 0:  # of an earlier checkpoint by the same tag
-            (Path(given["save_dir"]) / tag / FOLDER / MANIFEST).unlink(missing_ok=True)
-    else:
-        state = together(controller.comm, lambda: write(controller, Path(given["save_dir"]), tag))
+    folder = Path(given["save_dir"]) / tag / FOLDER
+    state = _written(controller, folder, tag)
+    if state is not None:
         given["tag"], given["client_state"] = tag, {**(given["client_state"] or {}), FOLDER: state}
+    elif controller.comm.rank == 0:  # what an earlier checkpoint by the same tag has left is not this one's
+        with contextlib.suppress(OSError):
+            (folder / MANIFEST).unlink(missing_ok=True)
     return original(*bound.args, **bound.kwargs)
+
+
+def _written(controller: Controller, folder: Path, tag: str) -> dict[str, Any] | None:
+    """Our part of the client state, once our files are written; None on every rank where they are not.  Collective."""
+    if not controller.all_live():
+        log.warning("GRACE is frozen (its transport has failed): checkpoint %s goes without its state", tag)
+        return None
+    try:
+        return together(controller.comm, lambda: write(controller, folder, tag))
+    except TransportError as error:
+        controller.lookout.check(error, f"at the checkpoint of step {controller.step}")
+        controller.retire(str(error))
+    except Exception as error:
+        if controller.config.checkpoint.on_failed_save == "error":
+            raise
+        log.warning("%s; checkpoint %s goes without GRACE's state", error, tag)
+    return None
 
 
 def load(controller: Controller, engine: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -60,8 +81,9 @@ def load(controller: Controller, engine: Any, original: Callable[..., Any], *arg
             another schema or of another run; on every rank, with GRACE as it was before.
         Exception: the engine's own part cannot be loaded; an error on every rank.
     """
-    comm, config = controller.comm, controller.config.checkpoint
-    path, client_state = result = together(comm, lambda: original(*args, **kwargs))
+    comm, config, live = controller.comm, controller.config.checkpoint, controller.all_live()
+    result = together(comm, lambda: original(*args, **kwargs)) if live else original(*args, **kwargs)
+    path, client_state = result
     bound = inspect.signature(original).bind(*args, **kwargs)
     if path is None or bound.arguments.get("load_module_only", False):
         return result
@@ -80,6 +102,9 @@ def load(controller: Controller, engine: Any, original: Callable[..., Any], *arg
         check(controller, saved, state, step)
         return saved
 
+    if not live:
+        _load_frozen(controller, read, step)
+        return result
     try:
         saved = together(comm, read)
         why = f"checkpoint {path} holds no GRACE state"
@@ -98,9 +123,30 @@ def load(controller: Controller, engine: Any, original: Callable[..., Any], *arg
     return result
 
 
-def write(c: Controller, save_dir: Path, tag: str) -> dict[str, Any]:
-    """Writes our files below ``save_dir/tag``; returns the client state, the same on all ranks.  Collective."""
-    folder = save_dir / tag / FOLDER
+def _load_frozen(c: Controller, read: Callable[[], Saved | None], step: int) -> None:
+    """Takes a frozen run up at a checkpoint: no collective of ours, and yet the same order of samples on every rank."""
+    saved: Saved | None = None
+    try:
+        saved = read()
+    except CheckpointError as error:
+        log.warning("%s", error)
+    whole = saved is not None and bool(saved.schedules) and c.config.replay is None
+    # Schedules count where every rank has read them; the table and the rest are not needed any more.
+    if c.agreement.all_agree(whole) and saved is not None:
+        c.book.replace(saved.schedules)
+        c.counted, c.lead, c.ledger = saved.numbers["counted"], saved.numbers["lead"], saved.ledger
+        c.stand_at(step, saved.numbers["cursor"])
+        log.warning("step %d: GRACE is frozen: training goes on with the checkpoint's schedule", step)
+        return
+    cursor = step * c.geometry.batch
+    if c.config.replay is None:
+        c.book.replace([uniform_forever(c.pipeline, c.metrics.version + 1, step, cursor)])
+        log.warning("step %d: GRACE is frozen and has no schedule of this step: training goes on in the job's own order", step)
+    c.stand_at(step, cursor)
+
+
+def write(c: Controller, folder: Path, tag: str) -> dict[str, Any]:
+    """Writes our files into ``folder``; returns the client state, the same on all ranks.  Collective."""
     if c.harvester is not None:
         # The table at the next refresh must not depend on whether somebody saved in between, nor on the number of
         # ranks that load: what is still on its way to its owner is delivered now.

@@ -11,20 +11,23 @@ import logging
 import time
 from typing import Any
 
+from grace_ds.choice import slack
 from grace_ds.comm.base import Comm
 from grace_ds.comm.rollcall import RollCall
 from grace_ds.config.schema import GraceConfig
-from grace_ds.errors import GraceError, TransportError
+from grace_ds.errors import ConfigError, GraceError, TransportError
 from grace_ds.harvest import Harvester
 from grace_ds.integrations import cadence
+from grace_ds.integrations.agreement import Agreement
 from grace_ds.integrations.attempt import Fresh, Refresher
 from grace_ds.integrations.judging import by_role, collect_every, decision_of, worth_harvesting, worth_reading
 from grace_ds.integrations.lookout import Lookout
 from grace_ds.integrations.record import EventWriter, Metrics, Preview, Recorder
 from grace_ds.integrations.trust import TrustedProbe
-from grace_ds.integrations.verdict import Verdict
+from grace_ds.integrations.watch import StepWatch
 from grace_ds.kept import Kept
 from grace_ds.records import Losses, Rows
+from grace_ds.rng import undisturbed_rng
 from grace_ds.sampler import Geometry, IssuedBatch, Outstanding, Stream
 from grace_ds.schedule import Ledger, ScheduleBook, load_book
 from grace_ds.signals import Inputs, Pipeline
@@ -45,7 +48,7 @@ class Controller:
         geometry: of the job's batches.
         pipeline: of the refresh; its ``comm`` is the transport.
         harvester: with an attached sketcher; None where nothing is harvested (``replay``, uniform objectives).
-        verdict: the agreement of last resort.
+        agreement: what all ranks decide alike where the transport cannot tell them.
         call: who can be asked whether he is still there.
         trust: fits the trusted basis at a refresh; None without a trusted set.
         write_events: called on rank 0 after each refresh.
@@ -58,7 +61,7 @@ class Controller:
         geometry: Geometry,
         pipeline: Pipeline,
         harvester: Harvester | None,
-        verdict: Verdict,
+        agreement: Agreement,
         call: RollCall,
         trust: TrustedProbe | None,
         write_events: EventWriter,
@@ -68,10 +71,12 @@ class Controller:
         self.harvester, self.trust = harvester, trust
         self.comm: Comm = pipeline.comm
         self.lookout = Lookout(call, self.comm, lambda: f"in training step {self.step + 1}")
-        self.refresher = Refresher(pipeline, harvester, trust, verdict, self.lookout)
+        self.agreement = agreement
+        self.refresher = Refresher(pipeline, harvester, trust, agreement, self.lookout)
         self.recorder = Recorder(config.run_dir, write_events, preview) if self.comm.rank == 0 else Recorder(None, None)
         self.book = ScheduleBook()
         self.outstanding = Outstanding(geometry)
+        self.watch = StepWatch()
         self.sampler: Stream | None = None  # None in shadow mode: the job's own sampler feeds it
         self.table = Table(Rows.empty(config.harvest.dim))
         self.seen = Table(Losses.empty())
@@ -83,7 +88,7 @@ class Controller:
         self.lead = 0  # samples by which the loaders have run ahead of the cursor at most
         self.step = 0
         self.next_refresh = 0
-        self.frozen = False
+        self._closed = self._retired = False
         self.basis: TrustedBasis | None = None
         self._steps_timed = 0  # optimizer steps behind metrics.train_seconds
         self._last_seconds = 0.0
@@ -91,7 +96,14 @@ class Controller:
         self._current: Seen | None = None
         self.weighed: IssuedBatch | None = None  # the batch that the last training forward was about
         self._trained: list[Seen] = []
+        self._unwatched: list[Seen] = []  # forwards of the step whose output shows no tensor that a gradient could come back to
+        self._stood = 0  # micro-batches at the last step
         self._clock = time.perf_counter()
+
+    @property
+    def frozen(self) -> bool:
+        """Whether no refresh is made any more: the transport has failed, as far as this rank knows, or GRACE is detached."""
+        return self._closed or bool(self.agreement.frozen)
 
     # -- where the run stands ------------------------------------------------------------------------------------------
 
@@ -115,11 +127,13 @@ class Controller:
         """Moves to a step and a position; batches that are out are forgotten."""
         self.step, self.cursor = step, cursor
         self.outstanding.clear()
-        self._current, self._trained = None, []
+        self._current, self._trained, self._unwatched = None, [], []
         self.recorder.forget()
         self._clock = time.perf_counter()
+        self.watch.restart(cursor)
+        self._stood = cursor // self.geometry.micro
         if self.sampler is not None:
-            self.sampler.frontier = self.sampler.issued = cursor // self.geometry.micro
+            self.sampler.frontier = self.sampler.issued = self._stood
 
     def snapshot(self) -> dict[str, Any]:
         """The metrics as a plain dict, with the clocks read now."""
@@ -129,6 +143,8 @@ class Controller:
         now = m.train_seconds + time.perf_counter() - self._clock
         return {
             **dataclasses.asdict(m),
+            **self.watch.counts(),
+            "unrecognised": self.outstanding.unrecognised,
             "transport": self.comm.name,
             "probe_samples": self.trust.probed if self.trust is not None else 0,
             "train_seconds": now,
@@ -139,7 +155,7 @@ class Controller:
 
     def close(self) -> None:
         """Removes the layer hooks and closes the transport.  A second call does nothing."""
-        self.frozen = True
+        self._closed = True
         if self.harvester is not None:
             self.harvester.sketcher.detach()
         self.lookout.close()
@@ -174,8 +190,15 @@ class Controller:
             self.harvester.sketcher.observe_loss(output)
         return current
 
+    def leave_unwatched(self, current: Seen) -> None:
+        """For a forward whose output shows no tensor that a gradient comes back to: the loss's backward, or the step, tells."""
+        self._unwatched.append(current)
+
     def observe_loss(self, loss: Any) -> None:
         """For jobs that compute the loss outside the module: called with it before the backward."""
+        for current in self._unwatched:
+            self.on_backward(current)
+        self._unwatched = []
         if self.harvester is not None and (self.harvesting or self.reading):
             self.harvester.sketcher.observe_loss(loss)
 
@@ -184,9 +207,15 @@ class Controller:
         if any(issued is current[0] for issued, _ in self._trained):
             return
         self.outstanding.trained(current[0])
+        self.watch.trained(current[0], self.geometry)
         self._trained.append(current)
         if self.sampler is not None:
             self.sampler.frontier = max(self.sampler.frontier, current[0].end)
+
+    @property
+    def capturing(self) -> bool:
+        """Whether the forward that has begun is one whose gradients are collected."""
+        return self._current is not None and isinstance(self._current[1], Binding)
 
     @property
     def harvesting(self) -> bool:
@@ -207,6 +236,34 @@ class Controller:
             return False
         return cadence.harvested(self.config, self.step, self.next_refresh)
 
+    def follow(self, geometry: Geometry) -> None:
+        """Takes over the batch size of the step that has just been made, where the job ramps it up; the same on all ranks.
+
+        Positions count samples, so only the number of steps that a schedule lasts changes.
+
+        Raises:
+            ConfigError: the micro-batch or the number of ranks has changed.
+        """
+        old = self.geometry
+        if geometry == old:
+            return
+        if (geometry.ranks, geometry.rows) != (old.ranks, old.rows):
+            raise ConfigError(
+                f"the job has changed from {old.ranks} rank(s) × micro-batches of {old.rows} to {geometry.ranks} × "
+                f"{geometry.rows} in the middle of a run: which sample stands where would not be defined. Ramp the batch up by accumulation "
+                "(engine.set_train_batch_size), or load a checkpoint into a new engine"
+            )
+        log.info("step %d: a step is %d samples from here on, it was %d", self.step, geometry.batch, old.batch)
+        self.geometry = self.outstanding.geometry = geometry
+        self.pipeline = dataclasses.replace(self.pipeline, batch=geometry.batch)
+        self.refresher.pipeline = self.pipeline
+        if self.book.schedules and self.config.replay is None:  # the schedule is through sooner, or later
+            last = self.book.schedules[-1]
+            left = (last.start + len(last) - self.cursor) // geometry.batch - slack(
+                self.config, self.config.refresh.interval_steps
+            )
+            self.next_refresh = min(self.next_refresh, self.step + max(1, left))
+
     # -- the step ------------------------------------------------------------------------------------------------------
 
     def after_step(self, step: int, applied: bool, grad_scale: float) -> None:
@@ -218,7 +275,9 @@ class Controller:
             grad_scale: accumulation steps divided by the loss scale of the step.
         """
         harvested = self.harvesting
-        trained, self._trained = self._trained, []
+        for current in self._unwatched:
+            self.on_backward(current)
+        trained, self._trained, self._unwatched = self._trained, [], []
         bindings = [binding for _, binding in trained if isinstance(binding, Binding)]
         if self.harvester is not None and applied:
             self.harvester.read([reading for _, reading in trained if isinstance(reading, Reading)], step)
@@ -226,34 +285,43 @@ class Controller:
             assert self.harvester is not None
             try:
                 if applied:
+                    known, before = self.harvester.sketcher.scale.frozen, self.harvester.rows_kept
                     self.harvester.commit(bindings, step, grad_scale, self.comm)
+                    self.watch.collected(self.harvester.rows_kept - before, expected=known and bool(bindings))
                 else:
                     self.harvester.discard(bindings)
             except TransportError as error:
                 self.lookout.check(error, f"after training step {step}, stage scale")
-                self._retire(error)
+                self.retire(str(error))
                 self.recorder.events({"frozen": 1.0}, self.cursor)
         g = self.geometry
         self.step = step
         self._steps_timed += 1
         if self.sampler is not None:
+            self.sampler.frontier += self.watch.advance(self.sampler.frontier - self._stood, g, self.outstanding)
+            self._stood = self.sampler.frontier
             self.cursor = self.sampler.frontier * g.micro
             self.lead = max(self.lead, self.sampler.issued * g.micro - self.cursor)
         else:
             self.cursor += g.batch
-        self.recorder.settle()
-        if cadence.is_due(self.config, step, self.next_refresh) and not self.frozen and self.config.replay is None:
-            self.refresh()
+        with undisturbed_rng():  # both read the dataset
+            self.recorder.settle()
+            if cadence.is_due(self.config, step, self.next_refresh) and not self.frozen and self.config.replay is None:
+                self.refresh()
 
     # -- the refresh ---------------------------------------------------------------------------------------------------
 
     def refresh(self) -> None:
         """Makes and publishes the next schedule, or keeps the old one if any rank fails.  Collective."""
+        if not self.frozen and (why := self.agreement.frozen_by_any()):
+            self.retire(f"on another rank: {why}")
+            self.recorder.events({"frozen": 1.0}, self.cursor)
+            return
         started, m = time.perf_counter(), self.metrics
         m.train_seconds += started - self._clock
         result = self.refresher.attempt(self.step, m.version + 1, self._stand)
         if result.lost is not None:
-            self._retire(result.lost)
+            self.retire(str(result.lost))
         if result.fresh is not None:
             self._take_over(result.fresh)
         else:
@@ -271,12 +339,13 @@ class Controller:
         self._clock = time.perf_counter()
 
     def _stand(self) -> Inputs:
-        """What this rank knows at the start of a refresh; the rows are still with the harvester."""
+        """What this rank knows at the start of a refresh; the rows are still with the harvester.  Collective."""
         c, m = self.config, self.metrics
         # The first refresh reads the whole window's content, later ones do not: its cost says nothing about theirs.
         a_step = m.train_seconds / max(self._steps_timed, 1) if m.refreshes > 1 else None
         last = self.book.schedules[-1] if self.book.schedules else None
         core, audit = by_role(last, c.mode == "shadow")
+        self.watch.compare(self.comm, self.book, self.geometry, self.cursor)
         return Inputs(
             rows=Rows.empty(c.harvest.dim),
             losses=Losses.empty(),
@@ -326,12 +395,23 @@ class Controller:
         if self.step > 0:  # the very first one may yet give way to a checkpoint
             self.recorder.settle()
 
-    def _retire(self, error: Exception) -> None:
-        """The transport is finished, training is not: no further refresh, nothing more to pay."""
-        self.frozen = True
+    def all_live(self) -> bool:
+        """Whether GRACE is frozen on no rank; the same answer on all ranks.  Collective, over the job's store."""
+        if self._closed:
+            return False
+        if self.agreement.all_agree(not self.frozen):
+            return True
+        if not self._retired:
+            self.retire(self.agreement.frozen_by_any() or "another rank has not come in time, or is frozen")
+        return False
+
+    def retire(self, why: str) -> None:
+        """The transport is finished, training is not: no further refresh, nothing more to pay.  The other ranks are told."""
+        self.agreement.freeze(why)
+        self._retired = True
         if self.harvester is not None:
             self.harvester.sketcher.detach()
-        log.error("step %d: %s; GRACE is frozen: training goes on with the schedule at hand", self.step, error)
+        log.error("step %d: %s; GRACE is frozen: training goes on with the schedule at hand", self.step, why)
 
     def take_basis(self, basis: TrustedBasis | None) -> None:
         """Alignments are measured against ``basis`` from here on (None: not at all); their unit is found at the next refresh."""

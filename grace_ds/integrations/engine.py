@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +45,11 @@ def is_pipeline(engine: Any) -> bool:
     return isinstance(engine, PipelineEngine)
 
 
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether calling the module runs compiled code: ``torch.compile(module)``, ``module.compile()`` or ``engine.compile()``."""
+    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+
+
 def shares_model(engine: Any) -> bool:
     """Whether several ranks work on the same samples: tensor, sequence or pipeline parallelism."""
     import torch.distributed as dist
@@ -60,9 +66,18 @@ def config_of(arguments: dict[str, Any]) -> Any:
     return getattr(args, "deepspeed_config", None) or getattr(args, "deepscale_config", None)
 
 
-def outputs(tree: Any) -> Sequence[torch.Tensor]:
-    """Every tensor in a module's output."""
+def outputs(tree: Any, depth: int = 4) -> Sequence[torch.Tensor]:
+    """Every tensor in a module's output: in mappings, sequences, dataclasses and plain objects, ``depth`` of them deep."""
     if isinstance(tree, torch.Tensor):
         return [tree]
-    values = tree.values() if hasattr(tree, "values") else tree if isinstance(tree, (list, tuple)) else []
-    return [t for value in values for t in outputs(value)]
+    if depth == 0 or isinstance(tree, (torch.nn.Module, type, str)):
+        return []
+    if isinstance(tree, Mapping):
+        values = list(tree.values())
+    elif isinstance(tree, (list, tuple)):
+        values = list(tree)
+    elif dataclasses.is_dataclass(tree):
+        values = [getattr(tree, field.name, None) for field in dataclasses.fields(tree)]
+    else:
+        values = list(getattr(tree, "__dict__", {}).values())
+    return [t for value in values for t in outputs(value, depth - 1)]

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,12 +25,13 @@ from grace_ds.errors import ConfigError
 from grace_ds.integrations import checkpoint, progress, weights
 from grace_ds.integrations.build import build_controller
 from grace_ds.integrations.controller import Controller
-from grace_ds.integrations.engine import dp_rank, geometry_of, outputs
+from grace_ds.integrations.engine import dp_rank, geometry_of, is_compiled, outputs
 from grace_ds.integrations.record import keep_config
 from grace_ds.integrations.trusted_set import Extras
 from grace_ds.integrations.world import refuse_lonely
 from grace_ds.methods import replace_method
 from grace_ds.order import Order, SamplerOrder, shuffled
+from grace_ds.rng import undisturbed_rng
 from grace_ds.sampler import Geometry, StreamSampler, TicketedCollate, TicketedDataset, TicketedLoader
 
 log = logging.getLogger("grace_ds")
@@ -57,6 +59,7 @@ class Grace:
         extras: Extras,
     ) -> None:
         self.engine = engine
+        self._restore: list[Callable[[], None]] = []
         _speak_up()
         refuse_lonely(dist.get_world_size() if dist.is_initialized() else 1, os.environ)
         adopt_job_limit()
@@ -66,16 +69,23 @@ class Grace:
         geometry = geometry_of(engine)
         if extras.order is None:
             extras = dataclasses.replace(extras, order=self._engine_order(len(dataset), config.seed))
-        self.controller: Controller = build_controller(engine, dataset, config, geometry, self.collate.collate, extras)
+        with undisturbed_rng():  # reading the dataset must not move what the job draws from
+            self.controller: Controller = build_controller(engine, dataset, config, geometry, self.collate.collate, extras)
+            try:
+                self._begin(geometry, len(dataset))
+            except BaseException:
+                self.detach()
+                raise
+
+    def _begin(self, geometry: Geometry, samples: int) -> None:
         self.config = config = self.controller.config
         if config.run_dir is not None and self.controller.comm.rank == 0:
             keep_config(config)
         if config.mode == "train":
-            self.controller.sampler = self._stream_sampler(geometry, len(dataset))
-        self._restore: list[Callable[[], None]] = []
+            self.controller.sampler = self._stream_sampler(geometry, samples)
         self.attach_hooks()
         self.controller.start()
-        engine.grace_ds = self
+        self.engine.grace_ds = self
         weights.attached(self.controller)
         progress.follow(self)
 
@@ -134,8 +144,10 @@ class Grace:
         module, controller = self.engine.module, self.controller
         pre = module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         post = module.register_forward_hook(self._after_forward)
-        self._restore += [pre.remove, post.remove]
+        self._watching = [pre.remove, post.remove]
+        self._restore.append(self._unwatch)
         ours: dict[str, Callable[..., Any]] = {
+            "forward": self._forward,
             "backward": self._backward,
             "step": self._step,
             "save_checkpoint": functools.partial(checkpoint.save, controller, self.engine),
@@ -152,6 +164,25 @@ class Grace:
             self.engine.grace_ds = None
         weights.detached(self.controller)
 
+    def _unwatch(self) -> None:
+        while self._watching:
+            self._watching.pop()()
+
+    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the hooks on the module where that is compiled: traced, they would break its graph or never run.
+
+        A step whose gradients are collected runs eagerly, with the same numbers: only there the hooks on the layers fire.
+        """
+        module = self.engine.module
+        if not is_compiled(module):
+            return original(*args, **kwargs)
+        self._unwatch()
+        self._before_forward(module, args, kwargs)
+        with torch.compiler.set_stance("force_eager") if self.controller.capturing else nullcontext():
+            output = original(*args, **kwargs)
+        self._after_forward(module, args, output)
+        return output
+
     def _before_forward(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled() and module.training:
             self.controller.before_forward((args, kwargs))
@@ -160,9 +191,11 @@ class Grace:
         current = self.controller.after_forward(output)
         if current is None:
             return
-        for tensor in outputs(output):
-            if tensor.requires_grad:
-                tensor.register_hook(lambda _: self.controller.on_backward(current))  # type: ignore[no-untyped-call]
+        watched = [tensor for tensor in outputs(output) if tensor.requires_grad]
+        for tensor in watched:
+            tensor.register_hook(lambda _: self.controller.on_backward(current))  # type: ignore[no-untyped-call]
+        if not watched:
+            self.controller.leave_unwatched(current)
 
     def _backward(self, original: Callable[..., Any], loss: Any, *args: Any, **kwargs: Any) -> Any:
         self.controller.observe_loss(loss)
@@ -173,6 +206,7 @@ class Grace:
         scale = self._grad_scale() if boundary else 1.0
         result = original(*args, **kwargs)
         if boundary:
+            self.controller.follow(geometry_of(self.engine))
             self.controller.after_step(self.engine.global_steps, self.engine.was_step_applied(), scale)
         return result
 

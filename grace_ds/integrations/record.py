@@ -18,12 +18,13 @@ import numpy as np
 from grace_ds.config.load import write_resolved
 from grace_ds.config.schema import GraceConfig
 from grace_ds.errors import DataError
-from grace_ds.features.tokens import tokens_of, undisturbed_rng
+from grace_ds.features.tokens import tokens_of
 from grace_ds.files import write_atomic
 from grace_ds.harvest import Harvester
 from grace_ds.recipes import depth
 from grace_ds.records import IntArray, Role, Schedule
 from grace_ds.refresh import Outcome
+from grace_ds.rng import undisturbed_rng
 from grace_ds.schedule import save_schedule
 
 log = logging.getLogger("grace_ds")

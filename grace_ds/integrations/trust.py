@@ -12,8 +12,8 @@ import torch
 
 from grace_ds.comm.base import Comm
 from grace_ds.errors import DataError
-from grace_ds.features.tokens import undisturbed_rng
 from grace_ds.records import FloatArray, IntArray
+from grace_ds.rng import undisturbed_rng
 from grace_ds.selection.prior import robust_location
 from grace_ds.sketch.basis import TrustedBasis
 from grace_ds.sketch.losses import scalar_loss

@@ -65,7 +65,7 @@ def launched(folder: Path) -> tuple[Records, str]:
     for stage, (module, name, after) in PROBES.items():
         fault = {"module": module, "name": name, "rank": 1, "after": after, "hang": HANG}
         jobs[f"hang_{stage}"] = {**BASE, "steps": 4, "grace": {**GRACE, "trusted": str(trusted)}, "fault": fault}
-    commit = {"module": "grace_ds.integrations.verdict", "name": "Verdict.commit", "rank": 1, "after": 1, "hang": HANG}
+    commit = {"module": "grace_ds.integrations.agreement", "name": "Agreement.commit", "rank": 1, "after": 1, "hang": HANG}
     jobs["hang_commit"] = {**BASE, "fault": commit}
     jobs["hang_scale"] = {
         **BASE,

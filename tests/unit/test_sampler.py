@@ -132,6 +132,48 @@ def test_moved_batches_are_recognised_by_content() -> None:
     assert list(issued.ids) == first[:, 0].tolist()
 
 
+class Masked(Numbers):
+    """Items with a mask that is the same for all of them, positions, and a number of their own."""
+
+    def __getitem__(self, index: int) -> Any:
+        return {"x": 10 * index + torch.arange(5), "mask": torch.ones(5, dtype=torch.int64), "position": torch.arange(5)}
+
+
+def test_batches_of_another_source_are_not_taken_for_one_that_is_out() -> None:
+    loader, _, out = make_loader(data=Masked(), collate=None)
+    it = iter(loader)
+    for out_at_once in (1, 2):  # also where only one could be meant
+        own = next(it)
+        other = {"x": own["x"] + 7, "mask": own["mask"].clone(), "position": own["position"].clone()}
+        assert out.match(other) is None
+        assert (out.unrecognised, out.recognised) == (out_at_once, False)
+    issued = out.match({name: value.clone() for name, value in own.items()})
+    assert issued is not None and list(10 * issued.ids) == own["x"][:, 0].tolist() and out.recognised
+
+
+def test_cut_flattened_and_converted_copies_are_recognised() -> None:
+    loader, _, out = make_loader(data=Masked())
+    it = iter(loader)
+    first, _ = next(it), next(it)
+    x = first["x"]
+    for changed in (x[:, :-1].clone(), x[:, 1:].clone(), x.reshape(-1).clone(), x.to(torch.int32), x[:, 1:4].clone()):
+        issued = out.match([changed])
+        assert issued is not None and list(10 * issued.ids) == x[:, 0].tolist()
+    for foreign in (x[:2].clone(), x.T.clone(), x.float(), x[:, :-1] + 3):
+        assert out.match([foreign]) is None
+
+
+def test_a_tensor_that_all_batches_share_tells_none_of_them() -> None:
+    shared = torch.arange(20).reshape(4, 5)
+    loader, _, out = make_loader(collate=lambda items: {"x": torch.stack(items), "shared": shared})
+    it = iter(loader)
+    first, second = next(it), next(it)
+    for own in (first, second):
+        issued = out.match(own)
+        assert issued is not None and list(issued.ids) == own["x"][:, 0].tolist()
+    assert out.match({"shared": shared, "x": torch.rand(4, 2)}) is None
+
+
 def test_trained_batches_are_out_no_more() -> None:
     loader, _, out = make_loader()
     batch = next(iter(loader))

@@ -25,6 +25,7 @@ from grace_ds.comm.rollcall import RollCall
 from grace_ds.config.load import load_config
 from grace_ds.config.schema import GraceConfig
 from grace_ds.errors import CheckpointError, ConfigError
+from grace_ds.integrations.agreement import agreement_of
 from grace_ds.integrations.build import Parts, pipeline_of, prepare
 from grace_ds.integrations.controller import Controller
 from grace_ds.integrations.megatron.corpus import Corpus, Texts, follow, one_epoch
@@ -34,7 +35,6 @@ from grace_ds.integrations.megatron.ring import Ring, Scheduled
 from grace_ds.integrations.record import keep_config, preview_of
 from grace_ds.integrations.together import together
 from grace_ds.integrations.trusted_set import Extras
-from grace_ds.integrations.verdict import Verdict, job_store
 from grace_ds.integrations.world import refuse_lonely
 from grace_ds.methods import replace_method
 from grace_ds.recipes import AUTO, recipe
@@ -250,8 +250,8 @@ def wrap(
     arrange = None if blend is None else lambda schedule: follow(blend, schedule)
     pipeline = pipeline_of(comm, grace, facts.geometry, parts, arrange)
     show = preview_of(texts, grace.features.tokens_key)
-    verdict = Verdict(job_store(comm.size))
-    controller = Controller(grace, facts.geometry, pipeline, None, verdict, call, None, lambda *_: None, show)
+    agreement = agreement_of(comm)
+    controller = Controller(grace, facts.geometry, pipeline, None, agreement, call, None, lambda *_: None, show)
     job.feed = Feed(controller, corpus, facts, grace.mode == "train")
     job.feed.start(grace.run_dir)
     return train_ds if job.feed.ring is None else Scheduled(corpus, job.feed.ring, len(train_ds))
