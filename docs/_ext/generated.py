@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import messages
@@ -32,7 +34,15 @@ def subcommands(top: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Ar
             yield from action.choices.items()
 
 
-PARTS: dict[str, Callable[[], str]] = {"commands": commands, "messages": messages.markdown}
+def forms() -> str:
+    """The forms of jobs that a test runs, and what comes of each."""
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from tests.multirank.forms import markdown
+
+    return markdown()
+
+
+PARTS: dict[str, Callable[[], str]] = {"commands": commands, "forms": forms, "messages": messages.markdown}
 
 
 class Generated(SphinxDirective):

@@ -97,7 +97,7 @@ class Controller:
         self.weighed: IssuedBatch | None = None  # the batch that the last training forward was about
         self._trained: list[Seen] = []
         self._unwatched: list[Seen] = []  # forwards of the step whose output shows no tensor that a gradient could come back to
-        self._stood = 0  # micro-batches at the last step
+        self._stood, self._ramped = 0, False  # micro-batches at the last step; the batch has changed in this one
         self._clock = time.perf_counter()
 
     @property
@@ -255,6 +255,7 @@ class Controller:
             )
         log.info("step %d: a step is %d samples from here on, it was %d", self.step, geometry.batch, old.batch)
         self.geometry = self.outstanding.geometry = geometry
+        self._ramped = True
         self.pipeline = dataclasses.replace(self.pipeline, batch=geometry.batch)
         self.refresher.pipeline = self.pipeline
         if self.book.schedules and self.config.replay is None:  # the schedule is through sooner, or later
@@ -298,7 +299,10 @@ class Controller:
         self.step = step
         self._steps_timed += 1
         if self.sampler is not None:
-            self.sampler.frontier += self.watch.advance(self.sampler.frontier - self._stood, g, self.outstanding)
+            moved = self.sampler.frontier - self._stood
+            if not self._ramped:  # the step that changes its own length
+                self.sampler.frontier += self.watch.advance(moved, g, self.outstanding)
+            self._ramped = False
             self._stood = self.sampler.frontier
             self.cursor = self.sampler.frontier * g.micro
             self.lead = max(self.lead, self.sampler.issued * g.micro - self.cursor)

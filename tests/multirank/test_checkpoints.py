@@ -54,14 +54,18 @@ def small_disk(folder: Path) -> Iterator[Path | None]:
 
 @pytest.fixture(scope="module")
 def records(folder: Path, small_disk: Path | None) -> Records:
-    saved, blocked = str(folder / "saved"), folder / "blocked"
-    (blocked / f"global_step{STEP}").mkdir(parents=True)
-    (blocked / OURS).write_text("a file where our folder would be")
+    saved, blocked, without = str(folder / "saved"), folder / "blocked", folder / "without"
+    for taken in (blocked, without):
+        (taken / f"global_step{STEP}").mkdir(parents=True)
+        (taken / OURS).write_text("a file where our folder would be")
+    strict = {**GRACE, "checkpoint": {"on_failed_save": "error"}}
     jobs: dict[str, Any] = {
         "base": {**BASE, "save": saved, "save_at": [STEP]},
         "whole": {**BASE, "load": saved},
         "other_size": {**BASE, "load": saved, "samples": 160},
-        "blocked": {**BASE, "save": str(blocked), "save_at": [4, STEP]},
+        "blocked": {**BASE, "grace": strict, "save": str(blocked), "save_at": [4, STEP]},
+        "without": {**BASE, "save": str(without), "save_at": [4, STEP]},
+        "without_on": {**BASE, "load": str(without)},
         "blocked_on": {**BASE, "load": str(blocked)},
         "blocked_run_dir": {**BASE, "grace": {**GRACE, "run_dir": str(blocked / OURS)}},
     }
@@ -72,7 +76,7 @@ def records(folder: Path, small_disk: Path | None) -> Records:
         jobs[f"{name} on"] = {**jobs[name], "load": str(folder / name.replace(" ", "-")) + "-on", "grace": on}
     if small_disk is not None:
         fill = {"folder": str(small_disk), "leave": 8192}
-        jobs["full"] = {**BASE, "save": str(small_disk / "saved"), "save_at": [4, STEP], "fill": fill}
+        jobs["full"] = {**BASE, "grace": strict, "save": str(small_disk / "saved"), "save_at": [4, STEP], "fill": fill}
         jobs["full_on"] = {**BASE, "load": str(small_disk / "saved")}
         jobs["full_run_dir"] = {**BASE, "grace": {**GRACE, "run_dir": str(small_disk / "run")}}
     return run_jobs(folder / "launch", jobs, timeout=300)[0]
@@ -124,6 +128,14 @@ def check_failed_save(records: Records, name: str, *reason: str) -> None:
     assert stream(records[name]) == stream(records["base"])
     assert records[name][0]["params"] == records["base"][0]["params"]
     assert stream(records[f"{name}_on"]) == stream(records["base"])[4:]
+
+
+def test_where_our_state_cannot_be_written_the_engines_checkpoint_is_saved_all_the_same(records: Records) -> None:
+    assert [rank["failed_saves"] for rank in records["without"]] == [[], []]
+    assert stream(records["without"]) == stream(records["base"])
+    for rank in records["without_on"]:  # the later one is taken up, and a coreset started there
+        assert rank["metrics"]["step"] == BASE["steps"] and len(rank["steps"]) == BASE["steps"] - STEP
+        assert rank["schedules"] == records["without_on"][0]["schedules"]
 
 
 def test_a_save_that_cannot_be_written_is_an_error_on_every_rank_and_the_one_before_loads(records: Records) -> None:
