@@ -54,7 +54,7 @@ def insert(ids: IntArray, X: FloatArray, where: Array, keys: IntArray, depth: In
     near, held = [np.empty(0, np.int64)], 0
     for rows, columns in _shared(where, moved.where):
         there = moved.X[columns].T
-        step = max(1, BLOCK // len(columns))
+        step = max(1, min(PAIRS, BLOCK // len(columns)))  # of a cluster that few have moved into not all rows at once
         for lo in range(0, len(rows), step):
             part = rows[lo : lo + step]
             found = np.flatnonzero(X[part] @ there >= bar[part][:, None])  # several times faster than nonzero in two axes

@@ -250,8 +250,8 @@ class Controller:
         if (geometry.ranks, geometry.rows) != (old.ranks, old.rows):
             raise ConfigError(
                 f"the job has changed from {old.ranks} rank(s) × micro-batches of {old.rows} to {geometry.ranks} × "
-                f"{geometry.rows} in the middle of a run: which sample stands where would not be defined. Ramp the batch up by accumulation "
-                "(engine.set_train_batch_size), or load a checkpoint into a new engine"
+                f"{geometry.rows} in the middle of a run: which sample stands where would not be defined. Ramp the batch up by "
+                "accumulation (engine.set_train_batch_size), or load a checkpoint into a new engine"
             )
         log.info("step %d: a step is %d samples from here on, it was %d", self.step, geometry.batch, old.batch)
         self.geometry = self.outstanding.geometry = geometry
@@ -382,6 +382,7 @@ class Controller:
             self.take_basis(fresh.fitted.basis if fresh.fitted is not None else None)
             if fresh.fitted is not None:
                 self.trust.gradient = fresh.fitted.gradient
+        self.watch.published(schedule.meta)
         self.metrics.count(schedule, self.book.schedules[-1] if self.book.schedules else None)
         self.book.publish(schedule)
         self.book.prune(self.cursor)

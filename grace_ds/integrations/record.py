@@ -92,6 +92,9 @@ class Metrics:
             share = outcome.schedule.meta.get("effective_share")
             if share is not None:
                 events["effective_share"] = float(share)
+                events["effective_samples"] = float(share) * int(outcome.schedule.meta["window"])
+            if "labels" in outcome.schedule.meta:
+                events["unknown_influence"] = 1 - int(outcome.schedule.meta["known_align"]) / int(outcome.schedule.meta["window"])
             guard = outcome.schedule.meta.get("guard", {})
             if guard:
                 # 0 is uniform, so that a curve that falls to the floor is a guard that has stopped paying.

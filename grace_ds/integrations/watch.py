@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,8 @@ class StepWatch:
     mismatches: int = 0
     counting: bool = False
     _still: int = 0
+    _blind: int = 0
+    _thin: bool = False
     _trail: Trail = field(default_factory=lambda: Trail())
 
     def counts(self) -> dict[str, int]:
@@ -78,8 +81,8 @@ class StepWatch:
             self.counting = True
             log.warning(
                 "the batches that the model is given are not recognised as the loader's: they are changed on the way, beyond a "
-                "cut of some columns, another type or device. Samples are counted by optimizer steps, %d micro-batches each, and no "
-                "gradients or losses are collected; change them in collate_fn instead, or set recipe: content",
+                "cut of some columns, another type or device. Samples are counted by optimizer steps, %d micro-batches each, "
+                "and no gradients or losses are collected; change them in collate_fn instead, or set recipe: content",
                 wanted,
             )
         return outstanding.pass_over(steps * wanted)
@@ -117,6 +120,29 @@ class StepWatch:
             expected = np.multiply(_digest(np.arange(trail.since, cursor), slots.ids), copies)
         if int(expected.astype(np.int64)) != digest:
             self._tell(f"from sample {trail.since} to {cursor} the ranks have not trained on what the schedule says")
+
+    def published(self, meta: Mapping[str, Any]) -> None:
+        """A schedule with this account of itself has been published."""
+        share, window, coreset = meta.get("effective_share"), int(meta["window"]), int(meta["coreset"])
+        if share is not None and share * window < coreset and not self._thin:
+            self._thin = True
+            log.warning(
+                "the coreset has %d samples, and the chances of the window's %d leave %d effective ones: the rest is what the "
+                "filters reject. Lower budget, or raise window; guard.enabled: true says where nothing is worth leaving out",
+                coreset,
+                window,
+                round(share * window),
+            )
+        if "gradients" not in meta.get("parts", ()):
+            self._blind = 0
+            return
+        self._blind = 0 if meta.get("known_align") else self._blind + 1
+        if self._blind == PATIENCE + 1:
+            log.warning(
+                "%d schedules in a row were made with gradients collected and no influence known of any sample: see the messages "
+                "above about the trusted set and the hooks, or set recipe: content",
+                self._blind,
+            )
 
     def restart(self, cursor: int) -> None:
         """Begins anew at a position, as after a checkpoint was loaded."""

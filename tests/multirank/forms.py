@@ -104,7 +104,9 @@ def spelled(tokens: torch.Tensor) -> list[int]:
 class Net(nn.Module):
     """A language model; ``answer`` makes its output of loss and logits."""
 
-    def __init__(self, answer: Callable[[torch.Tensor, torch.Tensor], Any] = lambda loss, logits: loss, again: bool = False) -> None:
+    def __init__(
+        self, answer: Callable[[torch.Tensor, torch.Tensor], Any] = lambda loss, logits: loss, again: bool = False
+    ) -> None:
         super().__init__()
         self.answer, self.again = answer, again
         self.embed = nn.Embedding(VOCAB, 16)
@@ -168,7 +170,11 @@ class Job:
         torch.manual_seed(0)
         model = model if model is not None else Net()  # a compiled one has no truth of its own
         made = grace_ds.initialize(
-            model=model, model_parameters=model.parameters(), training_data=Samples() if data is None else data, collate_fn=collate, config=config
+            model=model,
+            model_parameters=model.parameters(),
+            training_data=Samples() if data is None else data,
+            collate_fn=collate,
+            config=config,
         )
         self.engine, self.loader = made[0], made[2]
         self.controller = self.engine.grace_ds.controller
