@@ -72,4 +72,4 @@ class TransportTimeout(TransportError):
 
 
 class PeerLost(GraceError):
-    """A rank's process has ended or its host cannot be reached: the job cannot go on; raised on every survivor that notices."""
+    """A rank's process has ended: the job cannot go on; raised on every survivor that notices."""

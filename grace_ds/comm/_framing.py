@@ -91,8 +91,8 @@ class FramedComm:
         """In place: ``root``'s bytes into everybody's ``x`` of the same length."""
         raise NotImplementedError
 
-    def _release(self) -> None:
-        """Frees the adapter's handles; not collective."""
+    def _release(self, together: bool) -> None:
+        """Frees the adapter's handles; collective only where ``together``."""
 
     # -- waiting and giving up ------------------------------------------------------------------------------------
 
@@ -284,10 +284,10 @@ class FramedComm:
         """See :class:`~grace_ds.comm.base.Comm`."""
         self._retire(self._retired or "a rank is lost")
 
-    def close(self) -> None:
+    def close(self, together: bool = True) -> None:
         """See :class:`~grace_ds.comm.base.Comm`."""
         if self._doing != "closed":
-            self._release()
+            self._release(together)
             self._doing, self._retired = "closed", self._retired or "close()"
 
     def _check_root(self, root: int) -> None:

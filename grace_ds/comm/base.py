@@ -77,6 +77,10 @@ class Comm(Protocol):
         """A rank is lost: this process's end waits for nobody."""
         ...
 
-    def close(self) -> None:
-        """Frees what the transport holds.  Safe to call twice."""
+    def close(self, together: bool = True) -> None:
+        """Frees what the transport holds.  Safe to call twice.
+
+        Args:
+            together: whether the other ranks close theirs too, now; without it, what would have to wait for them stays.
+        """
         ...

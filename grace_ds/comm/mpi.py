@@ -120,9 +120,9 @@ class MpiComm(_Polled):
     def _spread(self, x: Bytes, root: int) -> None:
         self._finish(self._comm.Ibcast(x, root), x)
 
-    def _release(self) -> None:
-        # With a call still under way a free would wait for it.
-        if not self._retired and not _mpi().Is_finalized():
+    def _release(self, together: bool) -> None:
+        # A free is collective; and with a call still under way it would wait for that.
+        if together and not self._retired and not _mpi().Is_finalized():
             self._comm.Free()
         self._comm = None
 

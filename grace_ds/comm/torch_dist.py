@@ -84,7 +84,7 @@ class TorchComm(FramedComm):
 
         self._finish(dist.broadcast(torch.from_numpy(x), self._ranks[root], group=self._group, async_op=True))
 
-    def _release(self) -> None:
+    def _release(self, together: bool) -> None:
         import torch.distributed as dist
 
         if dist.is_initialized():

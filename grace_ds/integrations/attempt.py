@@ -88,7 +88,7 @@ class Refresher:
                 Called in here, so that an error in it is agreed on like any other; it may use the transport.
 
         Raises:
-            PeerLost: a rank's process has ended or its host cannot be reached.
+            PeerLost: a rank's process has ended.
         """
         self._attempts += 1
         where = f"in refresh {version} at step {step}"

@@ -153,13 +153,17 @@ class Controller:
             "frozen": self.frozen,
         }
 
-    def close(self) -> None:
-        """Removes the layer hooks and closes the transport.  A second call does nothing."""
+    def close(self, together: bool = True) -> None:
+        """Removes the layer hooks and closes the transport.  A second call does nothing.
+
+        Args:
+            together: whether the other ranks do so too, now.
+        """
         self._closed = True
         if self.harvester is not None:
             self.harvester.sketcher.detach()
         self.lookout.close()
-        self.comm.close()
+        self.comm.close(together)
 
     # -- the micro-batch -----------------------------------------------------------------------------------------------
 

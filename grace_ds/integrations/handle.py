@@ -74,7 +74,7 @@ class Grace:
             try:
                 self._begin(geometry, len(dataset))
             except BaseException:
-                self.detach()
+                self._take_off(together=False)
                 raise
 
     def _begin(self, geometry: Geometry, samples: int) -> None:
@@ -87,7 +87,9 @@ class Grace:
         self.controller.start()
         self.engine.grace_ds = self
         weights.attached(self.controller)
-        progress.follow(self)
+        teller = progress.follow(self)
+        if teller is not None:
+            self._restore.append(teller.close)
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -152,17 +154,31 @@ class Grace:
             "step": self._step,
             "save_checkpoint": functools.partial(checkpoint.save, controller, self.engine),
             "load_checkpoint": functools.partial(checkpoint.load, controller, self.engine),
+            "destroy": self._destroy,
         }
         self._restore += [replace_method(self.engine, name, method) for name, method in ours.items()]
 
     def detach(self) -> None:
-        """Takes GRACE off the engine: hooks and methods are as before, the transport is closed.  A second call does nothing."""
+        """Takes GRACE off the engine: hooks and methods are as before, the transport is closed.  A second call does nothing.
+
+        ``engine.destroy()`` does it too.  To be called on every rank.
+        """
+        self._take_off(together=True)
+
+    def _take_off(self, together: bool) -> None:
         while self._restore:
             self._restore.pop()()
-        self.controller.close()
+        self.controller.close(together)
         if getattr(self.engine, "grace_ds", None) is self:
             self.engine.grace_ds = None
         weights.detached(self.controller)
+
+    def _destroy(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        try:
+            if not sys.is_finalizing():  # else all of it goes with the process
+                self._take_off(together=not _in_finalizer())
+        finally:
+            original(*args, **kwargs)
 
     def _unwatch(self) -> None:
         while self._watching:
@@ -213,6 +229,14 @@ class Grace:
     def _grad_scale(self) -> float:
         """What the step's gradients are to be multiplied with to be those of its micro-batches' losses."""
         return self.controller.geometry.accumulation / float(self.engine._get_optimizer_loss_scale() or 1.0)
+
+
+def _in_finalizer() -> bool:
+    """Whether an object is being deleted: DeepSpeed's engine then calls its ``destroy``, on each rank at a time of its own."""
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame.f_code.co_name == "__del__"
 
 
 def _speak_up() -> None:

@@ -1,22 +1,31 @@
 """What a surviving rank says: which rank is lost, and where this one stood when it noticed.
 
-A lost peer ends the job. In a refresh the transport fails first, and the survivors raise instead of training on towards a
-collective that cannot finish; in a training step the job's own collective fails, and the process's last line says why.
+A peer whose process has ended ends the job. In a refresh the transport fails first, and the survivors raise instead of training
+on towards a collective that cannot finish; in a training step the job's own collective fails, and the process's last line says
+why. A peer that only does not answer may come back: then GRACE alone is given up, and the job's own time limits decide.
 """
 
 from __future__ import annotations
 
+import itertools
+import logging
 import signal
 import sys
+import weakref
 from collections.abc import Callable
 from types import TracebackType
+from typing import ClassVar
 
 from grace_ds.comm.base import Comm
-from grace_ds.comm.rollcall import RollCall
+from grace_ds.comm.rollcall import ENDED, RollCall
 from grace_ds.errors import PeerLost, TransportError, TransportTimeout
+
+log = logging.getLogger("grace_ds")
 
 _PATIENCE = 2.0  # seconds in which a process that has let go of its connections ends
 _EXIT_SECONDS = 5  # for the end of this process, once it has said its last words
+_numbers = itertools.count()
+ExceptHook = Callable[[type[BaseException], BaseException, "TracebackType | None"], object]
 
 
 class Lookout:
@@ -30,26 +39,43 @@ class Lookout:
 
     def __init__(self, call: RollCall, comm: Comm, where: Callable[[], str]) -> None:
         self.call, self.comm, self.where = call, comm, where
-        self._before, self._ours = sys.excepthook, self._last_words
-        sys.excepthook = self._ours
+        self.number = next(_numbers)
+        _Hook.add(self)
 
     def check(self, error: TransportError, where: str) -> None:
-        """Called where the transport has failed; returns where every rank is still there.
+        """Called where the transport has failed; returns where no process is known to have ended, with a warning if one is mute.
 
         Raises:
-            PeerLost: some are not.
+            PeerLost: the process of a rank has ended.
         """
         # At a time-out everybody is as far as he will come; a connection breaks a little before its process has ended.
         missing = self.call.absent(0.0 if isinstance(error, TransportTimeout) else _PATIENCE)
-        if missing:
+        place = f"{where}{f', stage {error.stage}' if error.stage else ''}"
+        if ENDED in missing.values():
             self.comm.abandon()
-            raise PeerLost(self._words(missing, f"{where}{f', stage {error.stage}' if error.stage else ''}")) from error
+            raise PeerLost(self._words(missing, place)) from error
+        if missing:
+            log.warning(
+                "no answer from %s; noticed by rank %d %s. That does not say that it has ended: the job goes on, and GRACE does "
+                "as with a late rank. If it stays away, the job's next collective fails at its own time limit; check that host "
+                "and the network to it",
+                self.call.words(missing),
+                self.call.rank,
+                place,
+            )
 
     def close(self) -> None:
-        """Takes the hook off again, and asks nobody any more."""
-        if sys.excepthook == self._ours:
-            sys.excepthook = self._before
+        """Says nothing any more, and asks nobody."""
+        _Hook.remove(self)
         self.call.close()
+
+    def last_words(self, error: BaseException, trace: TracebackType | None) -> bool:
+        """Says who is missing where ``error``, which ends this process, came out of a collective; returns whether anybody is."""
+        missing = self.call.absent(_PATIENCE) if _in_a_collective(error, trace) else {}
+        if missing:
+            self.comm.abandon()
+            sys.stderr.write(f"grace_ds: {self._words(missing, self.where())}\n")
+        return bool(missing)
 
     def _words(self, missing: dict[int, str], where: str) -> str:
         return (
@@ -57,12 +83,40 @@ class Lookout:
             "The job cannot go on: start it again from its last checkpoint"
         )
 
-    def _last_words(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        self._before(kind, error, trace)
-        missing = self.call.absent(_PATIENCE) if _in_a_collective(error, trace) else {}
-        if missing:
-            self.comm.abandon()
-            sys.stderr.write(f"grace_ds: {self._words(missing, self.where())}\n")
+
+class _Hook:
+    """One ``sys.excepthook`` for all open lookouts, which it does not keep alive."""
+
+    open: ClassVar[weakref.WeakSet[Lookout]] = weakref.WeakSet()
+    current: ClassVar[_Hook | None] = None  # None: there is none, or there is nobody to speak
+
+    def __init__(self, before: ExceptHook) -> None:
+        self.before = before
+
+    @staticmethod
+    def add(lookout: Lookout) -> None:
+        """Takes the lookout in, and makes the hook the outermost one."""
+        _Hook.open.add(lookout)
+        if _Hook.current is None or sys.excepthook is not _Hook.current:
+            _Hook.current = _Hook(sys.excepthook)  # an older one below passes on and is silent
+            sys.excepthook = _Hook.current
+
+    @staticmethod
+    def remove(lookout: Lookout) -> None:
+        """Lets the lookout go; after the last one the hook is as before, unless somebody has put another over it."""
+        _Hook.open.discard(lookout)
+        if not _Hook.open and _Hook.current is not None:
+            if sys.excepthook is _Hook.current:
+                sys.excepthook = _Hook.current.before
+            _Hook.current = None
+
+    def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        self.before(kind, error, trace)
+        if self is not _Hook.current:
+            return
+        # The engines of one process have the same peers: the newest one that misses any says it for all.
+        newest_first = sorted(_Hook.open, key=lambda lookout: -lookout.number)
+        missing = any(lookout.last_words(error, trace) for lookout in newest_first)
         if missing or isinstance(error, PeerLost):
             # Libraries that say good-bye to their peers at exit would wait for the one that is lost.
             sys.stderr.flush()

@@ -37,7 +37,7 @@ class PipelineGrace(Grace):
     job_shuffles = False  # its default sampler does not
 
     def attach_hooks(self) -> None:
-        """Replaces ``train_batch``, ``save_checkpoint`` and ``load_checkpoint``; undone by :meth:`detach`."""
+        """Replaces ``train_batch``, ``save_checkpoint``, ``load_checkpoint`` and ``destroy``; undone by :meth:`detach`."""
         if self.config.weights != "none":
             raise ConfigError("weights: inverse_probability is not passed on to a PipelineEngine's loss; set weights: none")
         self._fed: TicketedLoader | None = None
@@ -45,6 +45,7 @@ class PipelineGrace(Grace):
             "train_batch": self._train_batch,
             "save_checkpoint": functools.partial(checkpoint.save, self.controller, self.engine),
             "load_checkpoint": self._load,
+            "destroy": self._destroy,
         }
         self._restore += [replace_method(self.engine, name, method) for name, method in ours.items()]
 

@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -33,9 +34,7 @@ def follow(handle: Any) -> Teller | None:
     if not where or handle.controller.comm.rank != 0:
         return None
     teller = Teller(handle.controller, *_speaker(where))
-    replace_method(handle.controller, "after_step", teller.stepped)
-    replace_method(handle.controller, "observe_loss", teller.heard)
-    atexit.register(teller.tell)
+    _tellers.add(teller)
     teller.tell()
     return teller
 
@@ -89,7 +88,7 @@ def _steps(count: int) -> str:
 
 
 class Teller:
-    """Reads a controller between its steps.
+    """Reads a controller between its steps, until :meth:`close`; the controller keeps it alive.
 
     Args:
         controller: of this rank, which is rank 0.
@@ -102,6 +101,10 @@ class Teller:
         self._loss = LossReader()
         self._due = 0.0
         self._seen: tuple[float, int] | None = None  # seconds of training and step at the last telling
+        self._undo = [
+            replace_method(controller, "after_step", self.stepped),
+            replace_method(controller, "observe_loss", self.heard),
+        ]
 
     def heard(self, original: Callable[..., Any], loss: Any) -> Any:
         """At each backward."""
@@ -128,6 +131,15 @@ class Teller:
         except Exception as error:  # never the job's affair
             self.say = _nobody
             log.warning("the progress cannot be told any more (%s: %s); training goes on", type(error).__name__, error)
+
+    def close(self) -> None:
+        """Says how the run stands for the last time.  A second call does nothing."""
+        while self._undo:
+            self._undo.pop()()
+        self.tell()
+        say, self.say = self.say, _nobody
+        if isinstance(say, _Datagrams):
+            say.close()
 
     def facts(self, step: int | None = None) -> Facts:
         """JSON-able; shares are of the wall time since the start, validation and saving included."""
@@ -196,16 +208,33 @@ def _speaker(where: str) -> tuple[Say, float]:
     """What takes the facts, and how often."""
     if where == LINES or not os.path.exists(where):  # rank 0 may run on another host than what draws
         return lambda facts: print(line(facts), flush=True), LINE_EVERY
-    sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    sender.setblocking(False)
+    return _Datagrams(where), DRAWN_EVERY
 
-    def send(facts: Facts) -> None:
+
+class _Datagrams:
+    """Sends facts to a datagram socket at the path ``where``."""
+
+    def __init__(self, where: str) -> None:
+        self._where, self._sender = where, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._sender.setblocking(False)
+
+    def __call__(self, facts: Facts) -> None:
         # Where it is busy, or gone, the next word will do.
         with contextlib.suppress(BlockingIOError, ConnectionRefusedError, FileNotFoundError):
-            sender.sendto(json.dumps(facts).encode(), where)
+            self._sender.sendto(json.dumps(facts).encode(), self._where)
 
-    return send, DRAWN_EVERY
+    def close(self) -> None:
+        self._sender.close()
 
 
 def _nobody(facts: Facts) -> None:
     pass
+
+
+_tellers: weakref.WeakSet[Teller] = weakref.WeakSet()
+
+
+@atexit.register
+def _tell_the_end() -> None:
+    for teller in list(_tellers):
+        teller.close()

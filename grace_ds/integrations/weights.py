@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -11,19 +12,18 @@ from grace_ds.errors import ConfigError
 from grace_ds.integrations.controller import Controller
 from grace_ds.records import FloatArray
 
-# The controllers of attached engines, the last one last.
-_attached: list[Controller] = []
+# The controllers of attached engines, the last one last; an engine that nobody holds is not held here either.
+_attached: list[weakref.ref[Controller]] = []
 
 
 def attached(controller: Controller) -> None:
     """From here on ``sample_weights()`` is about this controller's engine."""
-    _attached.append(controller)
+    _attached.append(weakref.ref(controller))
 
 
 def detached(controller: Controller) -> None:
     """And from here on no more."""
-    if controller in _attached:
-        _attached.remove(controller)
+    _attached[:] = [other for other in _attached if other() not in (None, controller)]
 
 
 def sample_weights(engine: Any = None) -> torch.Tensor:
@@ -39,10 +39,15 @@ def sample_weights(engine: Any = None) -> torch.Tensor:
         ConfigError: GRACE is attached to no engine, or no training forward has begun.
     """
     handle = getattr(engine, "grace_ds", None)
-    controller = handle.controller if handle is not None else _attached[-1] if _attached and engine is None else None
+    controller = handle.controller if handle is not None else _latest() if engine is None else None
     if controller is None:
         raise ConfigError("sample_weights() needs an engine with GRACE; call it after grace_ds.initialize, or leave it out")
     return torch.from_numpy(_of_last_batch(controller))
+
+
+def _latest() -> Controller | None:
+    living = [controller for controller in (ref() for ref in _attached) if controller is not None]
+    return living[-1] if living else None
 
 
 def _of_last_batch(c: Controller) -> FloatArray:

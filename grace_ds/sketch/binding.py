@@ -42,6 +42,8 @@ class Target:
         backward_seen: at least one layer has received its gradient.
     """
 
+    closed = True  # of one whose construction has failed: it holds nothing, and is deleted all the same
+
     def __init__(self, meter: Meter) -> None:
         self.spoiled = False
         self.backward_seen = False

@@ -137,8 +137,9 @@ def cut(folder: Path, way: str, place: str, how: str) -> tuple[int, dict[int, st
         hosts.cut("n2", how)
         (at / "cut").touch()
         # The far ranks end by themselves, their launcher with them; ssh notices within its own 15 seconds.
-        deadline = time.monotonic() + LIMIT + 3 * MARGIN
-        status = child.wait(LIMIT + 3 * MARGIN)
+        # In a refresh they go on to the job's own next collective.
+        deadline = time.monotonic() + 2 * LIMIT + 3 * MARGIN
+        status = child.wait(2 * LIMIT + 3 * MARGIN)
         while (left := living(str(at / "ext"))) and time.monotonic() < deadline:
             time.sleep(0.2)
         return status, left, out.read_text(), (at / "saved" / "latest").read_text()

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,41 @@ def test_a_job_without_a_grace_block_is_preempted_alike(tmp_path: Path) -> None:
     status, said = preempted("cli", tmp_path, write_config(tmp_path / "off.json", None), terminate)
     assert status == RESUME_ME, said
     assert (tmp_path / "saved" / "latest").exists()
+
+
+# How training is over (tests/multirank/over_job.py), and the exit status: a handler of the script's own ends it with 7.
+OVER = {
+    "destroy": -signal.SIGTERM,
+    "destroy usr1": -signal.SIGUSR1,
+    "destroy python": 7,
+    "slow pending destroy": -signal.SIGTERM,
+    "slow pending destroy python": 7,
+    "slow gone": -signal.SIGTERM,
+    "slow group": -signal.SIGTERM,
+    "wait": -signal.SIGTERM,  # the engine is there and takes no step any more
+    "wait python": 7,
+    "step": RESUME_ME,  # it does after all
+}
+
+
+@pytest.fixture(scope="module")
+def over(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """Exit status and output of each way."""
+    folder = tmp_path_factory.mktemp("over")
+    env = {**environment(folder), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    run_command([sys.executable, "-m", "tests.multirank.over_job", folder, *OVER], timeout=150, env=env)
+    codes = json.loads((folder / "codes.json").read_text())
+    return {way: (codes[way], (folder / way).read_text()) for way in OVER}
+
+
+@pytest.mark.parametrize("way", list(OVER))
+def test_a_signal_after_the_end_of_training_does_what_it_would_have_done(over: dict[str, tuple[int, str]], way: str) -> None:
+    status, said = over[way]
+    assert "steps 3" in said and "still here" not in said
+    assert status == OVER[way], said
+    assert ("former: SIGTERM" in said) == ("python" in way)
+    assert ("no optimizer step has begun since" in said) == way.startswith("wait")
+    assert ("SIGTERM: saving step 4" in said) == (way == "step")
 
 
 def test_a_signal_that_does_not_exist_is_named() -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import logging
 import signal
 import socket
 import sys
+import weakref
 from collections.abc import Iterator
 
 import pytest
 
+from grace_ds.comm import connect
 from grace_ds.comm.local import LocalComm
 from grace_ds.comm.rollcall import RollCall
 from grace_ds.errors import GraceError, PeerLost, TransportError, TransportTimeout, during
+from grace_ds.integrations import lookout as lookout_module
 from grace_ds.integrations.lookout import Lookout
 
 
@@ -21,7 +27,7 @@ def alone() -> Iterator[Lookout]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         gone = s.getsockname()
-    lookout = Lookout(RollCall(0, None, [gone, gone], ["a", "b"]), LocalComm(), lambda: "in training step 3")
+    lookout = Lookout(RollCall(0, [gone, gone], ["a", "b"]), LocalComm(), lambda: "in training step 3")
     before = signal.getsignal(signal.SIGALRM)
     try:
         yield lookout
@@ -29,6 +35,22 @@ def alone() -> Iterator[Lookout]:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
         lookout.close()
+
+
+@pytest.fixture
+def mute(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
+    """Where a connection is neither made nor refused: a queue that is full, as a host that is cut off looks."""
+    monkeypatch.setattr(connect, "_TRY_SECONDS", 0.4)
+    monkeypatch.setattr(lookout_module, "_PATIENCE", 0.2)
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.socket())
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(2):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        yield full.getsockname()
 
 
 def end_by(error: Exception) -> None:
@@ -69,9 +91,56 @@ def test_a_late_rank_is_told_from_a_lost_one(alone: Lookout) -> None:
         alone.check(TransportTimeout("late"), "in refresh 2")  # returns: it lives
 
 
+def test_a_rank_that_only_does_not_answer_ends_nothing(
+    alone: Lookout, mute: tuple[str, int], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = alone.call.addresses[1]
+    alone.call.addresses[1] = mute
+    with caplog.at_level(logging.WARNING, "grace_ds"):
+        alone.check(TransportTimeout("late"), "in refresh 2")  # returns: GRACE freezes, the job goes on
+        alone.check(TransportError("broken"), "in refresh 3")
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and all("no answer from rank 1 on b (its host cannot be reached)" in line for line in said)
+    assert "noticed by rank 0 in refresh 2" in said[0] and "the job goes on" in said[0]
+    end_by(TransportError("x"))  # the job's own collective has failed: now it is the best guess, and said
+    assert "lost: rank 1 on b (its host cannot be reached)" in capsys.readouterr().err
+    alone.call.addresses.append(gone)
+    alone.call.names.append("c")
+    with pytest.raises(PeerLost, match=r"rank 1 on b \(its host .*\), rank 2 on c \(its process has ended\)"):
+        alone.check(TransportTimeout("late"), "in refresh 2")
+
+
+def test_lookouts_that_nobody_holds_are_freed_and_foreign_hooks_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    before, seen = sys.excepthook, []
+
+    def foreign(*args: object) -> None:
+        seen.append(args)
+        below(*args)  # type: ignore[arg-type]
+
+    try:
+        first = Lookout(RollCall(0, [], []), LocalComm(), lambda: "")
+        below, sys.excepthook = sys.excepthook, foreign
+        second = Lookout(RollCall(0, [], []), LocalComm(), lambda: "")
+        refs = [weakref.ref(first), weakref.ref(second)]
+        end_by(TransportError("x"))
+        assert len(seen) == 1 and capsys.readouterr().err.count("TransportError: x") == 1
+        del first
+        gc.collect()
+        assert [ref() is None for ref in refs] == [True, False]
+        second.close()
+        assert sys.excepthook is foreign
+        del second
+        gc.collect()
+        assert refs[1]() is None
+        end_by(TransportError("x"))  # what is left of ours below passes on
+        assert capsys.readouterr().err.count("TransportError: x") == 1
+    finally:
+        sys.excepthook = before
+
+
 def test_closing_puts_the_hook_back_and_a_rank_by_itself_asks_nobody() -> None:
     before = sys.excepthook
-    lookout = Lookout(RollCall(0, None, [], []), LocalComm(), lambda: "")
+    lookout = Lookout(RollCall(0, [], []), LocalComm(), lambda: "")
     assert sys.excepthook is not before
     assert lookout.call.absent(patience=60.0) == {}
     lookout.close()

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import logging
+import sys
 
 import numpy as np
 import pytest
@@ -10,9 +12,12 @@ import torch
 from torch import nn
 
 from grace_ds.errors import CheckpointError, ConfigError, DataError
+from grace_ds.sketch.basis import BasisAccumulator
+from grace_ds.sketch.binding import Binding
 from grace_ds.sketch.layers import select_layers
 from grace_ds.sketch.project import bases, fold_table
 from grace_ds.sketch.sketcher import Sketcher
+from grace_ds.sketch.whiten import MomentAccumulator
 from tests.models import TinyGPT, text
 from tests.oracles import batch_of_one_gradients, sketch_of
 
@@ -324,6 +329,17 @@ def test_constructor_and_empty_binding_are_refused():
         Sketcher([], SEED)
     with pytest.raises(DataError, match="no ids"):
         sketcher_of(build()).begin(np.empty(0, np.int64))
+
+
+def test_what_was_not_constructed_is_deleted_without_a_word(monkeypatch):
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    for kind in (Binding, BasisAccumulator, MomentAccumulator):
+        with pytest.raises(TypeError):
+            kind()
+        kind.__new__(kind)  # as torch.compile leaves one behind
+        gc.collect()
+    assert [str(x.exc_value) for x in said] == []
 
 
 def test_peak_counts_projections_not_activations():
