@@ -40,7 +40,6 @@ class Grace:
 
     Attributes:
         controller: the state; ``controller.book`` is what the sampler reads.
-        config: as resolved.
         job_shuffles: whether the engine's own sampler, which shadow mode leaves in force, shuffles.
         job_sampler: the job's, for shadow mode; None: the engine's own.
     """
@@ -67,7 +66,7 @@ class Grace:
         if extras.order is None:
             extras = dataclasses.replace(extras, order=self._engine_order(len(dataset), config.seed))
         self.controller: Controller = build_controller(engine, dataset, config, geometry, self.collate.collate, extras)
-        self.config = config = self.controller.config
+        config = self.controller.config
         if config.run_dir is not None and self.controller.comm.rank == 0:
             keep_config(config)
         if config.mode == "train":
@@ -78,6 +77,11 @@ class Grace:
         engine.grace_ds = self
         weights.attached(self.controller)
         progress.follow(self)
+
+    @property
+    def config(self) -> GraceConfig:
+        """As resolved; where ``recipe: auto`` has had to fall back, with what it fell back to."""
+        return self.controller.config
 
     @property
     def metrics(self) -> dict[str, Any]:

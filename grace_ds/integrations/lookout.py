@@ -13,7 +13,7 @@ from types import TracebackType
 
 from grace_ds.comm.base import Comm
 from grace_ds.comm.rollcall import RollCall
-from grace_ds.errors import PeerLost, TransportError, TransportTimeout
+from grace_ds.errors import PeerLost, ProbeFailed, TransportError, TransportTimeout
 
 _PATIENCE = 2.0  # seconds in which a process that has let go of its connections ends
 _EXIT_SECONDS = 5  # for the end of this process, once it has said its last words
@@ -63,7 +63,9 @@ class Lookout:
         if missing:
             self.comm.abandon()
             sys.stderr.write(f"grace_ds: {self._words(missing, self.where())}\n")
-        if missing or isinstance(error, PeerLost):
+        if isinstance(error, ProbeFailed):
+            self.comm.abandon()  # the others wait in the job's own collective and will not come to ours
+        if missing or isinstance(error, PeerLost | ProbeFailed):
             # Libraries that say good-bye to their peers at exit would wait for the one that is lost.
             sys.stderr.flush()
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
