@@ -84,6 +84,20 @@ def tokens_of(item: Any, key: str = "auto", masked: bool = False) -> IntArray:
     raise DataError(f"no token ids in an item of type {type(item).__name__}{detail}; {CURE}")
 
 
+def key_of(item: Any, key: str = "auto") -> Any:
+    """Where :func:`tokens_of` finds the token ids of an item: a mapping's key, a tuple's position; None: it is they.
+
+    Raises:
+        DataError: no token ids were found.
+    """
+    tokens_of(item, key)
+    if isinstance(item, Mapping):
+        return key if key != "auto" else next(name for name in TOKEN_KEYS if name in item)
+    if _vector(item) is not None:
+        return None
+    return int(key) if key != "auto" else next(i for i, entry in enumerate(item) if _vector(entry) is not None)
+
+
 def _from_sequence(item: tuple[Any, ...] | list[Any], key: str) -> IntArray:
     """The first integer vector of a tuple or list, or the one at position ``key``."""
     if key == "auto":

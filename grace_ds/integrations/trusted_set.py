@@ -11,6 +11,7 @@ import numpy as np
 from grace_ds.config.schema import GraceConfig
 from grace_ds.errors import DataError
 from grace_ds.features import TokenReader, tokens_of
+from grace_ds.features.tokens import key_of, undisturbed_rng
 from grace_ds.order import Order, Permutation
 from grace_ds.selection.pseudo import LOOKED_AT, typical
 from grace_ds.sketch.probe import LossFn
@@ -48,7 +49,10 @@ def trusted_set(dataset: Any, reader: TokenReader | None, config: GraceConfig, e
     """
     trusted = extras.trusted_data
     if trusted is None and config.trusted is not None:
-        trusted = load_trusted(config.trusted, dataset[0], extras.tokenize)
+        probed = config.replay is None and config.collects and "gradients" in config.parts
+        with undisturbed_rng():
+            like = dataset[0]
+        trusted = load_trusted(config.trusted, like, extras.tokenize, key=_key(like, config), probed=probed)
     if trusted is None:
         return _typical_of(dataset, reader, config.seed) if reader is not None and config.pseudo_trusted else None
     if len(trusted) < _LEAST:
@@ -56,6 +60,14 @@ def trusted_set(dataset: Any, reader: TokenReader | None, config: GraceConfig, e
     if extras.validation_data is not None:
         refuse_overlap(trusted, extras.validation_data, lambda item: tokens_of(item, config.features.tokens_key))
     return trusted
+
+
+def _key(like: Any, config: GraceConfig) -> Any:
+    """Where an item has its token ids; None where it has none, or is them."""
+    try:
+        return key_of(like, config.features.tokens_key)
+    except DataError:
+        return None
 
 
 def _typical_of(dataset: Any, reader: TokenReader, seed: int) -> Any:
