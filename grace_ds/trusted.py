@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from grace_ds.errors import DataError
-from grace_ds.records import Array, IntArray
+from grace_ds.records import IntArray
 from grace_ds.trusted_items import ItemForm
 
 Tokenize = Callable[[str], Sequence[int]]

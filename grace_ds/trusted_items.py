@@ -144,7 +144,9 @@ class ItemForm:
                 f"{where}: the job's items are tuples of {len(self.like)}, and it cannot be told what of them is made from token "
                 f"ids; {PASS_DATASET}, or set recipe: content, which reads token ids alone"
             )
-        made = [value_like(value, like, f"{where}: entry {i}") for i, (value, like) in enumerate(zip(values, self.like, strict=True))]
+        made = [
+            value_like(value, like, f"{where}: entry {i}") for i, (value, like) in enumerate(zip(values, self.like, strict=True))
+        ]
         return type(self.like)(*made) if hasattr(self.like, "_fields") else type(self.like)(made)
 
 

@@ -75,9 +75,17 @@ def _typical_of(dataset: Any, reader: TokenReader, seed: int) -> Any:
     n = len(dataset)
     ids = np.sort(Permutation(n, seed)(np.arange(min(n, LOOKED_AT))))
     tokens = reader.all(ids)
-    chosen = ids[typical(tokens.flat, tokens.offsets)]
+    found = typical(tokens.flat, tokens.offsets)
+    chosen = ids[found.positions]
     if len(chosen) < _LEAST:
         log.warning("no trusted set, and the pool is too small to find typical samples in: density alone selects")
         return None
+    if found.smaller:
+        log.warning(
+            "no trusted set, and the pool has two kinds of text, of %d %% and %d %% of its samples; of the typical ones that "
+            "stand in for a trusted set %d %% are of the smaller kind: give a trusted set (trusted, or trusted_data=) to say "
+            "which is good",
+            *(round(100 * share) for share in (1 - found.smaller, found.smaller, found.among)),
+        )
     log.info("no trusted set: the %d most typical of %d samples of the pool stand in for one", len(chosen), len(ids))
     return TrustedDataset([dataset[int(i)] for i in chosen])

@@ -19,11 +19,19 @@ STEPS = 9
 ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 
 
-def written(file: Path, **replaced: Any) -> str:
-    """A trusted file; one row's tokens are ``replaced`` where asked for."""
-    rows = [{"input_ids": row.tolist(), "sid": [0]} for row in Corpus(64, salt=3).tokens]
-    if replaced:
-        rows[replaced["row"]]["input_ids"][3] = replaced["token"]
+def ids_alone(file: Path) -> str:
+    """The same trusted file with token ids alone."""
+    file.write_text("\n".join(json.dumps({"input_ids": row.tolist()}) for row in Corpus(64, salt=3).tokens))
+    return str(file)
+
+
+def written(file: Path, row: int = 5, token: int | None = None, short: int | None = None) -> str:
+    """A trusted file; one row has another ``token``, one is cut ``short``, where asked for."""
+    rows = [{"input_ids": tokens.tolist(), "sid": [0]} for tokens in Corpus(64, salt=3).tokens]
+    if token is not None:
+        rows[row]["input_ids"][3] = token
+    if short is not None:
+        rows[row]["input_ids"] = rows[row]["input_ids"][:short]
     file.write_text("\n".join(map(json.dumps, rows)))
     return str(file)
 
@@ -46,7 +54,11 @@ def launched(folder: Path) -> tuple[Records, str]:
         "made_on_one": {**base, "call": [1]},
         "made_loss_fn": {**base, "call": [0, 1], "loss_fn": {}},
         "made_auto": {**base, "call": [0, 1], "grace": auto},
-        "beyond": {**base, "grace": {**grace, "trusted": written(folder / "beyond.jsonl", row=5, token=VOCAB + 7)}},
+        "ids_content": {**base, "grace": {**grace, "recipe": "content", "trusted": ids_alone(folder / "ids.jsonl")}},
+        "named_content": {**base, "grace": {**grace, "recipe": "content"}},
+        "ids_grace": {**base, "grace": {**grace, "trusted": str(folder / "ids.jsonl")}},
+        "mixed": {**base, "grace": {**grace, "trusted": written(folder / "mixed.jsonl", short=7)}},
+        "beyond": {**base, "grace": {**grace, "trusted": written(folder / "beyond.jsonl", token=VOCAB + 7)}},
         "beyond_zero3": {**base, "ds": ZERO3, "grace": {**grace, "trusted": str(folder / "beyond.jsonl")}},
     }
     return run_jobs(folder, jobs, timeout=200)
@@ -99,6 +111,19 @@ def test_a_trusted_token_that_the_model_has_no_embedding_for_is_an_error_on_ever
             f"DataError: trusted sample 5 holds token id {VOCAB + 7}, and the model's embedding has {VOCAB} rows" in rank["error"]
         )
         assert "resize the embedding" in rank["error"]
+
+
+def test_trusted_token_ids_serve_a_job_whose_items_hold_more_where_only_text_is_read(records: Records) -> None:
+    for rank, named in zip(records["ids_content"], records["named_content"], strict=True):
+        assert rank["schedules"] == named["schedules"] and rank["params"] == named["params"]
+    for rank in records["ids_grace"]:
+        assert rank["error"].startswith("DataError: ") and "lacks ['sid']" in rank["error"]
+        assert "trusted_data" in rank["error"] and "recipe: content" in rank["error"]
+
+
+def test_trusted_samples_that_the_jobs_collate_cannot_join_are_an_error_on_every_rank(records: Records) -> None:
+    for rank in records["mixed"]:
+        assert "cannot join trusted samples (sample: tokens) 5: 7, 0: 17" in rank["error"]
 
 
 def test_an_error_inside_of_a_zero3_probe_ends_the_job_at_once(folder: Path) -> None:
