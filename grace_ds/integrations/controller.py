@@ -270,8 +270,8 @@ class Controller:
             refuse(self.config.recipe, why)
         if self.comm.rank == 0:
             log.warning(
-                "recipe: auto goes on as %s: a probe would have to repeat the job's call of its model, and %s; to have gradients "
-                "used, pass loss_fn=lambda module, batch: ... to grace_ds.initialize",
+                "recipe: auto goes on as %s: a probe would have to repeat the job's call of its model, which cannot be: %s; "
+                "pass loss_fn=lambda module, batch: ... to grace_ds.initialize, to have gradients used",
                 self.fallback,
                 why,
             )

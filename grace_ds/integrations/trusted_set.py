@@ -82,10 +82,12 @@ def _typical_of(dataset: Any, reader: TokenReader, seed: int) -> Any:
         return None
     if found.smaller:
         log.warning(
-            "no trusted set, and the pool has two kinds of text, of %d %% and %d %% of its samples; of the typical ones that "
-            "stand in for a trusted set %d %% are of the smaller kind: give a trusted set (trusted, or trusted_data=) to say "
-            "which is good",
-            *(round(100 * share) for share in (1 - found.smaller, found.smaller, found.among)),
+            "no trusted set, and the pool has two kinds of text, shares %.2f and %.2f of its samples; of the typical ones that "
+            "stand in for a trusted set a share of %.2f is of the smaller kind: give a trusted set (trusted, or trusted_data=) to "
+            "say which is good",
+            1 - found.smaller,
+            found.smaller,
+            found.among,
         )
     log.info("no trusted set: the %d most typical of %d samples of the pool stand in for one", len(chosen), len(ids))
     return TrustedDataset([dataset[int(i)] for i in chosen])

@@ -149,5 +149,5 @@ def test_two_kinds_are_warned_of_with_their_shares(caplog: pytest.LogCaptureFixt
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="grace_ds"):
             _typical_of([row.tolist() for row in rows], TokenReader([row.tolist() for row in rows]), 0)
-        assert ("two kinds of text, of 60 % and 40 % of its samples" in caplog.text) is says
+        assert ("two kinds of text, shares 0.60 and 0.40 of its samples" in caplog.text) is says
         assert ("give a trusted set" in caplog.text) is says
