@@ -83,8 +83,8 @@ def _typical_of(dataset: Any, reader: TokenReader, seed: int) -> Any:
     if found.smaller:
         log.warning(
             "no trusted set, and the pool has two kinds of text, shares %.2f and %.2f of its samples; of the typical ones that "
-            "stand in for a trusted set a share of %.2f is of the smaller kind: give a trusted set (trusted, or trusted_data=) to "
-            "say which is good",
+            "stand in for a trusted set a share of %.2f is of the smaller kind: give a trusted set (trusted, or trusted_data=) "
+            "to say which is good",
             1 - found.smaller,
             found.smaller,
             found.among,

@@ -94,7 +94,8 @@ def _smaller_kind(rows: list[IntArray], statistics: npt.NDArray[np.float64], voc
     if others.any():
         scores = likelihoods(whole, small.copy(), others, vocab)
         small[others] = scores[:, 1] > scores[:, 0]
-    return small if small.mean() <= 0.5 else ~small
+    smaller: Kinds = small if small.mean() <= 0.5 else ~small
+    return smaller
 
 
 def _divided(rows: list[IntArray], kinds: Kinds, half: Kinds, vocab: int) -> tuple[Kinds, npt.NDArray[np.float64]]:
