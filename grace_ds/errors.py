@@ -67,6 +67,10 @@ class PeerFailed(TransportError):
         self.ranks = ranks
 
 
+class ProbeFailed(GraceError):
+    """A probe has failed in the middle of a ZeRO-3 forward or backward, whose gathers the other ranks go on to: the job ends."""
+
+
 class TransportTimeout(TransportError):
     """A peer did not take part within the time limit; the transport must not be used again."""
 

@@ -64,12 +64,21 @@ class IssuedBatch:
         end: number of the micro-batch plus one; 0 for batches of the job's own sampler.
         leaves: its tensors, kept until it is trained on or replaced.
         batch: as the user has it.
+        entries: its leaves by their path, each with the number of changes made to it in place so far: as it was issued,
+            whatever the user then does with ``batch``.
     """
 
     ids: IntArray
     end: int
     leaves: list[torch.Tensor] = field(repr=False)
     batch: Any = field(repr=False, default=None)
+    entries: dict[tuple[Any, ...], tuple[Any, int]] = field(repr=False, default_factory=dict)
+
+    @staticmethod
+    def of(ids: IntArray, end: int, batch: Any) -> IssuedBatch:
+        """A batch that is given to the user now."""
+        entries = {path: (leaf, leaf_version(leaf)) for path, leaf in walk(batch)}
+        return IssuedBatch(ids, end, list(_leaves(batch)), batch, entries)
 
 
 class TicketedDataset(Dataset[Any]):
@@ -202,7 +211,7 @@ class Outstanding:
                 len(ids),
                 len(positions),
             )
-        issued = IssuedBatch(ids.numpy().copy(), end, list(_leaves(batch)), batch)
+        issued = IssuedBatch.of(ids.numpy().copy(), end, batch)
         if self._last is not None:
             _part(self._last, issued)
         self._last = issued
@@ -272,6 +281,20 @@ class TicketedLoader:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
+
+
+def walk(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """(keys from the root, leaf) of everything in nested mappings, lists and tuples that is none of these itself."""
+    if isinstance(tree, (Mapping, list, tuple)):
+        for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+            yield from walk(value, (*path, key))
+    else:
+        yield path, tree
+
+
+def leaf_version(leaf: Any) -> int:
+    """How often a tensor was changed in place; 0 for anything else."""
+    return int(leaf._version) if isinstance(leaf, torch.Tensor) and not leaf.is_inference() else 0
 
 
 def _leaves(tree: Any) -> Iterator[torch.Tensor]:

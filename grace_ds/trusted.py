@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 
 from grace_ds.errors import DataError
-from grace_ds.records import Array, IntArray
-
-PASS_DATASET = "pass a dataset whose items look like the job's as trusted_data to grace_ds.initialize"
-
+from grace_ds.records import IntArray
+from grace_ds.trusted_items import ItemForm
 
 Tokenize = Callable[[str], Sequence[int]]
 
@@ -32,15 +30,24 @@ class TrustedDataset:
         return self._items[index]
 
 
-def load_trusted(path: str | Path, like: Any, tokenize: Tokenize | None = None) -> TrustedDataset:
+def load_trusted(
+    path: str | Path, like: Any, tokenize: Tokenize | None = None, *, key: Any = "input_ids", probed: bool = True
+) -> TrustedDataset:
     """The trusted samples of a file, as items like the job's own.
+
+    Masks, positions and labels that the file does not hold are made where the job's own show what they are: ones, the count
+    from 0, the token ids themselves or the ones that follow.  Rows of several lengths are filled up to the longest where items
+    have an attention mask and labels, which are ignored there.
 
     Args:
         path: .jsonl, each line an object with ``input_ids`` (and any other entries that the job's items have); or .npy,
             integers of shape (n, T); or text: .txt, a document between blank lines, or .jsonl with ``text`` in the place
             of ``input_ids``.  Text is joined and cut into samples as long as ``like``.
-        like: an item of the job's dataset: a tensor, an array, a list of ints, or a dict of such.
+        like: an item of the job's dataset: a tensor, an array, a list of ints, or a dict or a tuple of such.
         tokenize: the job's tokeniser, for text.
+        key: of the token ids in ``like``, where that is a dict or a tuple.
+        probed: whether the model is to be run on the samples; else only their token ids are read, and entries of ``like``
+            that cannot be made are left out.
 
     Raises:
         DataError: the file is missing, empty or malformed (with file:line), or its rows do not fit ``like``.
@@ -48,11 +55,10 @@ def load_trusted(path: str | Path, like: Any, tokenize: Tokenize | None = None) 
     file = Path(path)
     if not file.is_file():
         raise DataError(f"trusted file {file} does not exist: correct trusted, or leave it null")
-    if isinstance(like, tuple):
-        raise DataError(f"{file}: the job's items are tuples, whose entries a file cannot name; {PASS_DATASET}")
+    form = ItemForm(like, key if isinstance(like, Mapping | tuple) else None, probed)
     texts = _texts(file)
     if texts is not None:
-        rows = _cut(file, texts, like, tokenize) if texts else []
+        rows = _cut(file, texts, form.length, tokenize) if texts else []
     elif file.suffix == ".jsonl":
         rows = _jsonl_rows(file)
     elif file.suffix == ".npy":
@@ -61,7 +67,7 @@ def load_trusted(path: str | Path, like: Any, tokenize: Tokenize | None = None) 
         raise DataError(f"trusted file {file}: suffix {file.suffix!r} is not known; give .jsonl, .npy or .txt")
     if not rows:
         raise DataError(f"trusted file {file} holds no samples: add some, or set trusted to null")
-    return TrustedDataset([_shaped(row, like, where) for where, row in rows])
+    return TrustedDataset(form.items(rows))
 
 
 def refuse_overlap(trusted: Any, validation: Any, tokens_of: Callable[[Any], IntArray]) -> None:
@@ -107,18 +113,13 @@ def _read_text(file: Path) -> str:
         raise DataError(f"trusted file {file} cannot be read as text: {error}") from error
 
 
-def _cut(file: Path, texts: list[str], like: Any, tokenize: Tokenize | None) -> list[tuple[str, dict[str, Any]]]:
+def _cut(file: Path, texts: list[str], length: int, tokenize: Tokenize | None) -> list[tuple[str, dict[str, Any]]]:
     """The tokens of all texts, one after another, in pieces as long as the job's own samples."""
     if tokenize is None:
         raise DataError(
             f"trusted file {file} holds text: pass tokenize=lambda text: [...token ids] to grace_ds.initialize, or a file "
             "with input_ids"
         )
-    if isinstance(like, Mapping):
-        if set(like) != {"input_ids"}:
-            raise DataError(f"{file}: the job's items have {sorted(map(str, like))}, text gives input_ids only; {PASS_DATASET}")
-        like = like["input_ids"]
-    length = len(like)
     tokens = np.concatenate([np.asarray(tokenize(text), np.int64) for text in texts])
     rows = tokens[: len(tokens) // length * length].reshape(-1, length)
     if not len(rows):
@@ -179,35 +180,3 @@ def _npy_rows(file: Path) -> list[tuple[str, dict[str, Any]]]:
     if array.ndim != 2 or array.dtype.kind not in "iu" or not array.shape[1]:
         raise DataError(f"trusted file {file} holds {array.dtype} of shape {array.shape}: integers (n, T) are needed")
     return [(f"{file}[{i}]", {"input_ids": row.astype(np.int64)}) for i, row in enumerate(array)]
-
-
-def _shaped(row: dict[str, Any], like: Any, where: str) -> Any:
-    """``row`` in the form of ``like``."""
-    if isinstance(like, Mapping):
-        missing = [key for key in like if key not in row]
-        if missing:
-            names = sorted(map(str, like))
-            raise DataError(f"{where}: the job's items have {names}, this row lacks {missing}; {PASS_DATASET}")
-        return {key: _value(row[key], like[key], f"{where}: {key}") for key in like}
-    return _value(row["input_ids"], like, f"{where}: input_ids")
-
-
-def _value(value: Any, like: Any, where: str) -> Any:
-    """``value`` as the kind of ``like``: a tensor or an array of its dtype, a list, or as it is."""
-    import torch
-
-    if not isinstance(like, (torch.Tensor, np.ndarray)):
-        if isinstance(value, np.ndarray):
-            value = value.tolist()
-        if isinstance(like, list) and not isinstance(value, list):
-            raise DataError(f"{where}: a list like the job's is needed, found {type(value).__name__}")
-        return value
-    try:
-        array: Array = np.asarray(value)
-    except ValueError as error:
-        raise DataError(f"{where}: not a regular array ({error})") from None
-    if array.dtype.kind not in "iufb" or array.ndim != like.ndim:
-        raise DataError(f"{where}: {like.ndim}-D numbers as in the job are needed, found {array.ndim}-D {array.dtype}")
-    if isinstance(like, np.ndarray):
-        return array.astype(like.dtype)
-    return torch.from_numpy(array.copy()).to(like.dtype)

@@ -51,13 +51,14 @@ class TokenBlock:
         return TokenBlock(np.asarray(ids, np.int64), flat.astype(np.int64, copy=False), offsets)
 
 
-def tokens_of(item: Any, key: str = "auto") -> IntArray:
+def tokens_of(item: Any, key: str = "auto", masked: bool = False) -> IntArray:
     """The token ids of one dataset item.
 
     Args:
         item: a 1-D integer tensor, array or list; a mapping; or a tuple or list of such.  A leading axis of length 1 is
             dropped; where a mapping holds an ``attention_mask``, the tokens that it masks are dropped.
         key: the mapping's key or the tuple's position; "auto" tries ``TOKEN_KEYS``, or takes the first integer entry.
+        masked: True leaves those that are masked where they are.
 
     Returns:
         (T,) int64.
@@ -71,7 +72,7 @@ def tokens_of(item: Any, key: str = "auto") -> IntArray:
         tokens = None if found is None else _vector(item[found])
         if tokens is None:
             raise DataError(f"no token ids in a dict with keys {sorted(map(str, item))} (looked for {names}); {CURE}")
-        return _unmasked(tokens, item)
+        return tokens if masked else _unmasked(tokens, item)
     direct = _vector(item)
     if direct is not None:
         return direct
@@ -80,6 +81,20 @@ def tokens_of(item: Any, key: str = "auto") -> IntArray:
     shape = getattr(item, "shape", None)
     detail = "" if shape is None else f" of shape {tuple(shape)} and dtype {getattr(item, 'dtype', None)}"
     raise DataError(f"no token ids in an item of type {type(item).__name__}{detail}; {CURE}")
+
+
+def key_of(item: Any, key: str = "auto") -> Any:
+    """Where :func:`tokens_of` finds the token ids of an item: a mapping's key, a tuple's position; None: it is they.
+
+    Raises:
+        DataError: no token ids were found.
+    """
+    tokens_of(item, key)
+    if isinstance(item, Mapping):
+        return key if key != "auto" else next(name for name in TOKEN_KEYS if name in item)
+    if _vector(item) is not None:
+        return None
+    return int(key) if key != "auto" else next(i for i, entry in enumerate(item) if _vector(entry) is not None)
 
 
 def _from_sequence(item: tuple[Any, ...] | list[Any], key: str) -> IntArray:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from grace_ds.errors import GraceError, PeerFailed, PeerLost, TransportError, TransportTimeout, during
+from grace_ds.errors import GraceError, PeerFailed, PeerLost, ProbeFailed, TransportError, TransportTimeout, during
 from grace_ds.harvest import Harvester
 from grace_ds.integrations import cadence
 from grace_ds.integrations.agreement import Agreement
@@ -80,6 +80,10 @@ class Refresher:
         self.comm = pipeline.comm
         self._attempts = 0
 
+    def change(self, pipeline: Pipeline) -> None:
+        """Goes on with ``pipeline``, without anything that is read from the backward."""
+        self.pipeline, self.harvester, self.trust = pipeline, None, None
+
     def attempt(self, step: int, version: int, stand: Callable[[], Inputs]) -> Result:
         """Makes schedule ``version`` after ``step`` optimizer steps.  Collective; no exception leaves another rank waiting.
 
@@ -89,13 +93,14 @@ class Refresher:
 
         Raises:
             PeerLost: a rank's process has ended.
+            ProbeFailed: a probe has failed where other ranks wait for this one in the job's own collective.
         """
         self._attempts += 1
         where = f"in refresh {version} at step {step}"
         try:
             fresh = self._make(stand)
             return Result(fresh, self._agree(where))
-        except PeerLost:
+        except (PeerLost, ProbeFailed):
             raise
         except PeerFailed as error:
             log.warning("step %d: %s; schedule %d stays", step, error, version - 1)
@@ -115,7 +120,7 @@ class Refresher:
         interval = int(self.comm.broadcast(np.array([x.interval], np.int64))[0])
         reference, fitted = x.reference, None
         wanted = self._wants_basis(x, interval) and cadence.basis_due(reference, x.version)
-        if self.trust is not None and wanted:
+        if self.trust is not None and self.trust.ready and wanted:
             with during("trusted basis"):
                 fitted = self.trust.fit(x.version, self.pipeline.pool.window_at(x.version))
             reference = {**reference, x.version: fitted.unit}
@@ -124,7 +129,8 @@ class Refresher:
             with during("harvest"):
                 harvest = self.harvester.pending(self.comm)
             x, mean = dataclasses.replace(x, rows=harvest.rows, losses=harvest.losses), harvest.running_mean
-        if self.trust is not None and mean is not None and not x.uniform and "loss" in weighed_parts(self.pipeline, x):
+        weighed = mean is not None and not x.uniform and "loss" in weighed_parts(self.pipeline, x)
+        if self.trust is not None and self.trust.ready and mean is not None and weighed:
             with during("trusted losses"):
                 x = dataclasses.replace(x, loss_limits=Limits.around(self.trust.losses(x.version) - np.float32(mean)))
         outcome = refresh(self.pipeline, x)

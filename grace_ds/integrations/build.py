@@ -22,6 +22,7 @@ from grace_ds.harvest import Harvester
 from grace_ds.integrations.agreement import agreement_of
 from grace_ds.integrations.controller import Controller
 from grace_ds.integrations.engine import is_pipeline, shares_model
+from grace_ds.integrations.probed import Form
 from grace_ds.integrations.record import monitor_of, preview_of
 from grace_ds.integrations.together import together
 from grace_ds.integrations.trust import Probes, TrustedProbe
@@ -62,19 +63,30 @@ def build_controller(
     if config.total_steps:
         repeats = check_repeats(config.total_steps, geometry.batch, config.budget, n, config.max_repeats)
         log.info("implied repeats of a chosen sample: %.2f", repeats)
+    fallback = _fallback(config)
     config, sketcher = settled(config, engine)
     # Ranks that work on the same samples must agree on them, so that all take part in one refresh.
     group = None if shares_model(engine) else engine.data_parallel_group
     comm = choose(config.comm, dp_group=group, timeout=config.refresh.timeout_seconds)
+    probed = sketcher is not None and "gradients" in config.parts
+    whole = not (shares_model(engine) or is_pipeline(engine))
+
+    def read() -> tuple[Parts, Form]:
+        parts = prepare(dataset, config, geometry, extras)
+        form = Form.of(engine.module, dataset, config.features.tokens_key) if whole and parts.trusted is not None else Form()
+        if parts.trusted is not None:
+            form.check_all(parts.trusted, collate if probed else None)
+        return parts, form
+
     undo: list[Callable[[], None]] = [comm.close]
     try:
-        parts: Parts = together(comm, lambda: prepare(dataset, config, geometry, extras))
+        parts, form = together(comm, read)
         pipeline = pipeline_of(comm, config, geometry, parts, device=str(engine.device))
         harvester = Harvester(sketcher.attach(), config.harvest) if sketcher is not None else None
         if harvester is not None:
             undo.append(harvester.sketcher.detach)
         trust = None
-        if harvester is not None and parts.trusted is not None and "gradients" in config.parts:
+        if harvester is not None and parts.trusted is not None and probed:
             trust = TrustedProbe(
                 engine.module,
                 harvester.sketcher,
@@ -88,10 +100,11 @@ def build_controller(
                 comm,
                 config.seed,
                 Probes.of(config.refresh.probe_share, config.refresh.interval_steps, geometry.batch),
+                form,
             )
         show = preview_of(dataset, config.features.tokens_key)
         agreement, call = agreement_of(comm), RollCall.open(os.environ)
-        return Controller(config, geometry, pipeline, harvester, agreement, call, trust, monitor_of(engine), show)
+        return Controller(config, geometry, pipeline, harvester, agreement, call, trust, monitor_of(engine), show, fallback)
     except BaseException:
         while undo:
             undo.pop()()
@@ -107,19 +120,25 @@ def settled(config: GraceConfig, engine: Any) -> tuple[GraceConfig, Sketcher | N
     Raises:
         ConfigError: gradients or layers are asked for by name, and cannot be had.
     """
-    most = recipe(config.recipe)
-    auto, config = config.recipe == AUTO, replace(config, recipe=most.name)
+    fallback = _fallback(config)
+    config = replace(config, recipe=recipe(config.recipe).name)
     if config.replay is not None or not config.collects:
         return config, None
     try:
         sketcher = sketcher_of(config, engine)
     except ConfigError as error:
-        if not auto or most.fallback is None or list(config.harvest.layers) != ["auto"]:
+        if fallback is None:
             raise
-        log.info("recipe: auto is %s here: %s", most.fallback, error)
-        return replace(config, recipe=most.fallback, ablate=[]), None
+        log.info("recipe: auto is %s here: %s", fallback, error)
+        return replace(config, recipe=fallback, ablate=[]), None
     log.info("recipe: %s", config.recipe)
     return config, sketcher
+
+
+def _fallback(config: GraceConfig) -> str | None:
+    """What ``recipe: auto`` becomes where gradients cannot be used; None where they are asked for by name."""
+    auto = config.recipe == AUTO and list(config.harvest.layers) == ["auto"]
+    return recipe(config.recipe).fallback if auto else None
 
 
 def sketcher_of(config: GraceConfig, engine: Any) -> Sketcher:

@@ -20,9 +20,10 @@ from grace_ds.harvest import Harvester
 from grace_ds.integrations import cadence
 from grace_ds.integrations.agreement import Agreement
 from grace_ds.integrations.attempt import Fresh, Refresher
+from grace_ds.integrations.call import refuse
 from grace_ds.integrations.judging import by_role, collect_every, decision_of, worth_harvesting, worth_reading
 from grace_ds.integrations.lookout import Lookout
-from grace_ds.integrations.record import EventWriter, Metrics, Preview, Recorder
+from grace_ds.integrations.record import EventWriter, Metrics, Preview, Recorder, keep_config
 from grace_ds.integrations.trust import TrustedProbe
 from grace_ds.integrations.watch import StepWatch
 from grace_ds.kept import Kept
@@ -53,6 +54,7 @@ class Controller:
         trust: fits the trusted basis at a refresh; None without a trusted set.
         write_events: called on rank 0 after each refresh.
         preview: what the dataset shows of a sample, for ``run_dir``.
+        fallback: recipe that the run goes on with where probes cannot be made; None: that is an error.
     """
 
     def __init__(
@@ -66,9 +68,10 @@ class Controller:
         trust: TrustedProbe | None,
         write_events: EventWriter,
         preview: Preview | None = None,
+        fallback: str | None = None,
     ) -> None:
         self.config, self.geometry, self.pipeline = config, geometry, pipeline
-        self.harvester, self.trust = harvester, trust
+        self.harvester, self.trust, self.fallback = harvester, trust, fallback
         self.comm: Comm = pipeline.comm
         self.lookout = Lookout(call, self.comm, lambda: f"in training step {self.step + 1}")
         self.agreement = agreement
@@ -173,9 +176,8 @@ class Controller:
         if issued is None:
             return
         self.weighed = issued
-        if self.trust is not None and not self.trust.call.known:
-            args, kwargs = inputs
-            self.trust.call.learn(args, kwargs, issued.batch)
+        if self.trust is not None:
+            self.trust.saw(*inputs, issued)
         binding: Binding | Reading | None = None
         if self.harvester is not None and len(issued.ids) and issued.ids.min() >= 0:
             sketcher = self.harvester.sketcher
@@ -188,6 +190,8 @@ class Controller:
     def after_forward(self, output: Any) -> Seen | None:
         """At its end: reads per-sample losses where the output holds the loss; returns what to pass to :meth:`on_backward`."""
         current, self._current = self._current, None
+        if current is not None and self.trust is not None:
+            self.trust.returned(output)
         if current is not None and current[1] is not None:
             assert self.harvester is not None
             self.harvester.sketcher.end()
@@ -312,10 +316,51 @@ class Controller:
             self.lead = max(self.lead, self.sampler.issued * g.micro - self.cursor)
         else:
             self.cursor += g.batch
-        with undisturbed_rng():  # both read the dataset
+        with undisturbed_rng():  # all of it may read the dataset
             self.recorder.settle()
-            if cadence.is_due(self.config, step, self.next_refresh) and not self.frozen and self.config.replay is None:
+            due = cadence.is_due(self.config, step, self.next_refresh) and not self.frozen and self.config.replay is None
+            if self.trust is not None and not self.frozen and self.trust.asks(due):
+                self._settle(self.trust)
+            if due and not self.frozen:
                 self.refresh()
+
+    def _settle(self, trust: TrustedProbe) -> None:
+        """Goes on without gradients, or ends the run, where a probe cannot repeat the job's call.  Collective.
+
+        Raises:
+            ConfigError: the recipe was asked for by name; on every rank.
+        """
+        try:
+            why = trust.settle()
+        except TransportError as error:
+            self.lookout.check(error, f"after training step {self.step}, stage call")
+            self.retire(str(error))
+            return
+        if not why:
+            return
+        if self.fallback is None:
+            refuse(self.config.recipe, why)
+        if self.comm.rank == 0:
+            log.warning(
+                "recipe: auto goes on as %s: a probe would have to repeat the job's call of its model, which cannot be: %s; "
+                "pass loss_fn=lambda module, batch: ... to grace_ds.initialize, to have gradients used",
+                self.fallback,
+                why,
+            )
+        self._fall_back(self.fallback)
+
+    def _fall_back(self, to: str) -> None:
+        """Goes on under a recipe that reads nothing from the backward; what was read so far is dropped."""
+        assert self.harvester is not None
+        self.harvester.sketcher.detach()
+        self.config = dataclasses.replace(self.config, recipe=to, ablate=[])
+        self.pipeline = dataclasses.replace(self.pipeline, config=self.config)
+        self.harvester = self.trust = self.basis = None
+        self.refresher.change(self.pipeline)
+        self.table, self.seen = Table(Rows.empty(self.config.harvest.dim)), Table(Losses.empty())
+        self.kept, self.reference = Kept(self.kept.content), {}
+        if self.config.run_dir is not None and self.comm.rank == 0:
+            keep_config(self.config)
 
     # -- the refresh ---------------------------------------------------------------------------------------------------
 

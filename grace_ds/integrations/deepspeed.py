@@ -45,7 +45,7 @@ def initialize(
         validation_data: the job's validation set, map-style; only read to make sure that no trusted sample is in it.
         tokenize: text → token ids, for a ``trusted`` file of text.
         loss_fn: (module, batch) → scalar mean loss, for the trusted probe; needed only where the module's output
-            holds no loss.
+            holds no loss, or the job calls it with more than entries of the batch, cuts of them and constants.
 
     Raises:
         ConfigError: the block is wrong, or it is on and no ``training_data`` is given.

@@ -42,7 +42,6 @@ class Grace:
 
     Attributes:
         controller: the state; ``controller.book`` is what the sampler reads.
-        config: as resolved.
         job_shuffles: whether the engine's own sampler, which shadow mode leaves in force, shuffles.
         job_sampler: the job's, for shadow mode; None: the engine's own.
     """
@@ -78,7 +77,7 @@ class Grace:
                 raise
 
     def _begin(self, geometry: Geometry, samples: int) -> None:
-        self.config = config = self.controller.config
+        config = self.controller.config
         if config.run_dir is not None and self.controller.comm.rank == 0:
             keep_config(config)
         if config.mode == "train":
@@ -90,6 +89,11 @@ class Grace:
         teller = progress.follow(self)
         if teller is not None:
             self._restore.append(teller.close)
+
+    @property
+    def config(self) -> GraceConfig:
+        """As resolved; where ``recipe: auto`` has had to fall back, with what it fell back to."""
+        return self.controller.config
 
     @property
     def metrics(self) -> dict[str, Any]:

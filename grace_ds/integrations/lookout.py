@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from grace_ds.comm.base import Comm
 from grace_ds.comm.rollcall import ENDED, RollCall
-from grace_ds.errors import PeerLost, TransportError, TransportTimeout
+from grace_ds.errors import PeerLost, ProbeFailed, TransportError, TransportTimeout
 
 log = logging.getLogger("grace_ds")
 
@@ -117,7 +117,10 @@ class _Hook:
         # The engines of one process have the same peers: the newest one that misses any says it for all.
         newest_first = sorted(_Hook.open, key=lambda lookout: -lookout.number)
         missing = any(lookout.last_words(error, trace) for lookout in newest_first)
-        if missing or isinstance(error, PeerLost):
+        if isinstance(error, ProbeFailed):
+            for lookout in newest_first:
+                lookout.comm.abandon()  # the others wait in the job's own collective and will not come to ours
+        if missing or isinstance(error, PeerLost | ProbeFailed):
             # Libraries that say good-bye to their peers at exit would wait for the one that is lost.
             sys.stderr.flush()
             signal.signal(signal.SIGALRM, signal.SIG_DFL)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,12 @@ import torch
 
 from grace_ds.comm.base import Comm
 from grace_ds.errors import DataError
+from grace_ds.integrations.call import Call
+from grace_ds.integrations.probed import Form
+from grace_ds.integrations.together import together
 from grace_ds.records import FloatArray, IntArray
 from grace_ds.rng import undisturbed_rng
+from grace_ds.sampler import IssuedBatch
 from grace_ds.selection.prior import robust_location
 from grace_ds.sketch.basis import TrustedBasis
 from grace_ds.sketch.losses import scalar_loss
@@ -89,10 +94,14 @@ class TrustedProbe:
         collate: the job's.
         rows: samples of a probe's batch.
         device: of the module.
-        loss_fn: (module, batch) → mean loss; default: calls the module with the batch and takes the loss from its output.
+        loss_fn: (module, batch) → mean loss; default: calls the module as the job does and takes the loss from its output.
         comm: between the ranks.
         seed: of the run.
         count: samples of the probes.
+        form: what a sample must be to be probed.
+
+    Attributes:
+        ready: whether probes can be made; equal on all ranks.  Without a ``loss_fn`` not before :meth:`settle` has found so.
     """
 
     def __init__(
@@ -109,14 +118,68 @@ class TrustedProbe:
         comm: Comm,
         seed: int,
         count: Probes,
+        form: Form | None = None,
     ) -> None:
         self.module, self.sketcher, self.dataset, self.halves, self.pool = module, sketcher, dataset, halves, pool
         self.collate, self.rows, self.device, self.comm, self.seed = collate, rows, device, comm, seed
-        self.count = count
+        self.count, self.form = count, form or Form()
         self.gradient: TrustedBasis | None = None  # of the basis in force; earlier ones remembered
         self.probed = 0  # samples that this rank has run through the model for probes
-        self.call = Call()
-        self.loss_fn: LossFn = loss_fn or self.call.loss
+        self.call = Call() if loss_fn is None else None
+        self.loss_fn: LossFn = loss_fn or self._repeat
+        self.ready = self._settled = loss_fn is not None
+        self._steps = 0  # that were asked about
+
+    # -- the job's call ------------------------------------------------------------------------------------------------
+
+    def saw(self, args: tuple[Any, ...], kwargs: dict[str, Any], issued: IssuedBatch) -> None:
+        """A training forward begins: the job has called its module with the batch ``issued``."""
+        if self.call is not None and self.call.watching:
+            self.call.learn(args, kwargs, issued)
+
+    def returned(self, output: Any) -> None:
+        """What that forward has returned."""
+        if self.call is not None:
+            self.call.returned(output)
+
+    def asks(self, refresh: bool) -> bool:
+        """Whether :meth:`settle` is to be called after this optimizer step.  Equal on all ranks, which call it at each step.
+
+        Args:
+            refresh: whether a refresh follows.
+        """
+        if self.call is None:
+            return False
+        self._steps += 1
+        return refresh or not (self._settled or self._steps & (self._steps - 1))  # ever more rarely
+
+    def settle(self) -> str:
+        """Has the ranks agree on whether a probe can repeat the job's call; returns why it cannot, else nothing.  Collective."""
+        assert self.call is not None
+        # A gradient at hand comes from a checkpoint at the latest: an earlier process of the run has proven the call.
+        known = self.call.known(proven=self.gradient is not None)
+        mine = [known, known and self.call.seen > 1, self.call.verdict()]
+        told = [json.loads(x.tobytes()) for x in self.comm.allgather(np.frombuffer(json.dumps(mine).encode(), np.uint8))]
+        self.ready, self._settled = all(known for known, _, _ in told), all(twice for _, twice, _ in told)
+        self.call.look_again()
+        why = next((f"{words} (rank {rank})" for rank, (_, _, words) in enumerate(told) if words), "")
+        self.ready = self.ready and not why
+        return why
+
+    def _repeat(self, module: torch.nn.Module, batch: Any) -> torch.Tensor:
+        """The loss of the job's own call of the module with another batch."""
+        assert self.call is not None
+        args, kwargs = self.call.rebuild(batch)
+        output = module(*args, **kwargs)
+        loss = scalar_loss(output)
+        if loss is None:
+            raise DataError(
+                f"the model's output ({type(output).__name__}) holds no scalar loss, which the trusted probe needs; pass "
+                f"loss_fn=lambda module, batch: ... to grace_ds.initialize, or set recipe: content"
+            )
+        return loss
+
+    # -- the probes ----------------------------------------------------------------------------------------------------
 
     def fit(self, version: int, window: IntArray) -> Fitted:
         """Basis number ``version`` of the model as it is now.  Collective; nothing is taken over yet.
@@ -130,7 +193,7 @@ class TrustedProbe:
         """
         fitting, judging = self.halves
         moments = self.sketcher.moments()
-        batches = self._batches(self.pool, self._draw(window, version, 1, self.count.pool))
+        batches = self._batches(self.pool, self._draw(window, version, 1, self.count.pool), "pool")
         probe_basis(self.module, batches, self.loss_fn, self.sketcher, moments)
         second = moments.fit(self.comm.allreduce(moments.pack()))
         target = self.sketcher.accumulator(self.sketcher.rank)
@@ -180,70 +243,29 @@ class TrustedProbe:
         at = (self.comm.rank * each + np.arange(each)) % len(chosen)
         return np.asarray(chosen[at], np.int64)
 
-    def _batches(self, dataset: Any, ids: IntArray) -> list[tuple[IntArray, Any]]:
-        """This rank's batches of one probe.  Collective.
+    def _batches(self, dataset: Any, ids: IntArray, which: str = "trusted") -> list[tuple[IntArray, Any]]:
+        """This rank's batches of one probe, of samples that are called ``which`` in messages.  Collective.
 
-        All are read before the probe begins: ZeRO-3 gathers weights inside of it, so a rank whose data fail in the middle
-        would leave the others waiting in the job's own collective.
-        """
-        parts = [ids[start : start + self.rows] for start in range(0, len(ids), self.rows)]
-        with undisturbed_rng():
-            batches = [self.collate([dataset[int(i)] for i in part]) for part in parts]
-        moved = [(part, _to(batch, self.device)) for part, batch in zip(parts, batches, strict=True)]
-        self.comm.agree()
-        self.probed += len(ids)
-        return moved
-
-
-class Call:
-    """How the job puts a batch into its module, learned from one of its own calls; until then the batch goes in whole."""
-
-    def __init__(self) -> None:
-        self.known = False
-        self._args: list[tuple[str, Any]] = [("whole", None)]
-        self._kwargs: dict[str, tuple[str, Any]] = {}
-
-    def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any) -> None:
-        """Takes over a call of the module with ``batch``, parts of it, or copies of either on another device."""
-        self._args = [_source(x, batch) for x in args]
-        self._kwargs = {name: _source(x, batch) for name, x in kwargs.items()}
-        self.known = True
-
-    def loss(self, module: torch.nn.Module, batch: Any) -> torch.Tensor:
-        """The module's loss on another batch of the same form.
+        All are read and checked before the probe begins: ZeRO-3 gathers weights inside of it, so a rank whose data fail in
+        the middle would leave the others waiting in the job's own collective.
 
         Raises:
-            DataError: the output holds no scalar loss.
+            DataError: a sample cannot be probed; on every rank.
         """
-        args = [_fetch(source, batch) for source in self._args]
-        output = module(*args, **{name: _fetch(source, batch) for name, source in self._kwargs.items()})
-        loss = scalar_loss(output)
-        if loss is None:
-            raise DataError(
-                f"the model's output ({type(output).__name__}) holds no scalar loss, which the trusted probe needs; pass "
-                f"loss_fn=lambda module, batch: ... to grace_ds.initialize, or set recipe: content"
-            )
-        return loss
+        parts = [ids[start : start + self.rows] for start in range(0, len(ids), self.rows)]
 
+        def read() -> list[tuple[IntArray, Any]]:
+            with undisturbed_rng():
+                batches = [self.form.batch(dataset, part, self.collate, which) for part in parts]
+            moved = [(part, _to(batch, self.device)) for part, batch in zip(parts, batches, strict=True)]
+            if self.call is not None:
+                for _, batch in moved:
+                    self.call.rebuild(batch)
+            return moved
 
-def _source(x: Any, batch: Any) -> tuple[str, Any]:
-    """Where an argument of the module comes from: the whole batch, one of its entries, or neither."""
-    if x is batch or type(x) is type(batch):
-        return "whole", None
-    entries = batch.items() if isinstance(batch, Mapping) else enumerate(batch) if isinstance(batch, (list, tuple)) else ()
-    for key, value in entries:
-        if x is value or (isinstance(x, torch.Tensor) and isinstance(value, torch.Tensor) and _same(x, value)):
-            return "entry", key
-    return "constant", x
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.detach().cpu(), b.detach().cpu())
-
-
-def _fetch(source: tuple[str, Any], batch: Any) -> Any:
-    kind, what = source
-    return batch if kind == "whole" else batch[what] if kind == "entry" else what
+        moved = together(self.comm, read)
+        self.probed += len(ids)
+        return moved
 
 
 def _to(tree: Any, device: torch.device) -> Any:
@@ -252,5 +274,6 @@ def _to(tree: Any, device: torch.device) -> Any:
     if isinstance(tree, dict):
         return {key: _to(value, device) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(_to(value, device) for value in tree)
+        moved = [_to(value, device) for value in tree]
+        return type(tree)(*moved) if hasattr(tree, "_fields") else type(tree)(moved)
     return tree

@@ -11,7 +11,9 @@ import numpy as np
 from grace_ds.config.schema import GraceConfig
 from grace_ds.errors import DataError
 from grace_ds.features import TokenReader, tokens_of
+from grace_ds.features.tokens import key_of
 from grace_ds.order import Order, Permutation
+from grace_ds.rng import undisturbed_rng
 from grace_ds.selection.pseudo import LOOKED_AT, typical
 from grace_ds.sketch.probe import LossFn
 from grace_ds.trusted import Tokenize, TrustedDataset, load_trusted, refuse_overlap
@@ -48,7 +50,10 @@ def trusted_set(dataset: Any, reader: TokenReader | None, config: GraceConfig, e
     """
     trusted = extras.trusted_data
     if trusted is None and config.trusted is not None:
-        trusted = load_trusted(config.trusted, dataset[0], extras.tokenize)
+        probed = config.replay is None and config.collects and "gradients" in config.parts
+        with undisturbed_rng():
+            like = dataset[0]
+        trusted = load_trusted(config.trusted, like, extras.tokenize, key=_key(like, config), probed=probed)
     if trusted is None:
         return _typical_of(dataset, reader, config.seed) if reader is not None and config.pseudo_trusted else None
     if len(trusted) < _LEAST:
@@ -58,14 +63,32 @@ def trusted_set(dataset: Any, reader: TokenReader | None, config: GraceConfig, e
     return trusted
 
 
+def _key(like: Any, config: GraceConfig) -> Any:
+    """Where an item has its token ids; None where it has none, or is them."""
+    try:
+        return key_of(like, config.features.tokens_key)
+    except DataError:
+        return None
+
+
 def _typical_of(dataset: Any, reader: TokenReader, seed: int) -> Any:
     """The pool's most typical samples, the same on every rank: each reads the same few thousand itself."""
     n = len(dataset)
     ids = np.sort(Permutation(n, seed)(np.arange(min(n, LOOKED_AT))))
     tokens = reader.all(ids)
-    chosen = ids[typical(tokens.flat, tokens.offsets)]
+    found = typical(tokens.flat, tokens.offsets)
+    chosen = ids[found.positions]
     if len(chosen) < _LEAST:
         log.warning("no trusted set, and the pool is too small to find typical samples in: density alone selects")
         return None
+    if found.smaller:
+        log.warning(
+            "no trusted set, and the pool has two kinds of text, shares %.2f and %.2f of its samples; of the typical ones that "
+            "stand in for a trusted set a share of %.2f is of the smaller kind: give a trusted set (trusted, or trusted_data=) "
+            "to say which is good",
+            1 - found.smaller,
+            found.smaller,
+            found.among,
+        )
     log.info("no trusted set: the %d most typical of %d samples of the pool stand in for one", len(chosen), len(ids))
     return TrustedDataset([dataset[int(i)] for i in chosen])

@@ -41,6 +41,7 @@ SCORE, DISTINCT = 0, 4  # statistics that are judged by
 SIDES = ((SCORE, -1), (DISTINCT, -1), (DISTINCT, 1))
 NOTHING = np.iinfo(np.int32).max  # fills a stretch up: tokens below it are sorted as int32
 STRETCH = 64  # tokens over which distinct ones are counted: a long text has ever fewer new ones
+DENSE = 1 << 20  # largest vocabulary whose tokens are counted in arrays as long as it; beyond it, those that occur
 CLIP = 6.0  # robust deviations at which a statistic saturates
 _LEFT = np.uint64(0x9E3779B97F4A7C15)
 _RIGHT = np.uint64(0xC2B2AE3D27D4EB4F)
@@ -51,25 +52,29 @@ _FINISH = np.uint64(0xBF58476D1CE4E5B9)
 class BigramPrior:
     """A fitted trusted model with its calibration; equal on every rank that fits it to the same sequences.
 
+    A stray id (a hash, a sentinel) must not make arrays as long as itself: beyond ``DENSE`` the vocabulary is what occurs.
+
     Attributes:
-        bigrams: (2^18,) int64, hashed bigram counts.
-        contexts: (V + 1,) int64, how often a token stands left in a bigram; the last entry is for unknown tokens.
-        unigrams: (V + 1,) int64, token counts, likewise.
-        vocab: V.
+        bigrams: (2^18,) int64, hashed bigram counts; float64 where sequences have weights.
+        contexts: (k + 1,) likewise, how often a token stands left in a bigram; the last entry is for all other tokens.
+        unigrams: (k + 1,) likewise, token counts.
+        vocab: V; ids from it on are one unknown token.
         centre: (5,) float64, medians of the statistics of held-out trusted sequences; the first one's unit is nats per token.
         deviation: (5,) float64, their robust standard deviations.
         limits: what passes.
         held_out: (n, 5) float32, :meth:`statistics` of the trusted sequences, each as one that was left out.
+        tokens: (k,) int64, sorted, the ids that are counted; None: all k = V of them.
     """
 
-    bigrams: IntArray
-    contexts: IntArray
-    unigrams: IntArray
+    bigrams: Array
+    contexts: Array
+    unigrams: Array
     vocab: int
     centre: Float64Array
     deviation: Float64Array
     limits: Limits
     held_out: FloatArray
+    tokens: IntArray | None = None
 
     @staticmethod
     def fit(flat: IntArray, offsets: IntArray, vocab: int = 0) -> BigramPrior:
@@ -108,19 +113,33 @@ class BigramPrior:
 
     @cached_property
     def _tables(self) -> tuple[Float64Array, Float64Array, Float64Array]:
-        """p(b), log p(b) and log(c(a) + 4), (V + 1,) each."""
-        unigram = (self.unigrams + 0.5) / (self.unigrams.sum() + 0.5 * self.vocab)
+        """p(b), log p(b) and log(c(a) + 4), (k + 1,) each."""
+        kinds = len(self.unigrams) - 1
+        unigram = (self.unigrams + 0.5) / (self.unigrams.sum() + 0.5 * kinds)
         return unigram, np.log(unigram), np.log(self.contexts + BACKOFF)
 
     def score(self, flat: IntArray, offsets: IntArray) -> Float64Array:
         """(n,) float64: mean log p(b | a) in nats per token; -inf for samples without a bigram."""
         left, right, code, row = _bigrams(flat, offsets, self.vocab)
-        return _row_mean(self._log_p(left, right, code), row, len(offsets) - 1)
+        return _row_mean(self._log_p(left, self._at(right), code), row, len(offsets) - 1)
 
-    def _log_p(self, left: IntArray, right: IntArray, code: IntArray) -> Float64Array:
+    def likelihood(self, flat: IntArray, offsets: IntArray) -> Float64Array:
+        """(n,) float64: mean log p(b | a) + log p(b) in nats per token; -inf for samples without a bigram.
+
+        The second term tells kinds of text apart that have few tokens in common: one model of bigrams holds both without loss.
+        """
+        left, right, code, row = _bigrams(flat, offsets, self.vocab)
+        at = self._at(right)
+        return _row_mean(self._log_p(left, at, code) + self._tables[1][at], row, len(offsets) - 1)
+
+    def _at(self, token: IntArray) -> IntArray:
+        """(m,) int64, the entries that ``token`` (m,) is counted in."""
+        return token if self.tokens is None else _entries(token, self.tokens)
+
+    def _log_p(self, left: IntArray, right_at: IntArray, code: IntArray) -> Float64Array:
         unigram, _, norm = self._tables
-        log_p: Float64Array = np.log(self.bigrams[code] + BACKOFF * unigram[right])
-        log_p -= norm[left]
+        log_p: Float64Array = np.log(self.bigrams[code] + BACKOFF * unigram[right_at])
+        log_p -= norm[self._at(left)]
         return log_p
 
     def raw_statistics(self, flat: IntArray, offsets: IntArray) -> Float64Array:
@@ -131,10 +150,11 @@ class BigramPrior:
         """
         n = len(offsets) - 1
         left, right, code, row = _bigrams(flat, offsets, self.vocab)
-        log_p = self._log_p(left, right, code)
+        at = self._at(right)
+        log_p = self._log_p(left, at, code)
         mean = _row_mean(log_p, row, n)
         square = _row_mean(np.square(log_p - mean[row]), row, n)
-        common = _row_mean(self._tables[1][right], row, n)
+        common = _row_mean(self._tables[1][at], row, n)
         seen = _row_mean((self.bigrams[code] > 0).astype(np.float64), row, n)
         return np.stack([mean, np.sqrt(np.maximum(square, 0.0)), common, seen, _distinct(right, row, n)], 1)
 
@@ -146,7 +166,7 @@ class BigramPrior:
         """(n,) float64 in [0.02, 1]: pass of the trusted filter; samples without a bigram get the floor."""
         left, right, code, row = _bigrams(flat, offsets, self.vocab)
         raw = np.zeros((len(offsets) - 1, STATISTICS))
-        raw[:, SCORE] = _row_mean(self._log_p(left, right, code), row, len(raw))
+        raw[:, SCORE] = _row_mean(self._log_p(left, self._at(right), code), row, len(raw))
         raw[:, DISTINCT] = _distinct(right, row, len(raw))
         return self.limits.keep(raw)
 
@@ -164,31 +184,73 @@ class BigramPrior:
         h = hashlib.blake2b(np.array([self.vocab, *calibration], "<f8").tobytes(), digest_size=16)
         for counts in (self.bigrams, self.contexts, self.unigrams):
             h.update(counts.astype("<i8").tobytes())
+        if self.tokens is not None:
+            h.update(self.tokens.astype("<i8").tobytes())
         return h.hexdigest()
 
 
-def _count(flat: IntArray, offsets: IntArray, vocab: int) -> BigramPrior:
-    """The model of these sequences, not calibrated."""
-    left, _, code, _ = _bigrams(flat, offsets, vocab)
+def _count(flat: IntArray, offsets: IntArray, vocab: int, even: bool = False) -> BigramPrior:
+    """The model of these sequences, not calibrated; ``even``: each sequence counts as much as any other, however long."""
+    left, _, code, row = _bigrams(flat, offsets, vocab)
+    tokens = None if vocab <= DENSE else np.unique(flat)
+    kinds, of_token, of_bigram = vocab, None, None
+    if tokens is not None:
+        kinds, left, flat = len(tokens), _entries(left, tokens), _entries(flat, tokens)
+    if even:
+        sizes = np.diff(offsets)
+        weight = sizes.mean() / np.maximum(sizes, 1)  # 1 where all are as long: the counts are then the very same
+        of_token, of_bigram = np.repeat(weight, sizes), weight[row]
     return BigramPrior(
-        bigrams=np.bincount(code, minlength=1 << BITS),
-        contexts=np.bincount(left, minlength=vocab + 1),
-        unigrams=np.bincount(flat, minlength=vocab + 1),
+        bigrams=np.bincount(code, of_bigram, 1 << BITS),
+        contexts=np.bincount(left, of_bigram, kinds + 1),
+        unigrams=np.bincount(flat, of_token, kinds + 1),
         vocab=vocab,
         centre=np.zeros(STATISTICS),
         deviation=np.ones(STATISTICS),
         limits=Limits((), (), (), 0.0),
         held_out=np.empty((0, STATISTICS), np.float32),
+        tokens=tokens,
     )
 
 
-def held_out_statistics(rows: list[IntArray], vocab: int) -> Float64Array:
-    """(n, 5) float64: the raw statistics of ``rows`` (2 at least), every quarter judged by the model of the rest."""
+def _entries(token: IntArray, tokens: IntArray) -> IntArray:
+    """(m,) int64: where each of ``token`` (m,) stands in ``tokens`` (k,), which is sorted; k where it does not."""
+    at = np.searchsorted(tokens, token)
+    known: IntArray = np.where(tokens[np.minimum(at, len(tokens) - 1)] == token, at, len(tokens))
+    return known
+
+
+def held_out_statistics(rows: list[IntArray], vocab: int, even: bool = False) -> Float64Array:
+    """(n, 5) float64: the raw statistics of ``rows`` (2 at least), every quarter judged by the model of the rest.
+
+    Args:
+        vocab: size of the vocabulary.
+        even: whether all of the rest count alike in it, however long they are.
+    """
     found = []
     for part in np.array_split(np.arange(len(rows)), min(FOLDS, len(rows))):
         held_out, rest = _join(rows[part[0] : part[-1] + 1]), _join(rows[: part[0]] + rows[part[-1] + 1 :])
-        found.append(_count(*rest, vocab).raw_statistics(*held_out))
+        found.append(_count(*rest, vocab, even).raw_statistics(*held_out))
     return np.concatenate(found)
+
+
+def likelihoods(rows: list[IntArray], kinds: npt.NDArray[np.bool_], asked: npt.NDArray[np.bool_], vocab: int) -> Float64Array:
+    """(m, 2) float64: :meth:`BigramPrior.likelihood` of the rows that are ``asked`` for, by two models of all others.
+
+    The first is of those others that are not of ``kinds``, the second of those that are; all rows of a model count alike.
+
+    Args:
+        rows: (n) sequences of 2 tokens at least.
+        kinds, asked: (n,) bool.
+        vocab: size of the vocabulary.
+    """
+    judged = _join([rows[i] for i in np.flatnonzero(asked)])
+    out = np.full((int(asked.sum()), 2), -np.inf)
+    for column, kind in enumerate((~kinds, kinds)):
+        rest = np.flatnonzero(kind & ~asked)
+        if len(rest):
+            out[:, column] = _count(*_join([rows[i] for i in rest]), vocab, even=True).likelihood(*judged)
+    return out
 
 
 def _location(raw: Float64Array) -> tuple[Float64Array, Float64Array]:

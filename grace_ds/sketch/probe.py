@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from grace_ds.errors import DataError
+from grace_ds.errors import DataError, ProbeFailed
 from grace_ds.records import FloatArray, IntArray
 from grace_ds.sketch.binding import Harvested, Target
 from grace_ds.sketch.losses import sample_losses
@@ -37,6 +37,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
 
     Raises:
         DataError: the model has no nn.Embedding to start a graph from.
+        ProbeFailed: something was raised within under ZeRO-3.
     """
     embeddings = [m for m in module.modules() if isinstance(m, nn.Embedding)]
     if not embeddings:
@@ -54,6 +55,14 @@ def untouched(module: nn.Module) -> Iterator[None]:
         handles = [m.register_forward_hook(_as_leaf) for m in embeddings]
         with torch.random.fork_rng(devices=devices), torch.enable_grad(), _eager(module):
             yield
+    except Exception as error:
+        if gathers(module):
+            raise ProbeFailed(
+                f"a probe failed under ZeRO-3 ({type(error).__name__}: {error}): the other ranks wait in a gather that this "
+                "one does not come to, so the job ends here; repair what the error names (of a rank that was only cut off: what "
+                "another's names), or set recipe: content"
+            ) from error
+        raise
     finally:
         for handle in handles:
             handle.remove()
@@ -61,6 +70,11 @@ def untouched(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         for m, flag in training.items():
             m.training = flag
+
+
+def gathers(module: nn.Module) -> bool:
+    """Whether a forward of ``module`` gathers its parameters from all ranks (ZeRO-3)."""
+    return any(hasattr(p, "ds_id") for p in module.parameters())
 
 
 def _eager(module: nn.Module) -> Any:

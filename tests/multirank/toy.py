@@ -59,13 +59,16 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block(width) for _ in range(4))
         self.head = nn.Linear(width, VOCAB, bias=False)
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        ids = batch["input_ids"]
-        x = self.embed(ids[:, :-1])
+    def forward(self, batch: dict[str, torch.Tensor] | torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """Mean loss of a batch of the corpus, or of tokens (n, T) and their ``targets``."""
+        if isinstance(batch, dict):
+            batch, targets = batch["input_ids"][:, :-1], batch["input_ids"][:, 1:]
+        assert targets is not None
+        x = self.embed(batch)
         x = x.cumsum(1) / torch.arange(1, x.shape[1] + 1, dtype=x.dtype, device=x.device)[:, None]
         for block in self.blocks:
             x = self._run(block, x)
-        return F.cross_entropy(self.head(x).float().flatten(0, 1), ids[:, 1:].flatten())
+        return F.cross_entropy(self.head(x).float().flatten(0, 1), targets.flatten())
 
     def _run(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
         if self.checkpointing == "none" or not self.training:

@@ -108,7 +108,23 @@ def extras(spec: dict[str, Any]) -> dict[str, Any]:
         out["validation_data"] = Corpus(**spec["validation"])
     if spec.get("tokenize"):
         out["tokenize"] = lambda text: [int(word) for word in text.split()]
+    if "loss_fn" in spec:
+        out["loss_fn"] = own_loss(spec["loss_fn"])
     return out
+
+
+def own_loss(fault: dict[str, Any]) -> Callable[[Any, Any], torch.Tensor]:
+    """A ``loss_fn`` of the job's; it raises on one rank, in its call number ``after`` + 1, where the spec says so."""
+    calls = []
+
+    def loss(module: Any, batch: Any) -> torch.Tensor:
+        calls.append(1)
+        if torch.distributed.get_rank() == fault.get("rank") and len(calls) == fault["after"] + 1:
+            raise RuntimeError("injected fault")
+        out: torch.Tensor = module(batch)
+        return out
+
+    return loss
 
 
 def fill_disk(folder: Path, leave: int) -> None:
@@ -142,6 +158,8 @@ def main() -> None:
         try:
             record = run(spec, rank)
         except GraceError as error:
+            if spec.get("uncaught"):  # as in a script that knows nothing of us
+                raise
             record = {"error": f"{type(error).__name__}: {error}"}
         Path(specs["out"], f"{name}-{rank}.json").write_text(json.dumps(record))
     torch.distributed.destroy_process_group()
@@ -227,6 +245,18 @@ def stop_workers() -> None:
             x._shutdown_workers()
 
 
+def arguments(spec: dict[str, Any], batch: dict[str, torch.Tensor]) -> tuple[Any, ...]:
+    """What the job calls its engine with: the batch, or tokens and targets that it cuts from it, or makes on some ranks."""
+    if "call" not in spec:
+        return (batch,)
+    tokens, targets = batch["input_ids"][:, :-1], batch["input_ids"][:, 1:]
+    if spec["call"] == "copies":  # as a move to a device does
+        tokens, targets = tokens.clone(), targets.clone()
+    elif torch.distributed.get_rank() in spec["call"]:
+        targets = targets.masked_fill(targets == tokens, -100)
+    return tokens, targets
+
+
 def own_sampler(own: dict[str, Any], engine: Any, data: Corpus) -> Any:
     """The sampler of a job that builds its own loader; one without a seed is of a kind whose order nobody can tell."""
     seed = own.get("seed", 0)
@@ -278,7 +308,7 @@ def train(spec: dict[str, Any], engine: Any, loader: Any) -> dict[str, Any]:
                 engine(torch.utils.data.default_collate([extra[i] for i in range(4)]))
         if spec.get("clone"):  # as a move to a device does
             batch = {key: value.clone() for key, value in batch.items()}
-        loss = engine(batch)
+        loss = engine(*arguments(spec, batch))
         ids = batch.get("sid", batch["input_ids"][:, 0]).flatten().tolist()
         if spec.get("weights"):
             weighed[-1] += [[i, w] for i, w in zip(ids, grace_ds.sample_weights(engine).tolist(), strict=True)]

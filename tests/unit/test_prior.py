@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import logging
 import math
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -17,6 +19,7 @@ from grace_ds.errors import DataError
 from grace_ds.features.tokens import TokenBlock
 from grace_ds.selection.limits import Limits
 from grace_ds.selection.prior import BigramPrior, held_out_statistics
+from grace_ds.selection.pseudo import typical
 
 
 def flat_of(rows):
@@ -240,3 +243,59 @@ def test_digest_names_the_model():
     assert base.digest() == BigramPrior.fit(*flat_of(TRUSTED), vocab=40).digest()
     assert base.digest() != BigramPrior.fit(*flat_of(TRUSTED), vocab=41).digest()
     assert base.digest() != BigramPrior.fit(*flat_of(TRUSTED[1:]), vocab=40).digest()
+
+
+def recorded() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Trusted sequences of 40 tokens each, and others with unknown and negative ids among them."""
+    rng = np.random.default_rng(5)
+    flat = np.minimum(rng.geometric(0.01, 200 * 40), 5000).astype(np.int64)
+    odd, text = rng.random(3000) < 0.05, np.empty(3000, np.int64)
+    text[odd], text[~odd] = rng.integers(-5, 9000, int(odd.sum())), rng.geometric(0.02, int((~odd).sum()))
+    return flat, np.arange(201) * 40, text, np.array([0, 0, 1, 100, 700, 1500, 3000])
+
+
+def print_of(*arrays: np.ndarray) -> str:
+    h = hashlib.blake2b(digest_size=8)
+    for a in arrays:
+        h.update(np.ascontiguousarray(a).tobytes())
+    return h.hexdigest()
+
+
+def everything(prior: BigramPrior, text: np.ndarray, offsets: np.ndarray) -> str:
+    return print_of(prior.statistics(text, offsets), prior.keep(text, offsets), prior.score(text, offsets), prior.held_out)
+
+
+def test_statistics_of_ordinary_ids_are_those_that_were_recorded() -> None:
+    flat, offsets, text, at = recorded()
+    prior = BigramPrior.fit(flat, offsets, 6000)
+    assert (prior.digest(), everything(prior, text, at)) == ("0e7f7d11d8f4091ec8dbcb86a10455fe", "be584e5d6310d897")
+
+
+def test_counts_of_the_ids_that_occur_say_the_same_as_counts_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    flat, offsets, text, at = recorded()
+    flat = np.concatenate([np.arange(300), flat[300:] % 300])  # all of them occur
+    dense = BigramPrior.fit(flat, offsets)
+    monkeypatch.setattr("grace_ds.selection.prior.DENSE", 0)
+    sparse = BigramPrior.fit(flat, offsets)
+    assert dense.tokens is None and sparse.tokens is not None
+    assert everything(sparse, text, at) == everything(dense, text, at)
+    assert sparse.digest() != dense.digest()
+
+
+@pytest.mark.parametrize("stray", [10**8, 2**32 - 100, 2**62])
+def test_a_stray_id_costs_no_memory_and_changes_hardly_anything(stray: int) -> None:
+    rng = np.random.default_rng(0)
+    flat, offsets = rng.integers(0, 1000, 200 * 32).astype(np.int64), np.arange(201) * 32
+    text = rng.integers(0, 1200, 3200).astype(np.int64)
+    plain = BigramPrior.fit(flat, offsets)
+    flat[5 * 32] = stray
+    tracemalloc.start()
+    try:
+        prior = BigramPrior.fit(flat, offsets)
+        typical(flat, offsets)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 60 << 20
+    assert len(prior.unigrams) <= 1002
+    np.testing.assert_allclose(prior.score(text, offsets[:101]), plain.score(text, offsets[:101]), atol=0.05)

@@ -1,8 +1,6 @@
-"""The trusted probe: how it calls the job's module, what each half of the trusted set is for, and when it is believed."""
+"""The trusted probe: what each half of the trusted set is for, and when it is believed."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,38 +9,11 @@ from torch import nn
 
 from grace_ds.comm.local import LocalComm
 from grace_ds.errors import DataError
-from grace_ds.integrations.trust import Call, Probes, TrustedProbe, unit_of
+from grace_ds.integrations.trust import Probes, TrustedProbe, unit_of
 from grace_ds.sketch.layers import select_layers
 from grace_ds.sketch.probe import probe_rows
 from grace_ds.sketch.sketcher import Sketcher
 from tests.unit.narrow import NAMES, Narrow, cycles, direction, influences
-
-
-class Sum(nn.Module):
-    def forward(self, x: Any, *, scale: float = 1.0, y: Any = 0.0) -> torch.Tensor:
-        x = x["a"] if isinstance(x, dict) else x
-        return (x * scale + y).sum()
-
-
-@pytest.mark.parametrize(
-    ("args", "kwargs", "expected"),
-    [
-        (lambda b: (b,), lambda b: {}, 3.0),
-        (lambda b: (b["a"],), lambda b: {}, 3.0),
-        (lambda b: (b["b"].clone(),), lambda b: {"scale": 2.0}, 20.0),
-        (lambda b: (), lambda b: {"x": b["a"], "y": b["b"]}, 13.0),
-    ],
-)
-def test_a_call_is_repeated_with_another_batch(args: Any, kwargs: Any, expected: float) -> None:
-    seen = {"a": torch.tensor([7.0]), "b": torch.tensor([8.0])}
-    call = Call()
-    call.learn(args(seen), kwargs(seen), seen)
-    assert float(call.loss(Sum(), {"a": torch.tensor([3.0]), "b": torch.tensor([10.0])})) == expected
-
-
-def test_an_output_without_a_loss_says_what_to_do() -> None:
-    with pytest.raises(DataError, match="loss_fn"):
-        Call().loss(nn.Identity(), torch.zeros(3))
 
 
 def test_the_standard_error_is_that_of_a_median() -> None:
@@ -81,12 +52,17 @@ class Reads:
 POOL = cycles(40, 1, 0.8)
 
 
+def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = model(batch)
+    return found
+
+
 def probe_of(model: Narrow, sketcher: Sketcher, trusted: Reads, each: int = 64, window: Reads | None = None) -> TrustedProbe:
     halves = np.arange(0, 24, 2), np.arange(1, 24, 2)
     pool = window or Reads(POOL)
     device = torch.device("cpu")
     count = Probes(each, each, each)
-    return TrustedProbe(model, sketcher, trusted, halves, pool, torch.stack, 5, device, None, LocalComm(5.0), 3, count)
+    return TrustedProbe(model, sketcher, trusted, halves, pool, torch.stack, 5, device, loss, LocalComm(5.0), 3, count)
 
 
 def scaled_sketcher(model: Narrow) -> Sketcher:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -65,17 +66,98 @@ def test_dict_items_have_the_jobs_keys_and_collate_with_them(jsonl):
     assert batch["source"] == ["web", "book", "book"]
 
 
-def test_missing_keys_are_named(jsonl, npy):
-    like = {"input_ids": torch.tensor([1]), "labels": torch.tensor([1])}
-    with pytest.raises(DataError, match=r"trusted.jsonl:2: .*lacks \['labels'\]"):
-        load_trusted(jsonl({"input_ids": [1], "labels": [1]}, {"input_ids": [1]}), like)
-    with pytest.raises(DataError, match=r"trusted.npy\[0\]: .*lacks \['labels'\]"):
-        load_trusted(npy(ROWS), like)
+IDS = torch.tensor([5, 0, 6, 7])
+FULL = {
+    "input_ids": IDS,
+    "attention_mask": torch.tensor([1, 1, 1, 0]),
+    "labels": torch.tensor([5, 0, 6, -100]),
+    "loss_mask": torch.tensor([0.0, 1.0, 1.0, 0.0]),
+    "position_ids": torch.arange(4),
+}
 
 
-def test_tuples_name_the_way_out(jsonl):
-    with pytest.raises(DataError, match=r"tuples.*trusted_data"):
-        load_trusted(jsonl({"input_ids": [1]}), (torch.tensor([1]), torch.tensor([1])))
+def test_masks_labels_and_positions_are_made(jsonl, npy):
+    for file in (jsonl(*({"input_ids": r} for r in ROWS)), npy(ROWS)):
+        made = load_trusted(file, FULL)[1]
+        assert list(made) == list(FULL)
+        assert {key: value.tolist() for key, value in made.items()} == {
+            "input_ids": ROWS[1],
+            "attention_mask": [1, 1, 1],
+            "labels": ROWS[1],
+            "loss_mask": [1.0, 1.0, 1.0],
+            "position_ids": [0, 1, 2],
+        }
+        assert all(made[key].dtype == FULL[key].dtype for key in FULL)
+
+
+def test_labels_that_are_the_tokens_that_follow_are_made_so(jsonl):
+    file = jsonl(*({"input_ids": r} for r in ROWS))
+    like = {"tokens": IDS[:-1], "labels": IDS[1:], "attention_mask": torch.ones(3)}
+    made = load_trusted(file, like, key="tokens")[0]
+    assert {key: value.tolist() for key, value in made.items()} == {"tokens": [5, 6], "labels": [6, 7], "attention_mask": [1, 1]}
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("labels", torch.tensor([9, 9, 9, 9])),
+        ("labels", torch.full((4,), -100)),
+        ("attention_mask", torch.ones(4, 4)),
+        ("loss_mask", torch.tensor([0.0, 0.5, 1.0, 1.0])),
+        ("position_ids", torch.tensor([0, 1, 0, 1])),
+        ("weight", torch.tensor(1.0)),
+    ],
+)
+def test_what_cannot_be_made_is_named_and_left_out_where_only_the_text_is_read(jsonl, name, own):
+    like, file = {"input_ids": IDS, name: own}, jsonl({"input_ids": [1, 2]})
+    with pytest.raises(DataError, match=rf"trusted.jsonl:1: .*lacks \['{name}'\].*trusted_data.*recipe: content"):
+        load_trusted(file, like)
+    assert {key: value.tolist() for key, value in load_trusted(file, like, probed=False)[0].items()} == {"input_ids": [1, 2]}
+
+
+def test_what_a_row_has_itself_is_not_made(jsonl):
+    row = {"input_ids": [1, 2], "labels": [-100, 2], "attention_mask": [1, 1], "loss_mask": [0, 1], "position_ids": [3, 4]}
+    made = load_trusted(jsonl(row), FULL)[0]
+    assert {key: value.tolist() for key, value in made.items()} == row
+
+
+def test_rows_of_several_lengths_are_filled_up_with_what_is_ignored(jsonl):
+    file = jsonl({"input_ids": [1, 2, 3]}, {"input_ids": [4]})
+    data = load_trusted(file, FULL)
+    batch = default_collate([data[0], data[1]])
+    assert {key: value[1].tolist() for key, value in batch.items()} == {
+        "input_ids": [4, 7, 7],  # what the job's own item has where it is masked
+        "attention_mask": [1, 0, 0],
+        "labels": [4, -100, -100],
+        "loss_mask": [1.0, 0.0, 0.0],
+        "position_ids": [0, 1, 2],
+    }
+    assert batch["attention_mask"][0].tolist() == [1, 1, 1]
+    assert [len(x["input_ids"]) for x in load_trusted(file, FULL, probed=False)] == [3, 1]
+    plain = load_trusted(file, {"input_ids": IDS})
+    assert [len(x["input_ids"]) for x in plain] == [3, 1]  # nothing would tell what was added
+
+
+class Example(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+def test_tuples_whose_entries_are_clear(jsonl):
+    file = jsonl(*({"input_ids": r} for r in ROWS))
+
+    def made(like, **more):
+        item = load_trusted(file, like, key=0, **more)[0]
+        assert type(item) is type(like)
+        return [x.tolist() for x in item]
+
+    assert made((IDS,)) == [[5, 6, 7]]
+    assert made((IDS, IDS)) == [[5, 6, 7]] * 2
+    assert made(Example(IDS[:-1], IDS[1:])) == [[5, 6], [6, 7]]
+    for unclear in ((IDS, torch.tensor(1)), (IDS, IDS.flip(0)), (torch.zeros(4).long(),) * 2, (IDS, IDS, IDS)):
+        with pytest.raises(DataError, match=r"tuples of \d, .*trusted_data.*recipe: content"):
+            load_trusted(file, unclear, key=0)
+        assert load_trusted(file, unclear, key=0, probed=False)[0].tolist() == [5, 6, 7]
 
 
 @pytest.mark.parametrize(
@@ -147,14 +229,22 @@ def test_text_is_joined_and_cut_to_the_jobs_length(tmp_path, jsonl):
         assert load_trusted(file, {"input_ids": [0] * 7}, tokenize=words)[0] == {"input_ids": [1, 2, 3, 4, 5, 6, 7]}
 
 
+def test_text_becomes_items_with_masks_and_labels(tmp_path):
+    txt = tmp_path / "trusted.txt"
+    txt.write_text("a bb ccc dddd eeeee ffffff")
+    assert [x["labels"].tolist() for x in load_trusted(txt, {"input_ids": IDS, "labels": IDS}, words)] == [[1, 2, 3, 4]]
+    (pair,) = load_trusted(txt, (IDS[:-1], IDS[1:]), words, key=0)
+    assert [x.tolist() for x in pair] == [[1, 2, 3], [2, 3, 4]]
+
+
 def test_text_that_cannot_become_samples_names_the_way_out(tmp_path, jsonl):
     file = jsonl({"text": "a bb"}, {"text": "ccc"})
     with pytest.raises(DataError, match=r"tokenize=lambda text"):
         load_trusted(file, torch.tensor([0, 0]))
     with pytest.raises(DataError, match=r"gives 3 tokens, the job's samples have 4"):
         load_trusted(file, torch.zeros(4, dtype=torch.int64), tokenize=words)
-    with pytest.raises(DataError, match=r"\['input_ids', 'labels'\].*trusted_data"):
-        load_trusted(file, {"input_ids": [0], "labels": [0]}, tokenize=words)
+    with pytest.raises(DataError, match=r"none are known in the job's items; .*tokens_key"):
+        load_trusted(file, {"x": [0]}, tokenize=words, key=None)
     with pytest.raises(DataError, match=r"trusted\.jsonl:2: text must be a str, found 3"):
         load_trusted(jsonl({"text": "a"}, {"text": 3}), [0], tokenize=words)
     with pytest.raises(DataError, match=r"trusted\.jsonl:2: an object with text is needed, found keys \['input_ids'\]"):

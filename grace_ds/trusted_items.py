@@ -1,0 +1,198 @@
+"""Items like the job's own from rows of token ids: what a file does not say is filled in where it can only be one thing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from grace_ds.errors import DataError
+from grace_ds.records import Array, IntArray
+
+PASS_DATASET = "pass a dataset whose items look like the job's as trusted_data to grace_ds.initialize"
+IGNORED = -100  # the label that torch's cross_entropy passes over
+MASK, LABELS, LOSS_MASK, POSITIONS = "attention_mask", "labels", "loss_mask", "position_ids"
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ItemForm:
+    """How the job's items look.
+
+    Attributes:
+        like: one of them.
+        key: of the token ids in it, a mapping's key or a tuple's position; None: it is the token ids.
+        probed: whether the model is to be run on what is made; else only its token ids are read.
+    """
+
+    like: Any
+    key: Any
+    probed: bool
+
+    @property
+    def tokens(self) -> Any:
+        """The token ids of ``like``."""
+        return self.like if self.key is None else self.like[self.key]
+
+    @property
+    def length(self) -> int:
+        """Tokens that a row of text is to have, to become an item as long as ``like``.
+
+        Raises:
+            DataError: ``like`` has no token ids.
+        """
+        if self.key is None and isinstance(self.like, Mapping | tuple):
+            raise DataError(
+                f"text gives token ids, and none are known in the job's items; name their entry with features.tokens_key, or "
+                f"{PASS_DATASET}"
+            )
+        return len(self.tokens) + self._shifts
+
+    def items(self, rows: Sequence[tuple[str, Row]]) -> list[Any]:
+        """An item of each row, in order.
+
+        Args:
+            rows: (where it stands, for messages; its entries, ``input_ids`` among them).
+
+        Raises:
+            DataError: an entry is missing and cannot be filled in, or does not fit.
+        """
+        if isinstance(self.like, Mapping):
+            named = [self._mapping(row, where) for where, row in rows]
+            pad = self.probed and {MASK, LABELS} <= set(self.like) and len({len(r[self.key]) for r in named}) > 1
+            filled = self._padded(named) if pad else named
+            return [
+                {key: value_like(value, self.like[key], f"{where}: {key}") for key, value in row.items()}
+                for (where, _), row in zip(rows, filled, strict=True)
+            ]
+        if isinstance(self.like, tuple):
+            return [self._tuple(row["input_ids"], where) for where, row in rows]
+        return [value_like(row["input_ids"], self.like, f"{where}: input_ids") for where, row in rows]
+
+    @property
+    def _relation(self) -> str | None:
+        """What the item's labels are to its token ids: ``same``, the ``next`` ones; None where it cannot be told."""
+        if isinstance(self.like, Mapping):
+            return relation(self.tokens, self.like[LABELS]) if self.key is not None and LABELS in self.like else None
+        if isinstance(self.like, tuple) and len(self.like) == 2 and self.key == 0:
+            return relation(*self.like)
+        return None
+
+    @property
+    def _shifts(self) -> bool:
+        return self._relation == "next"
+
+    def _mapping(self, row: Row, where: str) -> dict[str, Any]:
+        """The entries of a row by the names that the job's items have."""
+        given = {key: row["input_ids"] if key == self.key else row[key] for key in self.like if key in row or key == self.key}
+        missing = [key for key in self.like if key not in given]
+        if LABELS in missing and self._shifts:
+            given[self.key], given[LABELS] = row["input_ids"][:-1], row["input_ids"][1:]
+        if self.key is not None:
+            given |= {key: value for key in missing if (value := self._filled(key, given)) is not None}
+        lacks = [key for key in self.like if key not in given]
+        if lacks and (self.probed or self.key is None):
+            raise DataError(
+                f"{where}: the job's items have {sorted(map(str, self.like))}, this row lacks {lacks}, which cannot be made from "
+                f"token ids; {PASS_DATASET}, add them to the file, or set recipe: content, which reads token ids alone"
+            )
+        return {key: given[key] for key in self.like if key in given}
+
+    def _filled(self, key: str, given: Row) -> Any:
+        """An entry made from the token ids; None where the job's own is not what would be made."""
+        tokens, own = given[self.key], np.asarray(self.like[key])
+        n, alike = len(tokens), own.shape == (len(self.tokens),)
+        if key == LABELS:
+            return given.get(LABELS, tokens if self._relation == "same" else None)
+        if key in (MASK, LOSS_MASK) and alike and bool(np.isin(own, (0, 1)).all()):
+            return np.ones(n, np.int64)
+        if key == POSITIONS and alike and bool((own == np.arange(len(own))).all()):
+            return np.arange(n)
+        return None
+
+    def _padded(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows of one length: what is added is masked, its labels are ignored."""
+        longest = max(len(row[self.key]) for row in rows)
+        mask, tokens = np.asarray(self.like[MASK]), np.asarray(self.tokens)
+        hidden = tokens[mask == 0] if mask.shape == tokens.shape else tokens[:0]
+        fill = {self.key: int(hidden[0]) if len(hidden) else 0, MASK: 0, LABELS: IGNORED, LOSS_MASK: 0}
+        out = []
+        for row in rows:
+            n = len(row[self.key])
+            more: dict[str, Any] = {
+                key: np.concatenate([np.asarray(row[key]), np.full(longest - n, value)])
+                for key, value in fill.items()
+                if key in row and len(row[key]) == n
+            }
+            more |= {POSITIONS: np.arange(longest)} if POSITIONS in row and POSITIONS not in more else {}
+            out.append({key: more.get(key, value) for key, value in row.items()})
+        return out
+
+    def _tuple(self, tokens: Any, where: str) -> Any:
+        """A tuple of token ids and labels, or of token ids alone; the token ids alone where only those are read."""
+        kind = self._relation
+        if len(self.like) == 1 and self.key == 0:
+            values = [tokens]
+        elif kind is not None:
+            values = [tokens, tokens] if kind == "same" else [tokens[:-1], tokens[1:]]
+        elif not self.probed:
+            return value_like(tokens, self.tokens, f"{where}: input_ids")
+        else:
+            raise DataError(
+                f"{where}: the job's items are tuples of {len(self.like)}, and it cannot be told what of them is made from token "
+                f"ids; {PASS_DATASET}, or set recipe: content, which reads token ids alone"
+            )
+        made = [
+            value_like(value, like, f"{where}: entry {i}") for i, (value, like) in enumerate(zip(values, self.like, strict=True))
+        ]
+        return type(self.like)(*made) if hasattr(self.like, "_fields") else type(self.like)(made)
+
+
+def relation(tokens: Any, labels: Any) -> str | None:
+    """``same``: labels are the tokens themselves; ``next``: the ones that follow; None: neither, or it cannot be told.
+
+    Args:
+        tokens, labels: of one sample, one axis; labels of ``IGNORED`` are passed over.
+    """
+    x, y = _integers(tokens), _integers(labels)
+    if x is None or y is None or x.shape != y.shape or len(x) < 2:
+        return None
+    valid = y != IGNORED
+    same = bool(valid.any() and (x == y)[valid].all())
+    follow = bool(valid[:-1].any() and (x[1:] == y[:-1])[valid[:-1]].all())
+    return None if same == follow else "same" if same else "next"
+
+
+def _integers(value: Any) -> IntArray | None:
+    try:
+        array: Array = np.asarray(value)
+    except (ValueError, RuntimeError):  # ragged, or on a device
+        return None
+    return array.astype(np.int64) if array.ndim == 1 and array.dtype.kind in "iu" else None
+
+
+def value_like(value: Any, like: Any, where: str) -> Any:
+    """``value`` as the kind of ``like``: a tensor or an array of its dtype, a list, or as it is.
+
+    Raises:
+        DataError: it has another number of axes, or no numbers.
+    """
+    import torch
+
+    if not isinstance(like, (torch.Tensor, np.ndarray)):
+        if isinstance(value, np.ndarray):
+            value = value.tolist()
+        if isinstance(like, list) and not isinstance(value, list):
+            raise DataError(f"{where}: a list like the job's is needed, found {type(value).__name__}")
+        return value
+    try:
+        array: Array = np.asarray(value)
+    except ValueError as error:
+        raise DataError(f"{where}: not a regular array ({error})") from None
+    if array.dtype.kind not in "iufb" or array.ndim != like.ndim:
+        raise DataError(f"{where}: {like.ndim}-D numbers as in the job are needed, found {array.ndim}-D {array.dtype}")
+    if isinstance(like, np.ndarray):
+        return array.astype(like.dtype)
+    return torch.from_numpy(array.copy()).to(like.dtype)
