@@ -72,14 +72,14 @@ def compose(
     n_core = length - len(explore) - len(audit)
     if len(coreset.ids) == 0 or n_core < 1:
         raise ValueError(f"a schedule of {length} slots with {len(coreset.ids)} core samples leaves no slot for the core")
-    order = np.empty(0, np.int64)
-    while len(order) < n_core:
+    passes: list[IntArray] = []
+    for done in range(0, n_core, len(coreset.ids)):
         tie_break = rng.permutation(len(coreset.ids))
-        one_pass = np.lexsort((tie_break, visits)) if len(order) == 0 else tie_break
-        take = one_pass[: n_core - len(order)]
+        one_pass = tie_break if passes else np.lexsort((tie_break, visits))
         # Which members a pass holds is decided by visits, their order within it is not: consecutive batches must not
         # run from little-visited to much-visited samples.
-        order = np.concatenate([order, rng.permutation(take)])
+        passes.append(rng.permutation(one_pass[: n_core - done]))
+    order = np.concatenate(passes)
     guests = np.concatenate([explore, audit]).astype(np.int64)
     guest_roles = np.repeat(np.array([Role.EXPLORE, Role.AUDIT], np.uint8), [len(explore), len(audit)])
     shuffle = rng.permutation(len(guests))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,30 @@ def test_least_visited_members_come_first() -> None:
 def test_composition_depends_on_seed_and_version_only() -> None:
     assert make(50, 80).digest() == make(50, 80).digest()
     assert make(50, 80, version=4).digest() != make(50, 80).digest()
+
+
+def test_orders_are_what_they_were() -> None:
+    h = hashlib.blake2b(digest_size=16)
+    for case in range(60):  # cores smaller and larger than their slots, with and without guests, some members met before
+        core = 1 + case * case % 37
+        s = compose(
+            Coreset(np.arange(core) * 10, np.linspace(0.5, 1.5, core).astype(np.float32)),
+            40 + case * 53 % 400,
+            visits=np.arange(core) * 7 % 5,
+            explore=10**6 + np.arange(case % 4),
+            audit=2 * 10**6 + np.arange(case % 3),
+            seed=case % 5,
+            version=case,
+            start=8 * case,
+        )
+        h.update(s.digest().encode())
+    assert h.hexdigest() == "56d9649b4647ad02c90df79fa0f097fe"  # recorded when the order was joined anew for every pass
+
+
+@pytest.mark.timeout(30)  # the work is in proportion to the slots: joined anew for every pass it took twice as long as this
+def test_a_few_samples_fill_a_great_many_slots() -> None:
+    s = make(10, 320_000)
+    assert np.unique(s.ids, return_counts=True)[1].tolist() == [32_000] * 10
 
 
 def test_no_room_for_the_core_is_an_error() -> None:
