@@ -5,7 +5,8 @@ hash to one of the table's bins.  A sample's density is the 40th percentile over
 which 40 % occurs once is unique, boilerplate around it does not matter; a copy with a few edits is as dense as its
 source.  How many bins there are, and which 6-grams have a place in them: :mod:`grace_ds.features.sampling`.  Where some are
 left out, the percentile is over a sample's distinct 6-grams and not over its positions: padding that happens to be among the
-few that are counted would otherwise outweigh them all.
+few that are counted would otherwise outweigh them all.  It is not interpolated then: of a text's three or four 6-grams one that
+shares its bin would weigh too much.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ class NgramCounts:
     def degree(self, block: TokenBlock) -> npt.NDArray[np.float64]:
         """(n,) float64: copies in the window beyond the sample itself; 0 for samples without a 6-gram."""
         grams = ngram_bins(block, self.sampling)
-        return row_quantile(self._found(grams.bins), grams.lengths, QUANTILE, minus=1)
+        return self._quantile(grams.bins, grams, minus=1)
 
     def tried(self, block: TokenBlock) -> npt.NDArray[np.float64]:
         """(m, 2) float64: chances 1 / (1 + density) that new texts would have once, and ``COPIES`` times in the window.
@@ -178,22 +179,27 @@ class NgramCounts:
         """
         grams = ngram_bins(block, self.sampling)
         elsewhere = grams.bins ^ (_ELSEWHERE & np.intp((1 << self.sampling.bits) - 1))
-        once = row_quantile(self._found(elsewhere), grams.lengths, QUANTILE, minus=0)
+        once = self._quantile(elsewhere, grams, minus=0)
         once = once[np.diff(block.offsets) >= GRAM]
         return np.stack([1 / (1 + once), 1 / (COPIES + once)], 1)
 
-    def _found(self, bins: npt.NDArray[np.intp]) -> npt.NDArray[np.int32]:
-        return np.minimum(self.total[bins], SATURATION).astype(np.int32, copy=False)
+    def _quantile(self, bins: npt.NDArray[np.intp], grams: Grams, minus: int) -> npt.NDArray[np.float64]:
+        """Of the counts of ``bins``, shared out as ``grams`` are; between two of few counts it is the lower one."""
+        found = np.minimum(self.total[bins], SATURATION).astype(np.int32, copy=False)
+        return row_quantile(found, grams.lengths, QUANTILE, minus, between=grams.times is None)
 
 
-def row_quantile(values: npt.NDArray[np.int32], lengths: IntArray, q: float, minus: int) -> npt.NDArray[np.float64]:
-    """The q-quantile (interpolated linearly) of each row of ``values``, minus a constant; 0 for empty rows.
+def row_quantile(
+    values: npt.NDArray[np.int32], lengths: IntArray, q: float, minus: int, between: bool = True
+) -> npt.NDArray[np.float64]:
+    """The q-quantile of each row of ``values``, minus a constant; 0 for empty rows.
 
     Args:
         values: (total,) int32, at least 0, row after row.
         lengths: (n,) int64, values of each row.
         q: the quantile, in [0, 1].
         minus: taken off every quantile of a row that is not empty.
+        between: interpolate linearly between two values; False: take the lower one.
     """
     out = np.zeros(len(lengths))
     full = np.flatnonzero(lengths)
@@ -212,5 +218,5 @@ def row_quantile(values: npt.NDArray[np.int32], lengths: IntArray, q: float, min
         first = np.cumsum(m) - m
         a, b = ordered[first + low], ordered[first + high]
     lower, upper = a.astype(np.float64), b.astype(np.float64)
-    out[full] = lower + (place - low) * (upper - lower) - minus
+    out[full] = lower + (place - low) * between * (upper - lower) - minus
     return out

@@ -84,6 +84,8 @@ def test_row_quantile_equals_percentile(rows):
     values = np.array([v for row in rows for v in row], np.int32)
     found = row_quantile(values, np.array([len(r) for r in rows], np.int64), 0.4, minus=1)
     np.testing.assert_allclose(found, [np.percentile(r, 40) - 1 if r else 0 for r in rows], rtol=1e-9)
+    lower = row_quantile(values, np.array([len(r) for r in rows], np.int64), 0.4, minus=1, between=False)
+    assert lower.tolist() == [np.percentile(r, 40, method="lower") - 1 if r else 0 for r in rows]
 
 
 def test_counts_saturate_alike_on_one_and_three_ranks(monkeypatch):
