@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+import uuid
 from typing import Any
 
 from grace_ds.comm.base import Comm
@@ -70,6 +71,7 @@ class Controller:
         self.lookout = Lookout(call, self.comm, lambda: f"in training step {self.step + 1}")
         self.refresher = Refresher(pipeline, harvester, trust, verdict, self.lookout)
         self.recorder = Recorder(config.run_dir, write_events, preview) if self.comm.rank == 0 else Recorder(None, None)
+        self.run = uuid.uuid4().hex  # of this process; see _take_over
         self.book = ScheduleBook()
         self.outstanding = Outstanding(geometry)
         self.sampler: Stream | None = None  # None in shadow mode: the job's own sampler feeds it
@@ -299,7 +301,10 @@ class Controller:
 
     def _take_over(self, fresh: Fresh) -> None:
         """Makes what a refresh that counts has made this rank's state."""
-        outcome, schedule = fresh.outcome, fresh.outcome.schedule
+        # Rank 0's name is the one that is written down; a run that was taken up goes by the name that it had.
+        last = self.book.schedules[-1] if self.book.schedules else None
+        schedule = dataclasses.replace(fresh.outcome.schedule, run=(last.run if last is not None else "") or self.run)
+        outcome = dataclasses.replace(fresh.outcome, schedule=schedule)
         self.table, self.seen, self.kept = outcome.table, outcome.seen, outcome.kept
         self.ledger, self.counted = fresh.inputs.ledger, self.cursor
         if self.harvester is not None:
@@ -309,7 +314,7 @@ class Controller:
             self.take_basis(fresh.fitted.basis if fresh.fitted is not None else None)
             if fresh.fitted is not None:
                 self.trust.gradient = fresh.fitted.gradient
-        self.metrics.count(schedule, self.book.schedules[-1] if self.book.schedules else None)
+        self.metrics.count(schedule, last)
         self.book.publish(schedule)
         self.book.prune(self.cursor)
         self.next_refresh = int(schedule.meta["next_refresh_step"])
