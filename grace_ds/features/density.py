@@ -5,7 +5,7 @@ hash to one of the table's bins.  A sample's density is the 40th percentile over
 which 40 % occurs once is unique, boilerplate around it does not matter; a copy with a few edits is as dense as its
 source.  How many bins there are, and which 6-grams have a place in them: :mod:`grace_ds.features.sampling`.  Where some are
 left out, the percentile is over a sample's distinct 6-grams and not over its positions: padding that happens to be among the
-few that are counted would otherwise outweigh them all.  It is not interpolated then: of a text's three or four 6-grams one that
+few that are counted would otherwise outweigh them all.  It is not interpolated then: of a text's four or five 6-grams one that
 shares its bin would weigh too much.
 """
 

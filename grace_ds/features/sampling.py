@@ -27,7 +27,7 @@ PLENTY_BITS = 24  # a table of 64 MiB: beyond it 6-grams are left out first, whi
 MOST_BITS = 26  # a table of 256 MiB: never a larger one
 BINS_A_GRAM = 1.5
 PLENTY = 48  # 6-grams a sample, on average, that tell its density well
-FLOOR = 3  # 6-grams that a sample keeps at the least, if it has them
+FLOOR = 4  # 6-grams that a sample keeps at the least, if it has them: of four, one may be edited and one share its bin
 LOOKED_AT = 512  # samples whose lengths stand for all
 
 
