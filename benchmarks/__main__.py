@@ -13,13 +13,14 @@ from rich.console import Console
 from grace_ds.commandline import Parser, in_one_line, wants_debug
 from grace_ds.errors import ConfigError
 
-NAMES = ("collect", "refresh", "graph", "quickstart", "greedy", "selection", "soak", "finetune", "plan", "gpu_check")
+NAMES = ("collect", "refresh", "graph", "quickstart", "greedy", "density", "selection", "soak", "finetune", "plan", "gpu_check")
 EXAMPLES = {
     "collect": "collect --pairs 10 --models small",
     "refresh": "refresh --sizes 5000 10000",
     "graph": "graph --sizes 50000 --repeats 1",
     "quickstart": "quickstart --pools crawl --seeds 1",
     "greedy": "greedy --sizes 6250 --libraries",
+    "density": "density --sizes 1000 10000",
     "selection": "selection --pool crawl --arms content --seeds 1",
     "soak": "soak --refreshes 3 --minutes 2",
     "finetune": "finetune --data train.jsonl --arms content --seeds 1",

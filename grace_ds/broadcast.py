@@ -21,7 +21,13 @@ def broadcast_schedule(comm: Comm, schedule: Schedule | None, root: int = 0) -> 
     if comm.rank == root:
         assert schedule is not None
         facts = json.dumps(
-            {"version": schedule.version, "start": schedule.start, "seed": schedule.seed, "meta": dict(schedule.meta)}
+            {
+                "version": schedule.version,
+                "start": schedule.start,
+                "seed": schedule.seed,
+                "meta": dict(schedule.meta),
+                "run": schedule.run,
+            }
         ).encode()
     header = json.loads(comm.broadcast(np.frombuffer(facts, np.uint8), root).tobytes())
     received = Schedule(
@@ -32,6 +38,7 @@ def broadcast_schedule(comm: Comm, schedule: Schedule | None, root: int = 0) -> 
         weights=comm.broadcast(schedule.weights if schedule else None, root),
         seed=header["seed"],
         meta=header["meta"],
+        run=header["run"],
     )
     digests = [d.tobytes().decode() for d in comm.allgather(np.frombuffer(received.digest().encode(), np.uint8))]
     if len(set(digests)) != 1:

@@ -18,7 +18,7 @@ import numpy as np
 from grace_ds.bucket_files import Columns, load_columns, save_columns
 from grace_ds.embed import Learned
 from grace_ds.errors import CheckpointError
-from grace_ds.features import COLUMNS, ContentFeatures, Counts
+from grace_ds.features import COLUMNS, COUNTS, ContentFeatures, Counts
 from grace_ds.graph.kept import KeptGraph
 from grace_ds.records import Array
 
@@ -99,7 +99,7 @@ def _content(columns: Columns, shared: Mapping[str, Array]) -> ContentFeatures |
     if "content.density" not in columns:
         return None
     found: dict[str, Any] = {name: columns.get(f"content.{name}") for name in COLUMNS[1:]}
-    counts = Counts(shared["counts.grams"], shared["counts.terms"])
+    counts = Counts(*(shared[f"counts.{name}"] for name in COUNTS))
     return ContentFeatures(columns["ids"], **found, counts=counts)
 
 

@@ -197,6 +197,7 @@ class Schedule:
         weights: (L,) float32.
         seed: of the reshuffles once the schedule is exhausted (laps).
         meta: JSON-able facts of the refresh that decided it (objective, counts, next refresh step).
+        run: name of the run that it belongs to, interruptions left out; empty where nobody has named it.
     """
 
     version: int
@@ -206,6 +207,7 @@ class Schedule:
     weights: FloatArray
     seed: int
     meta: Mapping[str, Any] = field(default_factory=dict)
+    run: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)

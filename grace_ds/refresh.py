@@ -8,6 +8,7 @@ exception and the caller keeps the old table, the old graph and the old schedule
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -111,6 +112,8 @@ def refresh(p: Pipeline, x: Inputs) -> Outcome:
         kept, counts = Kept(content, learned, graph), {"propagated": float(local.reached), "graph_searched": 0.0}
         if graph is not None and p.comm.rank == 0:  # the same number on all ranks: counted once
             counts["graph_searched"] = float(graph.searched)
+        if not math.isnan(content.density_ratio):
+            counts["density_ratio"] = content.density_ratio if p.comm.rank == 0 else 0.0
     if p.arrange is not None and schedule is not None:
         schedule = p.arrange(schedule)
     with clock("broadcast"):

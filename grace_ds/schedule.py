@@ -21,6 +21,7 @@ from grace_ds.files import digest, write_atomic
 from grace_ds.records import Array, Coreset, IntArray, Role, Schedule
 
 _PREFIX = "schedule-"
+_HEADER = 100_000_000  # bytes: no header is larger, by the format
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,14 @@ def compose(
     n_core = length - len(explore) - len(audit)
     if len(coreset.ids) == 0 or n_core < 1:
         raise ValueError(f"a schedule of {length} slots with {len(coreset.ids)} core samples leaves no slot for the core")
-    order = np.empty(0, np.int64)
-    while len(order) < n_core:
+    passes: list[IntArray] = []
+    for done in range(0, n_core, len(coreset.ids)):
         tie_break = rng.permutation(len(coreset.ids))
-        one_pass = np.lexsort((tie_break, visits)) if len(order) == 0 else tie_break
-        take = one_pass[: n_core - len(order)]
+        one_pass = tie_break if passes else np.lexsort((tie_break, visits))
         # Which members a pass holds is decided by visits, their order within it is not: consecutive batches must not
         # run from little-visited to much-visited samples.
-        order = np.concatenate([order, rng.permutation(take)])
+        passes.append(rng.permutation(one_pass[: n_core - done]))
+    order = np.concatenate(passes)
     guests = np.concatenate([explore, audit]).astype(np.int64)
     guest_roles = np.repeat(np.array([Role.EXPLORE, Role.AUDIT], np.uint8), [len(explore), len(audit)])
     shuffle = rng.permutation(len(guests))
@@ -185,7 +186,8 @@ class Ledger:
 def save_schedule(schedule: Schedule, directory: str | Path) -> Path:
     """Writes ``schedule-VERSION.safetensors`` into a directory, atomically; returns its path."""
     target = Path(directory) / f"{_PREFIX}{schedule.version:06d}.safetensors"
-    facts = json.dumps({"version": schedule.version, "start": schedule.start, "seed": schedule.seed, "digest": schedule.digest()})
+    said = {"version": schedule.version, "start": schedule.start, "seed": schedule.seed, "digest": schedule.digest()}
+    facts = json.dumps({**said, "run": schedule.run})
     meta = json.dumps(dict(schedule.meta))
     header = {"schedule": facts, "meta": meta, "check": _check(facts, meta)}
     arrays: dict[str, Array] = {"ids": schedule.ids, "roles": schedule.roles, "weights": schedule.weights}
@@ -217,7 +219,8 @@ def parse_schedule(data: bytes, path: str | Path) -> Schedule:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         facts, meta = json.loads(header["schedule"]), json.loads(header["meta"])
         version, start, seed = int(facts["version"]), int(facts["start"]), int(facts["seed"])
-        schedule = Schedule(version, start, arrays["ids"], arrays["roles"], arrays["weights"], seed, meta)
+        run = str(facts.get("run", ""))
+        schedule = Schedule(version, start, arrays["ids"], arrays["roles"], arrays["weights"], seed, meta, run)
         intact = (
             {name: (a.dtype, a.shape) for name, a in arrays.items()} == _form(len(schedule))
             and header["check"] == _check(header["schedule"], header["meta"])
@@ -237,7 +240,7 @@ def load_book(directory: str | Path) -> ScheduleBook:
     """Every schedule in ``directory``.
 
     Raises:
-        CheckpointError: none there, or one of them is damaged or missing between the others.
+        CheckpointError: none there, or one of them is damaged, missing between the others, or of another run.
     """
     paths = sorted(Path(directory).glob(f"{_PREFIX}*.safetensors"))
     if not paths:
@@ -250,7 +253,49 @@ def load_book(directory: str | Path) -> ScheduleBook:
                 f"{path} holds schedule {schedule.version} where {expected} must follow: a file is missing from {directory}, "
                 "or was overwritten by another; restore it"
             )
+    for path, before, after in zip(paths[1:], schedules, schedules[1:], strict=False):
+        # Schedules of earlier versions do not say their run; whoever names none may be of any.
+        if (before.run and after.run and before.run != after.run) or after.start < before.start:
+            runs = [f"run {one.run or 'unknown'}, from sample {one.start}" for one in (before, after)]
+            raise CheckpointError(
+                f"{path} ({runs[1]}) does not follow schedule {before.version} ({runs[0]}): {directory} mixes the schedules of "
+                "two runs; move those of one of them away, and give every run a run_dir of its own"
+            )
     return ScheduleBook(schedules)
+
+
+def put_aside(directory: str | Path, schedule: Schedule) -> set[str]:
+    """Renames to ``.abandoned`` what in ``directory`` cannot stand beside ``schedule``.
+
+    That is all schedules of other runs, and those that the same run, since taken up at an earlier step, had made from this
+    version on.
+
+    Returns:
+        The other runs that there were, empty for one without a name.
+
+    Raises:
+        OSError: a file cannot be read or renamed.
+    """
+    others: set[str] = set()
+    for path in sorted(Path(directory).glob(f"{_PREFIX}*.safetensors")):
+        try:
+            version, run = _named(path)
+        except (ValueError, KeyError, TypeError):  # a damaged one: who reads it says so
+            continue
+        foreign = run != schedule.run and (bool(run) or schedule.version == 0)
+        if foreign or version >= schedule.version:
+            path.replace(path.with_suffix(".abandoned"))
+        if foreign:
+            others.add(run)
+    return others
+
+
+def _named(path: Path) -> tuple[int, str]:
+    """(version, run) that a schedule's file names, without reading its arrays."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _HEADER)))
+    facts = json.loads(header["__metadata__"]["schedule"])
+    return int(facts["version"]), str(facts.get("run", ""))
 
 
 def _check(facts: str, meta: str) -> str:

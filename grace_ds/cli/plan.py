@@ -14,7 +14,7 @@ from grace_ds.cli.plan_model import BYTES_AN_OPERATION, BreakEven, Harvest, Mode
 from grace_ds.cli.plan_rates import ASSUMED, GIVEN, MEASURED, Rates
 from grace_ds.config.schema import GraceConfig
 from grace_ds.features import MEMORY_BYTES
-from grace_ds.features.density import BITS
+from grace_ds.features.sampling import GRAM, SMALLEST, Sampling
 from grace_ds.features.tokens import BLOCK_TOKENS
 from grace_ds.graph.kept import SPARE
 from grace_ds.graph.plan import GraphPlan, plan_graph
@@ -157,7 +157,8 @@ def plan(sizes: Sizes, config: GraceConfig) -> RefreshPlan:
     kept = (4 * sizes.dim + 8 * (c.graph.k + SPARE + 1)) * builds  # a sample's vector and its list in the graph
     slots = (sizes.interval + slack(c, sizes.interval)) * sizes.batch
     reads = recipe(c.recipe).content and c.features.enabled
-    feature = _feature_seconds(sizes, rates, own) if reads else 0.0
+    table = Sampling.of(pool.size * max(sizes.tokens - GRAM + 1, 0), pool.size).table_bytes
+    feature = _feature_seconds(sizes, rates, own, table) if reads else 0.0
     graph_seconds = graph.seconds(rates.gflops, rates.gbits) * rates.graph * rates.busy
     root = rates.busy * pool.size * (rates.sample_seconds + (GREEDY_SECONDS if whole else 0.0))
     step, origin = _step(sizes, rates)
@@ -178,12 +179,12 @@ def plan(sizes: Sizes, config: GraceConfig) -> RefreshPlan:
         anchors=anchors,
         repeats=implied_repeats(sizes.steps, sizes.batch, sizes.budget, sizes.samples) if sizes.steps else None,
         rolls=rolls,
-        features_bytes=int(own * (16 + kept + 4 * STATISTICS * c.collects)) if reads else 0,
+        features_bytes=int(own * (16 + kept + 4 * STATISTICS * c.collects)) + table * rolls if reads else 0,
         table_bytes=int((anchors + sizes.interval * sizes.batch) / sizes.ranks * row) if c.collects else 0,
         schedule_bytes=2 * slots * SCHEDULE_BYTES,
         ledger_bytes=LEDGER_BYTES * min(sizes.samples, met),
         resting_bytes=int(rates.resting_bytes) + ATTACH_BYTES,
-        scratch_bytes=_scratch(sizes, rates, own, builds) if reads else 0,
+        scratch_bytes=_scratch(sizes, rates, own, builds) + table - SMALLEST.table_bytes if reads else 0,
         select_bytes=pool.size * SELECT_BYTES,
         feature_seconds=feature,
         graph_seconds=graph_seconds,
@@ -216,16 +217,19 @@ def _given(sizes: Sizes) -> Rates:
     return rates.having(GIVEN, **{name: value for name, value in told.items() if value})
 
 
-def _feature_seconds(sizes: Sizes, rates: Rates, own: int) -> float:
+def _feature_seconds(sizes: Sizes, rates: Rates, own: int, table: int) -> float:
     """Both sweeps over this rank's share, and the sum of the 6-gram counts over the ranks beyond what was measured.
 
     Samples whose tokens do not fit into memory between the sweeps are read twice.
+
+    Args:
+        table: bytes of the counts.
     """
 
-    def sent(ranks: int) -> float:
-        return 2 * (ranks - 1) / ranks * 8 * (8 << BITS) / rates.gbits / 1e9
+    def sent(ranks: int, size: int) -> float:
+        return 2 * (ranks - 1) / ranks * 8 * size / rates.gbits / 1e9
 
-    more = max(0.0, sent(sizes.ranks) - sent(rates.measured_ranks))
+    more = max(0.0, sent(sizes.ranks, table) - sent(rates.measured_ranks, SMALLEST.table_bytes))
     again = max(0.0, 1 - MEMORY_BYTES / (2.0 * own * sizes.tokens))
     read = own * (1 + again) * rates.item_seconds
     return read + rates.busy * own * sizes.tokens * rates.token_seconds + rates.fixed_feature_seconds + more

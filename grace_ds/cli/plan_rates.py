@@ -38,7 +38,7 @@ class Rates:
     sample_seconds: float = 1.5e-6
     fixed_seconds: float = 0.02
     fixed_feature_seconds: float = 0.1
-    fixed_bytes: float = 118 * 2.0**20
+    fixed_bytes: float = 54 * 2.0**20
     resting_bytes: float = 20 * 2.0**20
     gbits: float = 10.0
     graph: float = 1.0

@@ -19,9 +19,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grace_ds import recipes
 from grace_ds.config import schema
+from grace_ds.config.interpolated import hidden, marked, unresolved
 from grace_ds.config.schema import GraceConfig, Plain
 from grace_ds.config.value_types import check_types
 from grace_ds.errors import ConfigError
+from grace_ds.files import write_atomic
 
 log = logging.getLogger("grace_ds")
 
@@ -97,6 +99,18 @@ def load_config(block: Mapping[str, Any], path: str = HOME, dotlist: Sequence[st
         layers += [OmegaConf.create(given), OmegaConf.from_dotlist(list(dotlist))]
     except (OmegaConfBaseException, TypeError, ValueError) as e:
         raise ConfigError(f"{path} cannot be read: {_first_line(e)}") from e
+    try:
+        return _checked(layers, path)
+    except ConfigError as e:
+        raise ConfigError(hidden(str(e), [OmegaConf.to_container(layer, resolve=False) for layer in layers])) from None
+
+
+def _checked(layers: Sequence[Any], path: str) -> GraceConfig:
+    """The layers over the defaults, the last one on top.
+
+    Raises:
+        ConfigError: as :func:`load_config`; the message may hold what interpolations have brought.
+    """
     merged = OmegaConf.structured(GraceConfig)
     for layer in layers:
         raw = cast(Plain, OmegaConf.to_container(layer, resolve=False))
@@ -110,12 +124,23 @@ def load_config(block: Mapping[str, Any], path: str = HOME, dotlist: Sequence[st
             raise ConfigError(f"{path}.{key} = {_get(raw, key)!r} cannot be resolved: {_first_line(e)}") from None
     # Once more, for what interpolations have brought.
     check_types(dataclasses.asdict(config), GraceConfig(), path)
+    _mark(config, OmegaConf.to_container(merged, resolve=False))
     if config.recipe in schema.RENAMED_RECIPES:
         new = schema.RENAMED_RECIPES[config.recipe]
         log.warning("%s.recipe = %r is now called %r; the old name goes with the next version", path, config.recipe, new)
         config.recipe = new
     validate(config, path)
     return config
+
+
+def _mark(section: Any, raw: Any) -> None:
+    """Marks the texts of a section of the schema that are interpolations in ``raw``, so that files and messages can tell."""
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            _mark(value, raw[field.name])
+        else:
+            setattr(section, field.name, marked(value, raw[field.name]))
 
 
 def _refuse_removed(raw: Plain, path: str) -> None:
@@ -239,10 +264,13 @@ def refuse_curriculum(ds_config: Mapping[str, Any]) -> None:
 
 
 def write_resolved(config: GraceConfig, directory: str | Path) -> Path:
-    """Writes ``grace_resolved.yaml`` into ``directory`` (made if missing); returns its path.  For one rank only."""
+    """Writes ``grace_resolved.yaml`` into ``directory`` (made if missing); returns its path.  For one rank only.
+
+    Interpolations are written as they were given, for they may stand for secrets, and only the owner can read the file.
+    """
     target = Path(directory) / "grace_resolved.yaml"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    tree = unresolved(dataclasses.asdict(config))
+    write_atomic(target, OmegaConf.to_yaml(OmegaConf.create(tree)).encode(), private=True)
     return target
 
 

@@ -5,16 +5,18 @@ summed over the ranks; the second reads densities and TF-IDF vectors off the sum
 terms of the first sweep are kept in memory up to a limit, so most items are read once and none more than twice.
 
 A window that rolls computes the features of the samples that enter it (:func:`follow_window`): the 6-gram counts follow the
-window, the weights of the terms stay those of the first one, so that the vectors of all samples compare.
+window, the weights of the terms stay those of the first one, so that the vectors of all samples compare.  Which 6-grams are
+counted stays as the first window had it (:mod:`grace_ds.features.sampling`), and goes where the counts go: to the next window,
+into the cache and into checkpoints.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -22,15 +24,18 @@ import numpy as np
 import numpy.typing as npt
 
 from grace_ds.features import cache
-from grace_ds.features.density import Allreduce, NgramCounts, ngram_bins
+from grace_ds.features.density import NgramCounts
+from grace_ds.features.memory import Memory
+from grace_ds.features.sampling import Allreduce, Sampling, agree_sampling, mixed, some
 from grace_ds.features.tfidf import Terms, TfIdf
 from grace_ds.features.tokens import TokenBlock, TokenReader, fingerprint, tokens_of
 from grace_ds.records import Array, FloatArray, IntArray
 
 __all__ = ["ContentFeatures", "TokenReader", "TokenScorer", "content_features", "fingerprint", "tokens_of"]
 
-RECIPE = 3  # goes into the cache key: raise it when a formula below changes
+RECIPE = 4  # goes into the cache key: raise it when a formula below changes
 MEMORY_BYTES = 256 << 20  # limit of the tokens kept between the two sweeps, and of the terms
+TRIED = 256  # samples whose like the 6-gram counts are tried on
 
 
 class TokenScorer(Protocol):
@@ -61,6 +66,9 @@ class ContentFeatures:
         vectors: (n, dim) float32, unit norm; None if not wanted.
         seconds: by part: read, prior, density, tfidf; all zero when they came from the cache.
         counts: what the features of further samples are computed from; None where nobody will ask.
+        density_ratio: chance of a text that stands in the window five times over that of one that stands there once, as the
+            6-gram counts give them, over all ranks: 0.20 where they tell copies apart, towards 1 where they are too full to.
+            NaN where nothing was counted, or nothing came to be looked at.
     """
 
     ids: IntArray
@@ -70,6 +78,7 @@ class ContentFeatures:
     vectors: FloatArray | None
     seconds: dict[str, float] = field(default_factory=dict)
     counts: Counts | None = None
+    density_ratio: float = math.nan
 
     def take(self, index: Array) -> ContentFeatures:
         """The samples at ``index`` (positions or a mask), in that order."""
@@ -79,6 +88,7 @@ class ContentFeatures:
 
 
 COLUMNS = ("ids", "density", "keep", "statistics", "vectors")
+COUNTS = ("grams", "terms", "level")
 
 
 @dataclass(frozen=True)
@@ -86,12 +96,19 @@ class Counts:
     """Counts of the window over all ranks, equal on every rank.
 
     Attributes:
-        grams: (2^22,) int64, 6-grams by bin; empty where no density is wanted.
+        grams: (2^bits,) int32 or int64, 6-grams by bin; empty where no density is wanted.
         terms: (2^18 + 1,) int64, of the first window: samples that hold each term, and samples; empty without vectors.
+        level: (1,) int64: one in 2^level of all 6-grams is counted.
     """
 
     grams: IntArray
     terms: IntArray
+    level: IntArray
+
+    @property
+    def sampling(self) -> Sampling:
+        """Of ``grams``, which are not empty."""
+        return Sampling(len(self.grams).bit_length() - 1, int(self.level[0]))
 
 
 @dataclass
@@ -102,13 +119,14 @@ class _Sweeps:
     terms: TfIdf | None
     scorer: TokenScorer | None
     examine: bool = False
+    tried: IntArray = field(default_factory=lambda: np.zeros(2, np.int64))
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "prior", "density", "tfidf"), 0.0))
 
     def first(self, block: TokenBlock) -> tuple[npt.NDArray[np.float64], FloatArray | None, Terms | None]:
         """Counts one block; its (n,) float64 pass of the trusted filter (empty without one), its statistics, its terms."""
         began = time.perf_counter()
         if self.counts is not None:
-            self.counts.add(ngram_bins(block)[0])
+            self.counts.add(block)
         counted = time.perf_counter()
         terms = None if self.terms is None else self.terms.add(block)
         indexed = time.perf_counter()
@@ -131,79 +149,23 @@ class _Sweeps:
         self._clock(density=between - began, tfidf=time.perf_counter() - between)
         return density, vectors
 
+    def try_counts(self, block: TokenBlock, those: npt.NDArray[np.bool_]) -> None:
+        """Sees whether the summed counts tell copies of texts like the samples ``those`` (n,) of a block from unique ones."""
+        if self.counts is not None and those.any():
+            began = time.perf_counter()
+            rows = [block.flat[block.offsets[i] : block.offsets[i + 1]] for i in np.flatnonzero(those)]
+            chances = self.counts.tried(TokenBlock.of(block.ids[those], rows))
+            self.tried += np.rint(chances * 2.0**32).astype(np.int64).sum(0)  # integers: in whatever order they are added up
+            self._clock(density=time.perf_counter() - began)
+
+    def ratio(self, allreduce: Allreduce) -> float:
+        """``density_ratio`` over all ranks, the same bits for any number of them (collective)."""
+        once, copied = allreduce(self.tried).tolist()
+        return copied / once if once else math.nan
+
     def _clock(self, **seconds: float) -> None:
         for name, value in seconds.items():
             self.seconds[name] += value
-
-
-class _Memory:
-    """Tokens of the first sweep, in the smallest integer type that holds them, and terms, each until its limit is reached.
-
-    Tokens spare reading the dataset again, terms spare hashing and sorting; the latter are larger, so they have a limit of
-    their own instead of taking the tokens' room.
-    """
-
-    def __init__(self, reader: TokenReader, ids: IntArray, limit: int) -> None:
-        self.reader, self.ids = reader, ids
-        self.tokens, self.terms, self.arena = _Room(limit), _Room(limit), _Arena()
-        self.kept: list[tuple[IntArray, Array, IntArray, Terms | None]] = []
-        self.rows = 0
-
-    def keep(self, block: TokenBlock, terms: Terms | None) -> None:
-        """Keeps the next block of the first sweep, if there is room for it and was for all before it."""
-        flat = _narrow(block.flat)
-        if self.tokens.take(flat.nbytes + block.offsets.nbytes):
-            kept = None
-            if terms is not None and self.terms.take(terms.nbytes):
-                kept = Terms(self.arena.keep(terms.keys), self.arena.keep(terms.counts))
-            self.kept.append((block.ids, self.arena.keep(flat), block.offsets, kept))
-            self.rows += len(block)
-
-    def replay(self) -> Iterator[tuple[TokenBlock, Terms | None]]:
-        """All samples again: from memory, then (beyond the limit) from the dataset."""
-        for ids, flat, offsets, terms in self.kept:
-            yield TokenBlock(ids, flat.astype(np.int64), offsets), terms
-        for block in self.reader.blocks(self.ids[self.rows :]):
-            yield block, None
-
-
-class _Arena:
-    """Arrays side by side in large pieces of memory, which go back to the system whole; many small ones freed would not."""
-
-    PIECE = 1 << 26  # bytes: more than the C library keeps to itself
-
-    def __init__(self) -> None:
-        self._free = np.empty(0, np.uint8)
-
-    def keep(self, array: Array) -> Array:
-        """A copy of ``array`` (n,)."""
-        size = -(-array.nbytes // 8) * 8  # the next one is aligned
-        if size > len(self._free):
-            self._free = np.empty(max(self.PIECE, size), np.uint8)
-        place, self._free = self._free[: array.nbytes].view(array.dtype), self._free[size:]
-        place[:] = array
-        return place
-
-
-class _Room:
-    """Bytes left, and whether everything fitted so far."""
-
-    def __init__(self, limit: int) -> None:
-        self.left = limit
-
-    def take(self, size: int) -> bool:
-        """Whether ``size`` bytes fit; once something has not, nothing does."""
-        self.left = self.left - size if size <= self.left else -1
-        return self.left >= 0
-
-
-def _narrow(flat: IntArray) -> Array:
-    """``flat`` in the smallest of a few integer types, with the same values."""
-    low, high = int(flat.min(initial=0)), int(flat.max(initial=0))
-    for kind in (np.uint16, np.int32):
-        if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
-            return flat.astype(kind)
-    return flat
 
 
 def content_features(
@@ -251,15 +213,18 @@ def content_features(
         # one rank's miss is everybody's: a hit skips the sums over ranks that a miss takes part in
         if int(allreduce(np.array([arrays is None], np.int64))[0]) == 0 and arrays is not None:
             columns: dict[str, Any] = {name: arrays.get(name) for name in COLUMNS[1:]}
-            counts = Counts(arrays["grams"], arrays["terms"]) if keep_counts else None
-            return ContentFeatures(ids, **columns, seconds=_Sweeps(None, None, None).seconds, counts=counts)
+            counts = Counts(*(arrays[name] for name in COUNTS)) if keep_counts else None
+            ratio = float(arrays["density_ratio"][0])
+            return ContentFeatures(ids, **columns, seconds=_Sweeps(None, None, None).seconds, counts=counts, density_ratio=ratio)
     terms = TfIdf(dim, seed) if want_tfidf else None
-    sweeps = _Sweeps(NgramCounts() if want_density else None, terms, trusted, want_statistics)
+    ngrams = NgramCounts(agree_sampling(reader, ids, allreduce)) if want_density else None
+    sweeps = _Sweeps(ngrams, terms, trusted, want_statistics)
     out = _compute(sweeps, reader, ids, allreduce, dim, memory_bytes)
     if keep_counts:
         out = replace(out, counts=_counts(sweeps))
     if cache_dir is not None:
         made = {name: getattr(out, name) for name in COLUMNS[1:]} | (vars(out.counts) if out.counts is not None else {})
+        made["density_ratio"] = np.array([out.density_ratio])
         cache.store(cache_dir, key, {name: array for name, array in made.items() if array is not None})
     return out
 
@@ -291,10 +256,9 @@ def follow_window(
     entrants = np.setdiff1d(ids, kept.ids, assume_unique=True)
     ngrams = terms = None
     if len(counts.grams):
-        leavers = NgramCounts()
+        ngrams = NgramCounts(counts.sampling, known=counts.grams)
         for block in reader.blocks(np.setdiff1d(kept.ids, ids, assume_unique=True)):
-            leavers.add(ngram_bins(block)[0])
-        ngrams = NgramCounts(less=leavers.counts, known=counts.grams)
+            ngrams.drop(block)
     if len(counts.terms):
         terms = TfIdf.of(dim, seed, counts.terms)
     sweeps = _Sweeps(ngrams, terms, trusted, kept.statistics is not None)
@@ -302,14 +266,16 @@ def follow_window(
     stay = kept.take(np.isin(kept.ids, ids))
     both: dict[str, Any] = {name: (getattr(stay, name), getattr(fresh, name)) for name in COLUMNS}
     columns: dict[str, Any] = {name: None if a is None else np.concatenate([a, b]) for name, (a, b) in both.items()}
-    joined = ContentFeatures(**columns, seconds=fresh.seconds, counts=_counts(sweeps))
+    joined = replace(fresh, **columns, counts=_counts(sweeps))
     return joined.take(np.argsort(joined.ids, kind="stable"))
 
 
 def _counts(sweeps: _Sweeps) -> Counts:
     nothing = np.empty(0, np.int64)
-    grams = nothing if sweeps.counts is None else sweeps.counts.total
-    return Counts(grams, nothing if sweeps.terms is None else sweeps.terms.totals)
+    terms = nothing if sweeps.terms is None else sweeps.terms.totals
+    if sweeps.counts is None:
+        return Counts(nothing, terms, np.zeros(1, np.int64))
+    return Counts(sweeps.counts.total, terms, np.array([sweeps.counts.sampling.level]))
 
 
 def _compute(
@@ -321,7 +287,7 @@ def _compute(
     density = np.zeros(n, np.float32)
     vectors = np.empty((n if sweeps.terms is not None else 0, dim), np.float32)
     read_before = reader.seconds
-    memory = _Memory(reader, ids, memory_bytes)
+    memory = Memory(reader, ids, memory_bytes)
     statistics: list[FloatArray] = []
     at = 0
     for block in reader.blocks(ids):
@@ -334,10 +300,12 @@ def _compute(
         sweeps.counts.reduce(allreduce)
     if sweeps.terms is not None:
         sweeps.terms.reduce(allreduce)
+    tried = some(ids, TRIED, int(allreduce(np.array([n], np.int64))[0]))
     if sweeps.counts is not None or sweeps.terms is not None:
         at = 0
         for block, terms in memory.replay():
             density[at : at + len(block)], vectors[at : at + len(block)] = sweeps.second(block, terms)
+            sweeps.try_counts(block, tried[at : at + len(block)])
             at += len(block)
     sweeps.seconds["read"] = reader.seconds - read_before
     return ContentFeatures(
@@ -347,6 +315,7 @@ def _compute(
         _stacked(statistics, sweeps),
         vectors if sweeps.terms is not None else None,
         sweeps.seconds,
+        density_ratio=sweeps.ratio(allreduce),
     )
 
 
@@ -360,8 +329,7 @@ def _stacked(statistics: list[FloatArray], sweeps: _Sweeps) -> FloatArray | None
 
 def _pool_digest(ids: IntArray, allreduce: Allreduce) -> list[str | int]:
     """What names this rank's samples and the pool: a digest of the one, order-free sums over the other."""
-    code = ids.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    code = (code ^ (code >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+    code = mixed(ids)
     low, high = code & np.uint64(0xFFFFFFFF), code >> np.uint64(32)  # halves: their sums cannot overflow
     sums = allreduce(np.array([len(ids), low.sum(), high.sum()]).astype(np.int64))
     return [hashlib.blake2b(ids.astype("<i8").tobytes(), digest_size=16).hexdigest(), *map(int, sums)]

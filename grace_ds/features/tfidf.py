@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from grace_ds.features.density import Allreduce
+from grace_ds.features.sampling import Allreduce
 from grace_ds.features.tokens import TokenBlock
 from grace_ds.grid import on_grid
 from grace_ds.records import Array, FloatArray, IntArray

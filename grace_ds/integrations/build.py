@@ -18,6 +18,7 @@ from grace_ds.comm.rollcall import RollCall
 from grace_ds.config.schema import GraceConfig
 from grace_ds.errors import ConfigError
 from grace_ds.features import ContentFeatures, TokenReader, content_features, follow_window
+from grace_ds.features.density import COPIES
 from grace_ds.harvest import Harvester
 from grace_ds.integrations.agreement import agreement_of
 from grace_ds.integrations.controller import Controller
@@ -39,6 +40,8 @@ from grace_ds.sketch.sketcher import Sketcher
 from grace_ds.trusted import split_trusted
 
 log = logging.getLogger("grace_ds")
+
+MISSED = 0.10  # so far off is the chance of five copies, 0.20 of a unique text's, that it is said
 
 
 def build_controller(
@@ -241,6 +244,7 @@ class Contents:
 
     def __init__(self, comm: Comm, config: GraceConfig, parts: Parts) -> None:
         self.comm, self.config, self.parts = comm, config, parts
+        self._warned = False
 
     def __call__(self, kept: ContentFeatures | None, ids: IntArray) -> ContentFeatures:
         """Features of ``ids`` (n,), sorted, this rank's share of the window.  Collective where the window has moved.
@@ -256,14 +260,29 @@ class Contents:
         common: dict[str, Any] = {"dim": c.features.dim, "seed": c.seed, "trusted": self.parts.prior}
         common["allreduce"] = self.comm.allreduce
         if kept is not None:
-            return follow_window(kept, reader, ids, **common)
-        return content_features(
-            reader,
-            ids,
-            **common,
-            want_density=True,
-            want_tfidf=c.builds_graph,
-            want_statistics=c.collects,
-            cache_dir=c.features.cache_dir,
-            keep_counts=rolls,
-        )
+            found = follow_window(kept, reader, ids, **common)
+        else:
+            found = content_features(
+                reader,
+                ids,
+                **common,
+                want_density=True,
+                want_tfidf=c.builds_graph,
+                want_statistics=c.collects,
+                cache_dir=c.features.cache_dir,
+                keep_counts=rolls,
+            )
+        self._watch(found.density_ratio)
+        return found
+
+    def _watch(self, ratio: float) -> None:
+        """Says once, on rank 0, that the 6-gram counts no longer tell copies from unique texts."""
+        if abs(ratio - 1 / COPIES) > MISSED and self.comm.rank == 0 and not self._warned:
+            self._warned = True
+            log.warning(
+                "near-duplicates are hardly seen: a text that stands five times in the window has %.2f of a unique one's chance "
+                "where 0.20 is right, for the 6-gram counts are too full; set window to fewer samples than %d, best to at most "
+                "10000000, and start anew instead of resuming",
+                ratio,
+                self.parts.pool.size,
+            )

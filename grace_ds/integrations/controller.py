@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+import uuid
 from typing import Any
 
 from grace_ds.choice import slack
@@ -77,6 +78,7 @@ class Controller:
         self.agreement = agreement
         self.refresher = Refresher(pipeline, harvester, trust, agreement, self.lookout)
         self.recorder = Recorder(config.run_dir, write_events, preview) if self.comm.rank == 0 else Recorder(None, None)
+        self.run = uuid.uuid4().hex  # of this process; see _take_over
         self.book = ScheduleBook()
         self.outstanding = Outstanding(geometry)
         self.watch = StepWatch()
@@ -421,7 +423,10 @@ class Controller:
 
     def _take_over(self, fresh: Fresh) -> None:
         """Makes what a refresh that counts has made this rank's state."""
-        outcome, schedule = fresh.outcome, fresh.outcome.schedule
+        # Rank 0's name is the one that is written down; a run that was taken up goes by the name that it had.
+        last = self.book.schedules[-1] if self.book.schedules else None
+        schedule = dataclasses.replace(fresh.outcome.schedule, run=(last.run if last is not None else "") or self.run)
+        outcome = dataclasses.replace(fresh.outcome, schedule=schedule)
         self.table, self.seen, self.kept = outcome.table, outcome.seen, outcome.kept
         self.ledger, self.counted = fresh.inputs.ledger, self.cursor
         if self.harvester is not None:
@@ -432,7 +437,7 @@ class Controller:
             if fresh.fitted is not None:
                 self.trust.gradient = fresh.fitted.gradient
         self.watch.published(schedule.meta)
-        self.metrics.count(schedule, self.book.schedules[-1] if self.book.schedules else None)
+        self.metrics.count(schedule, last)
         self.book.publish(schedule)
         self.book.prune(self.cursor)
         self.next_refresh = int(schedule.meta["next_refresh_step"])

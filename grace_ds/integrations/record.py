@@ -6,6 +6,7 @@ Nothing here may stop training: what cannot be written is said in the log.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ from grace_ds.recipes import depth
 from grace_ds.records import IntArray, Role, Schedule
 from grace_ds.refresh import Outcome
 from grace_ds.rng import undisturbed_rng
-from grace_ds.schedule import save_schedule
+from grace_ds.schedule import put_aside, save_schedule
 
 log = logging.getLogger("grace_ds")
 
@@ -164,6 +165,7 @@ class Recorder:
         line = {
             "step": schedule.meta["decided_at_step"],
             "version": schedule.version,
+            "run": schedule.run,
             **outcome.counts,
             **dict(schedule.meta),
             "seconds": outcome.seconds,
@@ -171,6 +173,13 @@ class Recorder:
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if put_aside(folder, schedule):
+                log.warning(
+                    "%s holds what another run has left there: it is renamed to *.abandoned; give every run a run_dir of its own",
+                    self.run_dir,
+                )
+                for left in (folder.parent / "refreshes.jsonl", folder.parent / "reports"):
+                    _set_aside(left)
             save_schedule(schedule, folder)
             with (folder.parent / "refreshes.jsonl").open("a") as f:
                 f.write(json.dumps(line) + "\n")
@@ -178,6 +187,13 @@ class Recorder:
             log.warning("schedule %d could not be kept in %s (%s); training goes on", schedule.version, self.run_dir, error)
         if outcome.portrait is not None:
             keep_portrait(outcome.portrait, folder.parent / "reports", self.preview, self._mapped)
+
+
+def _set_aside(path: Path) -> None:
+    """Renames a file or folder, if it is there, to the first of ``STEM.abandoned``, ``STEM-1.abandoned`` … that is free."""
+    if path.exists():
+        names = itertools.chain([path.stem], (f"{path.stem}-{i}" for i in itertools.count(1)))
+        path.rename(next(to for name in names if not (to := path.with_name(f"{name}.abandoned")).exists()))
 
 
 def keep_portrait(portrait: dict[str, Any], folder: Path, preview: Preview | None, known: dict[int, dict[str, Any]]) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from grace_ds.errors import CheckpointError, DataError
 from grace_ds.records import Array, Schedule
@@ -219,14 +221,15 @@ def _curves(options: Options, results: dict[str, dict[str, Any]], notes: list[st
 
 
 def _sources(options: Options, folder: Path, config: dict[str, Any], notes: list[str]) -> tuple[Array, list[str]] | None:
-    own = (config.get("selection") or {}).get("sources")
+    own = _value(config, "selection.sources")
     if options.sources is not None:
         return _labels(options.sources)
     if own is not None:
         try:
             return _labels(Path(own))
         except DataError:
-            notes.append(f"selection.sources, {own}, cannot be read from here: sources are not shown. Give --sources FILE.")
+            given = config["selection"]["sources"]
+            notes.append(f"selection.sources, {given}, cannot be read from here: sources are not shown. Give --sources FILE.")
             return None
     try:
         kinds = np.load(folder.parent.parent / "data" / "kinds.npy", allow_pickle=False)
@@ -234,6 +237,16 @@ def _sources(options: Options, folder: Path, config: dict[str, Any], notes: list
         return None
     known = kinds.ndim == 1 and kinds.dtype == np.uint8 and kinds.max(initial=0) < len(_KINDS)
     return (kinds, list(_KINDS)) if known else None
+
+
+def _value(config: dict[str, Any], key: str) -> Any:
+    """Of a key that may be an interpolation, as it stands for now; as it is written where that cannot be had here."""
+    section, name = key.split(".")
+    given = (config.get(section) or {}).get(name)
+    try:
+        return OmegaConf.select(OmegaConf.create(config), key) if isinstance(given, str) else given
+    except OmegaConfBaseException:
+        return given
 
 
 def _labels(path: Path) -> tuple[Array, list[str]]:

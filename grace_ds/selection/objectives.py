@@ -86,14 +86,14 @@ def select(
     if name not in _OBJECTIVES:
         raise ConfigError(f"selection.objective = {name!r}; known: {', '.join(sorted(_OBJECTIVES))}")
     log_p = check_log_p(ids, log_p)
-    first = np.intersect1d(ids, include) if include is not None else np.empty(0, np.int64)
+    inside = _places(ids, include)
+    first = ids[inside]
     check_included(len(first), k)
     may = np.isfinite(log_p)
-    if exclude is not None:
-        may &= ~np.isin(ids, exclude)
+    may[_places(ids, exclude)] = False
     whole = name == "facility_location"
     if not whole:
-        may &= ~np.isin(ids, first)
+        may[inside] = False
     weights = np.exp(log_p - log_p[may].max()) if may.any() else np.zeros(len(ids))
     wanted = k if whole else k - len(first)
     drawn = _OBJECTIVES[name](Request(ids[may], log_p[may], wanted, seed, version, first, ids, neighbours, weights))
@@ -103,6 +103,14 @@ def select(
     order = np.argsort(joined)
     weight = np.concatenate([np.ones(len(first), np.float32), drawn.weights])
     return Coreset(joined[order], mean_one(weight[order]))
+
+
+def _places(ids: IntArray, few: IntArray | None) -> IntArray:
+    """Where those of ``few`` that are among the sorted ``ids`` (n,) stand, ascending: without sorting the window again."""
+    if few is None or not len(few) or not len(ids):
+        return np.empty(0, np.int64)
+    at = np.minimum(np.searchsorted(ids, few), len(ids) - 1)
+    return np.unique(at[ids[at] == few])
 
 
 def check_included(included: int, k: int) -> None:

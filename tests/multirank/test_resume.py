@@ -154,6 +154,10 @@ def test_a_resumed_run_keeps_the_record_of_the_steps_before(two: Records, folder
         assert sorted(s["id"] for s in told["samples"]) == stream(two["recorded_on"])[step - 6]
     lines = [json.loads(line) for line in (folder / "run2" / "refreshes.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 2, 4, 8, 12, 8, 12]
+    schedules = load_book(folder / "run2" / "schedules").schedules
+    assert len({s.run for s in schedules}) == 1 and schedules[0].run  # one run, and not without a name
+    aside = [path.name for path in (folder / "run2" / "schedules").glob("*.abandoned")]
+    assert f"schedule-{lines[-1]['version']:06d}.abandoned" in aside  # of the steps that were gone through again
 
 
 def test_a_checkpoint_of_a_replay_goes_on_without_it(two: Records) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import density
 from benchmarks.quickstart import equal_loss_seconds, standard_error
 from benchmarks.record import Claim, median_interval
 from tests.multirank.harness import run_command
@@ -86,3 +87,31 @@ def test_a_benchmark_writes_its_claims_and_rows(tmp_path: Path, name: str, optio
         assert found["claims"][-1]["value"] > 1  # a refresh does all that bare faiss does, and more
         for r in found["rows"]["refreshes"]:
             assert sum(r[s] for s in ("gather", "content", "embed", "graph", "propagate", "select")) <= r["total"]
+
+
+def test_text_that_fills_a_window_keeps_its_repetitions_and_has_6_grams_of_its_own() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 50, (20, 64))
+    rows[7] = rows[3]
+    rows[9, 30:] = rows[5, 30:]
+    alone = set(density.unlike_others(rows).tolist())
+    assert alone == set(range(20)) - {3, 5, 7, 9}
+    made = np.concatenate(list(density.background(rows, 700, rng)))
+    assert made.shape == (700, 64) and {row.tobytes() for row in made[:20]} == {row.tobytes() for row in rows}
+    assert made.min() >= 0 and made.max() < density.NAMES
+    grams = {row[i : i + 6].tobytes() for row in made[20:] for i in range(59)}
+    assert len(grams) == 680 * 59
+    equal = {(row[:, None] == row).tobytes() for row in rows}
+    assert all((row[:, None] == row).tobytes() in equal for row in made[20:])  # which tokens of a text are alike
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_the_density_benchmark_tells_full_tables_from_others(tmp_path: Path) -> None:
+    target = tmp_path / "out.json"
+    run_command([sys.executable, "-m", "benchmarks", "density", "--sizes", "1000", "6000", "--json", target], timeout=180)
+    found = json.loads(target.read_text())
+    claims = {c["name"]: c for c in found["claims"]}
+    assert list(claims) == ["density_ratio_1e3", "density_table_1e3", "density_ratio_6e3", "density_table_6e3"]
+    assert all(abs(c["value"] - 0.2) < 0.02 and c["met"] for name, c in claims.items() if "ratio" in name)
+    assert [row["planted"] for row in found["rows"]["by size"]] == [83, 200]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
+import os
+import pickle
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +210,69 @@ def test_resolved_config_loads_back(tmp_path: Path) -> None:
     config = load_config({"budget": 0.33, "harvest": {"layers": ["a.*"]}})
     path = write_resolved(config, tmp_path / "run")
     assert load_config({"file": str(path)}) == config
+
+
+SECRET = "s3cr3t-'quoted'"
+
+
+def test_what_interpolations_stand_for_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKEN", SECRET)
+    monkeypatch.setenv("WHERE", "/data")
+    block = {
+        "budget": 0.3,
+        "run_dir": str(tmp_path / "run"),
+        "features": {"cache_dir": "${oc.env:WHERE}/${oc.env:TOKEN}", "tokens_key": "${.cache_dir}"},
+        "harvest": {"layers": ["a.*", "${oc.env:TOKEN}"], "exclude": "${.layers}"},
+    }
+    config = load_config(block)
+    assert config.features.cache_dir == f"/data/{SECRET}" == config.features.tokens_key
+    assert config.harvest.layers == config.harvest.exclude == ["a.*", SECRET]
+    for kept in (
+        config,
+        copy.deepcopy(config),
+        dataclasses.replace(config, recipe="content"),
+        pickle.loads(pickle.dumps(config)),
+    ):
+        path = write_resolved(kept, tmp_path / "run")
+        text = path.read_text()
+        assert "s3cr3t" not in text and "/data" not in text and "${oc.env:WHERE}/${oc.env:TOKEN}" in text
+        assert load_config({"file": str(path)}) == kept
+    assert "s3cr3t" not in repr(config)
+    monkeypatch.setenv("TOKEN", "another")
+    assert load_config({"file": str(path)}).harvest.exclude == ["a.*", "another"]
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
+def test_the_resolved_config_is_for_its_owner_alone(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        path = write_resolved(load_config({}), tmp_path / "run")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"comm": "${oc.env:TOKEN}"},  # not one of the choices
+        {"seed": "${oc.env:TOKEN}"},  # not a number
+        {"budget": "${oc.decode:${oc.env:TOKEN}}"},
+        {"graph": {"k": "${seed}"}, "seed": "${oc.env:TOKEN}"},
+        {"harvest": {"layers": "${oc.env:TOKEN}"}},
+        {"ablate": ["${oc.env:TOKEN}"]},
+        {"features": {"tokens_key": "${oc.env:TOKEN}"}, "mode": "${features.tokens_key}"},
+    ],
+)
+def test_what_interpolations_stand_for_is_not_in_errors(block: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKEN", SECRET)
+    with pytest.raises(ConfigError) as raised:
+        load_config(block)
+    seen: BaseException | None = raised.value
+    while seen is not None:  # a traceback would show what it came from too
+        assert "s3cr3t" not in str(seen)
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+    assert HOME in str(raised.value)
 
 
 JUNK = st.recursive(

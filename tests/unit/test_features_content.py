@@ -227,6 +227,23 @@ def test_a_damaged_cache_file_on_one_rank_is_computed_anew_on_all(tmp_path, dama
     assert not caplog.text  # it was repaired
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.filterwarnings("ignore")
+def test_whatever_byte_of_a_cache_file_is_flipped_it_is_not_read_as_something_else(tmp_path):
+    arrays = {"density": np.arange(7, dtype=np.float32), "keep": np.ones(3, np.float32)}
+    feature_cache.store(tmp_path, "ab", arrays)
+    path, read = feature_cache.path_of(tmp_path, "ab"), 0
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        for flip in (1, 0xFF):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1 :])
+            found = feature_cache.load(tmp_path, "ab")
+            if found is not None:  # dates and the like are not looked at
+                assert found.keys() == arrays.keys() and all(np.array_equal(found[n], a) for n, a in arrays.items())
+                read += 1
+    assert 0 < read < len(whole)
+
+
 def test_a_cache_folder_that_cannot_be_written_costs_a_warning(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     feature_cache.store(tmp_path / "file" / "below", "ab", {"x": np.zeros(2)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import Counter
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from grace_ds.features import density
 from grace_ds.features.density import NgramCounts, ngram_bins, row_quantile
 from grace_ds.features.tokens import TokenBlock
+from tests.unit.test_features_content import Ranks
 
 
 def block_of(rows):
@@ -32,7 +34,7 @@ def measured(rows, cuts=()):
     blocks = [block_of(rows[a:b]) for a, b in itertools.pairwise(edges)]
     counts = NgramCounts()
     for block in blocks:
-        counts.add(ngram_bins(block)[0])
+        counts.add(block)
     counts.reduce(lambda x: x)
     return np.concatenate([counts.degree(block) for block in blocks])
 
@@ -62,15 +64,16 @@ def test_copies_with_edits_are_dense_and_originals_are_not():
 
 
 def test_grams_do_not_cross_samples():
-    assert ngram_bins(block_of([[1, 2, 3], [4, 5, 6]]))[0].tolist() == []
-    bins, sizes = ngram_bins(block_of([[1], list(range(7)), [2, 3], list(range(6))]))
+    assert ngram_bins(block_of([[1, 2, 3], [4, 5, 6]])).bins.tolist() == []
+    found = ngram_bins(block_of([[1], list(range(7)), [2, 3], list(range(6))]))
+    bins, sizes = found.bins, found.lengths
     assert sizes.tolist() == [0, 2, 0, 1]
     assert len(bins) == 3
     assert bins[0] == bins[2] != bins[1]
 
 
 def test_bins_are_spread():
-    bins, _ = ngram_bins(block_of([np.arange(200_000)]))
+    bins = ngram_bins(block_of([np.arange(200_000)])).bins
     expected = (1 << 22) * (1 - np.exp(-len(bins) / (1 << 22)))  # of a uniformly random hash
     assert abs(len(np.unique(bins)) - expected) < 0.01 * expected
 
@@ -81,6 +84,8 @@ def test_row_quantile_equals_percentile(rows):
     values = np.array([v for row in rows for v in row], np.int32)
     found = row_quantile(values, np.array([len(r) for r in rows], np.int64), 0.4, minus=1)
     np.testing.assert_allclose(found, [np.percentile(r, 40) - 1 if r else 0 for r in rows], rtol=1e-9)
+    lower = row_quantile(values, np.array([len(r) for r in rows], np.int64), 0.4, minus=1, between=False)
+    assert lower.tolist() == [np.percentile(r, 40, method="lower") - 1 if r else 0 for r in rows]
 
 
 def test_counts_saturate_alike_on_one_and_three_ranks(monkeypatch):
@@ -88,17 +93,16 @@ def test_counts_saturate_alike_on_one_and_three_ranks(monkeypatch):
     gram = block_of([[1, 2, 3, 4, 5, 6]])
 
     def total(share):
-        ranks = []
-        for copies in share:
-            counts = NgramCounts()
+        ranks, made = Ranks(len(share)), [NgramCounts() for _ in share]
+        threads = []
+        for rank, (counts, copies) in enumerate(zip(made, share, strict=True)):
             for _ in range(copies):
-                counts.add(ngram_bins(gram)[0])
-            ranks.append(counts)
-        sent = []
-        for counts in ranks:
-            counts.reduce(lambda x: sent.append(x) or x)
-        ranks[0].reduce(lambda _: np.sum(sent, axis=0))
-        return ranks[0].degree(gram)[0]
+                counts.add(gram)
+            threads.append(threading.Thread(target=counts.reduce, args=(ranks.sum_of(rank),)))
+            threads[-1].start()
+        for thread in threads:
+            thread.join(60)
+        return made[0].degree(gram)[0]
 
     assert total([20]) == total([9, 1, 10]) == total([5, 5, 5]) == 7
     assert total([3]) == total([1, 1, 1]) == 2
@@ -110,12 +114,12 @@ TEXTS = st.lists(st.lists(st.integers(0, 2), max_size=12), max_size=6)
 @settings(max_examples=40, deadline=None)
 @given(TEXTS, TEXTS, TEXTS)
 def test_counts_follow_a_window_of_which_some_leave_and_some_enter(leave, stay, enter):
-    before, gone = NgramCounts(), NgramCounts()
-    before.add(ngram_bins(block_of(leave + stay))[0])
+    before = NgramCounts()
+    before.add(block_of(leave + stay))
     before.reduce(lambda x: x)
-    gone.add(ngram_bins(block_of(leave))[0])
-    now = NgramCounts(less=gone.counts, known=before.total)
-    now.add(ngram_bins(block_of(enter))[0])
+    now = NgramCounts(known=before.total)
+    now.drop(block_of(leave))
+    now.add(block_of(enter))
     now.reduce(lambda x: x)
     assert now.total.sum() == sum(max(len(row) - 5, 0) for row in stay + enter)
     np.testing.assert_allclose(now.degree(block_of(stay + enter)), exact_density(stay + enter), rtol=1e-12)
@@ -125,10 +129,12 @@ def test_counts_that_have_saturated_come_down_again(monkeypatch):
     monkeypatch.setattr(density, "SATURATION", 8)
     gram, many = block_of([[1, 2, 3, 4, 5, 6]]), NgramCounts()
     for _ in range(20):
-        many.add(ngram_bins(gram)[0])
+        many.add(gram)
     many.reduce(lambda x: x)
     assert many.degree(gram).tolist() == [7] and many.total.max() == 20
-    fewer = NgramCounts(less=many.counts - (many.counts > 0) * 3, known=many.total)  # 17 of them leave
+    fewer = NgramCounts(known=many.total)
+    for _ in range(17):
+        fewer.drop(gram)
     fewer.reduce(lambda x: x)
     assert fewer.degree(gram).tolist() == [2]
 

@@ -25,7 +25,7 @@ def whole(trusted: bool = True) -> Kept:
     draw, ids = np.random.default_rng(0), np.sort(np.random.default_rng(1).choice(5000, N, replace=False)).astype(np.int64)
     x = draw.normal(size=(N, WIDTH)).astype(np.float32)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
-    counts = Counts(draw.integers(0, 9, 64), draw.integers(0, 9, 65))
+    counts = Counts(draw.integers(0, 9, 64).astype(np.int32), draw.integers(0, 9, 65), np.array([3]))
     keep = draw.random(N).astype(np.float32) if trusted else None
     statistics = draw.normal(size=(N, 5)).astype(np.float32) if trusted else None
     content = ContentFeatures(ids, draw.random(N).astype(np.float32), keep, statistics, x, counts=counts)
@@ -60,7 +60,7 @@ def same(a: Kept, b: Kept) -> bool:
     def arrays(k: Kept) -> list[Array | None]:
         assert k.content is not None and k.learned is not None and k.graph is not None and k.content.counts is not None
         c, g = k.content, k.graph
-        found = [c.ids, c.density, c.keep, c.statistics, c.vectors, c.counts.grams, c.counts.terms]
+        found = [c.ids, c.density, c.keep, c.statistics, c.vectors, *vars(c.counts).values()]
         return [*found, *vars(k.learned).values(), g.ids, g.X, g.where, g.keys, g.depth, g.centroids]
 
     pairs = zip(arrays(a), arrays(b), strict=True)

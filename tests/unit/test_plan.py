@@ -169,7 +169,7 @@ def test_a_calibration_measures_here_and_is_quick() -> None:
     for name in ("gflops", "narrow_gflops", "token_seconds", "fixed_feature_seconds", "fixed_bytes", "graph"):
         assert found.of(name) == MEASURED and getattr(found, name) > 0
     assert found.busy >= 1 and found.of("gbits") != MEASURED
-    assert 60 << 20 < found.fixed_bytes < 300 << 20  # the 6-gram counts alone take 16 MiB, and 64 while they are summed
+    assert 40 << 20 < found.fixed_bytes < 200 << 20  # the 6-gram counts take 16 MiB, and as much again while they are summed
     assert found.resting_bytes < found.fixed_bytes
     sizes = replace(SIZES, gflops=0.0, gbits=0.0, samples=10_000, rates=found)
     assert plan(sizes, GraceConfig()).gflops == found.gflops

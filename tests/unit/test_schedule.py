@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grace_ds.errors import CheckpointError
-from grace_ds.records import Coreset, IntArray, Role, Schedule
-from grace_ds.schedule import Ledger, ScheduleBook, compose, load_book, load_schedule, save_schedule
+from grace_ds.integrations.record import Recorder
+from grace_ds.kept import Kept
+from grace_ds.records import Coreset, IntArray, Losses, Role, Rows, Schedule
+from grace_ds.refresh import Outcome
+from grace_ds.schedule import Ledger, ScheduleBook, compose, load_book, load_schedule, put_aside, save_schedule
+from grace_ds.table import Table
 
 
 def ints(*values: int) -> IntArray:
@@ -56,6 +63,30 @@ def test_least_visited_members_come_first() -> None:
 def test_composition_depends_on_seed_and_version_only() -> None:
     assert make(50, 80).digest() == make(50, 80).digest()
     assert make(50, 80, version=4).digest() != make(50, 80).digest()
+
+
+def test_orders_are_what_they_were() -> None:
+    h = hashlib.blake2b(digest_size=16)
+    for case in range(60):  # cores smaller and larger than their slots, with and without guests, some members met before
+        core = 1 + case * case % 37
+        s = compose(
+            Coreset(np.arange(core) * 10, np.linspace(0.5, 1.5, core).astype(np.float32)),
+            40 + case * 53 % 400,
+            visits=np.arange(core) * 7 % 5,
+            explore=10**6 + np.arange(case % 4),
+            audit=2 * 10**6 + np.arange(case % 3),
+            seed=case % 5,
+            version=case,
+            start=8 * case,
+        )
+        h.update(s.digest().encode())
+    assert h.hexdigest() == "56d9649b4647ad02c90df79fa0f097fe"  # recorded when the order was joined anew for every pass
+
+
+@pytest.mark.timeout(30)  # the work is in proportion to the slots: joined anew for every pass it took twice as long as this
+def test_a_few_samples_fill_a_great_many_slots() -> None:
+    s = make(10, 320_000)
+    assert np.unique(s.ids, return_counts=True)[1].tolist() == [32_000] * 10
 
 
 def test_no_room_for_the_core_is_an_error() -> None:
@@ -164,3 +195,75 @@ def test_a_schedule_that_is_missing_or_overwritten_among_others_is_named(tmp_pat
     paths[1].write_bytes(middle)
     paths[0].unlink()
     assert [s.version for s in load_book(tmp_path).schedules] == [1, 2, 3]
+
+
+def of_run(run: str, version: int, start: int) -> Schedule:
+    return dataclasses.replace(make(9, 20, version=version, start=start), run=run)
+
+
+def test_a_file_says_its_run_and_one_without_is_of_none(tmp_path: Path) -> None:
+    path = save_schedule(of_run("abc", 3, 0), tmp_path)
+    assert load_schedule(path).run == "abc"
+    assert load_schedule(save_schedule(make(9, 20, version=4), tmp_path)).run == ""
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ([("a", 0), ("a", 16), ("a", 32), ("a", 48)], [("b", 0), ("b", 32)]),  # a shorter run over a longer one
+        ([("a", 0), ("a", 16)], [("a", 0), ("b", 64)]),  # in its place, and no start falls
+        ([("", 0), ("", 32), ("", 16)], []),  # of versions that did not say their run
+    ],
+)
+def test_schedules_of_two_runs_are_no_book(tmp_path: Path, first: list[tuple[str, int]], second: list[tuple[str, int]]) -> None:
+    for run in (first, second):
+        for version, (name, start) in enumerate(run):
+            save_schedule(of_run(name, version, start), tmp_path)
+    with pytest.raises(CheckpointError, match="mixes the schedules of two runs; move those of one of them away"):
+        load_book(tmp_path)
+
+
+def test_a_run_that_was_taken_up_with_another_version_of_ours_is_one_book(tmp_path: Path) -> None:
+    for version, name in enumerate(("", "", "a", "a")):
+        save_schedule(of_run(name, version, 16 * version), tmp_path)
+    assert [s.run for s in load_book(tmp_path).schedules] == ["", "", "a", "a"]
+
+
+def test_what_cannot_stand_beside_a_schedule_is_put_aside(tmp_path: Path) -> None:
+    def names(suffix: str) -> list[int]:
+        return sorted(int(path.stem.split("-")[1]) for path in tmp_path.glob(f"*.{suffix}"))
+
+    for version in range(5):
+        save_schedule(of_run("a", version, 16 * version), tmp_path)
+    assert put_aside(tmp_path, of_run("a", 3, 40)) == set()  # the run itself, taken up at a checkpoint
+    assert names("safetensors") == [0, 1, 2] and names("abandoned") == [3, 4]
+    assert put_aside(tmp_path, of_run("b", 0, 0)) == {"a"}
+    assert names("safetensors") == [] and names("abandoned") == [0, 1, 2, 3, 4]
+    for version in range(3):  # of a version that did not say its run: the beginning of another puts all of them aside
+        save_schedule(of_run("", version, 16 * version), tmp_path)
+    assert put_aside(tmp_path, of_run("b", 2, 40)) == set() and names("safetensors") == [0, 1]
+    assert put_aside(tmp_path, of_run("c", 0, 0)) == {""} and names("safetensors") == []
+    (tmp_path / "schedule-000007.safetensors").write_bytes(b"torn")
+    assert put_aside(tmp_path, of_run("c", 1, 16)) == set() and names("safetensors") == [7]
+
+
+def test_a_second_run_over_a_run_dir_leaves_only_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def records(run: str, count: int, every: int) -> None:
+        recorder = Recorder(str(tmp_path), None)
+        for version in range(count):
+            schedule = of_run(run, version, every * version)
+            schedule = dataclasses.replace(schedule, meta={"decided_at_step": version})
+            portrait = {"version": version, "samples": []}
+            recorder.made(Outcome(schedule, Table(Rows.empty(8)), Table(Losses.empty()), Kept(), {}, {}, portrait))
+            recorder.settle()
+
+    for count, (run, length) in enumerate((("a", 5), ("b", 3), ("c", 2))):
+        records(run, length, 16 * (count + 1))
+        assert [(s.run, s.version) for s in load_book(tmp_path / "schedules").schedules] == [(run, v) for v in range(length)]
+        lines = [json.loads(line) for line in (tmp_path / "refreshes.jsonl").read_text().splitlines()]
+        assert [(line["run"], line["version"]) for line in lines] == [(run, v) for v in range(length)]
+        assert len(list((tmp_path / "reports").glob("report-*.json"))) == length
+        assert caplog.text.count("give every run a run_dir of its own") == count
+    assert len((tmp_path / "refreshes.abandoned").read_text().splitlines()) == 5
+    assert len((tmp_path / "refreshes-1.abandoned").read_text().splitlines()) == 3
+    assert (tmp_path / "reports-1.abandoned").is_dir()

@@ -236,3 +236,17 @@ def test_wrong_names_and_too_many_includes_are_errors() -> None:
         select("rs3", np.arange(3), np.zeros(3), 1, seed=0, version=0)
     with pytest.raises(ConfigError, match="include"):
         select("sample", np.arange(3), np.zeros(3), 1, seed=0, version=0, include=np.arange(2))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sets(st.integers(0, 40), min_size=1), st.lists(st.integers(-3, 45), max_size=9), st.lists(st.integers(-3, 45), max_size=9)
+)
+def test_included_and_excluded_ids_are_those_of_the_window(window: set[int], include: list[int], exclude: list[int]) -> None:
+    ids, exclude = np.array(sorted(window), np.int64), sorted(set(exclude) - set(include))
+    asked = {"include": np.array(sorted(include), np.int64), "exclude": np.array(exclude, np.int64)}
+    got = select("uniform", ids, np.zeros(len(ids)), len(ids), seed=0, version=0, **asked)
+    assert set(got.ids.tolist()) == window - set(exclude)
+    forced = sorted(window & set(include))
+    if forced:
+        assert select("topk", ids, np.zeros(len(ids)), len(forced), seed=0, version=0, **asked).ids.tolist() == forced

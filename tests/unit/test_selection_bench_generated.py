@@ -21,7 +21,7 @@ from benchmarks.selection.pools import ADDED, GROUPS, HELDOUT, SPECS, PoolSpec, 
 from benchmarks.selection.store import Stored
 from benchmarks.selection.texts import MACHINE_WRITTEN, Source
 from grace_ds.errors import DataError
-from grace_ds.features.density import NgramCounts, ngram_bins
+from grace_ds.features.density import NgramCounts
 from grace_ds.features.tokens import TokenBlock
 from grace_ds.quickstart.corpus import chunk, split_of
 from grace_ds.quickstart.generated import TEMPLATES, VOCABULARY, Template, generated_code, templated
@@ -125,7 +125,7 @@ def test_generated_rows_pass_a_bigram_filter_and_are_no_copies(
     assert passed["made"] > 0.5 and passed["made"] > 0.9 * passed["clean"]
     everything = np.concatenate([made, source.rows[: len(made)]])
     counts, block = NgramCounts(), TokenBlock(np.arange(len(everything)), *flat(everything))
-    counts.add(ngram_bins(block)[0])
+    counts.add(block)
     counts.reduce(lambda bins: bins)
     assert (counts.degree(block)[: len(made)] < 1).mean() > 0.8
 
