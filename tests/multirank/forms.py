@@ -131,6 +131,7 @@ class Job:
     Args:
         grace: further keys of the block.
         model, data, collate: of the job.
+        trusted, loss_fn: as for ``grace_ds.initialize``.
         workers: whether processes of the loader read the data, as they do by default.
         engine: further keys of DeepSpeed's config.
     """
@@ -144,6 +145,8 @@ class Job:
         accumulation: int = 1,
         stage: int = 0,
         workers: bool = False,
+        trusted: Any = None,
+        loss_fn: Any = None,
         **engine: Any,
     ) -> None:
         import torch.distributed as dist
@@ -178,6 +181,8 @@ class Job:
             training_data=Samples() if data is None else data,
             collate_fn=collate,
             config=config,
+            trusted_data=trusted,
+            loss_fn=loss_fn,
         )
         self.engine = made[0]
         # Workers that end with the garbage are waited for, ten seconds a form: only the forms about them have any.
@@ -567,6 +572,66 @@ def data_unreadable() -> dict[str, Any]:
         return {"input_ids": t}
 
     return trained(data=Samples(item))
+
+
+# -- the trusted set ------------------------------------------------------------------------------------------------------------
+
+TRUSTED = "The trusted set"
+
+
+def probed(forward: Callable[[Job, Any], Any] | None = None, **how: Any) -> dict[str, Any]:
+    """A job with trusted samples, whose influences are measured by probes; as found, with the probes that were made."""
+    job = Job(trusted=how.pop("trusted", None) or Samples(n=24), **how)
+    job.train(14, None if forward is None else lambda batch: forward(job, batch))
+    made = job.engine.grace_ds.metrics["probe_samples"]
+    recipe = job.engine.grace_ds.config.recipe
+    return job.found(probes=made, recipe=recipe)
+
+
+@form(TRUSTED, "the module is called with the batch as it is")
+def trusted_whole() -> dict[str, Any]:
+    return probed()
+
+
+@form(TRUSTED, "the module is called with cuts of the batch: a probe makes the same cuts")
+def trusted_cut() -> dict[str, Any]:
+    return probed(lambda job, b: job.engine(b["input_ids"][:, :-1], labels=b["input_ids"][:, 1:]))
+
+
+@form(TRUSTED, "the module is called with something made of the batch, and `recipe: grace` is asked for", REFUSED, "loss_fn")
+def trusted_made() -> dict[str, Any]:
+    return probed(lambda job, b: job.engine(b["input_ids"], labels=(b["input_ids"] + 1) % VOCAB))
+
+
+@form(TRUSTED, "the same with `recipe: auto`: it goes on as `content`", LEFT_OUT, "goes on as content")
+def trusted_made_auto() -> dict[str, Any]:
+    return probed(lambda job, b: job.engine(b["input_ids"], labels=(b["input_ids"] + 1) % VOCAB), grace={"recipe": "auto"})
+
+
+@form(TRUSTED, "the same with a `loss_fn`")
+def trusted_loss_fn() -> dict[str, Any]:
+    def loss_fn(module: nn.Module, b: Any) -> torch.Tensor:
+        loss: torch.Tensor = module(b["input_ids"], labels=(b["input_ids"] + 1) % VOCAB)
+        return loss
+
+    return probed(lambda job, b: loss_fn(job.engine, b), loss_fn=loss_fn)
+
+
+@form(TRUSTED, "a token that the model has no embedding for, under ZeRO 3", REFUSED, "embedding")
+def trusted_stray_token() -> dict[str, Any]:
+    bad = Samples(n=24)
+    bad.tokens[5, 7] = VOCAB + 7
+    return probed(trusted=bad, stage=3)
+
+
+@form(TRUSTED, "lengths that the collate function cannot join", REFUSED, "cannot join")
+def trusted_lengths() -> dict[str, Any]:
+    return probed(trusted=Samples(lambda t: {"input_ids": t[: 8 + int(t[0]) % 3]}, n=24))
+
+
+@form(TRUSTED, "fewer samples than two halves need", REFUSED, "at least 4")
+def trusted_few() -> dict[str, Any]:
+    return probed(trusted=Samples(n=3))
 
 
 # -- the engine ---------------------------------------------------------------------------------------------------------------
