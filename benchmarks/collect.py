@@ -33,7 +33,8 @@ MODELS = {"small": GPTConfig(width=80), "large": GPTConfig(width=256)}  # about 
 EVERY = round(1 / GraceConfig().harvest.share)  # one step in so many is collected
 STEPS = {"small": 2 * EVERY, "large": EVERY}  # of one half of a pair
 ROWS, LENGTH = 16, 65  # of a micro-batch: the quickstart's on one of its two ranks
-GOAL = 1.02
+GOAL, WATCH_GOAL = 1.02, 0.001
+WATCHED_STEPS = 60
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +57,8 @@ def run(args: argparse.Namespace, console: Console) -> Record:
         record.rows["pairs"] += [{"model": name, "with": a, "without": b} for a, b in pairs]
         record.rows["by model"].append({"model": name, "ratio": median, "low": low, "high": high, **facts})
         record.claims.append(Claim(f"collect_ratio_{name}", high, "CPU s with / without, upper 95 % bound", GOAL))
+        share = watched(name, not args.fp32)
+        record.claims.append(Claim(f"watch_share_{name}", share, "of a step's CPU s, what is watched of it", WATCH_GOAL))
     record.hidden.append("pairs")
     return record
 
@@ -88,10 +91,34 @@ def measure(name: str, count: int, bf16: bool) -> tuple[list[tuple[float, float]
     return pairs, facts
 
 
+def watched(name: str, bf16: bool) -> float:
+    """Share of a training step's CPU seconds that the watch over steps takes, its refreshes' comparison included."""
+    job = Job(name, bf16, grace=True, mode="train")
+    job.steps(12)
+    controller, spent = job.engine.grace_ds.controller, [0.0]
+    for owner, method in ((controller.watch, m) for m in ("trained", "advance", "collected", "compare", "published")):
+        setattr(owner, method, _timed(getattr(owner, method), spent))
+    controller.follow = _timed(controller.follow, spent)
+    total = job.steps(WATCHED_STEPS)
+    job.close()
+    return spent[0] / total
+
+
+def _timed(call: Any, spent: list[float]) -> Any:
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        started = time.thread_time()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            spent[0] += time.thread_time() - started
+
+    return timed
+
+
 class Job:
     """One engine and its batches."""
 
-    def __init__(self, name: str, bf16: bool, grace: bool) -> None:
+    def __init__(self, name: str, bf16: bool, grace: bool, mode: str = "shadow") -> None:
         import deepspeed
 
         import grace_ds
@@ -109,7 +136,7 @@ class Job:
             config["bf16"] = {"enabled": True}
         block = {
             "recipe": "grace",
-            "mode": "shadow",
+            "mode": mode,
             "refresh": {"interval_steps": EVERY * LEAST_COLLECTED, "cadence": "fixed"},
             "guard": {"enabled": False},  # random tokens are clean text to it, and clean text is not collected
         }

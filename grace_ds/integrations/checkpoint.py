@@ -129,7 +129,7 @@ def _load_frozen(c: Controller, read: Callable[[], Saved | None], step: int) -> 
     try:
         saved = read()
     except CheckpointError as error:
-        log.warning("%s", error)
+        log.warning("GRACE is frozen, and the checkpoint's state cannot be read: %s", error)
     whole = saved is not None and bool(saved.schedules) and c.config.replay is None
     # Schedules count where every rank has read them; the table and the rest are not needed any more.
     if c.agreement.all_agree(whole) and saved is not None:

@@ -16,6 +16,7 @@ from grace_ds.schedule import ScheduleBook
 
 log = logging.getLogger("grace_ds")
 
+_FOLDED = 1024  # batches after which their hashes are summed up
 PATIENCE = 2  # optimizer steps without a batch that is recognised, from the first on, after which steps are counted instead
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _FINISH = np.uint64(0xBF58476D1CE4E5B9)
@@ -107,10 +108,10 @@ class StepWatch:
         """Whether the ranks together have trained on what the schedule says since the last call.  Collective."""
         trail, self._trail = self._trail, Trail(cursor)
         lowest, highest = (int(comm.allreduce(np.array([cursor], np.int64), op)[0]) for op in ("min", "max"))
-        mine = np.array([trail.digest.astype(np.int64), trail.batches, trail.unknown], np.int64)
+        mine = np.array([trail.digest(geometry).astype(np.int64), trail.batches, trail.unknown], np.int64)
         digest, batches, unknown = comm.allreduce(mine).tolist()
         if lowest != highest:
-            self._tell(f"the ranks stand at different samples of the order, from {lowest} to {highest}")
+            self._mismatch(f"the ranks stand at different samples of the order, from {lowest} to {highest}")
             return
         if not batches or unknown or self.counting or trail.since < 0 or cursor <= trail.since:
             return
@@ -119,7 +120,7 @@ class StepWatch:
         with np.errstate(over="ignore"):
             expected = np.multiply(_digest(np.arange(trail.since, cursor), slots.ids), copies)
         if int(expected.astype(np.int64)) != digest:
-            self._tell(f"from sample {trail.since} to {cursor} the ranks have not trained on what the schedule says")
+            self._mismatch(f"from sample {trail.since} to {cursor} the ranks have not trained on what the schedule says")
 
     def published(self, meta: Mapping[str, Any]) -> None:
         """A schedule with this account of itself has been published."""
@@ -148,7 +149,7 @@ class StepWatch:
         """Begins anew at a position, as after a checkpoint was loaded."""
         self._trail, self._still = Trail(cursor), 0
 
-    def _tell(self, what: str) -> None:
+    def _mismatch(self, what: str) -> None:
         self.mismatches += 1
         if self.mismatches == 1:
             log.warning(
@@ -163,23 +164,39 @@ class Trail:
 
     Attributes:
         since: position from which on; -1 where it is not known.
-        digest: uint64, a sum of hashes, so that the order of the batches does not matter.
         batches: that were added.
         unknown: batches of which it is not known which samples they hold.
     """
 
     def __init__(self, since: int = -1) -> None:
-        self.since, self.digest, self.batches, self.unknown = since, np.uint64(0), 0, 0
+        self.since, self.batches, self.unknown = since, 0, 0
+        self._sum = np.uint64(0)
+        self._firsts: list[int] = []
+        self._ids: list[IntArray] = []
 
     def add(self, issued: IssuedBatch, g: Geometry) -> None:
         """Adds a batch of the schedule."""
-        if len(issued.ids) != g.rows or bool((issued.ids < 0).any()):
-            self.unknown += 1
-            return
-        first = (issued.end - 1) * g.micro + g.rank * g.rows
-        with np.errstate(over="ignore"):
-            self.digest = np.add(self.digest, _digest(np.arange(first, first + g.rows), issued.ids))
-        self.batches += 1
+        self._firsts.append((issued.end - 1) * g.micro + g.rank * g.rows)
+        self._ids.append(issued.ids)
+        if len(self._ids) == _FOLDED:
+            self._fold(g)
+
+    def digest(self, g: Geometry) -> Any:
+        """uint64, a sum of hashes, so that the order of the batches does not matter."""
+        self._fold(g)
+        return self._sum
+
+    def _fold(self, g: Geometry) -> None:
+        """Sums up what has been added: hashing batch by batch would cost a hundred times as much a step."""
+        whole = [len(ids) == g.rows and not bool((ids < 0).any()) for ids in self._ids]
+        self.unknown += whole.count(False)
+        self.batches += whole.count(True)
+        known = [(first, ids) for first, ids, good in zip(self._firsts, self._ids, whole, strict=True) if good]
+        if known:
+            firsts, ids = np.array([first for first, _ in known]), np.stack([ids for _, ids in known])
+            with np.errstate(over="ignore"):
+                self._sum = np.add(self._sum, _digest((firsts[:, None] + np.arange(g.rows)).reshape(-1), ids.reshape(-1)))
+        self._firsts, self._ids = [], []
 
 
 def _digest(positions: IntArray, ids: IntArray) -> Any:
