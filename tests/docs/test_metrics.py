@@ -15,7 +15,13 @@ from tests.docs.blocks import ROOT
 from tests.multirank.launch import HARVESTING, Records, run_jobs
 
 # Where names of events are written down.
-SOURCES = ("integrations/record.py", "integrations/attempt.py", "integrations/controller.py", "refresh.py")
+SOURCES = (
+    "integrations/record.py",
+    "integrations/watch.py",
+    "integrations/attempt.py",
+    "integrations/controller.py",
+    "refresh.py",
+)
 
 
 def named(heading: str) -> set[str]:
