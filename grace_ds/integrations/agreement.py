@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from grace_ds.comm.base import Comm
@@ -17,6 +19,7 @@ from grace_ds.comm.base import Comm
 log = logging.getLogger("grace_ds")
 
 _instances = itertools.count()
+_ANSWER_SECONDS = 3.0  # for one question to the store, which answers in milliseconds where its host can be reached
 _COMMIT, _ABORT, _YES, _NO = "commit", "abort", "yes", "no"
 
 
@@ -38,6 +41,7 @@ class Agreement:
         # Engines are built in the same order on every rank, so the running number names the same job everywhere.
         self._prefix = f"grace_ds/{next(_instances)}"
         self._votes = itertools.count()
+        self._mute = False  # the store has not answered in time
 
     # -- a refresh ------------------------------------------------------------------------------------------------------
 
@@ -104,15 +108,27 @@ class Agreement:
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
 
-    def _quietly(self, ask: Any) -> Any:
-        """``ask(store)``; None where there is no store, or it does not answer: it lies on a host that may be lost."""
-        if self._store is None:
+    def _quietly(self, ask: Callable[[Any], Any]) -> Any:
+        """``ask(store)``; None where there is no store, or it does not answer in time: it lies on a host that may be lost.
+
+        The store's own calls wait for a host that is cut off for as long as the network does, so a thread asks.
+        """
+        if self._store is None or self._mute:
             return None
-        try:
-            return ask(self._store)
-        except RuntimeError as error:  # torch's DistStoreError and its kin, a time-out included
-            log.debug("the job's store does not answer: %s", error)
-            return None
+        answer: list[Any] = []
+
+        def work() -> None:
+            try:
+                answer.append(ask(self._store))
+            except RuntimeError as error:  # torch's DistStoreError and its kin
+                log.debug("the job's store does not answer: %s", error)
+                answer.append(None)
+
+        asking = threading.Thread(target=work, daemon=True, name="grace_ds store")
+        asking.start()
+        asking.join(min(_ANSWER_SECONDS, self._limit))
+        self._mute = asking.is_alive()  # whoever asks next would wait behind it
+        return answer[0] if answer else None
 
 
 def agreement_of(comm: Comm) -> Agreement:

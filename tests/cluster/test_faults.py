@@ -47,7 +47,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "select": (["grace_ds.refresh", "collect"], "stage select"),
     "broadcast": (["grace_ds.refresh", "broadcast_schedule"], "stage broadcast"),
     "agreement": (["grace_ds.integrations.attempt", "Refresher._agree"], "stage agreement"),
-    "save": (["grace_ds.integrations.checkpoint", "_write_shared"], f"in training step {FAULT_STEP + 1}"),
+    "save": (["grace_ds.integrations.checkpoint", "_write_shared"], f"at the checkpoint of step {FAULT_STEP}"),
     "train": ("train", f"in training step {FAULT_STEP}"),
 }
 # (place, how, rank). Rank 0 keeps the store and chooses; it alone writes what all share.
