@@ -564,14 +564,82 @@ def data_iterable() -> dict[str, Any]:
     return trained(data=Endless())
 
 
-@form(DATA, "an item that cannot be read", REFUSED, "could not be made")
+@form(DATA, "an item that cannot be read: the engine is left as it was", REFUSED, "could not be made")
 def data_unreadable() -> dict[str, Any]:
+    import grace_ds
+
     def item(t: torch.Tensor) -> dict[str, torch.Tensor]:
         if spelled(t[None]) == [7]:
             raise OSError("shard 7 is unreadable")
         return {"input_ids": t}
 
-    return trained(data=Samples(item))
+    engine = plain_engine()
+    before = traces(engine)
+    try:
+        grace_ds.attach(engine, Samples(item), config={"recipe": "content", "pseudo_trusted": False})
+    finally:
+        assert traces(engine) == before, (traces(engine), before)
+        engine.backward(engine(torch.stack([Samples()[i]["input_ids"] for i in range(ROWS)])))
+        engine.step()
+    return {}
+
+
+def plain_engine() -> Any:
+    """Without GRACE."""
+    import deepspeed
+    import torch.distributed as dist
+
+    torch.manual_seed(0)
+    model = Net()
+    config = {
+        "train_batch_size": ROWS * dist.get_world_size(),
+        "train_micro_batch_size_per_gpu": ROWS,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+        "steps_per_print": 10**9,
+        "dataloader_drop_last": True,
+    }
+    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+
+
+def traces(engine: Any) -> dict[str, Any]:
+    """What GRACE puts onto an engine while it is there."""
+    modules = [m for m in engine.module.modules()]
+    names = ("forward", "backward", "step", "save_checkpoint", "load_checkpoint", "destroy")
+    return {
+        "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules),
+        "methods": [name for name in names if name in vars(engine)],
+        "handle": getattr(engine, "grace_ds", None) is not None,
+        "excepthook": sys.excepthook,
+    }
+
+
+@form(DATA, "changed at random and packed, in shadow mode: bit for bit the job without GRACE", FED, "cannot tell which")
+def data_shadow() -> dict[str, Any]:
+    def item(t: torch.Tensor) -> dict[str, torch.Tensor]:
+        t[2 + int(torch.randint(0, LENGTH - 2, ()))] = int(torch.randint(2, VOCAB, ()))
+        return {"input_ids": t}
+
+    def pack(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        tokens = torch.cat([x["input_ids"] for x in items])[None]
+        return {"input_ids": torch.where(torch.rand(tokens.shape) < 0.1, torch.full_like(tokens, 2), tokens)}
+
+    def seen(engine: Any, loader: Any) -> list[Any]:
+        told: list[Any] = []
+        torch.manual_seed(5)
+        batches = iter(loader)
+        for _ in range(9):
+            tokens = next(batches)["input_ids"]
+            loss = engine(tokens)
+            engine.backward(loss)
+            engine.step()
+            told.append((tokens.tolist(), float(loss)))
+        return told
+
+    engine = plain_engine()
+    without = seen(engine, engine.deepspeed_io(Samples(item), collate_fn=pack, num_local_io_workers=0))
+    job = Job(data=Samples(item), collate=pack, grace={"mode": "shadow"})
+    assert seen(job.engine, job.loader) == without
+    return {**job.found(), "right": 0}
 
 
 # -- the trusted set ------------------------------------------------------------------------------------------------------------
