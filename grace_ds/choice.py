@@ -190,18 +190,7 @@ def slack(config: GraceConfig, interval: int) -> int:
 def uniform_schedule(p: Pipeline, x: Inputs, start: int, told: Mapping[str, Any] | None = None) -> Schedule:
     """The corpus as the job's own sampler would give it, as a pure function of the position; on root."""
     length = (x.interval + slack(p.config, x.interval)) * p.batch
-    ids = p.order(np.arange(start, start + length, dtype=np.int64))
-    meta = {
-        "objective": "uniform",
-        "batch": p.batch,
-        "window": p.pool.n,
-        "coreset": p.pool.n,
-        "decided_at_step": x.step,
-        "next_refresh_step": x.step + x.interval,
-        **(told or {}),
-    }
-    roles = np.full(length, Role.CORE, np.uint8)
-    return Schedule(x.version, start, ids, roles, np.ones(length, np.float32), p.config.seed, meta)
+    return _in_order(p, x.version, x.step, start, length, x.step + x.interval, told or {})
 
 
 def uniform_forever(p: Pipeline, version: int, step: int, start: int) -> Schedule:
@@ -209,18 +198,23 @@ def uniform_forever(p: Pipeline, version: int, step: int, start: int) -> Schedul
 
     A pure function of its arguments, so that every rank makes it by itself.
     """
-    ids = p.order(np.arange(start, start + p.pool.n, dtype=np.int64))
+    return _in_order(p, version, step, start, p.pool.n, step + p.pool.n // p.batch, {})
+
+
+def _in_order(p: Pipeline, version: int, step: int, start: int, length: int, due: int, told: Mapping[str, Any]) -> Schedule:
+    """``length`` samples in the order of the job's own sampler from position ``start`` on; the next refresh at step ``due``."""
+    ids = p.order(np.arange(start, start + length, dtype=np.int64))
     meta = {
         "objective": "uniform",
         "batch": p.batch,
         "window": p.pool.n,
         "coreset": p.pool.n,
         "decided_at_step": step,
-        "next_refresh_step": step + p.pool.n // p.batch,
+        "next_refresh_step": due,
+        **told,
     }
-    return Schedule(
-        version, start, ids, np.full(len(ids), Role.CORE, np.uint8), np.ones(len(ids), np.float32), p.config.seed, meta
-    )
+    roles, weights = np.full(length, Role.CORE, np.uint8), np.ones(length, np.float32)
+    return Schedule(version, start, ids, roles, weights, p.config.seed, meta)
 
 
 def _draw_audit(p: Pipeline, x: Inputs, ids: IntArray, count: int) -> IntArray:

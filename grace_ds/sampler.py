@@ -236,7 +236,7 @@ class Outstanding:
         """For batches that were copied: moved to a device, cut, or put into another type.  From a device it takes a copy back."""
         moved = [t for t in (t.detach().cpu() for t in _leaves(inputs)) if _tells(t)]
         for issued in reversed(self._batches):
-            if any(_tells(a) and _holds(a, b) for a in issued.leaves for b in moved):
+            if any(_holds(a, b) and _tells(a) for a in issued.leaves for b in moved):
                 return issued
         return None
 

@@ -117,7 +117,7 @@ class CheckpointConfig:
 
     on_missing_state: str = "rebuild"  # the checkpoint has none: rebuild (start afresh at its step) | error
     on_damaged_state: str = "error"  # a file of it is torn, altered or missing; the log names it either way
-    on_failed_save: str = "warn"  # ours cannot be written: warn (the engine's checkpoint is saved without it) | error
+    on_failed_save: str = "warn"  # GRACE's state cannot be written: warn (the engine's checkpoint is saved without it) | error
 
 
 @dataclass

@@ -93,7 +93,7 @@ class Controller:
         self.lead = 0  # samples by which the loaders have run ahead of the cursor at most
         self.step = 0
         self.next_refresh = 0
-        self._closed = self._retired = False
+        self._closed = False
         self.basis: TrustedBasis | None = None
         self._steps_timed = 0  # optimizer steps behind metrics.train_seconds
         self._last_seconds = 0.0
@@ -458,16 +458,16 @@ class Controller:
         """Whether GRACE is frozen on no rank; the same answer on all ranks.  Collective, over the job's store."""
         if self._closed:
             return False
-        if self.agreement.all_agree(not self.frozen):
+        live = not self.frozen
+        if self.agreement.all_agree(live):
             return True
-        if not self._retired:
+        if live:
             self.retire(self.agreement.frozen_by_any() or "another rank has not come in time, or is frozen")
         return False
 
     def retire(self, why: str) -> None:
         """The transport is finished, training is not: no further refresh, nothing more to pay.  The other ranks are told."""
         self.agreement.freeze(why)
-        self._retired = True
         if self.harvester is not None:
             self.harvester.sketcher.detach()
         log.error("step %d: %s; GRACE is frozen: training goes on with the schedule at hand", self.step, why)

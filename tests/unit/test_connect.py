@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import resource
-import socket
 import threading
 from collections.abc import Iterator
 
@@ -16,6 +15,7 @@ from grace_ds.comm import connect, listener
 from grace_ds.comm.connect import failures
 from grace_ds.comm.listener import Listener
 from grace_ds.comm.rollcall import ENDED, RollCall, address_of
+from tests.unit.sockets import full_queue
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -88,14 +88,8 @@ def test_few_descriptors_are_enough_and_none_is_no_evidence(one: Listener) -> No
 
 def test_no_answer_is_told_from_a_refusal_within_its_time(monkeypatch: pytest.MonkeyPatch, one: Listener) -> None:
     monkeypatch.setattr(connect, "_TRY_SECONDS", 0.4)
-    with socket.socket() as full, contextlib.ExitStack() as stack:
-        full.bind(("127.0.0.1", 0))
-        full.listen(0)
-        for _ in range(2):
-            waiting = stack.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(full.getsockname())
-        mute = dict.fromkeys(range(20), full.getsockname())
+    with full_queue() as address:
+        mute = dict.fromkeys(range(20), address)
         assert set(failures(mute, at_once=8).values()) == {errno.ETIMEDOUT}
         # However many do not answer: no further one is tried after a while, and nothing is said of it.
         assert len(failures(mute, at_once=8, seconds=0.5)) == 16

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import signal
@@ -19,6 +18,7 @@ from grace_ds.comm.rollcall import RollCall
 from grace_ds.errors import GraceError, PeerLost, TransportError, TransportTimeout, during
 from grace_ds.integrations import lookout as lookout_module
 from grace_ds.integrations.lookout import Lookout
+from tests.unit.sockets import full_queue
 
 
 @pytest.fixture
@@ -42,15 +42,8 @@ def mute(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
     """Where a connection is neither made nor refused: a queue that is full, as a host that is cut off looks."""
     monkeypatch.setattr(connect, "_TRY_SECONDS", 0.4)
     monkeypatch.setattr(lookout_module, "_PATIENCE", 0.2)
-    with contextlib.ExitStack() as stack:
-        full = stack.enter_context(socket.socket())
-        full.bind(("127.0.0.1", 0))
-        full.listen(0)
-        for _ in range(2):
-            waiting = stack.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(full.getsockname())
-        yield full.getsockname()
+    with full_queue() as address:
+        yield address
 
 
 def end_by(error: Exception) -> None:
