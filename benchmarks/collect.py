@@ -35,6 +35,7 @@ STEPS = {"small": 2 * EVERY, "large": EVERY}  # of one half of a pair
 ROWS, LENGTH = 16, 65  # of a micro-batch: the quickstart's on one of its two ranks
 GOAL, WATCH_GOAL = 1.02, 0.001
 WATCHED_STEPS = 60
+WATCH_METHODS = ("trained", "advance", "collected", "compare", "published")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +60,12 @@ def run(args: argparse.Namespace, console: Console) -> Record:
         record.claims.append(Claim(f"collect_ratio_{name}", high, "CPU s with / without, upper 95 % bound", GOAL))
         share = watched(name, not args.fp32)
         record.claims.append(Claim(f"watch_share_{name}", share, "of a step's CPU s, what is watched of it", WATCH_GOAL))
+        ratios = watch_ratios(name, args.pairs, not args.fp32)
+        median, low, high = median_interval(ratios)
+        console.print(f"  {name}, watched / not: {median:.4f} [{low:.4f}, {high:.4f}]")
+        record.rows["by model"][-1] |= {"watch_ratio": median, "watch_low": low, "watch_high": high}
+        unit = "CPU s watched / not, lower 95 % bound: at most 1 where pairs of runs see no cost"
+        record.claims.append(Claim(f"watch_ratio_{name}", low, unit, 1.0))
     record.hidden.append("pairs")
     return record
 
@@ -96,12 +103,35 @@ def watched(name: str, bf16: bool) -> float:
     job = Job(name, bf16, grace=True, mode="train")
     job.steps(12)
     controller, spent = job.engine.grace_ds.controller, [0.0]
-    for owner, method in ((controller.watch, m) for m in ("trained", "advance", "collected", "compare", "published")):
+    for owner, method in ((controller.watch, m) for m in WATCH_METHODS):
         setattr(owner, method, _timed(getattr(owner, method), spent))
     controller.follow = _timed(controller.follow, spent)
     total = job.steps(WATCHED_STEPS)
     job.close()
     return spent[0] / total
+
+
+def watch_ratios(name: str, count: int, bf16: bool) -> list[float]:
+    """CPU seconds of the same job with the watch over steps and without it, in interleaved pairs."""
+    watched, blind = Job(name, bf16, grace=True, mode="train"), Job(name, bf16, grace=True, mode="train")
+    for method in WATCH_METHODS:
+        setattr(blind.engine.grace_ds.controller.watch, method, _nothing)
+    blind.engine.grace_ds.controller.follow = _nothing
+    for job in (watched, blind):
+        job.steps(12)
+        job.no_more_refreshes()
+    rng, ratios = np.random.default_rng(1), []
+    for _ in range(count):
+        order = [watched, blind] if rng.random() < 0.5 else [blind, watched]
+        seconds = {id(job): job.steps(STEPS[name]) for job in order}
+        ratios.append(seconds[id(watched)] / seconds[id(blind)])
+    for job in (watched, blind):
+        job.close()
+    return ratios
+
+
+def _nothing(*args: Any, **kwargs: Any) -> int:
+    return 0
 
 
 def _timed(call: Any, spent: list[float]) -> Any:

@@ -64,7 +64,7 @@ def test_a_plan_is_made_before_the_job_that_it_is_compared_with(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "options", "claims"),
     [
-        ("collect", ["--pairs", "3", "--models", "small"], ["collect_ratio_small"]),
+        ("collect", ["--pairs", "3", "--models", "small"], ["collect_ratio_small", "watch_share_small", "watch_ratio_small"]),
         ("refresh", ["--sizes", "400", "800", "--repeats", "1"], ["refresh_exponent", "repair_share", "refresh_to_faiss_ratio"]),
     ],
 )
