@@ -41,6 +41,29 @@ def adopt_job_limit() -> int:
     return changed
 
 
+def within_job_limit(seconds: float) -> float:
+    """``seconds``, or half of the job's own time limit where that is not longer.
+
+    Ranks that wait in a refresh may be waited for by others in the job's own collectives.  If both limits ran out together,
+    the job would end of a refresh that was only to be given up.
+    """
+    limit = job_limit()
+    if limit is None or seconds < limit.total_seconds():
+        return seconds
+    import torch.distributed as dist
+
+    half = limit.total_seconds() / 2
+    if dist.get_rank() == 0:
+        log.warning(
+            "refresh.timeout_seconds: %g is not below the job's own time limit of %g s: a refresh waits %g s at most; set it "
+            "lower, or raise the job's (deepspeed.init_distributed(timeout=...))",
+            seconds,
+            limit.total_seconds(),
+            half,
+        )
+    return half
+
+
 def _limit(group: Any) -> timedelta | None:
     for device in group._device_types:
         options = getattr(group._get_backend(device), "options", None)

@@ -44,7 +44,7 @@ class RefreshConfig:
     max_overhead: float = 0.05  # adaptive only: share of wall time that refreshes may take
     slack_steps: int = -1  # steps a schedule lasts beyond the interval; -1: a quarter of the interval
     probe_share: float = 0.01  # samples run through the model at a refresh, of those trained on in between
-    timeout_seconds: float = 600.0  # limit of every wait inside a refresh
+    timeout_seconds: float = 300.0  # limit of every wait inside a refresh
 
 
 @dataclass

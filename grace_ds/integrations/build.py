@@ -14,6 +14,7 @@ import torch
 from grace_ds.chart import Chart
 from grace_ds.comm.base import Comm
 from grace_ds.comm.choose import choose
+from grace_ds.comm.limits import within_job_limit
 from grace_ds.comm.rollcall import RollCall
 from grace_ds.config.schema import GraceConfig
 from grace_ds.errors import ConfigError
@@ -70,7 +71,7 @@ def build_controller(
     config, sketcher = settled(config, engine)
     # Ranks that work on the same samples must agree on them, so that all take part in one refresh.
     group = None if shares_model(engine) else engine.data_parallel_group
-    comm = choose(config.comm, dp_group=group, timeout=config.refresh.timeout_seconds)
+    comm = choose(config.comm, dp_group=group, timeout=within_job_limit(config.refresh.timeout_seconds))
     probed = sketcher is not None and "gradients" in config.parts
     whole = not (shares_model(engine) or is_pipeline(engine))
 

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ from grace_ds.schedule import put_aside, save_schedule
 log = logging.getLogger("grace_ds")
 
 PREVIEW_CHARACTERS, PREVIEW_TOKENS = 300, 96
+PREVIEW_SECONDS = 10.0  # that rank 0 reads the dataset for one account at most: the other ranks wait in the next step
 MAP, MAP_CHARACTERS, MAP_TOKENS = "map.json", 160, 48
 Preview = Callable[[int], dict[str, Any]]  # dataset id → entries beside its reasons
 EventWriter = Callable[[dict[str, float], int], None]  # events by name, samples trained on so far
@@ -200,18 +202,35 @@ def keep_portrait(portrait: dict[str, Any], folder: Path, preview: Preview | Non
     """Writes ``report-VERSION.json`` and ``map.json`` with what the dataset shows of their samples.
 
     Args:
+        preview: None shows nothing.  It is asked for :data:`PREVIEW_SECONDS`; samples after that stand there by their ids alone.
         known: by id, what the dataset has shown of the samples of the last map; they tend to be the same ones.
     """
-    version = portrait["version"]
+    version, ends, unread = portrait["version"], time.monotonic() + PREVIEW_SECONDS, 0
+
+    def show(sample: int) -> dict[str, Any]:
+        nonlocal unread
+        if preview is None:
+            return {}
+        if time.monotonic() < ends:
+            return preview(sample)
+        unread += 1
+        return {}
+
     try:
         samples, chart = portrait["samples"], portrait.get("map")
         with undisturbed_rng():
-            if preview is not None:
-                samples = [{**sample, **preview(sample["id"])} for sample in samples]
+            samples = [{**sample, **show(sample["id"])} for sample in samples]
             if chart is not None:
-                mapped = {i: known.get(i) or (_short(preview(i)) if preview is not None else {}) for i in chart["ids"]}
+                mapped = {i: known.get(i) or _short(show(i)) for i in chart["ids"]}
                 known.clear()
                 known.update(mapped)
+        if unread:
+            log.warning(
+                "the account of refresh %d shows %d of its samples by their ids alone: the dataset was read for %g s",
+                version,
+                unread,
+                PREVIEW_SECONDS,
+            )
         write_atomic(
             folder / f"report-{version:06d}.json", json.dumps({**portrait, "samples": samples, "map": chart is not None}).encode()
         )

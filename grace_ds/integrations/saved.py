@@ -8,6 +8,7 @@ from another version of grace_ds, and are told so.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ SCHEMA = 3
 MANIFEST, LEDGER, SHARED = "manifest.json", "ledger.safetensors", "window.safetensors"
 BASIS, GRADIENT = "basis.safetensors", "gradient.safetensors"
 _SCHEDULE, _ROWS, _LOSSES, _WINDOW = "schedule-", f"{Rows.name}-", f"{Losses.name}-", "window-"
+# A name is joined to the folder, so nothing else may stand in it.
+_PARTS = re.compile(rf"schedule-\d+\.safetensors|({_ROWS}|{_LOSSES}|{_WINDOW})b\d+-b\d+\.safetensors")
 # The manifest's numbers, which every rank has alike.
 SCALARS = ("samples", "batch", "step", "cursor", "counted", "next_refresh", "lead", "version", "refreshes")
 
@@ -100,7 +103,7 @@ def read_saved(folder: Path, state: Any, rank: int, world: int, dim: int) -> Sav
 def _parse(folder: Path, manifest: dict[str, Any], rank: int, world: int, dim: int) -> Saved:
     files: dict[str, str] = manifest["files"]
     ours = (LEDGER, BASIS, GRADIENT, SHARED)
-    odd = [name for name in files if not name.startswith((_SCHEDULE, _ROWS, _LOSSES, _WINDOW)) and name not in ours]
+    odd = [name for name in files if not _PARTS.fullmatch(name) and name not in ours]
     if odd:
         raise ValueError(f"unknown file {odd[0]!r}")
     numbers = {key: _whole(manifest, key) for key in SCALARS}

@@ -32,6 +32,9 @@ def _as_leaf(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor
 def untouched(module: nn.Module) -> Iterator[None]:
     """Within it ``module`` can be run forwards and backwards, in evaluation mode, without a trace in the job.
 
+    A module that recomputes its activations only while it trains (``gradient_checkpointing`` of Hugging Face's models) keeps
+    its own training flag, its children do not: without it a probe would hold the activations that the job has no memory for.
+
     Restored on exit, exceptions included: training flags of every submodule, requires_grad of every parameter, and
     torch's random state on the CPU and on the module's devices.
 
@@ -50,6 +53,8 @@ def untouched(module: nn.Module) -> Iterator[None]:
     handles = []
     try:
         module.eval()
+        for m in (m for m, flag in training.items() if flag and getattr(m, "gradient_checkpointing", False) is True):
+            m.training = True
         for parameter in learning:
             parameter.requires_grad_(False)
         handles = [m.register_forward_hook(_as_leaf) for m in embeddings]

@@ -67,6 +67,21 @@ def limits(world: World) -> list[tuple[str, float]]:
     return [*told, ("changed", float(changed)), ("again", float(adopt_job_limit()))]
 
 
+def refresh_limits(world: World) -> tuple[float, float, float]:
+    import torch.distributed as dist
+
+    from grace_ds.comm.limits import within_job_limit
+
+    before = within_job_limit(600.0)
+    rendezvous = f"file://{world.rendezvous}"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=60))
+    return before, within_job_limit(59.0), within_job_limit(60.0)
+
+
+def test_a_refresh_is_given_up_before_the_jobs_own_limit_ends_the_job(tmp_path: Path) -> None:
+    assert run_ranks(refresh_limits, 1, timeout=60, join=False) == [(600.0, 59.0, 30.0)]
+
+
 def test_a_group_made_without_a_limit_waits_as_long_as_the_job(tmp_path: Path) -> None:
     for told in run_ranks(limits, 2, timeout=60, join=False):
         found = dict(told)

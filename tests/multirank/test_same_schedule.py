@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +42,7 @@ from tests.multirank.schedule_job import (
 
 pytestmark = pytest.mark.timeout(400)
 
+RECORD = Path(__file__).with_name("schedules.json")
 SIZES = (1, 2, 3, 4)
 VERSIONS = range(len(STEPS))
 SLOTS = (INTERVAL + SLACK) * BATCH
@@ -48,6 +53,16 @@ Worlds = dict[int, list[dict[str, list[Made]]]]
 def worlds() -> Worlds:
     """For each number of ranks what every rank made of every case."""
     return {size: run_ranks(work, size, timeout=150) for size in SIZES}
+
+
+def digests(made: list[Made]) -> list[str]:
+    """Of each schedule's samples in order, with their roles."""
+    found = []
+    for one in made:
+        s = one.schedule
+        content = np.asarray(s.ids, "<i8").tobytes() + np.asarray(s.roles, "u1").tobytes()
+        found.append(hashlib.sha256(content).hexdigest()[:32])
+    return found
 
 
 def schedule(worlds: Worlds, name: str, version: int = 0) -> Schedule:
@@ -114,6 +129,19 @@ def test_schedules_are_equal(worlds: Worlds, name: str) -> None:
                 assert np.array_equal(other.ids, one.ids), where
                 assert other.digest() == one.digest(), where
                 assert other.meta == one.meta, where
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_schedules_are_those_on_record(worlds: Worlds, name: str) -> None:
+    """Moving code must not move a sample.
+
+    A change that is meant is recorded with GRACE_RECORD_SCHEDULES=1.
+    """
+    found = digests(worlds[1][0][name])
+    if os.environ.get("GRACE_RECORD_SCHEDULES"):
+        on_record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+        RECORD.write_text(json.dumps({**on_record, name: found}, indent=1, sort_keys=True) + "\n")
+    assert json.loads(RECORD.read_text())[name] == found
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from grace_ds.chart import POINTS, Chart, principal
 from grace_ds.cli.main import main
 from grace_ds.comm.local import LocalComm
 from grace_ds.config.load import load_config, write_resolved
+from grace_ds.integrations import record as record_module
 from grace_ds.integrations.build import pipeline_of, prepare
 from grace_ds.integrations.record import Recorder, keep_portrait, preview_of
 from grace_ds.integrations.trusted_set import Extras
@@ -340,6 +342,25 @@ def test_the_map_of_the_last_coreset_outlives_a_pause_but_not_a_new_run(tmp_path
 
     assert [keep(1, False), keep(2, False), keep(3, True), keep(4, False), keep(5, True), keep(5, False)] == [1, 2, 3, 3, 5, 5]
     assert keep(2, False) == 2  # begun anew
+
+
+def test_a_slow_dataset_is_read_for_a_limited_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record_module, "PREVIEW_SECONDS", 0.2)
+    portrait = {"version": 1, "step": 0, "level": "content", "used": True, "window": 2, "samples": [{"id": i} for i in range(50)]}
+
+    def slow(sample: int) -> dict[str, Any]:
+        time.sleep(0.05)
+        return {"text": f"sample {sample}"}
+
+    known: dict[int, dict[str, Any]] = {}
+    started = time.monotonic()
+    keep_portrait({**portrait, "map": {"ids": list(range(500))}}, tmp_path, slow, known)
+    assert time.monotonic() - started < 2
+    samples = json.loads((tmp_path / "report-000001.json").read_text())["samples"]
+    assert samples[0] == {"id": 0, "text": "sample 0"} and samples[49] == {"id": 49}
+    assert len(json.loads((tmp_path / "map.json").read_text())["ids"]) == 500
+    keep_portrait({**portrait, "samples": [], "map": {"ids": [3]}}, tmp_path, slow, known)  # asked again for what was not read
+    assert json.loads((tmp_path / "map.json").read_text())["shown"] == [{"text": "sample 3"}]
 
 
 def test_samples_of_a_map_are_read_once(tmp_path: Path) -> None:

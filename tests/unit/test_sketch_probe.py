@@ -108,3 +108,31 @@ def test_model_without_embedding_is_refused():
         untouched(nn.Linear(3, 3)),
     ):
         pass
+
+
+def saved_bytes(model, batch):
+    """Bytes that a probe's forward keeps for its backward."""
+    kept = 0
+
+    def pack(x):
+        nonlocal kept
+        kept += x.numel() * x.element_size()
+        return x
+
+    with untouched(model), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model(input_ids=batch, labels=batch).loss.backward()
+    return kept
+
+
+def test_a_probe_recomputes_activations_where_the_job_does():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=4, n_head=2)
+    model = transformers.GPT2LMHeadModel(config).train()
+    batch = torch.randint(0, 64, (4, 64))
+    whole, before = saved_bytes(model, batch), flags(model)
+    model.gradient_checkpointing_enable()
+    assert saved_bytes(model, batch) < whole / 3
+    assert flags(model) == before
+    # Dropout stays off all the same: two probes of one batch agree.
+    with untouched(model):
+        assert torch.equal(model(input_ids=batch, labels=batch).loss, model(input_ids=batch, labels=batch).loss)

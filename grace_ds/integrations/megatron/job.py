@@ -21,6 +21,7 @@ from torch import nn
 from grace_ds.choice import slack
 from grace_ds.comm.base import Comm
 from grace_ds.comm.choose import choose
+from grace_ds.comm.limits import within_job_limit
 from grace_ds.comm.rollcall import RollCall
 from grace_ds.config.load import load_config
 from grace_ds.config.schema import GraceConfig
@@ -285,7 +286,7 @@ def settle(config: GraceConfig) -> None:
 def transport(config: GraceConfig, data: bool) -> Comm:
     """Between the ranks that hold the dataset; every other rank is alone.  Collective over all ranks."""
     if not dist.is_initialized():
-        return choose(config.comm, timeout=config.refresh.timeout_seconds)
+        return choose(config.comm, timeout=within_job_limit(config.refresh.timeout_seconds))
     holding: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(holding, data)
     members = [rank for rank, holds in enumerate(holding) if holds]
@@ -294,7 +295,7 @@ def transport(config: GraceConfig, data: bool) -> Comm:
             "no rank has a training dataset: grace_ds.megatron.wrap got None everywhere; pass what the provider built"
         )
     mine = members if data else [dist.get_rank()]
-    return choose(config.comm, members=mine, timeout=config.refresh.timeout_seconds)
+    return choose(config.comm, members=mine, timeout=within_job_limit(config.refresh.timeout_seconds))
 
 
 def together_world(train_ds: Any) -> Corpus | None:
