@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from grace_ds.commandline import Parser, in_one_line, wants_debug
+from grace_ds.cli.commandline import Parser, in_one_line, wants_debug
 from grace_ds.errors import ConfigError
 
 NAMES = ("collect", "refresh", "graph", "quickstart", "greedy", "density", "selection", "soak", "finetune", "plan", "gpu_check")

@@ -18,16 +18,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from grace_ds_quickstart.launch import free_port
+from grace_ds_quickstart.model import GPT, GPTConfig
 from rich.console import Console
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.record import Claim, Record, median_interval
 from grace_ds.config.schema import LEAST_COLLECTED, GraceConfig
-from grace_ds.integrations.judging import collect_every
-from grace_ds.quickstart.launch import free_port
-from grace_ds.quickstart.model import GPT, GPTConfig
 from grace_ds.records import Rows
+from grace_ds.refresh.decision import collect_every
 
 MODELS = {"small": GPTConfig(width=80), "large": GPTConfig(width=256)}  # about 0.5M and 4M parameters
 EVERY = round(1 / GraceConfig().harvest.share)  # one step in so many is collected

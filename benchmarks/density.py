@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from grace_ds_quickstart.corpus import chunk, read_packages, split_of
+from grace_ds_quickstart.tokenizer import encode_stream, train_tokenizer
 from rich.console import Console
 
 from benchmarks.record import Claim, Record
-from grace_ds.features.density import COPIES, NgramCounts
-from grace_ds.features.sampling import GRAM, Sampling
-from grace_ds.features.tokens import TokenBlock
-from grace_ds.quickstart.corpus import chunk, read_packages, split_of
-from grace_ds.quickstart.tokenizer import encode_stream, train_tokenizer
+from grace_ds.data.tokens import TokenBlock
+from grace_ds.features.duplicates import COPIES, NgramCounts
+from grace_ds.features.ngrams import GRAM, Sampling
 from grace_ds.records import Array, IntArray
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)

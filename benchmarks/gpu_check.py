@@ -28,16 +28,16 @@ from rich.console import Console
 
 from benchmarks.graph_rows import clustered_rows, true_bar
 from benchmarks.record import Claim, Record
-from grace_ds.arrays import device_memory, library_for, to_device, to_host
 from grace_ds.comm.local import LocalComm
 from grace_ds.config.schema import GraphConfig
 from grace_ds.errors import ConfigError
-from grace_ds.graph import leaves
+from grace_ds.graph import backends as leaves
 from grace_ds.graph.build import knn
-from grace_ds.propagate import Propagated, crowding, propagate
+from grace_ds.graph.propagate import Propagated, crowding, propagate
 from grace_ds.recipes.weights import rank01, soft_pass, uncrowded
 from grace_ds.records import Array, FloatArray, IntArray
-from grace_ds.selection.sample import sample_without_replacement
+from grace_ds.selection.gumbel import sample_without_replacement
+from grace_ds.utils.arrays import device_memory, library_for, to_device, to_host
 
 K, WIDTH, RECALL = 15, 128, 0.99
 ROWS = 1_000_000

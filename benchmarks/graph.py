@@ -25,14 +25,14 @@ from benchmarks.graph_rows import clustered_rows, moved_rows, peak_above, true_b
 from benchmarks.record import Claim, Record
 from grace_ds.comm.local import LocalComm
 from grace_ds.config.schema import GraphConfig
-from grace_ds.gather import Route
 from grace_ds.graph.build import knn
-from grace_ds.graph.kept import build_kept, follow
 from grace_ds.graph.plan import plan_graph
-from grace_ds.grid import on_grid
-from grace_ds.propagate import propagate
+from grace_ds.graph.propagate import propagate
+from grace_ds.graph.repair import build_kept, follow
 from grace_ds.records import Array, FloatArray
-from grace_ds.selection.sample import sample_without_replacement
+from grace_ds.refresh.gather import Route
+from grace_ds.selection.gumbel import sample_without_replacement
+from grace_ds.utils.grid import on_grid
 
 K, WIDTH, RECALL = 15, 128, 0.99
 REPAIRED, MOVED = 200_000, 0.05

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from grace_ds.grid import on_grid
-from grace_ds.heap import trim_heap
 from grace_ds.records import Array, FloatArray
+from grace_ds.utils.grid import on_grid
+from grace_ds.utils.heap import trim_heap
 
 TOPICS, SUBTOPICS = 100, 2000
 _BLOCK = 10_000

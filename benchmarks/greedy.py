@@ -23,20 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from grace_ds_quickstart.corpus import CorpusSpec, prepare
 from rich.console import Console
 
 from benchmarks.record import Claim, Record
 from grace_ds.comm.local import LocalComm
 from grace_ds.errors import ConfigError
-from grace_ds.features import TokenReader, content_features
-from grace_ds.graph import leaves
+from grace_ds.features.content import TokenReader, content_features
+from grace_ds.features.quality import BigramPrior
+from grace_ds.graph import backends as leaves
 from grace_ds.graph.ring import nearest
 from grace_ds.graph.rows import Request
-from grace_ds.quickstart.corpus import CorpusSpec, prepare
 from grace_ds.records import Array, IntArray
-from grace_ds.selection.greedy import Coverage, coverage, lazy_greedy, objective
-from grace_ds.selection.prior import BigramPrior
-from grace_ds.selection.sample import sample_without_replacement
+from grace_ds.selection.facility_location import Coverage, coverage, lazy_greedy, objective
+from grace_ds.selection.gumbel import sample_without_replacement
 
 SIZES = (1_000, 2_000, 4_000, 100_000)
 SAMPLE_IDS = 10_000_000

@@ -16,11 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from grace_ds_quickstart.corpus import CorpusSpec, prepare
+from grace_ds_quickstart.launch import deepspeed_command, environment, free_port
 from rich.console import Console
 
 from benchmarks.record import Claim, Record
-from grace_ds.quickstart.corpus import CorpusSpec, prepare
-from grace_ds.quickstart.launch import deepspeed_command, environment, free_port
 
 MIB = 2**20
 VOCAB = 2048

@@ -18,14 +18,14 @@ import deepspeed
 import numpy as np
 import torch
 from deepspeed.ops import __compatible_ops__
+from grace_ds_quickstart.model import GPT, GPTConfig
 from torch.utils.data import Dataset
 
 import grace_ds
-from grace_ds.heap import trim_heap
-from grace_ds.integrations import attempt as attempts
-from grace_ds.integrations.attempt import Refresher
-from grace_ds.methods import replace_method
-from grace_ds.quickstart.model import GPT, GPTConfig
+from grace_ds.refresh import runner as attempts
+from grace_ds.refresh.runner import Refresher
+from grace_ds.utils.heap import trim_heap
+from grace_ds.utils.methods import replace_method
 
 __compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled first, for a minute
 

@@ -2,7 +2,7 @@
 
 A seed sets the weights and the order of the samples; all seeds of a pool train on the same pool. The second uniform run of a
 seed differs from the first in the order alone: the spread that nothing but luck makes. Every run is a launch of its own
-(``python -m grace_ds.quickstart``); one that was finished before with the same settings is taken from --runs.
+(``python -m grace_ds_quickstart``); one that was finished before with the same settings is taken from --runs.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from grace_ds_quickstart.corpus import FORMAT, POOLS
+from grace_ds_quickstart.launch import LAUNCHERS
 from rich.console import Console
 
 from benchmarks.record import Claim, Record
-from grace_ds.quickstart.corpus import FORMAT, POOLS
-from grace_ds.quickstart.launch import LAUNCHERS
 
 ORDER = 1000  # added to the seed for the order of the second uniform run
 LEAST = 0.005  # nats: differences below this count as none
@@ -93,7 +93,7 @@ def launch(args: argparse.Namespace, pool: str, seed: int, order: int, arms: str
     stamp, done, settings = out / "options.json", out / "summary.json", {"options": options, "data": FORMAT}
     if not (done.exists() and stamp.exists() and json.loads(stamp.read_text()) == settings):
         stamp.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "grace_ds.quickstart", "--out", str(out), *options]
+        command = [sys.executable, "-m", "grace_ds_quickstart", "--out", str(out), *options]
         ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         if ended.returncode:
             console.print(ended.stdout, markup=False, highlight=False)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from grace_ds_quickstart.summary import versions
 from rich.console import Console
 from rich.table import Table
 
-from grace_ds.files import write_atomic
-from grace_ds.quickstart.summary import versions
+from grace_ds.utils.files import write_atomic
 
 Rows = list[dict[str, Any]]
 

@@ -18,23 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from grace_ds_quickstart.corpus import CorpusSpec, prepare
 from rich.console import Console
 
 from benchmarks.record import Claim, Record
 from grace_ds.comm.local import LocalComm
 from grace_ds.config.schema import GraceConfig
-from grace_ds.features import ContentFeatures, TokenReader, content_features
-from grace_ds.graph.leaves import FLAT_ROWS
-from grace_ds.graph.leaves.faiss_leaf import FaissLeaf
-from grace_ds.order import SamplerOrder
-from grace_ds.pool import Pool
-from grace_ds.quickstart.corpus import CorpusSpec, prepare
+from grace_ds.data.order import SamplerOrder
+from grace_ds.data.pool import Pool
+from grace_ds.data.schedule import Ledger
+from grace_ds.features.content import ContentFeatures, TokenReader, content_features
+from grace_ds.features.quality import BigramPrior
+from grace_ds.graph.backends import FLAT_ROWS
+from grace_ds.graph.backends.faiss_backend import FaissLeaf
 from grace_ds.records import HIDDEN, Array, IntArray, Losses, Rows
-from grace_ds.refresh import Outcome, refresh
-from grace_ds.schedule import Ledger
-from grace_ds.selection.prior import BigramPrior
-from grace_ds.signals import Inputs, Pipeline
-from grace_ds.table import Table
+from grace_ds.refresh.line import Outcome, refresh
+from grace_ds.refresh.signals import Inputs, Pipeline
+from grace_ds.refresh.table import Table
 
 SIZES = (5_000, 10_000, 20_000, 40_000, 80_000)  # there is text for on a machine with Python alone
 FULL = (1_000_000, 64)  # rows, width: --full

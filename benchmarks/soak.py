@@ -15,10 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from grace_ds_quickstart.launch import free_port
 from rich.console import Console
 
 from benchmarks.record import Claim, Record
-from grace_ds.quickstart.launch import free_port
 
 GOAL_GROWTH = 0.02
 SETTLED = 3  # refreshes after which memory must be flat

@@ -14,11 +14,11 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.ops import __compatible_ops__
+from grace_ds_quickstart.model import GPT, GPTConfig
 from torch.utils.data import Dataset
 
 import grace_ds
-from grace_ds.heap import trim_heap
-from grace_ds.quickstart.model import GPT, GPTConfig
+from grace_ds.utils.heap import trim_heap
 
 __compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled first, for a minute
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grace_ds.integrations.deepspeed import attach, initialize
     from grace_ds.integrations.handle import Grace
-    from grace_ds.integrations.weights import sample_weights
-    from grace_ds.preempt import watch_preemption
+    from grace_ds.integrations.preemption import watch_preemption
+    from grace_ds.integrations.sample_weights import sample_weights
 
 __version__ = "0.1.0"
 __all__ = ["Grace", "__version__", "attach", "initialize", "sample_weights", "watch_preemption"]
@@ -29,11 +29,11 @@ def __getattr__(name: str) -> Any:
 
         return getattr(deepspeed, name)
     if name == "sample_weights":
-        from grace_ds.integrations.weights import sample_weights
+        from grace_ds.integrations.sample_weights import sample_weights
 
         return sample_weights
     if name == "watch_preemption":
-        from grace_ds.preempt import watch_preemption
+        from grace_ds.integrations.preemption import watch_preemption
 
         return watch_preemption
     raise AttributeError(f"module 'grace_ds' has no attribute {name!r}")

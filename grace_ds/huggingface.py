@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from grace_ds.data.trusted import Tokenize
+from grace_ds.gradients.probe import LossFn
 from grace_ds.integrations.huggingface import job as _job
 from grace_ds.integrations.trusted_set import Extras
-from grace_ds.sketch.probe import LossFn
-from grace_ds.trusted import Tokenize
 
 __all__ = ["attach"]
 

@@ -17,11 +17,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from grace_ds.data.trusted import Tokenize
 from grace_ds.errors import ConfigError
 from grace_ds.integrations.megatron import job as _job
 from grace_ds.integrations.megatron.job import Feed
 from grace_ds.records import IntArray
-from grace_ds.trusted import Tokenize
 
 __all__ = ["attach", "detach", "ids", "wrap"]
 

@@ -13,7 +13,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from grace_ds.commandline import in_one_line, wants_debug
+from grace_ds.cli.commandline import in_one_line, wants_debug
 
 _USAGE = "usage: deepspeed --module grace_ds.run [--progress] train.py [arguments]"
 
@@ -45,7 +45,7 @@ def main() -> None:
         raise SystemExit(_USAGE)
     first = [a for a in arguments[:at] if a != "--progress"]
     if len(first) < at:
-        from grace_ds.integrations.progress import LINES, VARIABLE
+        from grace_ds.monitor.progress import LINES, VARIABLE
 
         os.environ.setdefault(VARIABLE, LINES)
     run_script(arguments[at], first + arguments[at + 1 :])

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job, from nothing: makes .venv, installs, trains a small GPT with and without GRACE over MPI, compares.
-# Arguments go to `python -m grace_ds.quickstart`; its --help tells of the same ones:
+# Arguments go to `python -m grace_ds_quickstart`; its --help tells of the same ones:
 #   data
 #     --pool crawl|natural    40 % unique text, 20 % near-duplicates, 25 % machine-written code and 15 % junk, put there
 #                             on purpose; or the text as it is                                       (default: crawl)
@@ -23,6 +23,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 grace_help "$@"
 grace_setup quickstart,mpi,cpu
 case " $* " in
-    *" --out"*) exec "$PYTHON" -m grace_ds.quickstart "$@" ;;
-    *) exec "$PYTHON" -m grace_ds.quickstart --out "$ROOT/runs/quickstart" "$@" ;;
+    *" --out"*) exec "$PYTHON" -m grace_ds_quickstart "$@" ;;
+    *) exec "$PYTHON" -m grace_ds_quickstart --out "$ROOT/runs/quickstart" "$@" ;;
 esac

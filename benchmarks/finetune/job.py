@@ -18,7 +18,7 @@ import torch
 from benchmarks.finetune.arms import SYSTEM, ds_config
 from benchmarks.finetune.model import Padded, answer_loss, exact_matches, prepare_model, with_adapters
 from benchmarks.finetune.problems import Problem, Problems, read, sample, split
-from grace_ds.files import write_atomic
+from grace_ds.utils.files import write_atomic
 
 
 def main() -> None:

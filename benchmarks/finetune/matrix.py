@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from grace_ds_quickstart.launch import environment, free_port
 from rich.console import Console
 
 from benchmarks.finetune.arms import ARMS
 from benchmarks.finetune.model import prepare_model
 from benchmarks.interrupts import deferred_interrupts
 from benchmarks.record import Claim, Record, Rows
-from grace_ds.processes import end_group
-from grace_ds.quickstart.launch import environment, free_port
+from grace_ds.utils.processes import end_group
 
 ROOT = Path(__file__).resolve().parents[2]
 POOLS = ("natural", "polluted")

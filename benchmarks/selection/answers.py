@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from grace_ds_quickstart.pollute import JunkSource
 
 from grace_ds.errors import DataError
-from grace_ds.quickstart.pollute import JunkSource
 from grace_ds.records import Array
 
 LENGTH = 129  # of the benchmark's rows: 48 tokens of the question, 81 of the answer

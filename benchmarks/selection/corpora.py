@@ -16,12 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from grace_ds_quickstart.corpus import chunk, read_packages, split_of, spread
+from grace_ds_quickstart.tokenizer import encode_stream, train_tokenizer
+
 from benchmarks.selection.answers import matched_rows
 from benchmarks.selection.decontaminate import GRAM, decontaminate
 from benchmarks.selection.store import Built, Stored, stored
 from grace_ds.errors import DataError
-from grace_ds.quickstart.corpus import chunk, read_packages, split_of, spread
-from grace_ds.quickstart.tokenizer import encode_stream, train_tokenizer
 from grace_ds.records import Array
 
 FORMAT = 3  # raise when the same spec would give other data

@@ -1,4 +1,4 @@
-"""Templates of machine-written code that no tuning may see: other forms and words than :mod:`grace_ds.quickstart.generated` has.
+"""Templates of machine-written code that no tuning may see: other forms and words than :mod:`grace_ds_quickstart.generated` has.
 
 Real machine-written text, which is another held-out kind, stands in :mod:`benchmarks.selection.texts`.
 """
@@ -6,8 +6,7 @@ Real machine-written text, which is another held-out kind, stands in :mod:`bench
 from __future__ import annotations
 
 import numpy as np
-
-from grace_ds.quickstart.generated import Fields, Template
+from grace_ds_quickstart.generated import Fields, Template
 
 _NOUNS = """
 account answer array bit body bound bucket case cell chain channel choice chunk client clock codec column condition connection

@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from grace_ds_quickstart.model import GPT, GPTConfig
+from grace_ds_quickstart.pollute import Kind
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.selection.arms import ARMS
@@ -31,10 +33,8 @@ from benchmarks.selection.runs import RunSpec, read_spec
 from benchmarks.selection.scoring import Scorer, mean_loss
 from benchmarks.selection.sizes import model_config, training_flops
 from benchmarks.selection.store import Stored, opened
-from grace_ds.files import write_atomic
-from grace_ds.quickstart.model import GPT, GPTConfig
-from grace_ds.quickstart.pollute import Kind
-from grace_ds.sketch.losses import sample_losses
+from grace_ds.gradients.losses import sample_losses
+from grace_ds.utils.files import write_atomic
 
 HOLDOUT_SEED = 7919  # of the weights of models other than the one in training
 
@@ -42,8 +42,7 @@ HOLDOUT_SEED = 7919  # of the weights of models other than the one in training
 def build_engine(spec: RunSpec, config: GPTConfig, samples: int) -> Any:
     """The DeepSpeed engine around a model whose weights depend on the seed alone."""
     import deepspeed
-
-    from grace_ds.quickstart.train import ds_config
+    from grace_ds_quickstart.train import ds_config
 
     torch.manual_seed(spec.seed)
     model = GPT(config)

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from grace_ds_quickstart.corpus import chunk
+from grace_ds_quickstart.generated import generated_code, templated
+from grace_ds_quickstart.pollute import CRAWL_JUNK, JUNK, JunkKind, JunkSource
 
 from benchmarks.selection import texts
 from benchmarks.selection.answers import permuted_answers
 from benchmarks.selection.decontaminate import shares_gram
 from benchmarks.selection.generated import HELD_OUT
 from grace_ds.errors import DataError
-from grace_ds.quickstart.corpus import chunk
-from grace_ds.quickstart.generated import generated_code, templated
-from grace_ds.quickstart.pollute import CRAWL_JUNK, JUNK, JunkKind, JunkSource
 from grace_ds.records import Array
 
 Decode = Callable[[Array], list[str]]  # rows (n, length) -> n texts

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from grace_ds_quickstart.pollute import JUNK, JunkKind, JunkSource, Pool, mix
+from grace_ds_quickstart.tokenizer import encode_stream
 
 from benchmarks.selection import answers
 from benchmarks.selection.corpora import ANSWERS, GSM8K, HELD, STDLIB, CorpusSpec, prepare_corpus
@@ -23,8 +25,6 @@ from benchmarks.selection.junk import CRAWL_JUNK, DEV_JUNK, OFF_DOMAIN, UNSEEN_J
 from benchmarks.selection.store import TOKENIZER, Built, Stored, stored
 from benchmarks.selection.texts import MACHINE_WRITTEN, MissingKind
 from grace_ds.errors import DataError
-from grace_ds.quickstart.pollute import JUNK, JunkKind, JunkSource, Pool, mix
-from grace_ds.quickstart.tokenizer import encode_stream
 from grace_ds.records import Array
 
 FORMAT = 1  # raise when the same spec would give another pool

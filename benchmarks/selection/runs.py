@@ -18,11 +18,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from grace_ds_quickstart.launch import environment
+
 from benchmarks.interrupts import deferred_interrupts
 from benchmarks.selection.arms.ceiling import CEILINGS
 from benchmarks.selection.arms.system import RECIPES
-from grace_ds.processes import end_group
-from grace_ds.quickstart.launch import environment
+from grace_ds.utils.processes import end_group
 
 ROOT = Path(__file__).resolve().parents[2]
 REFRESHES = 5  # of a run, the first schedule included

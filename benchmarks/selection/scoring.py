@@ -11,11 +11,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 import torch.nn.functional as F
+from grace_ds_quickstart.model import GPT, GPTConfig
 from torch import Tensor
 
 from benchmarks.selection.ledger import Ledger
 from benchmarks.selection.sizes import forward_flops, head_norm_flops
-from grace_ds.quickstart.model import GPT, GPTConfig
 from grace_ds.records import Array, FloatArray
 
 BATCH = 64

@@ -6,7 +6,7 @@ and (b, c) counts 2abc; what is not a matrix product is not counted.
 
 from __future__ import annotations
 
-from grace_ds.quickstart.model import GPTConfig
+from grace_ds_quickstart.model import GPTConfig
 
 SHAPES = {"small": (96, 4), "4m": (256, 5)}  # width, layers
 

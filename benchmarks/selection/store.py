@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from grace_ds.files import write_atomic
 from grace_ds.records import Array
+from grace_ds.utils.files import write_atomic
 
 TOKENIZER = "tokenizer.json"
 

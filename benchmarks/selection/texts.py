@@ -19,9 +19,9 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import numpy as np
+from grace_ds_quickstart.corpus import is_generated
 
 from grace_ds.errors import DataError
-from grace_ds.quickstart.corpus import is_generated
 
 PIECE = 6000  # characters taken from a file at most, so that no file prevails
 _SITE, _LIBRARY = Path(sysconfig.get_paths()["purelib"]), Path(sysconfig.get_paths()["stdlib"])

@@ -22,23 +22,23 @@ from grace_ds.cli.plan_rates import MEASURED, Rates
 from grace_ds.comm.base import Comm
 from grace_ds.comm.choose import choose
 from grace_ds.config.schema import GraceConfig
+from grace_ds.data.sampler import Geometry
+from grace_ds.data.schedule import Ledger
 from grace_ds.errors import ConfigError
-from grace_ds.features import ContentFeatures
+from grace_ds.features.content import ContentFeatures
+from grace_ds.gradients.basis import TRUSTED_RANK
+from grace_ds.gradients.projection import Side, bases
 from grace_ds.graph.build import knn
 from grace_ds.graph.plan import plan_graph
-from grace_ds.grid import on_grid
-from grace_ds.heap import trim_heap
-from grace_ds.integrations.build import pipeline_of, prepare
+from grace_ds.integrations.setup import pipeline_of, prepare
 from grace_ds.integrations.trusted_set import Extras
 from grace_ds.recipes import recipe
 from grace_ds.records import HIDDEN, Array, IntArray, Losses, Rows
-from grace_ds.refresh import refresh
-from grace_ds.sampler import Geometry
-from grace_ds.schedule import Ledger
-from grace_ds.signals import Inputs
-from grace_ds.sketch.basis import TRUSTED_RANK
-from grace_ds.sketch.project import Side, bases
-from grace_ds.table import Table
+from grace_ds.refresh.line import refresh
+from grace_ds.refresh.signals import Inputs
+from grace_ds.refresh.table import Table
+from grace_ds.utils.grid import on_grid
+from grace_ds.utils.heap import trim_heap
 
 FEW, TOKENS, MOST = 64, 600_000, 8_000  # rows of the small refresh; of the large one, all its tokens, and rows at most
 ANCHORS = 3_000  # of the small graph

@@ -114,8 +114,8 @@ def gpu(environ: Mapping[str, str]) -> list[Finding]:
     """GPUs, the device of an engine, and what would compute on it: the leaf that ``auto`` takes, the rows of propagation."""
     import torch
 
-    from grace_ds.arrays import gpu_extra, library_for
-    from grace_ds.graph.leaves import automatic
+    from grace_ds.graph.backends import automatic
+    from grace_ds.utils.arrays import gpu_extra, library_for
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count:

@@ -13,8 +13,8 @@ from typing import Any
 
 from grace_ds.cli.live import Screen, is_screen
 from grace_ds.errors import ConfigError
-from grace_ds.preempt import RESUME_ME, VARIABLE
-from grace_ds.processes import end_group, signal_group
+from grace_ds.integrations.preemption import RESUME_ME, VARIABLE
+from grace_ds.utils.processes import end_group, signal_group
 
 USAGE = "grace-ds run [--progress] [--preempt-dir DIR] [launcher options] train.py [arguments]"
 _GRACE_SECONDS = 10.0  # that interrupted processes have to end by themselves

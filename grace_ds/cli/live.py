@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from grace_ds.errors import ConfigError
-from grace_ds.integrations import progress
+from grace_ds.monitor import progress
 
 PICTURES = 0.25  # seconds between two
 SILENCE = 10.0  # seconds without a word after which the view says so

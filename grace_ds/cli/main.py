@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from grace_ds.cli.commandline import Parser, amount, count, in_one_line, nearest, positive, wants_debug
 from grace_ds.cli.launch import USAGE, run
-from grace_ds.commandline import Parser, amount, count, in_one_line, nearest, positive, wants_debug
 from grace_ds.errors import GraceError
 
 _OURS = ("--preempt-dir", "--progress", "--debug")  # options of run that are not the launcher's
@@ -180,7 +180,7 @@ def _plan(args: argparse.Namespace) -> str:
     from grace_ds.cli.plan import Sizes
     from grace_ds.cli.plan_model import Model
     from grace_ds.cli.plan_rates import Rates
-    from grace_ds.cli.plan_told import told
+    from grace_ds.cli.plan_summary import told
     from grace_ds.config.load import load_config
 
     config = load_config({}, dotlist=args.set)

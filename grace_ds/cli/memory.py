@@ -10,7 +10,7 @@ from typing import Any
 from grace_ds.config.load import find_block, load_config, read_ds_config
 from grace_ds.config.schema import GraceConfig
 from grace_ds.errors import ConfigError
-from grace_ds.graph.kept import SPARE
+from grace_ds.graph.repair import SPARE
 
 _ROW_BYTES = 36  # of a table's row beside its sketch
 _LEDGER_BYTES = 12  # a sample met

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from grace_ds.choice import slack
 from grace_ds.cli.calibrate import products
 from grace_ds.cli.plan_model import BYTES_AN_OPERATION, BreakEven, Harvest, Model, probe_flop
 from grace_ds.cli.plan_rates import ASSUMED, GIVEN, MEASURED, Rates
 from grace_ds.config.schema import GraceConfig
-from grace_ds.features import MEMORY_BYTES
-from grace_ds.features.sampling import GRAM, SMALLEST, Sampling
-from grace_ds.features.tokens import BLOCK_TOKENS
-from grace_ds.graph.kept import SPARE
+from grace_ds.data.pool import Pool, implied_repeats
+from grace_ds.data.tokens import BLOCK_TOKENS
+from grace_ds.features.content import MEMORY_BYTES
+from grace_ds.features.ngrams import GRAM, SMALLEST, Sampling
+from grace_ds.features.quality import STATISTICS
+from grace_ds.gradients.influence_probe import FORWARDS, Probes
 from grace_ds.graph.plan import GraphPlan, plan_graph
-from grace_ds.integrations.trust import FORWARDS, Probes
-from grace_ds.pool import Pool, implied_repeats
+from grace_ds.graph.repair import SPARE
 from grace_ds.recipes import recipe
-from grace_ds.selection.prior import STATISTICS
+from grace_ds.refresh.choice import slack
 
 SCHEDULE_BYTES = 8 + 1 + 4  # id, role, weight of a slot
 SELECT_BYTES = 3 * 32 + 48  # of a sample of the window on rank 0: its signals sent, joined and sorted; what is drawn with

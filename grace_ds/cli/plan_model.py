@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from grace_ds.config.schema import HarvestConfig
 from grace_ds.errors import ConfigError
-from grace_ds.sketch.basis import TRUSTED_RANK
-from grace_ds.sketch.whiten import RANK as MOMENT_RANK
+from grace_ds.gradients.basis import TRUSTED_RANK
+from grace_ds.gradients.kfac import RANK as MOMENT_RANK
 
 ASPECT = 128  # hidden width over layers, where only the parameters are given: between GPT-3's and Llama's
 BYTES_AN_OPERATION = 0.008  # of a GPU's memory traffic against its training rate: an H100 at 400 TFLOP/s
@@ -82,7 +82,7 @@ class Harvest:
 
     @staticmethod
     def of(model: Model, config: HarvestConfig, tokens: int, basis: bool = True) -> Harvest:
-        """By the sketch's formula ``P_in aᵀ (P_out gᵀ)ᵀ``, rank + trusted rank rows a side (grace_ds.sketch.binding)."""
+        """By the sketch's formula ``P_in aᵀ (P_out gᵀ)ᵀ``, rank + trusted rank rows a side (grace_ds.gradients.capture)."""
         width = config.rank + (TRUSTED_RANK if basis else 0)
         sides = sum(a + b for a, b in model.sketched)
         flop = tokens * (2.0 * width * sides + 2.0 * width**2 * len(model.sketched))

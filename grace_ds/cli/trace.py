@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from grace_ds.data.schedule import load_book
 from grace_ds.errors import GraceError
 from grace_ds.records import Role
-from grace_ds.schedule import load_book
 
 
 def trace(where: str, step: int, *, as_json: bool = False) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grace_ds.comm._framing import Bytes, FramedComm
+from grace_ds.comm.framing import Bytes, FramedComm
 from grace_ds.records import Array, IntArray
 
 

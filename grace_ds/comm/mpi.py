@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from grace_ds.comm._framing import Bytes, FramedComm
+from grace_ds.comm.framing import Bytes, FramedComm
 from grace_ds.errors import TransportError
 from grace_ds.records import Array, IntArray
 

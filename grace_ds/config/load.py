@@ -23,7 +23,7 @@ from grace_ds.config.interpolated import hidden, marked, unresolved
 from grace_ds.config.schema import GraceConfig, Plain
 from grace_ds.config.value_types import check_types
 from grace_ds.errors import ConfigError
-from grace_ds.files import write_atomic
+from grace_ds.utils.files import write_atomic
 
 log = logging.getLogger("grace_ds")
 

@@ -1,108 +1,224 @@
-"""A dataset over token corpora that Megatron and DeepSpeed have tokenised already, read where they lie."""
+"""Reading the token ids out of a job's own dataset, whatever its items look like, in flat blocks.
+
+The stages behind this file see only :class:`TokenBlock`: the tokens of some samples one after another, with offsets, so
+that they can work on whole arrays.  Reading a dataset's items may run the job's own code; the random state of Python,
+NumPy and torch is put back afterwards, so that looking at the data never changes the job's draws.
+"""
 
 from __future__ import annotations
 
-import operator
-import os
+import hashlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 
-from grace_ds.data.layout import file_size, read_layout
-from grace_ds.errors import ConfigError, DataError
-from grace_ds.records import IntArray
+from grace_ds.errors import DataError
+from grace_ds.records import Array, IntArray
+from grace_ds.utils.rng import undisturbed_rng
+
+TOKEN_KEYS = ("input_ids", "tokens", "ids", "text_ids")
+BLOCK_TOKENS = 1 << 18  # a block is cut here, so that its temporaries stay near the caches
+FINGERPRINT_ITEMS = 64
+CURE = "name the entry that holds the token ids with features.tokens_key, or set features.enabled: false"
 
 
-class MMapTokens(Dataset[dict[str, torch.Tensor]]):
-    """A map-style dataset over a Megatron or DeepSpeed ``.bin``/``.idx`` pair; the tokens stay in the file.
-
-    Without ``length`` an item is one sequence of the file, which is one document unless the corpus was split into
-    sentences; the items differ in length, so that a loader needs a collate function.
-
-    With ``length`` an item is a piece of the whole corpus read as one stream, in the file's order and across documents, as
-    Megatron's GPT dataset cuts it: item i holds tokens [i * length, (i + 1) * length + overlap).  Where documents are to
-    be parted, their end-of-document tokens must be in the file (``--append-eod``).  The last tokens, fewer than make up
-    an item, are left out.  The ids are stable: they depend on the file and ``length`` only.
-
-    It can be pickled (only its path and sizes travel), so workers of either start method share the page cache.
-
-    Args:
-        prefix: path of the two files, with or without ``.bin`` or ``.idx``.
-        length: tokens that an item moves on by; None: one sequence an item.
-        overlap: tokens of the next item that an item ends with: 1 for a model that is fed ``ids[:-1]`` and scored on
-            ``ids[1:]``, 0 for one that shifts its labels itself.  Only used with ``length``.
-        dtype: token type ("uint32", …) where the files alone cannot tell; None: found out.
+@dataclass(frozen=True)
+class TokenBlock:
+    """The tokens of n samples, one after another.
 
     Attributes:
-        layout: the checked facts of the files.
-
-    Raises:
-        ConfigError: ``length`` or ``overlap`` is out of range.
-        DataError: a file is missing, truncated, contradicts itself or the other, does not hold token ids, or holds too
-            few for one item.  Reading an item raises it at a negative token.
+        ids: (n,) int64, dataset ids.
+        flat: (total,) int64, all tokens in the order of ``ids``.
+        offsets: (n + 1,) int64; sample i is ``flat[offsets[i]:offsets[i + 1]]``.
     """
 
-    def __init__(
-        self, prefix: str | os.PathLike[str], *, length: int | None = None, overlap: int = 1, dtype: str | None = None
-    ) -> None:
-        if length is not None and length < 1:
-            raise ConfigError(f"length is {length}: give the tokens of an item, at least 1, or None for one sequence an item")
-        if length is not None and not 0 <= overlap <= length:
-            raise ConfigError(f"overlap is {overlap} with length {length}: give 1, or 0 if the model shifts its labels itself")
-        self.layout, self.length, self.overlap = read_layout(prefix, dtype), length, overlap
-        if len(self) < 1:
-            raise DataError(
-                f"{self.layout.bin} has {self.layout.total} tokens, fewer than one item of {length} + {overlap}: lower length"
-            )
-        self._open()
-
-    def _open(self) -> None:
-        self._tokens, self._lengths, self._pointers = self.layout.tokens(), self.layout.lengths(), self.layout.pointers()
+    ids: IntArray
+    flat: IntArray
+    offsets: IntArray
 
     def __len__(self) -> int:
-        if self.length is None:
-            return self.layout.sequences
-        return max(0, self.layout.total - self.overlap) // self.length
+        return len(self.ids)
 
-    def tokens(self, index: int) -> IntArray:
-        """(T,) int64: the token ids of item ``index``, a copy; a negative index counts from the end.
+    @staticmethod
+    def of(ids: IntArray, rows: list[IntArray]) -> TokenBlock:
+        """The block of ``rows``, one token array a sample."""
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum([len(row) for row in rows], out=offsets[1:])
+        flat = np.concatenate(rows) if rows else np.empty(0, np.int64)
+        return TokenBlock(np.asarray(ids, np.int64), flat.astype(np.int64, copy=False), offsets)
 
-        Raises:
-            IndexError: there is no such item.
-            DataError: a token is negative, which is what a wrong token type looks like.
+
+def tokens_of(item: Any, key: str = "auto", masked: bool = False) -> IntArray:
+    """The token ids of one dataset item.
+
+    Args:
+        item: a 1-D integer tensor, array or list; a mapping; or a tuple or list of such.  A leading axis of length 1 is
+            dropped; where a mapping holds an ``attention_mask``, the tokens that it masks are dropped.
+        key: the mapping's key or the tuple's position; "auto" tries ``TOKEN_KEYS``, or takes the first integer entry.
+        masked: True leaves those that are masked where they are.
+
+    Returns:
+        (T,) int64.
+
+    Raises:
+        DataError: no token ids were found there.
+    """
+    if isinstance(item, Mapping):
+        names = TOKEN_KEYS if key == "auto" else (key,)
+        found = next((name for name in names if name in item), None)
+        tokens = None if found is None else _vector(item[found])
+        if tokens is None:
+            raise DataError(f"no token ids in a dict with keys {sorted(map(str, item))} (looked for {names}); {CURE}")
+        return tokens if masked else _unmasked(tokens, item)
+    direct = _vector(item)
+    if direct is not None:
+        return direct
+    if isinstance(item, (tuple, list)):
+        return _from_sequence(item, key)
+    shape = getattr(item, "shape", None)
+    detail = "" if shape is None else f" of shape {tuple(shape)} and dtype {getattr(item, 'dtype', None)}"
+    raise DataError(f"no token ids in an item of type {type(item).__name__}{detail}; {CURE}")
+
+
+def key_of(item: Any, key: str = "auto") -> Any:
+    """Where :func:`tokens_of` finds the token ids of an item: a mapping's key, a tuple's position; None: it is they.
+
+    Raises:
+        DataError: no token ids were found.
+    """
+    tokens_of(item, key)
+    if isinstance(item, Mapping):
+        return key if key != "auto" else next(name for name in TOKEN_KEYS if name in item)
+    if _vector(item) is not None:
+        return None
+    return int(key) if key != "auto" else next(i for i, entry in enumerate(item) if _vector(entry) is not None)
+
+
+def _from_sequence(item: tuple[Any, ...] | list[Any], key: str) -> IntArray:
+    """The first integer vector of a tuple or list, or the one at position ``key``."""
+    if key == "auto":
+        for entry in item:
+            tokens = _vector(entry)
+            if tokens is not None:
+                return tokens
+    elif key.isdigit() and int(key) < len(item):
+        tokens = _vector(item[int(key)])
+        if tokens is not None:
+            return tokens
+    kinds = [type(entry).__name__ for entry in item[:8]]
+    raise DataError(f"no token ids in a {type(item).__name__} of {len(item)} entries {kinds} (key {key!r}); {CURE}")
+
+
+def _vector(value: Any) -> IntArray | None:
+    """``value`` as a 1-D int64 array, or None if it is not one of integers."""
+    if hasattr(value, "detach"):  # a torch tensor, without importing torch
+        value = value.detach().cpu().numpy() if not value.is_floating_point() else None
+    elif isinstance(value, (list, tuple)):
+        if not value:  # a sample without tokens, as a list; an empty tuple is an item without entries
+            return np.empty(0, np.int64) if isinstance(value, list) else None
+        value = value if isinstance(value[0], (int, np.integer)) else None
+    elif not isinstance(value, np.ndarray):
+        value = None
+    if value is None:
+        return None
+    try:
+        array = np.asarray(value)
+    except ValueError:  # a ragged list
+        return None
+    if array.ndim == 2 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        return None
+    return array.astype(np.int64)
+
+
+def _unmasked(tokens: IntArray, item: Mapping[Any, Any]) -> IntArray:
+    """The tokens whose attention mask is not 0, where there is a mask of their length."""
+    mask: Any = item.get("attention_mask")
+    if hasattr(mask, "detach"):
+        mask = mask.detach().cpu().numpy()
+    if mask is None:
+        return tokens
+    keep: Array = np.asarray(mask).reshape(-1) != 0
+    return tokens[keep] if keep.shape == tokens.shape else tokens
+
+
+class TokenReader:
+    """Streams the token ids of a map-style dataset.
+
+    Args:
+        dataset: with ``__getitem__`` (int) and ``__len__``.
+        key: as for :func:`tokens_of`.
+        max_tokens: tokens of a sample that are looked at; the rest is ignored.
+
+    Attributes:
+        seconds: time spent in the dataset so far.
+    """
+
+    def __init__(self, dataset: Any, key: str = "auto", max_tokens: int = 4096) -> None:
+        if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+            raise DataError(
+                f"dataset of type {type(dataset).__name__} has no __getitem__ and __len__: content features need a "
+                "map-style dataset; give one, or set features.enabled: false"
+            )
+        self.dataset, self.key, self.max_tokens = dataset, key, max_tokens
+        self.seconds = 0.0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def row(self, sample: int) -> IntArray:
+        """(T,) int64, at most ``max_tokens`` tokens of one sample."""
+        try:
+            item = self.dataset[sample]
+        except Exception as error:
+            raise DataError(f"dataset[{sample}] raised {type(error).__name__}: {error}; repair that item") from error
+        try:
+            return tokens_of(item, self.key)[: self.max_tokens]
+        except DataError as error:
+            raise DataError(f"sample {sample}: {error}") from error
+
+    def blocks(self, ids: IntArray, block: int = 1024) -> Iterator[TokenBlock]:
+        """The samples ``ids`` in order, in blocks of at most ``block`` samples and about ``BLOCK_TOKENS`` tokens."""
+        start = 0
+        while start < len(ids):
+            began = time.perf_counter()
+            rows: list[IntArray] = []
+            total = 0
+            with undisturbed_rng():
+                while start + len(rows) < len(ids) and len(rows) < block and total < BLOCK_TOKENS:
+                    rows.append(self.row(int(ids[start + len(rows)])))
+                    total += len(rows[-1])
+            out = TokenBlock.of(ids[start : start + len(rows)], rows)
+            start += len(rows)
+            self.seconds += time.perf_counter() - began
+            yield out
+
+    def all(self, ids: IntArray | None = None) -> TokenBlock:
+        """The samples ``ids`` (default: the whole dataset) as one block; for few, such as a trusted set."""
+        ids = np.arange(len(self), dtype=np.int64) if ids is None else ids
+        parts = list(self.blocks(ids))
+        rows = [part.flat[a:b] for part in parts for a, b in zip(part.offsets[:-1], part.offsets[1:], strict=True)]
+        return TokenBlock.of(ids, rows)
+
+    def fingerprint(self) -> str:
+        """32 hex digits over the key, ``max_tokens``, the length, the items' type and the tokens of 64 spread items.
+
+        Other items are not looked at: a dataset edited in place needs another cache folder.
         """
-        i = operator.index(index)
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"item {i} of {len(self)} in {self.layout.prefix}")
-        i %= len(self)
-        if self.length is not None:
-            start, stop = i * self.length, (i + 1) * self.length + self.overlap
-        else:
-            start = int(self._pointers[i]) // self._tokens.itemsize
-            stop = start + int(self._lengths[i])
-        out: IntArray = self._tokens[start:stop].astype(np.int64)
-        if len(out) and out.min() < 0:
-            raise DataError(
-                f"{self.layout.bin}: token {out.min()} in item {i}, read as {self.layout.dtype}; ids are never negative: "
-                "the index names another type than was written, or this is no token corpus; build it anew"
-            )
-        return out
+        n = len(self)
+        h = hashlib.blake2b(f"{n} {self.key} {self.max_tokens}".encode(), digest_size=16)
+        with undisturbed_rng():
+            for sample in np.unique(np.linspace(0, max(n - 1, 0), min(FINGERPRINT_ITEMS, n)).astype(np.int64)):
+                row = self.row(int(sample))
+                h.update(np.array([sample, len(row)], "<i8").tobytes() + row.astype("<i8").tobytes())
+            h.update(type(self.dataset[0]).__name__.encode() if n else b"")
+        return h.hexdigest()
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """``{"input_ids": (T,) int64}`` of item ``index``; see :meth:`tokens`."""
-        return {"input_ids": torch.from_numpy(self.tokens(index))}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"layout": self.layout, "length": self.length, "overlap": self.overlap}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        found = file_size(self.layout.idx), file_size(self.layout.bin)
-        if found != self.layout.sizes:
-            raise DataError(
-                f"{self.layout.prefix}: .idx and .bin have {found} bytes and had {self.layout.sizes} when the dataset was made: "
-                "leave a corpus in use alone, and make the dataset anew"
-            )
-        self._open()
+def fingerprint(dataset: Any, key: str = "auto", max_tokens: int = 4096) -> str:
+    """32 hex digits that name a dataset's tokens; see :meth:`TokenReader.fingerprint`."""
+    return TokenReader(dataset, key, max_tokens).fingerprint()

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from grace_ds.data.tokens import TokenBlock, TokenReader
 from grace_ds.features.tfidf import Terms
-from grace_ds.features.tokens import TokenBlock, TokenReader
 from grace_ds.records import Array, IntArray
 
 

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from grace_ds.features.sampling import Allreduce
-from grace_ds.features.tokens import TokenBlock
-from grace_ds.grid import on_grid
+from grace_ds.data.tokens import TokenBlock
+from grace_ds.features.ngrams import Allreduce
 from grace_ds.records import Array, FloatArray, IntArray
+from grace_ds.utils.grid import on_grid
 
 BITS = 18
 TERMS = 1 << BITS
@@ -156,7 +156,7 @@ class TfIdf:
     def vectors(self, n: int, terms: Terms) -> FloatArray:
         """(n, dim) float32, unit norm (zero for samples without tokens), of a block of ``n`` samples from its terms.
 
-        On the grid of :mod:`grace_ds.grid`, as the k-NN graph wants its rows.
+        On the grid of :mod:`grace_ds.utils.grid`, as the k-NN graph wants its rows.
         """
         wide, count = terms.keys.astype(np.int64), terms.counts
         row, term = wide >> BITS, wide & (TERMS - 1)

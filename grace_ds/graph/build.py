@@ -10,7 +10,8 @@ import numpy as np
 
 from grace_ds.comm.base import Comm
 from grace_ds.config.schema import GraphConfig
-from grace_ds.graph import clustered, leaves, ring
+from grace_ds.graph import backends as leaves
+from grace_ds.graph import clustered, ring
 from grace_ds.graph.merge import finished
 from grace_ds.graph.placement import Placement, centroids_of, place
 from grace_ds.graph.plan import GraphPlan, clusters_for, plan_graph
@@ -104,7 +105,7 @@ def _executor(name: str) -> Any:
     """The module of another executor than the ring; Dask is imported where it is asked for."""
     if name == "ring":
         return None
-    from grace_ds.graph import dask_executor
+    from grace_ds.graph.dask import executor as dask_executor
 
     return dask_executor
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from grace_ds.buckets import splitmix64
 from grace_ds.comm.base import Comm
-from grace_ds.graph.leaves import Leaf
+from grace_ds.comm.buckets import splitmix64
+from grace_ds.graph.backends import Leaf
 from grace_ds.graph.merge import PAD, finished, merge
 from grace_ds.graph.placement import Placement
 from grace_ds.graph.rows import Request, both, collapse, distinct

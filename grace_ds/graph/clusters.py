@@ -1,6 +1,6 @@
 """Where rows go in the clustered tier: balanced spherical k-means on a sample, and the clusters nearest to each row.
 
-Everything is exact arithmetic on the grid of :mod:`grace_ds.grid` and starts from a sample that depends on ids alone, so
+Everything is exact arithmetic on the grid of :mod:`grace_ds.utils.grid` and starts from a sample that depends on ids alone, so
 that any number of ranks makes the same clusters and puts every row into the same ones.
 """
 
@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from grace_ds.buckets import splitmix64
 from grace_ds.comm.base import Comm
-from grace_ds.grid import ROW_GRID
+from grace_ds.comm.buckets import splitmix64
 from grace_ds.records import Array, FloatArray, IntArray
+from grace_ds.utils.grid import ROW_GRID
 
 SAMPLE_ROWS = 20  # a centroid: twice as many cost twice as much, and overlap makes up for it
 ROUNDS = 10

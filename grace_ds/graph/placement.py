@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from grace_ds.comm.base import Comm
+from grace_ds.graph.backends.torch_backend import TorchLeaf
 from grace_ds.graph.clusters import SAMPLE_ROWS, draw, fit, nearest_centroids
-from grace_ds.graph.leaves.torch_leaf import TorchLeaf
 from grace_ds.graph.merge import ID_BITS, PAD, unpack, without_self
 from grace_ds.graph.rows import Request, collapse, distinct
 from grace_ds.graph.search import search

@@ -11,9 +11,9 @@ import math
 from dataclasses import dataclass
 
 from grace_ds.config.schema import GraphConfig
+from grace_ds.graph.backends.cuvs_backend import QUERY_BLOCK
 from grace_ds.graph.clustered import wave_bytes
 from grace_ds.graph.clusters import ROUNDS, SAMPLE_ROWS
-from grace_ds.graph.leaves.cuvs_leaf import QUERY_BLOCK
 from grace_ds.graph.placement import MOST, SAMPLE_QUERIES
 
 log = logging.getLogger(__name__)

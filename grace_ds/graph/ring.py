@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from grace_ds.comm.base import Comm
-from grace_ds.graph.leaves import Leaf
+from grace_ds.graph.backends import Leaf
 from grace_ds.graph.merge import PAD, finished, merge
 from grace_ds.graph.rows import Request, Shard, both, collapse, distinct
 from grace_ds.graph.search import search

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from grace_ds.errors import DataError
-from grace_ds.grid import on_grid
 from grace_ds.records import FloatArray, IntArray
+from grace_ds.utils.grid import on_grid
 
 _HASH_ROWS = 8192
 
@@ -79,7 +79,7 @@ class Shard:
 
 
 def prepared(ids: IntArray, X: FloatArray) -> FloatArray:
-    """``X`` (n, d) on the grid of :mod:`grace_ds.grid`, checked; itself where it lies there already.
+    """``X`` (n, d) on the grid of :mod:`grace_ds.utils.grid`, checked; itself where it lies there already.
 
     Raises:
         DataError: a row is not finite or longer than 1, or there is not one row an id.

@@ -1,7 +1,7 @@
 """One shard searched: a leaf proposes, exact arithmetic decides.
 
 The leaf works in float32 and is asked for a few candidates more than wanted; their similarity is computed anew, exactly
-(:mod:`grace_ds.grid`), and ordered by similarity and then by id.  Equal rows are searched for once and counted by their
+(:mod:`grace_ds.utils.grid`), and ordered by similarity and then by id.  Equal rows are searched for once and counted by their
 ids, and where a leaf's last candidate might tie with the k-th neighbour more candidates are asked for: crowds of
 near-duplicates cannot push each other out at random.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from grace_ds.graph.leaves import Leaf
+from grace_ds.graph.backends import Leaf
 from grace_ds.graph.merge import GRID, PAD, merge, pack, unpack
 from grace_ds.graph.rows import Shard
 from grace_ds.records import Array, FloatArray, IntArray

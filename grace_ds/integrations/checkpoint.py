@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save as save_arrays
 
-from grace_ds.choice import uniform_forever
+from grace_ds.comm.all_ranks import together
+from grace_ds.data.schedule import save_schedule
 from grace_ds.errors import CheckpointError, DamagedState, TransportError
-from grace_ds.files import digest, write_atomic
-from grace_ds.gather import gather_rows
+from grace_ds.gradients.basis import TrustedBasis
+from grace_ds.integrations.checkpoint_state import BASIS, GRADIENT, LEDGER, MANIFEST, SCHEMA, SHARED, Saved, read_saved
 from grace_ds.integrations.controller import Controller
-from grace_ds.integrations.saved import BASIS, GRADIENT, LEDGER, MANIFEST, SCHEMA, SHARED, Saved, read_saved
-from grace_ds.integrations.together import together
 from grace_ds.records import Array
-from grace_ds.schedule import save_schedule
-from grace_ds.sketch.basis import TrustedBasis
+from grace_ds.refresh.choice import uniform_forever
+from grace_ds.refresh.gather import gather_rows
+from grace_ds.utils.files import digest, write_atomic
 
 log = logging.getLogger("grace_ds")
 

@@ -12,30 +12,30 @@ import time
 import uuid
 from typing import Any
 
-from grace_ds.choice import slack
+from grace_ds.comm.agreement import Agreement
 from grace_ds.comm.base import Comm
-from grace_ds.comm.rollcall import RollCall
+from grace_ds.comm.liveness import RollCall
+from grace_ds.comm.peer_failure import Lookout
 from grace_ds.config.schema import GraceConfig
+from grace_ds.data.sampler import Geometry, IssuedBatch, Outstanding, Stream
+from grace_ds.data.schedule import Ledger, ScheduleBook, load_book
 from grace_ds.errors import ConfigError, GraceError, TransportError
-from grace_ds.harvest import Harvester
-from grace_ds.integrations import cadence
-from grace_ds.integrations.agreement import Agreement
-from grace_ds.integrations.attempt import Fresh, Refresher
-from grace_ds.integrations.call import refuse
-from grace_ds.integrations.judging import by_role, collect_every, decision_of, worth_harvesting, worth_reading
-from grace_ds.integrations.lookout import Lookout
-from grace_ds.integrations.record import EventWriter, Metrics, Preview, Recorder, keep_config
-from grace_ds.integrations.trust import TrustedProbe
-from grace_ds.integrations.watch import StepWatch
-from grace_ds.kept import Kept
+from grace_ds.gradients.basis import TrustedBasis
+from grace_ds.gradients.capture import Binding, Reading
+from grace_ds.gradients.collector import Harvester
+from grace_ds.gradients.influence_probe import TrustedProbe
+from grace_ds.gradients.job_call import refuse
+from grace_ds.integrations.step_watch import StepWatch
+from grace_ds.monitor.metrics import EventWriter, Metrics, Preview, Recorder, keep_config
 from grace_ds.records import Losses, Rows
-from grace_ds.rng import undisturbed_rng
-from grace_ds.sampler import Geometry, IssuedBatch, Outstanding, Stream
-from grace_ds.schedule import Ledger, ScheduleBook, load_book
-from grace_ds.signals import Inputs, Pipeline
-from grace_ds.sketch.basis import TrustedBasis
-from grace_ds.sketch.binding import Binding, Reading
-from grace_ds.table import Table
+from grace_ds.refresh import trigger as cadence
+from grace_ds.refresh.choice import slack
+from grace_ds.refresh.decision import by_role, collect_every, decision_of, worth_harvesting, worth_reading
+from grace_ds.refresh.runner import Fresh, Refresher
+from grace_ds.refresh.signals import Inputs, Pipeline
+from grace_ds.refresh.state import Kept
+from grace_ds.refresh.table import Table
+from grace_ds.utils.rng import undisturbed_rng
 
 log = logging.getLogger("grace_ds")
 

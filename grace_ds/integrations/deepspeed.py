@@ -8,17 +8,17 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from grace_ds import preempt
 from grace_ds.config.load import ALIAS, HOME, find_block, load_config, read_ds_config, refuse_curriculum
+from grace_ds.data.order import order_of
+from grace_ds.data.sampler import TicketedDataset
+from grace_ds.data.trusted import Tokenize
 from grace_ds.errors import ConfigError
-from grace_ds.integrations import progress
+from grace_ds.gradients.probe import LossFn
+from grace_ds.integrations import preemption as preempt
 from grace_ds.integrations.engine import config_of, is_pipeline
 from grace_ds.integrations.handle import Grace
 from grace_ds.integrations.trusted_set import Extras
-from grace_ds.order import order_of
-from grace_ds.sampler import TicketedDataset
-from grace_ds.sketch.probe import LossFn
-from grace_ds.trusted import Tokenize
+from grace_ds.monitor import progress
 
 # Kept before anybody (``grace_ds.run``) puts our function in the place of DeepSpeed's.
 _original: Callable[..., Any] | None = None

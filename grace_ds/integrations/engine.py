@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from grace_ds.data.sampler import Geometry
 from grace_ds.errors import ConfigError
-from grace_ds.sampler import Geometry
 
 
 def geometry_of(engine: Any) -> Geometry:

@@ -19,20 +19,22 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler
 
-from grace_ds.comm.limits import adopt_job_limit
+from grace_ds.comm.time_limits import adopt_job_limit
 from grace_ds.config.schema import GraceConfig
+from grace_ds.data.order import Order, SamplerOrder, shuffled
+from grace_ds.data.sampler import Geometry, StreamSampler, TicketedCollate, TicketedDataset, TicketedLoader
 from grace_ds.errors import ConfigError
-from grace_ds.integrations import checkpoint, progress, weights
-from grace_ds.integrations.build import build_controller
+from grace_ds.integrations import checkpoint
+from grace_ds.integrations import sample_weights as weights
 from grace_ds.integrations.controller import Controller
 from grace_ds.integrations.engine import dp_rank, geometry_of, is_compiled, outputs
-from grace_ds.integrations.record import keep_config
+from grace_ds.integrations.setup import build_controller
 from grace_ds.integrations.trusted_set import Extras
 from grace_ds.integrations.world import refuse_lonely
-from grace_ds.methods import replace_method
-from grace_ds.order import Order, SamplerOrder, shuffled
-from grace_ds.rng import undisturbed_rng
-from grace_ds.sampler import Geometry, StreamSampler, TicketedCollate, TicketedDataset, TicketedLoader
+from grace_ds.monitor import progress
+from grace_ds.monitor.metrics import keep_config
+from grace_ds.utils.methods import replace_method
+from grace_ds.utils.rng import undisturbed_rng
 
 log = logging.getLogger("grace_ds")
 

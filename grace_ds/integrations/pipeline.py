@@ -12,11 +12,11 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from grace_ds.data.sampler import Geometry, StreamSampler, TicketedLoader
 from grace_ds.errors import ConfigError
 from grace_ds.integrations import checkpoint
 from grace_ds.integrations.handle import Grace
-from grace_ds.methods import replace_method
-from grace_ds.sampler import Geometry, StreamSampler, TicketedLoader
+from grace_ds.utils.methods import replace_method
 
 
 class EndlessSampler(StreamSampler):

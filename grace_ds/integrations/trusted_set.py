@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from grace_ds.config.schema import GraceConfig
+from grace_ds.data.order import Order, Permutation
+from grace_ds.data.tokens import key_of
+from grace_ds.data.trusted import Tokenize, TrustedDataset, load_trusted, refuse_overlap
 from grace_ds.errors import DataError
-from grace_ds.features import TokenReader, tokens_of
-from grace_ds.features.tokens import key_of
-from grace_ds.order import Order, Permutation
-from grace_ds.rng import undisturbed_rng
-from grace_ds.selection.pseudo import LOOKED_AT, typical
-from grace_ds.sketch.probe import LossFn
-from grace_ds.trusted import Tokenize, TrustedDataset, load_trusted, refuse_overlap
+from grace_ds.features.content import TokenReader, tokens_of
+from grace_ds.features.pseudo_trusted import LOOKED_AT, typical
+from grace_ds.gradients.probe import LossFn
+from grace_ds.utils.rng import undisturbed_rng
 
 log = logging.getLogger("grace_ds")
 

@@ -13,9 +13,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from grace_ds.data.schedule import load_schedule
 from grace_ds.errors import CheckpointError, DataError
 from grace_ds.records import Array, Schedule
-from grace_ds.schedule import load_schedule
 
 Curve = list[tuple[float, float]]  # (optimizer step, loss in nats per token)
 _KINDS = ("unique", "duplicate", "junk", "generated")  # of the quickstart's kinds.npy

@@ -12,8 +12,8 @@ from importlib.resources import files
 from grace_ds.report import chart, figures
 from grace_ds.report.facts import Facts, Generation, facts
 from grace_ds.report.load import Run
-from grace_ds.report.said import cards, chosen_by, loss_said
 from grace_ds.report.samples import GROUPS, Row, rows, shown
+from grace_ds.report.summary import cards, chosen_by, loss_said
 
 SHOWN = 60  # refreshes in the table: the first and the latest
 

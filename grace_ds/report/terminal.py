@@ -7,8 +7,8 @@ import io
 from grace_ds.errors import ConfigError
 from grace_ds.report.facts import facts
 from grace_ds.report.load import Run
-from grace_ds.report.said import cards, chosen_by, loss_said
 from grace_ds.report.samples import rows, shown
+from grace_ds.report.summary import cards, chosen_by, loss_said
 
 _SAMPLES = 3  # of each group
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from grace_ds.errors import ConfigError
 from grace_ds.records import Array, Coreset, IntArray, Neighbours
-from grace_ds.selection.greedy import coverage, lazy_greedy
-from grace_ds.selection.sample import check_log_p, largest, mean_one, random_words, sample_without_replacement
+from grace_ds.selection.facility_location import coverage, lazy_greedy
+from grace_ds.selection.gumbel import check_log_p, largest, mean_one, random_words, sample_without_replacement
 
 _RS2 = 2  # purpose of its random words; 1 is the Gumbel noise
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from grace_ds.schedule import load_book
+from grace_ds.data.schedule import load_book
 from tests.cluster.slurm import Slurm, missing
 from tests.multirank.launch import HARVESTING, environment, free_port, stream
 from tests.multirank.test_entries import living, write_config

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from grace_ds.schedule import load_book
+from grace_ds.data.schedule import load_book
 from tests.cluster.hosts import ADDRESSES, PATH, Hosts, missing
 from tests.cluster.test_faults import LIMIT, MARGIN, PLACES, write_spec, write_trusted
 from tests.multirank.launch import HARVESTING, environment, stream

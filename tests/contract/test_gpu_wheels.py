@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from grace_ds.errors import ConfigError
-from grace_ds.graph import leaves
+from grace_ds.graph import backends as leaves
 from tests.contract.rapids_calls import LIBRARIES, array_sources, calls, signature, sources
 
 WANTED = os.environ.get("GRACE_TEST_GPU_WHEELS") == "1"
@@ -129,7 +129,7 @@ def test_the_parameters_that_our_leaf_sets_are_taken() -> None:
 
     from cuvs.neighbors import nn_descent
 
-    from grace_ds.graph.leaves.cuvs_leaf import DEGREES
+    from grace_ds.graph.backends.cuvs_backend import DEGREES
 
     for degree in DEGREES:
         word = "".join(["f", "p32"])  # not interned, as from a file: cuVS compares by identity

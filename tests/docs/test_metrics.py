@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from grace_ds.integrations.record import Metrics
+from grace_ds.monitor.metrics import Metrics
 from tests.docs.blocks import ROOT
 from tests.multirank.launch import HARVESTING, Records, run_jobs
 

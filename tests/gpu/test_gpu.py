@@ -14,17 +14,18 @@ import numpy as np
 import pytest
 import torch
 
-from grace_ds import arrays
 from grace_ds.cli import doctor
 from grace_ds.comm.local import LocalComm
 from grace_ds.config.schema import GraphConfig
-from grace_ds.graph import gpu, leaves
+from grace_ds.graph import backends as leaves
+from grace_ds.graph import gpu
+from grace_ds.graph.backends.torch_backend import TorchLeaf
 from grace_ds.graph.build import knn
-from grace_ds.graph.leaves.torch_leaf import TorchLeaf
+from grace_ds.graph.propagate import crowding, priority, propagate
 from grace_ds.graph.ring import nearest
 from grace_ds.graph.rows import Request
-from grace_ds.propagate import crowding, priority, propagate
 from grace_ds.recipes.weights import rank01, shared, soft_pass, uncrowded
+from grace_ds.utils import arrays
 from tests.unit.test_graph import clustered, rows_of
 
 pytestmark = [
@@ -39,7 +40,7 @@ K = 15
 
 
 def leaf_of(recall: float = 0.99, half: bool = False):  # type: ignore[no-untyped-def]
-    from grace_ds.graph.leaves.cuvs_leaf import CuvsLeaf
+    from grace_ds.graph.backends.cuvs_backend import CuvsLeaf
 
     return CuvsLeaf(recall, half)
 
@@ -72,12 +73,12 @@ def test_ids_are_int64_and_padded() -> None:
 def test_large_shards_reach_the_recall_by_descent_and_by_lists(
     itself: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from grace_ds.graph.leaves import cuvs_leaf
+    from grace_ds.graph.backends import cuvs_backend as cuvs_leaf
 
     monkeypatch.setattr(cuvs_leaf, "BRUTE_ROWS", 1000)
     x = rows_of("clustered", 60_000, 64)
     queries, leaf = (x, leaf_of(0.98)) if itself else (x[::7].copy(), leaf_of(0.98))
-    with leaves.opened(LocalComm(60.0), leaf), caplog.at_level(logging.INFO, "grace_ds.graph.leaves.cuvs_leaf"):
+    with leaves.opened(LocalComm(60.0), leaf), caplog.at_level(logging.INFO, "grace_ds.graph.backends.cuvs_backend"):
         _, similarity = leaf.search(leaf.build(x, np.arange(len(x))), queries, K)
     assert ("nn_descent" if itself else "ivf_pq") in caplog.messages[-1]  # the last effort that was measured is the one taken
     sample = np.arange(0, len(queries), 97)
@@ -139,7 +140,7 @@ def test_the_graph_of_a_refresh_is_the_cpus(tier: str) -> None:
 @pytest.mark.parametrize("descends", [True, False])
 def test_edges_are_those_of_an_exact_search(descends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the default recall: NN-descent finds .99 of the edges, brute force all of them."""
-    from grace_ds.graph.leaves import cuvs_leaf
+    from grace_ds.graph.backends import cuvs_backend as cuvs_leaf
 
     if descends:
         monkeypatch.setattr(cuvs_leaf, "BRUTE_ROWS", 1000)
@@ -243,7 +244,7 @@ def test_the_progress_reads_a_loss_without_waiting_for_the_device() -> None:
 
     import torch
 
-    from grace_ds.integrations.progress import LossReader
+    from grace_ds.monitor.progress import LossReader
 
     reader, busy = LossReader(), torch.randn(8192, 8192, device="cuda")
     warm = LossReader()

@@ -234,14 +234,14 @@ class Damage:
         return "buckets swapped, digests too"
 
     def rewrite(self, path: Path, data: bytes) -> None:
-        from grace_ds.files import digest
+        from grace_ds.utils.files import digest
 
         path.write_bytes(data)
         self.forge(lambda m: m["files"].update({path.name: digest(data)}))
 
     def forge(self, edit: Callable[[dict[str, Any]], None], schema: list[Any] | None = None) -> None:
         """Writes an edited manifest, with its digest where it belongs."""
-        from grace_ds.files import digest
+        from grace_ds.utils.files import digest
 
         manifest = json.loads(self.whole[self.ours / "manifest.json"])
         edit(manifest)

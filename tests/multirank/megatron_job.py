@@ -15,13 +15,13 @@ from grace_ds.comm.local import LocalComm
 from grace_ds.comm.torch_dist import TorchComm
 from grace_ds.config.schema import HarvestConfig
 from grace_ds.errors import ConfigError
-from grace_ds.shared_harvest import SharedHarvester
-from grace_ds.sketch.basis import TrustedBasis
-from grace_ds.sketch.layers import Layer
-from grace_ds.sketch.megatron import select_parallel
-from grace_ds.sketch.microbatches import MicroBatches
-from grace_ds.sketch.project import bases, fold_table
-from grace_ds.sketch.sketcher import Sketcher
+from grace_ds.gradients.basis import TrustedBasis
+from grace_ds.gradients.hooks import Sketcher
+from grace_ds.gradients.layers import Layer
+from grace_ds.gradients.megatron_layers import select_parallel
+from grace_ds.gradients.pipeline_batches import MicroBatches
+from grace_ds.gradients.projection import bases, fold_table
+from grace_ds.gradients.sharded_collector import SharedHarvester
 from tests.multirank.harness import World
 from tests.multirank.megatron_shims import on_cpu
 from tests.oracles import sketch_of

@@ -20,7 +20,7 @@ import torch
 from deepspeed.ops import __compatible_ops__
 
 import grace_ds
-from grace_ds.preempt import PreemptionWatch
+from grace_ds.integrations.preemption import PreemptionWatch
 from tests.multirank.toy import Corpus, Model
 
 __compatible_ops__["deepspeed_shm_comm"] = False

@@ -29,12 +29,12 @@ from grace_ds.comm.local import LocalComm
 from grace_ds.comm.torch_dist import TorchComm
 from grace_ds.config.schema import HarvestConfig
 from grace_ds.errors import ConfigError
-from grace_ds.shared_harvest import SharedHarvester
-from grace_ds.sketch.layers import Layer, select_layers
-from grace_ds.sketch.megatron import select_parallel
-from grace_ds.sketch.microbatches import MicroBatches
-from grace_ds.sketch.project import bases, fold_table
-from grace_ds.sketch.sketcher import Sketcher
+from grace_ds.gradients.hooks import Sketcher
+from grace_ds.gradients.layers import Layer, select_layers
+from grace_ds.gradients.megatron_layers import select_parallel
+from grace_ds.gradients.pipeline_batches import MicroBatches
+from grace_ds.gradients.projection import bases, fold_table
+from grace_ds.gradients.sharded_collector import SharedHarvester
 from tests.multirank.toy import VOCAB, Corpus
 from tests.oracles import batch_of_one_gradients, sketch_of
 

@@ -17,19 +17,19 @@ import numpy as np
 from grace_ds.comm.base import Comm
 from grace_ds.comm.choose import choose
 from grace_ds.config.schema import FeaturesConfig, GraceConfig, GuardConfig, RefreshConfig, SelectionConfig
-from grace_ds.features import ContentFeatures, TokenReader
-from grace_ds.graph.kept import KeptGraph
-from grace_ds.integrations.build import Contents, Parts
-from grace_ds.kept import Kept
-from grace_ds.order import SamplerOrder
-from grace_ds.pool import Pool
+from grace_ds.data.order import SamplerOrder
+from grace_ds.data.pool import Pool
+from grace_ds.data.schedule import Ledger
+from grace_ds.features.content import ContentFeatures, TokenReader
+from grace_ds.features.quality import BigramPrior
+from grace_ds.graph.repair import KeptGraph
+from grace_ds.integrations.setup import Contents, Parts
 from grace_ds.records import HIDDEN, C, IntArray, Losses, Role, Rows, Schedule
-from grace_ds.refresh import refresh
-from grace_ds.schedule import Ledger
+from grace_ds.refresh.line import refresh
+from grace_ds.refresh.signals import Inputs, Pipeline
+from grace_ds.refresh.state import Kept
+from grace_ds.refresh.table import Table
 from grace_ds.selection.guard import from_meta
-from grace_ds.selection.prior import BigramPrior
-from grace_ds.signals import Inputs, Pipeline
-from grace_ds.table import Table
 from tests.multirank.harness import World
 
 N, WINDOW, TINY = 500, 400, 3

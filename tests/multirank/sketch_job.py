@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from deepspeed.ops import __compatible_ops__
 
-from grace_ds.sketch.layers import select_layers
-from grace_ds.sketch.probe import probe_basis, probe_rows
-from grace_ds.sketch.project import bases, fold_table
-from grace_ds.sketch.sketcher import Sketcher
-from grace_ds.sketch.whiten import whiten
+from grace_ds.gradients.hooks import Sketcher
+from grace_ds.gradients.kfac import whiten
+from grace_ds.gradients.layers import select_layers
+from grace_ds.gradients.probe import probe_basis, probe_rows
+from grace_ds.gradients.projection import bases, fold_table
 from tests.models import TinyGPT, text
 from tests.oracles import batch_of_one_gradients, sketch_of
 

@@ -11,13 +11,13 @@ from grace_ds.comm.choose import choose
 from grace_ds.comm.local import LocalComm
 from grace_ds.config.schema import GraphConfig
 from grace_ds.graph import clustered, placement
+from grace_ds.graph.backends import exact
 from grace_ds.graph.build import knn
 from grace_ds.graph.clusters import fit, nearest_centroids
-from grace_ds.graph.leaves import exact
 from grace_ds.graph.ring import nearest
 from grace_ds.graph.rows import Request, prepared
-from grace_ds.grid import ROW_GRID
 from grace_ds.records import Neighbours
+from grace_ds.utils.grid import ROW_GRID
 from tests.multirank.harness import World, run_ranks
 from tests.multirank.test_ring import SPLITS, owners
 

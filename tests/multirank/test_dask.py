@@ -16,10 +16,10 @@ import pytest
 from grace_ds.comm.choose import choose
 from grace_ds.config.schema import GraphConfig
 from grace_ds.errors import ExecutorError, GraceError, PeerFailed
-from grace_ds.graph import dask_cluster
+from grace_ds.graph.backends import _FACTORIES
+from grace_ds.graph.backends.torch_backend import TorchLeaf
 from grace_ds.graph.build import knn
-from grace_ds.graph.leaves import _FACTORIES
-from grace_ds.graph.leaves.torch_leaf import TorchLeaf
+from grace_ds.graph.dask import cluster as dask_cluster
 from tests.multirank.harness import World, run_ranks
 from tests.multirank.test_clustered import K, N, corpus
 from tests.multirank.test_ring import owners

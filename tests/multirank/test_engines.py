@@ -31,7 +31,7 @@ def engines(world: World, folder: str, count: int, grace: bool) -> list[dict[str
     import torch
     from deepspeed.ops import __compatible_ops__
 
-    from grace_ds.integrations import progress
+    from grace_ds.monitor import progress
 
     __compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled first, for a minute
     logging.disable(logging.INFO)

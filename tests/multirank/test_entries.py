@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from grace_ds.schedule import load_book
+from grace_ds.data.schedule import load_book
 from tests.multirank.harness import RanksFailed, run_command
 from tests.multirank.launch import HARVESTING, Records, environment, free_port, refreshes, run_jobs, stream
 from tests.processes import living, wait_until
@@ -31,7 +31,7 @@ UNIFORM: dict[str, Any] = {
     "grace": {**GRACE, "recipe": "uniform", "refresh": {**GRACE["refresh"], "slack_steps": 8}},
 }
 PLAIN: dict[str, Any] = {**BASE, "via": "deepspeed", "grace": None}
-FAULT = {"module": "grace_ds.refresh", "name": "activation", "rank": 1, "after": 1}
+FAULT = {"module": "grace_ds.refresh.line", "name": "activation", "rank": 1, "after": 1}
 BIN = Path(sys.executable).parent
 
 

@@ -24,28 +24,28 @@ BASE: dict[str, Any] = {"steps": 9, "bf16": False, "workers": 0, "grace": GRACE}
 
 # Each stage has a collective after it, in which the other rank waits.  The number says which call belongs to step 2.
 HANGS = {
-    "pending": ("grace_ds.harvest", "Harvester.pending", 1),
-    "gather": ("grace_ds.refresh", "activation", 1),
-    "table": ("grace_ds.refresh", "owner_of", 1),
-    "features": ("grace_ds.integrations.build", "follow_window", 0),
-    "embed": ("grace_ds.refresh", "learn", 1),
-    "graph": ("grace_ds.refresh", "follow", 1),
-    "propagate": ("grace_ds.signals", "propagate", 1),
-    "select": ("grace_ds.refresh", "collect", 1),
-    "broadcast": ("grace_ds.refresh", "broadcast_schedule", 1),
-    "agree": ("grace_ds.comm._framing", "FramedComm.agree", 2),
+    "pending": ("grace_ds.gradients.collector", "Harvester.pending", 1),
+    "gather": ("grace_ds.refresh.line", "activation", 1),
+    "table": ("grace_ds.refresh.line", "owner_of", 1),
+    "features": ("grace_ds.integrations.setup", "follow_window", 0),
+    "embed": ("grace_ds.refresh.line", "learn", 1),
+    "graph": ("grace_ds.refresh.line", "follow", 1),
+    "propagate": ("grace_ds.refresh.signals", "propagate", 1),
+    "select": ("grace_ds.refresh.line", "collect", 1),
+    "broadcast": ("grace_ds.refresh.line", "broadcast_schedule", 1),
+    "agree": ("grace_ds.comm.framing", "FramedComm.agree", 2),
 }
 # Likewise of the trusted basis, which is fitted at step 2 for the first time.
 PROBES = {
-    "moments": ("grace_ds.sketch.whiten", "MomentAccumulator.pack", 0),
-    "basis": ("grace_ds.sketch.basis", "BasisAccumulator.pack", 0),
-    "unit": ("grace_ds.integrations.trust", "TrustedProbe._unit", 0),
+    "moments": ("grace_ds.gradients.kfac", "MomentAccumulator.pack", 0),
+    "basis": ("grace_ds.gradients.basis", "BasisAccumulator.pack", 0),
+    "unit": ("grace_ds.gradients.influence_probe", "TrustedProbe._unit", 0),
 }
 # Calls of _to before the second batch of each probe: a batch takes three, for itself and its two entries, a probe two batches.
 READS = {"moments": 3, "basis": 9, "unit": 15}
 # Not finite in one layer's gradient of a sample, as the hooks see it; and in a row on its way to its owner.
-SKETCH = {"module": "grace_ds.sketch.binding", "name": "Binding._accumulate", "rank": 1, "argument": 3}
-ROW = {"module": "grace_ds.harvest", "name": "Harvester.pending", "rank": 1, "after": 2}
+SKETCH = {"module": "grace_ds.gradients.capture", "name": "Binding._accumulate", "rank": 1, "argument": 3}
+ROW = {"module": "grace_ds.gradients.collector", "name": "Harvester.pending", "rank": 1, "after": 2}
 
 
 @pytest.fixture(scope="module")
@@ -65,22 +65,22 @@ def launched(folder: Path) -> tuple[Records, str]:
     for stage, (module, name, after) in PROBES.items():
         fault = {"module": module, "name": name, "rank": 1, "after": after, "hang": HANG}
         jobs[f"hang_{stage}"] = {**BASE, "steps": 4, "grace": {**GRACE, "trusted": str(trusted)}, "fault": fault}
-    commit = {"module": "grace_ds.integrations.agreement", "name": "Agreement.commit", "rank": 1, "after": 1, "hang": HANG}
+    commit = {"module": "grace_ds.comm.agreement", "name": "Agreement.commit", "rank": 1, "after": 1, "hang": HANG}
     jobs["hang_commit"] = {**BASE, "fault": commit}
     jobs["hang_scale"] = {
         **BASE,
-        "fault": {"module": "grace_ds.harvest", "name": "Harvester._freeze", "rank": 1, "after": 0, "hang": HANG},
+        "fault": {"module": "grace_ds.gradients.collector", "name": "Harvester._freeze", "rank": 1, "after": 0, "hang": HANG},
     }
     for step in (0, 3):
         jobs[f"finish{step}"] = {
             **BASE,
             "steps": 8,
-            "fault": {"module": "grace_ds.sketch.sketcher", "name": "Sketcher.finish", "rank": 1, "after": step},
+            "fault": {"module": "grace_ds.gradients.hooks", "name": "Sketcher.finish", "rank": 1, "after": step},
         }
     # ZeRO-3 gathers weights in the probes: a rank that left them half-way would leave the other in the job's own collective.
     zero3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
     for stage, after in READS.items():
-        probe = {"module": "grace_ds.integrations.trust", "name": "_to", "rank": 1, "after": after}
+        probe = {"module": "grace_ds.gradients.influence_probe", "name": "_to", "rank": 1, "after": after}
         jobs[f"read_{stage}"] = {**BASE, "steps": 5, "ds": zero3, "grace": {**GRACE, "trusted": str(trusted)}, "fault": probe}
     for value in ("nan", "inf"):
         jobs[f"first_{value}"] = {**BASE, "steps": 8, "fault": {**SKETCH, "poison": value, "after": 0}}

@@ -10,9 +10,9 @@ import pytest
 
 from grace_ds.comm.choose import choose
 from grace_ds.errors import DataError, PeerFailed
-from grace_ds.gather import Route, Sent, gather_rows
 from grace_ds.records import HIDDEN, Rows
-from grace_ds.table import Table, owner_of
+from grace_ds.refresh.gather import Route, Sent, gather_rows
+from grace_ds.refresh.table import Table, owner_of
 from tests.multirank.harness import World, run_ranks
 
 N, DIM = 500, 6

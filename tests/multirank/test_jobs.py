@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from grace_ds.schedule import load_book
+from grace_ds.data.schedule import load_book
 from tests.multirank.launch import HARVESTING, Records, refreshes, run_jobs, stream
 from tests.multirank.toy import LENGTH, SAMPLES, Corpus
 
@@ -20,15 +20,15 @@ GRACE: dict[str, Any] = HARVESTING
 SAVES = [2, 4, 5, 7, 8, 12]
 
 FAULTS = {
-    "gather": ("grace_ds.refresh", "activation"),
-    "table": ("grace_ds.refresh", "owner_of"),
-    "features": ("grace_ds.integrations.build", "follow_window"),
-    "embed": ("grace_ds.refresh", "learn"),
-    "graph": ("grace_ds.refresh", "follow"),
-    "propagate": ("grace_ds.signals", "propagate"),
-    "select": ("grace_ds.refresh", "collect"),
-    "broadcast": ("grace_ds.refresh", "broadcast_schedule"),
-    "pending": ("grace_ds.harvest", "_running_means"),
+    "gather": ("grace_ds.refresh.line", "activation"),
+    "table": ("grace_ds.refresh.line", "owner_of"),
+    "features": ("grace_ds.integrations.setup", "follow_window"),
+    "embed": ("grace_ds.refresh.line", "learn"),
+    "graph": ("grace_ds.refresh.line", "follow"),
+    "propagate": ("grace_ds.refresh.signals", "propagate"),
+    "select": ("grace_ds.refresh.line", "collect"),
+    "broadcast": ("grace_ds.refresh.line", "broadcast_schedule"),
+    "pending": ("grace_ds.gradients.collector", "_running_means"),
 }
 
 

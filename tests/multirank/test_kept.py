@@ -7,16 +7,16 @@ from itertools import product
 import numpy as np
 import pytest
 
-from grace_ds.buckets import owner_of
+from grace_ds.comm.buckets import owner_of
 from grace_ds.comm.choose import choose
 from grace_ds.comm.local import LocalComm
 from grace_ds.config.schema import GraphConfig
 from grace_ds.graph import insert as insertion
-from grace_ds.graph import kept as module
+from grace_ds.graph import repair as module
 from grace_ds.graph.build import knn
-from grace_ds.graph.kept import KeptGraph, build_kept, follow
 from grace_ds.graph.merge import PAD
-from grace_ds.grid import on_grid
+from grace_ds.graph.repair import KeptGraph, build_kept, follow
+from grace_ds.utils.grid import on_grid
 from tests.multirank.harness import World, run_ranks
 from tests.multirank.test_clustered import corpus
 

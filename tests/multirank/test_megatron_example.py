@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed (pip install grace_ds[megatron])")
 
-from grace_ds.schedule import load_book
+from grace_ds.data.schedule import load_book
 from tests.multirank.harness import ROOT, run_command
 
 CONFIG = ROOT / "configs" / "megatron_cpu.yaml"

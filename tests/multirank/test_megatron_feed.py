@@ -12,8 +12,8 @@ import pytest
 pytest.importorskip("megatron.core", reason="megatron-core is not installed (pip install grace_ds[megatron])")
 
 from grace_ds.errors import ConfigError, DataError
-from grace_ds.integrations.megatron import facts
-from grace_ds.integrations.megatron.ring import Ring, Scheduled
+from grace_ds.integrations.megatron import job_state as facts
+from grace_ds.integrations.megatron.positions import Ring, Scheduled
 from tests.multirank.harness import run_ranks
 from tests.multirank.megatron_feed_job import BATCH, INTERVAL, STEPS, work
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from grace_ds.errors import ConfigError
-from grace_ds.preempt import RESUME_ME, VARIABLE, PreemptionWatch
+from grace_ds.integrations.preemption import RESUME_ME, VARIABLE, PreemptionWatch
 from tests.multirank.harness import run_command
 from tests.multirank.launch import HARVESTING, environment, stream
 from tests.multirank.test_entries import command_of, living, wait_until, write_config

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from grace_ds.schedule import load_book
+from grace_ds.data.schedule import load_book
 from tests.multirank.launch import HARVESTING, Records, run_jobs, stream
 from tests.multirank.toy import Corpus
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from grace_ds.comm.rollcall import ENDED, RollCall
+from grace_ds.comm.liveness import ENDED, RollCall
 from tests.multirank.harness import World, run_ranks
 
 pytestmark = pytest.mark.multirank
@@ -48,7 +48,7 @@ def limits(world: World) -> list[tuple[str, float]]:
     import torch
     import torch.distributed as dist
 
-    from grace_ds.comm.limits import adopt_job_limit, job_limit
+    from grace_ds.comm.time_limits import adopt_job_limit, job_limit
 
     rendezvous = f"file://{world.rendezvous}"
     dist.init_process_group("gloo", init_method=rendezvous, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=7))
@@ -70,7 +70,7 @@ def limits(world: World) -> list[tuple[str, float]]:
 def refresh_limits(world: World) -> tuple[float, float, float]:
     import torch.distributed as dist
 
-    from grace_ds.comm.limits import within_job_limit
+    from grace_ds.comm.time_limits import within_job_limit
 
     before = within_job_limit(600.0)
     rendezvous = f"file://{world.rendezvous}"

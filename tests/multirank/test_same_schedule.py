@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from grace_ds.records import Columns, Role, Schedule
-from grace_ds.table import Table
+from grace_ds.refresh.table import Table
 from tests.multirank.harness import run_ranks
 from tests.multirank.schedule_job import (
     BATCH,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from grace_ds_quickstart.launch import deepspeed_command
 
-from grace_ds.quickstart.launch import deepspeed_command
 from tests.multirank.harness import run_command
 
 

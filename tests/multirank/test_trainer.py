@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from grace_ds.schedule import load_book
+from grace_ds.data.schedule import load_book
 from tests.extras import needs
 from tests.multirank.harness import run_command
 from tests.multirank.launch import HARVESTING, Records, environment, free_port

@@ -24,7 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import grace_ds.huggingface
 from grace_ds.errors import GraceError
-from grace_ds.sketch.probe import probe_rows
+from grace_ds.gradients.probe import probe_rows
 
 # It would be compiled first, for a minute, under a lock that a killed rank leaves behind.
 __compatible_ops__["deepspeed_shm_comm"] = False

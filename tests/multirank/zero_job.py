@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import grace_ds
-import grace_ds.choice
+import grace_ds.refresh.choice
 from grace_ds.errors import GraceError
 from grace_ds.selection.guard import Contrast
 from tests.multirank.toy import SAMPLES, Corpus, Model, drop_multiples_of_sixteen
@@ -90,15 +90,15 @@ def break_stage(spec: dict[str, Any], rank: int) -> Callable[[], None]:
 
 def find_harm(spec: dict[str, Any]) -> Callable[[], None]:
     """Lets every comparison of core and audit samples that can be made say that the core has done harm; returns the undoing."""
-    original = grace_ds.choice.contrast
+    original = grace_ds.refresh.choice.contrast
 
     def harmful(*args: Any) -> Contrast:
         found = original(*args)
         return dataclasses.replace(found, high=-1e-6) if np.isfinite(found.difference) else found
 
     if spec.get("harm"):
-        grace_ds.choice.contrast = harmful
-    return lambda: setattr(grace_ds.choice, "contrast", original)
+        grace_ds.refresh.choice.contrast = harmful
+    return lambda: setattr(grace_ds.refresh.choice, "contrast", original)
 
 
 def extras(spec: dict[str, Any]) -> dict[str, Any]:

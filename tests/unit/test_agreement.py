@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from grace_ds.integrations import agreement as module
-from grace_ds.integrations.agreement import Agreement
+from grace_ds.comm import agreement as module
+from grace_ds.comm.agreement import Agreement
 
 RANKS = 3
 

@@ -11,7 +11,7 @@ import torch
 from array_api_compat import array_namespace
 
 from grace_ds import recipes
-from grace_ds.propagate import confidence, crowding, priority, propagate
+from grace_ds.graph.propagate import confidence, crowding, priority, propagate
 from grace_ds.recipes import log_importance, recipe
 from grace_ds.recipes.weights import any_known, rank01, shared, soft_pass, uncrowded
 from grace_ds.records import Signals

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from grace_ds import arrays
-from grace_ds.propagate import confidence
+from grace_ds.graph.propagate import confidence
+from grace_ds.utils import arrays
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_a_cupy_that_does_not_work_is_a_reason_and_no_error(tmp_path: Path, monk
 
 
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "grace_ds.arrays"):
+    with caplog.at_level(logging.INFO, "grace_ds.utils.arrays"):
         for _ in range(3):
             arrays.to_device(np.ones(2), "cpu")
             arrays.namespace_for("cpu")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grace_ds.config.schema import GraceConfig, RefreshConfig, SelectionConfig
-from grace_ds.integrations import cadence
+from grace_ds.refresh import trigger as cadence
 
 
 def config(

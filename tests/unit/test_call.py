@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from grace_ds.comm.local import LocalComm
+from grace_ds.data.sampler import IssuedBatch
 from grace_ds.errors import ConfigError, DataError
-from grace_ds.integrations.call import Call, refuse
-from grace_ds.integrations.trust import Probes, TrustedProbe
-from grace_ds.sampler import IssuedBatch
-from grace_ds.sketch.layers import select_layers
-from grace_ds.sketch.sketcher import Sketcher
+from grace_ds.gradients.hooks import Sketcher
+from grace_ds.gradients.influence_probe import Probes, TrustedProbe
+from grace_ds.gradients.job_call import Call, refuse
+from grace_ds.gradients.layers import select_layers
 from tests.unit.narrow import NAMES, Narrow
 
 pytestmark = pytest.mark.timeout(60)

@@ -8,20 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grace_ds.choice import choose, judge
 from grace_ds.comm.local import LocalComm
 from grace_ds.config.schema import GraceConfig, GuardConfig, HarvestConfig, RefreshConfig, SelectionConfig
-from grace_ds.features import ContentFeatures
-from grace_ds.influence import enough_labels
-from grace_ds.order import SamplerOrder
-from grace_ds.pool import Pool
+from grace_ds.data.order import SamplerOrder
+from grace_ds.data.pool import Pool
+from grace_ds.data.schedule import Ledger
+from grace_ds.features.content import ContentFeatures
+from grace_ds.features.limits import Limits
+from grace_ds.features.quality import BigramPrior
 from grace_ds.records import IntArray, Losses, Neighbours, Role, Rows, Schedule, Signals
-from grace_ds.schedule import Ledger
+from grace_ds.refresh.choice import choose, judge
+from grace_ds.refresh.influence import enough_labels
+from grace_ds.refresh.signals import Estimate, Inputs, Pipeline
+from grace_ds.refresh.table import Table
 from grace_ds.selection.guard import DOWN, Decision
-from grace_ds.selection.limits import Limits
-from grace_ds.selection.prior import BigramPrior
-from grace_ds.signals import Estimate, Inputs, Pipeline
-from grace_ds.table import Table
 
 N, BATCH, INTERVAL = 400, 4, 20
 IDS = np.arange(N)

@@ -69,8 +69,8 @@ def test_without_torch_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, grace_ds.comm, grace_ds.comm.choose, grace_ds.comm.mpi, grace_ds.comm.torch_dist, grace_ds.table\n"
-        "import grace_ds.gather\n"
+        "import sys, grace_ds.comm, grace_ds.comm.choose, grace_ds.comm.mpi, grace_ds.comm.torch_dist, grace_ds.refresh.table\n"
+        "import grace_ds.refresh.gather\n"
         "sys.exit(' '.join(m for m in ('mpi4py', 'torch', 'deepspeed', 'faiss', 'safetensors') if m in sys.modules) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

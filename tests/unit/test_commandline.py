@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from grace_ds.cli import main as cli
-from grace_ds.commandline import BUG, PIPE, Parser, amount, count, in_one_line, positive
+from grace_ds.cli.commandline import BUG, PIPE, Parser, amount, count, in_one_line, positive
 from grace_ds.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 CLI = [sys.executable, "-m", "grace_ds.cli.main"]
-QUICKSTART = [sys.executable, "-m", "grace_ds.quickstart"]
+QUICKSTART = [sys.executable, "-m", "grace_ds_quickstart"]
 BENCHMARKS = [sys.executable, "-m", "benchmarks"]
 
 

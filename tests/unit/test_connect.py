@@ -14,7 +14,7 @@ import pytest
 from grace_ds.comm import connect, listener
 from grace_ds.comm.connect import failures
 from grace_ds.comm.listener import Listener
-from grace_ds.comm.rollcall import ENDED, RollCall, address_of
+from grace_ds.comm.liveness import ENDED, RollCall, address_of
 from tests.unit.sockets import full_queue
 
 pytestmark = pytest.mark.timeout(60)

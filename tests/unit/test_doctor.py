@@ -121,8 +121,8 @@ def on_a_card(monkeypatch: pytest.MonkeyPatch, **values: object) -> None:
     """torch tells of one card with CUDA 13; what would be chosen on it, as given."""
     import torch
 
-    from grace_ds import arrays
     from grace_ds.graph import gpu
+    from grace_ds.utils import arrays
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -9,10 +9,10 @@ import pytest
 
 from grace_ds.comm.local import LocalComm
 from grace_ds.config.schema import GraphConfig
-from grace_ds.embed import SKETCHED, Learned, embed, learn
-from grace_ds.graph.kept import build_kept
+from grace_ds.graph.repair import build_kept
 from grace_ds.records import HIDDEN, FloatArray, IntArray, Rows
-from grace_ds.table import Table
+from grace_ds.refresh.embed import SKETCHED, Learned, embed, learn
+from grace_ds.refresh.table import Table
 
 N, DIM, WIDTH, K = 40, 64, 12, 5
 IDS = np.arange(N)

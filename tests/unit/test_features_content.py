@@ -9,11 +9,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from grace_ds.data import tokens
 from grace_ds.errors import DataError
-from grace_ds.features import TokenReader, content_features, tokens
 from grace_ds.features import cache as feature_cache
+from grace_ds.features.content import TokenReader, content_features
+from grace_ds.features.quality import BigramPrior
 from grace_ds.features.tfidf import Terms
-from grace_ds.selection.prior import BigramPrior
 
 N = 90
 

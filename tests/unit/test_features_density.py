@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grace_ds.features import density
-from grace_ds.features.density import NgramCounts, ngram_bins, row_quantile
-from grace_ds.features.tokens import TokenBlock
+from grace_ds.data.tokens import TokenBlock
+from grace_ds.features import duplicates as density
+from grace_ds.features.duplicates import NgramCounts, ngram_bins, row_quantile
 from tests.unit.test_features_content import Ranks
 
 

@@ -16,15 +16,17 @@ from hypothesis import strategies as st
 
 from grace_ds.comm.local import LocalComm
 from grace_ds.config.schema import GraceConfig
-from grace_ds.features import TokenReader, content_features, density, sampling
-from grace_ds.features.density import NgramCounts, ngram_bins
-from grace_ds.features.sampling import FLOOR, SMALLEST, Sampling, agree_sampling, some
-from grace_ds.features.tokens import TokenBlock
-from grace_ds.integrations.build import Contents, Parts
-from grace_ds.kept import Kept
-from grace_ds.order import SeededOrder
-from grace_ds.pool import Pool
+from grace_ds.data.order import SeededOrder
+from grace_ds.data.pool import Pool
+from grace_ds.data.tokens import TokenBlock
+from grace_ds.features import duplicates as density
+from grace_ds.features import ngrams as sampling
+from grace_ds.features.content import TokenReader, content_features
+from grace_ds.features.duplicates import NgramCounts, ngram_bins
+from grace_ds.features.ngrams import FLOOR, SMALLEST, Sampling, agree_sampling, some
+from grace_ds.integrations.setup import Contents, Parts
 from grace_ds.records import Array
+from grace_ds.refresh.state import Kept
 from tests.unit.test_features_content import Counted, Ranks, by_id, run, same_bits
 from tests.unit.test_features_window import rolled
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grace_ds.data.tokens import TokenBlock
 from grace_ds.features import tfidf
 from grace_ds.features.tfidf import BITS, Terms, TfIdf
-from grace_ds.features.tokens import TokenBlock
 
 
 def block_of(rows):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from grace_ds.data.tokens import TokenReader, fingerprint, tokens_of
 from grace_ds.errors import DataError
-from grace_ds.features.tokens import TokenReader, fingerprint, tokens_of
 
 ROW = [5, 9, 2, 7]
 

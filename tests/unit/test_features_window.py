@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grace_ds.features import COLUMNS, ContentFeatures, TokenReader, content_features, follow_window, tokens
+from grace_ds.data import tokens
+from grace_ds.features.content import COLUMNS, ContentFeatures, TokenReader, content_features, follow_window
 from grace_ds.features.tfidf import TfIdf
 from tests.unit.test_features_content import Counted, N, Ranks, by_id, corpus, prior, run, same_bits
 from tests.unit.test_features_density import exact_density

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grace_ds.files import write_atomic
+from grace_ds.utils.files import write_atomic
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ import pytest
 
 from grace_ds.comm.local import LocalComm
 from grace_ds.errors import ConfigError, DataError
-from grace_ds.graph import leaves
-from grace_ds.graph.leaves import torch_leaf
+from grace_ds.graph import backends as leaves
+from grace_ds.graph.backends import torch_backend as torch_leaf
+from grace_ds.graph.propagate import priority, propagate
 from grace_ds.graph.ring import nearest
 from grace_ds.graph.rows import Request
-from grace_ds.propagate import priority, propagate
 
 
 def clustered(n: int, d: int, seed: int = 0) -> np.ndarray:
@@ -63,8 +63,8 @@ def rows_of(kind: str, n: int, d: int) -> np.ndarray:
 @pytest.mark.parametrize(("kind", "d"), [("clustered", 32), ("spread", 32), ("spread", 63)])
 def test_a_large_shard_is_searched_to_the_asked_recall(kind: str, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("faiss")
-    from grace_ds.graph.leaves import faiss_leaf
-    from grace_ds.graph.leaves.faiss_leaf import FaissLeaf
+    from grace_ds.graph.backends import faiss_backend as faiss_leaf
+    from grace_ds.graph.backends.faiss_backend import FaissLeaf
 
     monkeypatch.setattr(faiss_leaf, "FLAT_ROWS", 30_000)
     x, k = rows_of(kind, 31_000, d), 10

@@ -18,10 +18,11 @@ import torch
 
 from grace_ds.comm.local import LocalComm
 from grace_ds.errors import ConfigError, DataError
-from grace_ds.graph import gpu, leaves
+from grace_ds.graph import backends as leaves
+from grace_ds.graph import gpu
+from grace_ds.graph.backends.cuvs_backend import with_own
+from grace_ds.graph.backends.torch_backend import TorchLeaf
 from grace_ds.graph.gpu.memory import LEAST, pool_bytes
-from grace_ds.graph.leaves.cuvs_leaf import with_own
-from grace_ds.graph.leaves.torch_leaf import TorchLeaf
 from tests.multirank.harness import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +63,7 @@ def test_a_leaf_whose_libraries_are_missing_names_them_and_the_cure() -> None:
 @pytest.mark.usefixtures("rapids")
 def test_auto_is_a_cpu_leaf_on_a_cpu_whatever_is_installed(card: None, caplog: pytest.LogCaptureFixture) -> None:
     for device in ("cpu", "xpu:0"):
-        with caplog.at_level(logging.INFO, "grace_ds.graph.leaves"):
+        with caplog.at_level(logging.INFO, "grace_ds.graph.backends"):
             caplog.clear()
             assert leaves.choose("auto", 1000, device=device).name in ("faiss", "torch")
         assert len(caplog.records) == 1
@@ -75,7 +76,7 @@ def test_auto_is_a_cpu_leaf_on_a_cpu_whatever_is_installed(card: None, caplog: p
 @pytest.mark.parametrize("device", ["cuda", "cuda:3"])
 def test_auto_is_cuvs_on_a_gpu_with_the_packages(card: None, device: str, caplog: pytest.LogCaptureFixture) -> None:
     assert gpu.obstacle(device) == ""
-    with caplog.at_level(logging.INFO, "grace_ds.graph.leaves"):
+    with caplog.at_level(logging.INFO, "grace_ds.graph.backends"):
         assert leaves.choose("auto", 1000, device=device).name == "cuvs"
         exact = leaves.exact("auto", device=device)
     assert [r.message for r in caplog.records] == [f"graph.leaf auto: cuvs (the device is {device})"] * 2
@@ -139,7 +140,7 @@ def test_ranks_take_cuvs_together_or_not_at_all(
     card: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert leaves.agreed(LocalComm(5.0), "auto", "cuda:1") == leaves.agreed(Ranks(True, True), "auto", "cuda:1") == "cuvs"
-    with caplog.at_level(logging.INFO, "grace_ds.graph.leaves"):
+    with caplog.at_level(logging.INFO, "grace_ds.graph.backends"):
         assert leaves.agreed(Ranks(True, False), "auto", "cuda") == "auto"
         assert caplog.messages == ["graph.leaf auto: not cuvs, which rank(s) 2 cannot use"]
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100 << 20, 16 << 30))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from grace_ds.heap import trim_heap
+from grace_ds.utils.heap import trim_heap
 
 
 def resident() -> int:

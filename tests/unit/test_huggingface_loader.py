@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
+from grace_ds.data.sampler import Geometry, StreamSampler
+from grace_ds.data.schedule import ScheduleBook
 from grace_ds.errors import DataError, GraceError
 from grace_ds.integrations.huggingface.loader import KEY, ScheduleBatches, TrainerCollate, TrainerDataset, take_tickets
 from grace_ds.records import Role, Schedule
-from grace_ds.sampler import Geometry, StreamSampler
-from grace_ds.schedule import ScheduleBook
 from tests.extras import needs
 
 N = 24

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from grace_ds.comm.local import LocalComm
-from grace_ds.features import ContentFeatures
-from grace_ds.influence import TOLERANCE, Influence, enough_labels, influence, labels
+from grace_ds.features.content import ContentFeatures
+from grace_ds.features.quality import STATISTICS
 from grace_ds.records import HIDDEN, Rows
-from grace_ds.selection.prior import STATISTICS
+from grace_ds.refresh.influence import TOLERANCE, Influence, enough_labels, influence, labels
 from grace_ds.selection.ridge import columns
 
 N, M = 4000, 200

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grace_ds.buckets import owner_of
+from grace_ds.comm.buckets import owner_of
 from grace_ds.comm.local import LocalComm
 from grace_ds.config.schema import GraphConfig
-from grace_ds.embed import SKETCHED, Learned
 from grace_ds.errors import CheckpointError, DamagedState
-from grace_ds.features import ContentFeatures, Counts
-from grace_ds.graph.kept import KeptGraph, build_kept
-from grace_ds.kept import Kept
+from grace_ds.features.content import ContentFeatures, Counts
+from grace_ds.graph.repair import KeptGraph, build_kept
 from grace_ds.records import HIDDEN, Array
+from grace_ds.refresh.embed import SKETCHED, Learned
+from grace_ds.refresh.state import Kept
 
 N, WIDTH = 120, 8
 

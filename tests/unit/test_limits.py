@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grace_ds.selection.limits import Limits, tail_location
+from grace_ds.features.limits import Limits, tail_location
 
 RNG = np.random.default_rng(0)
 BOTH = ((0, -1), (1, -1), (1, 1))

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from grace_ds.integrations import progress
-from grace_ds.integrations.progress import LossReader
+from grace_ds.monitor import progress
+from grace_ds.monitor.progress import LossReader
 from tests.terminal import on_terminal
 
 FACTS: dict[str, Any] = {

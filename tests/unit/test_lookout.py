@@ -13,11 +13,11 @@ from collections.abc import Iterator
 import pytest
 
 from grace_ds.comm import connect
+from grace_ds.comm import peer_failure as lookout_module
+from grace_ds.comm.liveness import RollCall
 from grace_ds.comm.local import LocalComm
-from grace_ds.comm.rollcall import RollCall
+from grace_ds.comm.peer_failure import Lookout
 from grace_ds.errors import GraceError, PeerLost, TransportError, TransportTimeout, during
-from grace_ds.integrations import lookout as lookout_module
-from grace_ds.integrations.lookout import Lookout
 from tests.unit.sockets import full_queue
 
 

@@ -13,9 +13,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from grace_ds.data import MMapTokens
-from grace_ds.data import layout as layout_module
+from grace_ds.data import megatron_index as layout_module
+from grace_ds.data.tokens import TokenReader
 from grace_ds.errors import ConfigError, DataError
-from grace_ds.features.tokens import TokenReader
 
 TOP = {"int16": 2**15, "uint16": 2**16, "int32": 150_000, "int64": 150_000, "uint64": 150_000}  # above the largest id
 # The header's fields: from which byte to which.

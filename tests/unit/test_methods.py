@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from grace_ds.methods import replace_method
+from grace_ds.utils.methods import replace_method
 
 
 class Owner:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.utils.data import DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
-from grace_ds import order
+from grace_ds.data import order
+from grace_ds.data.order import Permutation, SamplerOrder, SeededOrder, order_of
 from grace_ds.errors import DataError
 from grace_ds.integrations.deepspeed import attach
-from grace_ds.order import Permutation, SamplerOrder, SeededOrder, order_of
 from tests.extras import needs
 
 N, ROWS = 96, 4

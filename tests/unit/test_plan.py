@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from grace_ds_quickstart.model import GPT, GPTConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,13 +21,12 @@ from grace_ds.cli.plan_model import BreakEven, Harvest, Model
 from grace_ds.cli.plan_rates import MEASURED, Rates
 from grace_ds.comm.local import LocalComm
 from grace_ds.config.schema import GraceConfig, GraphConfig
+from grace_ds.gradients.hooks import Sketcher
+from grace_ds.gradients.layers import select_layers
 from grace_ds.graph.build import knn
 from grace_ds.graph.placement import centroids_of, place
 from grace_ds.graph.plan import plan_graph
 from grace_ds.graph.rows import Request
-from grace_ds.quickstart.model import GPT, GPTConfig
-from grace_ds.sketch.layers import select_layers
-from grace_ds.sketch.sketcher import Sketcher
 from tests.unit.test_graph import rows_of
 
 SIZES = Sizes(10**8, 128, 64, 2048, 500, 0.2, 1024, 100_000, 50.0, 10.0)

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grace_ds.data.order import Permutation
+from grace_ds.data.pool import Pool, check_repeats, implied_repeats, read_ids
 from grace_ds.errors import ConfigError, DataError
-from grace_ds.order import Permutation
-from grace_ds.pool import Pool, check_repeats, implied_repeats, read_ids
 
 
 @settings(max_examples=80, deadline=None)

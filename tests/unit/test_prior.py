@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grace_ds.data.tokens import TokenBlock
 from grace_ds.errors import DataError
-from grace_ds.features.tokens import TokenBlock
-from grace_ds.selection.limits import Limits
-from grace_ds.selection.prior import BigramPrior, held_out_statistics
-from grace_ds.selection.pseudo import typical
+from grace_ds.features.limits import Limits
+from grace_ds.features.pseudo_trusted import typical
+from grace_ds.features.quality import BigramPrior, held_out_statistics
 
 
 def flat_of(rows):
@@ -275,7 +275,7 @@ def test_counts_of_the_ids_that_occur_say_the_same_as_counts_of_all(monkeypatch:
     flat, offsets, text, at = recorded()
     flat = np.concatenate([np.arange(300), flat[300:] % 300])  # all of them occur
     dense = BigramPrior.fit(flat, offsets)
-    monkeypatch.setattr("grace_ds.selection.prior.DENSE", 0)
+    monkeypatch.setattr("grace_ds.features.quality.DENSE", 0)
     sparse = BigramPrior.fit(flat, offsets)
     assert dense.tokens is None and sparse.tokens is not None
     assert everything(sparse, text, at) == everything(dense, text, at)

@@ -11,8 +11,8 @@ from torch import nn
 
 from grace_ds.comm.local import LocalComm
 from grace_ds.errors import DataError
-from grace_ds.integrations.probed import Form, embedding_rows
-from grace_ds.integrations.trust import Probes, TrustedProbe
+from grace_ds.gradients.influence_probe import Probes, TrustedProbe
+from grace_ds.gradients.probe_items import Form, embedding_rows
 from tests.unit.narrow import VOCAB, Narrow, cycles
 from tests.unit.test_trust import Reads, loss, scaled_sketcher
 

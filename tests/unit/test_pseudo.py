@@ -8,10 +8,10 @@ import logging
 import numpy as np
 import pytest
 
-from grace_ds.features.tokens import TokenBlock, TokenReader
+from grace_ds.data.tokens import TokenBlock, TokenReader
+from grace_ds.features.pseudo_trusted import typical
+from grace_ds.features.quality import BigramPrior
 from grace_ds.integrations.trusted_set import _typical_of
-from grace_ds.selection.prior import BigramPrior
-from grace_ds.selection.pseudo import typical
 
 VOCAB, N = 60, 1000
 GOOD, COPY, JUNK = 0, 1, 2

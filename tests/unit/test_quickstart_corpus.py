@@ -10,12 +10,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from grace_ds_quickstart.corpus import SPLITS, TOKENIZER, CorpusSpec, chunk, prepare, read_packages, split_of
+from grace_ds_quickstart.pollute import Kind
+from grace_ds_quickstart.tokenizer import encode_stream, train_tokenizer
 from tokenizers import Tokenizer
 
 from grace_ds.errors import DataError
-from grace_ds.quickstart.corpus import SPLITS, TOKENIZER, CorpusSpec, chunk, prepare, read_packages, split_of
-from grace_ds.quickstart.pollute import Kind
-from grace_ds.quickstart.tokenizer import encode_stream, train_tokenizer
 
 SPEC = CorpusSpec(pool_size=200, trusted_size=10, validation_size=12, vocab=512)
 

@@ -15,12 +15,9 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
-
-from grace_ds.errors import ConfigError
 from grace_ds.quickstart import __main__ as quickstart
 from grace_ds.quickstart import launch
-from grace_ds.quickstart.launch import (
+from grace_ds_quickstart.launch import (
     Arm,
     ArmFailed,
     choose_launcher,
@@ -31,7 +28,10 @@ from grace_ds.quickstart.launch import (
     openmpi_command,
     run_arm,
 )
-from grace_ds.quickstart.train import ds_config, join_mpi_world
+from grace_ds_quickstart.train import ds_config, join_mpi_world
+from rich.console import Console
+
+from grace_ds.errors import ConfigError
 from tests.processes import living, wait_until
 
 # A launcher that starts a rank which ignores SIGTERM and tells its pid, and that waits for it.

@@ -7,11 +7,11 @@ import hashlib
 
 import numpy as np
 import pytest
+from grace_ds_quickstart.pollute import JUNK, JunkSource, Kind, Pool, mix, near_duplicates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grace_ds.errors import DataError
-from grace_ds.quickstart.pollute import JUNK, JunkSource, Kind, Pool, mix, near_duplicates
 
 VOCAB, LENGTH = 300, 33
 

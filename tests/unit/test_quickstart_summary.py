@@ -8,13 +8,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from grace_ds_quickstart.model import GPT, GPTConfig
+from grace_ds_quickstart.pollute import Kind
+from grace_ds_quickstart.summary import count_sources, source_table, summarise, table, write
 from rich.console import Console
 
-from grace_ds.quickstart.model import GPT, GPTConfig
-from grace_ds.quickstart.pollute import Kind
-from grace_ds.quickstart.summary import count_sources, source_table, summarise, table, write
+from grace_ds.data.schedule import save_schedule
 from grace_ds.records import Role, Schedule
-from grace_ds.schedule import save_schedule
 
 MANIFEST = {"rows": {"train": 20}, "kinds": {"unique": 20}, "digest": "d", "packages": {}, "key": {}}
 POOL = {"unique": 0.4, "duplicate": 0.2, "generated": 0.25, "junk": 0.15}

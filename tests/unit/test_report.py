@@ -13,26 +13,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grace_ds.chart import POINTS, Chart, principal
 from grace_ds.cli.main import main
 from grace_ds.comm.local import LocalComm
 from grace_ds.config.load import load_config, write_resolved
-from grace_ds.integrations import record as record_module
-from grace_ds.integrations.build import pipeline_of, prepare
-from grace_ds.integrations.record import Recorder, keep_portrait, preview_of
+from grace_ds.data.sampler import Geometry
+from grace_ds.data.schedule import Ledger
+from grace_ds.integrations.setup import pipeline_of, prepare
 from grace_ds.integrations.trusted_set import Extras
-from grace_ds.kept import Kept
+from grace_ds.monitor import metrics as record_module
+from grace_ds.monitor.metrics import Recorder, keep_portrait, preview_of
 from grace_ds.records import Losses, Role, Rows
-from grace_ds.refresh import refresh
+from grace_ds.refresh.line import refresh
+from grace_ds.refresh.projection import POINTS, Chart, principal
+from grace_ds.refresh.signals import Inputs
+from grace_ds.refresh.state import Kept
+from grace_ds.refresh.table import Table
 from grace_ds.report.facts import facts
 from grace_ds.report.load import load_run
 from grace_ds.report.page import page
 from grace_ds.report.samples import rows, shown
 from grace_ds.report.terminal import terminal
-from grace_ds.sampler import Geometry
-from grace_ds.schedule import Ledger
-from grace_ds.signals import Inputs
-from grace_ds.table import Table
 
 N, INTERVAL, BATCH = 400, 4, 8
 MARKUP = "<script>alert(1)</script><img src=x onerror=alert(2)> $x^$ [red]"

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from grace_ds.data.sampler import Geometry, Outstanding, StreamSampler, TicketedCollate, TicketedDataset, TicketedLoader
+from grace_ds.data.schedule import ScheduleBook
 from grace_ds.errors import DataError
 from grace_ds.records import Role, Schedule
-from grace_ds.sampler import Geometry, Outstanding, StreamSampler, TicketedCollate, TicketedDataset, TicketedLoader
-from grace_ds.schedule import ScheduleBook
 
 
 class Numbers(Dataset[torch.Tensor]):

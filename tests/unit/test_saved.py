@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from grace_ds.errors import CheckpointError
-from grace_ds.files import digest
-from grace_ds.integrations.saved import MANIFEST, SCHEMA, read_saved
+from grace_ds.integrations.checkpoint_state import MANIFEST, SCHEMA, read_saved
+from grace_ds.utils.files import digest
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grace_ds.data.schedule import Ledger, ScheduleBook, compose, load_book, load_schedule, put_aside, save_schedule
 from grace_ds.errors import CheckpointError
-from grace_ds.integrations.record import Recorder
-from grace_ds.kept import Kept
+from grace_ds.monitor.metrics import Recorder
 from grace_ds.records import Coreset, IntArray, Losses, Role, Rows, Schedule
-from grace_ds.refresh import Outcome
-from grace_ds.schedule import Ledger, ScheduleBook, compose, load_book, load_schedule, put_aside, save_schedule
-from grace_ds.table import Table
+from grace_ds.refresh.line import Outcome
+from grace_ds.refresh.state import Kept
+from grace_ds.refresh.table import Table
 
 
 def ints(*values: int) -> IntArray:

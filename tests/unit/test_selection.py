@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from grace_ds.errors import ConfigError
 from grace_ds.records import Neighbours
-from grace_ds.selection import greedy, sample
-from grace_ds.selection.greedy import coverage, lazy_greedy
+from grace_ds.selection import facility_location as greedy
+from grace_ds.selection import gumbel as sample
+from grace_ds.selection.facility_location import coverage, lazy_greedy
 from grace_ds.selection.objectives import known, select
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from grace_ds_quickstart.model import GPT, GPTConfig
+from grace_ds_quickstart.pollute import Kind, near_duplicates
 
 from benchmarks.selection.arms import ARMS, SYSTEM
 from benchmarks.selection.arms.base import Laps, Plan, SubsetArm, View
@@ -20,8 +22,6 @@ from benchmarks.selection.ledger import Ledger
 from benchmarks.selection.scoring import Scorer, head_gradient_norms, hidden_states, mean_loss
 from benchmarks.selection.sizes import SHAPES, forward_flops, head_norm_flops, model_config
 from grace_ds.config.load import load_config
-from grace_ds.quickstart.model import GPT, GPTConfig
-from grace_ds.quickstart.pollute import Kind, near_duplicates
 from grace_ds.records import Neighbours
 
 CONFIG = GPTConfig(vocab=50, context=16, layers=2, heads=2, width=8)

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from grace_ds_quickstart.corpus import chunk, split_of
+from grace_ds_quickstart.generated import TEMPLATES, VOCABULARY, Template, generated_code, templated
+from grace_ds_quickstart.pollute import JunkSource, Kind
+from grace_ds_quickstart.tokenizer import encode_stream, train_tokenizer
 
 from benchmarks.selection import matrix, texts
 from benchmarks.selection.answers import matched_rows, permuted_answers, question_tokens
@@ -20,15 +24,11 @@ from benchmarks.selection.junk import apart_from, blended
 from benchmarks.selection.pools import ADDED, GROUPS, HELDOUT, SPECS, PoolSpec, prepare_pool
 from benchmarks.selection.store import Stored
 from benchmarks.selection.texts import MACHINE_WRITTEN, Source
+from grace_ds.data.tokens import TokenBlock
 from grace_ds.errors import DataError
-from grace_ds.features.density import NgramCounts
-from grace_ds.features.tokens import TokenBlock
-from grace_ds.quickstart.corpus import chunk, split_of
-from grace_ds.quickstart.generated import TEMPLATES, VOCABULARY, Template, generated_code, templated
-from grace_ds.quickstart.pollute import JunkSource, Kind
-from grace_ds.quickstart.tokenizer import encode_stream, train_tokenizer
+from grace_ds.features.duplicates import NgramCounts
+from grace_ds.features.quality import BigramPrior
 from grace_ds.records import Array, IntArray
-from grace_ds.selection.prior import BigramPrior
 from tests.selection_pools import tiny_pool
 
 LENGTH = 65

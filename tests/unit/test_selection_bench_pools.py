@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from grace_ds_quickstart.pollute import JUNK, JunkSource, Kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +26,6 @@ from benchmarks.selection.pools import GROUPS, SPECS, PoolSpec, offered, prepare
 from benchmarks.selection.store import digest_of
 from benchmarks.selection.texts import MissingKind, Source
 from grace_ds.errors import DataError
-from grace_ds.quickstart.pollute import JUNK, JunkSource, Kind
 from grace_ds.records import Array
 from tests.selection_pools import SIZES, tiny_pool, write_packages
 
@@ -160,8 +160,9 @@ def test_markov_text_has_only_bigrams_of_the_clean_rows() -> None:
 def test_junk_kinds_are_deterministic_and_fill_their_rows(folder: Path) -> None:
     pool = tiny_pool(folder)
     tokenizer = pool.tokenizer()
+    from grace_ds_quickstart.tokenizer import encode_stream
+
     from benchmarks.selection.pools import decode_rows
-    from grace_ds.quickstart.tokenizer import encode_stream
 
     source = JunkSource(pool.array("train"), lambda d: encode_stream(tokenizer, d), 300)
     for name in (*DEV_JUNK, "reversed", "json"):

@@ -23,8 +23,8 @@ from benchmarks.selection.matrix import add_arguments, chosen_arms, pool_names, 
 from benchmarks.selection.report import PoolRuns, run_row, tables
 from benchmarks.selection.runs import ROOT, RunSpec, _meaning, code_digest, finished, run_all, take_from
 from benchmarks.selection.store import Stored
-from grace_ds.commandline import INTERRUPTED
-from grace_ds.processes import end_group
+from grace_ds.cli.commandline import INTERRUPTED
+from grace_ds.utils.processes import end_group
 from tests.processes import living, wait_until
 from tests.selection_pools import tiny_pool
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from grace_ds.config.load import load_config
 from grace_ds.errors import ConfigError
-from grace_ds.integrations.build import settled
 from grace_ds.integrations.megatron.job import settle
+from grace_ds.integrations.setup import settled
 from tests.multirank.toy import Model
 
 UNREADABLE = nn.Sequential(nn.Embedding(20, 8), nn.LayerNorm(8))  # no layer of a kind that gradients can be read from

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grace_ds.comm.local import LocalComm
+from grace_ds.data.pool import read_sources
 from grace_ds.errors import ConfigError, DataError
-from grace_ds.graph import leaves
+from grace_ds.graph import backends as leaves
 from grace_ds.graph.ring import nearest
 from grace_ds.graph.rows import Request
-from grace_ds.pool import read_sources
 from grace_ds.records import Coreset
 from grace_ds.selection.objectives import select
-from grace_ds.selection.shares import allocate, by_source
+from grace_ds.selection.sources import allocate, by_source
 
 NOBODY = np.empty(0, np.int64)
 IDS = np.arange(3, 3 + 2 * 600, 2)  # not their own positions

@@ -9,17 +9,17 @@ import pytest
 
 from grace_ds.comm.local import LocalComm
 from grace_ds.config.schema import GraceConfig, GraphConfig, RefreshConfig
-from grace_ds.features import ContentFeatures
-from grace_ds.graph.kept import follow
-from grace_ds.order import SamplerOrder
-from grace_ds.pool import Pool
+from grace_ds.data.order import SamplerOrder
+from grace_ds.data.pool import Pool
+from grace_ds.data.schedule import Ledger
+from grace_ds.features.content import ContentFeatures
+from grace_ds.features.limits import Limits
+from grace_ds.graph.repair import follow
 from grace_ds.records import HIDDEN, Losses, Rows, Signals
-from grace_ds.refresh import rows_of
-from grace_ds.schedule import Ledger
+from grace_ds.refresh.line import rows_of
+from grace_ds.refresh.signals import Estimate, Inputs, Pipeline, estimate
+from grace_ds.refresh.table import Table
 from grace_ds.selection.guard import CLEAN, DOWN, Decision
-from grace_ds.selection.limits import Limits
-from grace_ds.signals import Estimate, Inputs, Pipeline, estimate
-from grace_ds.table import Table
 
 N, D, K, STEP, INTERVAL = 60, 10, 6, 20, 5
 REFERENCE = {0: 0.5, 1: 2.0}

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from grace_ds.errors import CheckpointError, DataError
-from grace_ds.sketch.basis import TrustedBasis
-from grace_ds.sketch.layers import select_layers
-from grace_ds.sketch.probe import probe_basis, probe_rows
-from grace_ds.sketch.sketcher import Sketcher
+from grace_ds.gradients.basis import TrustedBasis
+from grace_ds.gradients.hooks import Sketcher
+from grace_ds.gradients.layers import select_layers
+from grace_ds.gradients.probe import probe_basis, probe_rows
 from tests.models import TinyGPT, text
 from tests.oracles import batch_of_one_gradients
 

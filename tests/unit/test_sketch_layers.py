@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from grace_ds.errors import ConfigError
-from grace_ds.sketch.layers import LayerRule, canonical_name, register_rule, rule_for, select_layers
-from grace_ds.sketch.sketcher import Sketcher
+from grace_ds.gradients.hooks import Sketcher
+from grace_ds.gradients.layers import LayerRule, canonical_name, register_rule, rule_for, select_layers
 from tests.models import TinyGPT
 
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from grace_ds.sketch.layers import select_layers
-from grace_ds.sketch.losses import sample_losses
-from grace_ds.sketch.sketcher import Sketcher
+from grace_ds.gradients.hooks import Sketcher
+from grace_ds.gradients.layers import select_layers
+from grace_ds.gradients.losses import sample_losses
 
 N, T, V = 4, 6, 10
 

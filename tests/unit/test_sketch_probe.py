@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from grace_ds.errors import DataError
-from grace_ds.sketch.layers import select_layers
-from grace_ds.sketch.probe import probe_basis, probe_rows, untouched
-from grace_ds.sketch.sketcher import Sketcher
+from grace_ds.gradients.hooks import Sketcher
+from grace_ds.gradients.layers import select_layers
+from grace_ds.gradients.probe import probe_basis, probe_rows, untouched
 from tests.models import TinyGPT, text
 
 

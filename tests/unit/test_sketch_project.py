@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from grace_ds.sketch.project import Fold, bases, fold_table, layout, per_sample, signs
+from grace_ds.gradients.projection import Fold, bases, fold_table, layout, per_sample, signs
 
 
 def folded(gradients, seed, rank, dim):

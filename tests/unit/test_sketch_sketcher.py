@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from grace_ds.errors import CheckpointError, ConfigError, DataError
-from grace_ds.sketch.basis import BasisAccumulator
-from grace_ds.sketch.binding import Binding
-from grace_ds.sketch.layers import select_layers
-from grace_ds.sketch.project import bases, fold_table
-from grace_ds.sketch.sketcher import Sketcher
-from grace_ds.sketch.whiten import MomentAccumulator
+from grace_ds.gradients.basis import BasisAccumulator
+from grace_ds.gradients.capture import Binding
+from grace_ds.gradients.hooks import Sketcher
+from grace_ds.gradients.kfac import MomentAccumulator
+from grace_ds.gradients.layers import select_layers
+from grace_ds.gradients.projection import bases, fold_table
 from tests.models import TinyGPT, text
 from tests.oracles import batch_of_one_gradients, sketch_of
 

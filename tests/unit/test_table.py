@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grace_ds.buckets import buckets_of, splitmix64
+from grace_ds.comm.buckets import buckets_of, splitmix64
 from grace_ds.errors import CheckpointError, DataError
 from grace_ds.records import HIDDEN, Rows
-from grace_ds.table import N_BUCKETS, Table, bucket_of, owner_of
+from grace_ds.refresh.table import N_BUCKETS, Table, bucket_of, owner_of
 
 DIM = 3
 
@@ -178,7 +178,7 @@ def test_wrong_width_and_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     files = save_all(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"3, this run harvest.dim=8"):
         Table.load(tmp_path, files, 0, 1, Rows.empty(8))
-    monkeypatch.setattr("grace_ds.table.SCHEMA", 4)
+    monkeypatch.setattr("grace_ds.refresh.table.SCHEMA", 4)
     with pytest.raises(CheckpointError, match="schema 3 .*this version reads 4"):
         Table.load(tmp_path, files, 0, 1, Rows.empty(DIM))
 

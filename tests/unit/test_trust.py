@@ -9,10 +9,10 @@ from torch import nn
 
 from grace_ds.comm.local import LocalComm
 from grace_ds.errors import DataError
-from grace_ds.integrations.trust import Probes, TrustedProbe, unit_of
-from grace_ds.sketch.layers import select_layers
-from grace_ds.sketch.probe import probe_rows
-from grace_ds.sketch.sketcher import Sketcher
+from grace_ds.gradients.hooks import Sketcher
+from grace_ds.gradients.influence_probe import Probes, TrustedProbe, unit_of
+from grace_ds.gradients.layers import select_layers
+from grace_ds.gradients.probe import probe_rows
 from tests.unit.narrow import NAMES, Narrow, cycles, direction, influences
 
 

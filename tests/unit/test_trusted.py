@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import default_collate
 
+from grace_ds.data.trusted import load_trusted, refuse_overlap, split_trusted
 from grace_ds.errors import DataError
-from grace_ds.trusted import load_trusted, refuse_overlap, split_trusted
 
 ROWS = [[5, 6, 7], [8, 9, 1]]
 

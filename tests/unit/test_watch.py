@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from grace_ds.comm.local import LocalComm
-from grace_ds.integrations.watch import StepWatch
+from grace_ds.data.sampler import Geometry, IssuedBatch, Outstanding
+from grace_ds.data.schedule import ScheduleBook
+from grace_ds.integrations.step_watch import StepWatch
 from grace_ds.records import Role, Schedule
-from grace_ds.sampler import Geometry, IssuedBatch, Outstanding
-from grace_ds.schedule import ScheduleBook
 
 RANKS, ROWS, ACCUMULATION = 2, 3, 2
 HALF = Geometry(1, 0, ROWS, ACCUMULATION)

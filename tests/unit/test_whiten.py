@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from grace_ds.errors import DataError
-from grace_ds.sketch.layers import select_layers
-from grace_ds.sketch.probe import probe_basis, probe_rows
-from grace_ds.sketch.sketcher import Sketcher
-from grace_ds.sketch.whiten import Moment, MomentAccumulator, whiten
+from grace_ds.gradients.hooks import Sketcher
+from grace_ds.gradients.kfac import Moment, MomentAccumulator, whiten
+from grace_ds.gradients.layers import select_layers
+from grace_ds.gradients.probe import probe_basis, probe_rows
 from tests.unit.narrow import NAMES, Narrow, cycles, direction, gradient, influences, moments
 
 POOL, TRUSTED = cycles(40, 1, 0.8), cycles(12, 2, 0.1)

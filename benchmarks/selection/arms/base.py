@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from grace_ds_quickstart.model import GPT
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from benchmarks.selection.ledger import Ledger
 from benchmarks.selection.scoring import Scorer
-from grace_ds.quickstart.model import GPT
 from grace_ds.records import Array, FloatArray, IntArray
 
 

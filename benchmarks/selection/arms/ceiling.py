@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from grace_ds_quickstart.pollute import Kind
 
 from benchmarks.selection.arms.base import View
 from benchmarks.selection.arms.system import SystemArm
-from grace_ds.quickstart.pollute import Kind
 
 CEILINGS = ("content_unique",)
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from benchmarks.selection.arms.base import Arm, Laps, SubsetArm, View
 from grace_ds.records import Array, IntArray
-from grace_ds.selection.sample import random_words, sample_without_replacement
+from grace_ds.selection.gumbel import random_words, sample_without_replacement
 
 GRAM, JACCARD = 5, 0.7
 BANDS, BAND_ROWS = 32, 4  # a pair of similarity 0.7 shares a band in 99.98 % of all cases

@@ -6,13 +6,13 @@ import numpy as np
 
 from benchmarks.selection.arms.base import SubsetArm, View
 from grace_ds.comm.local import LocalComm
-from grace_ds.features import ContentFeatures, TokenReader, content_features
-from grace_ds.graph import leaves
+from grace_ds.features.content import ContentFeatures, TokenReader, content_features
+from grace_ds.graph import backends as leaves
 from grace_ds.graph.ring import nearest
 from grace_ds.graph.rows import Request
 from grace_ds.records import Array, IntArray, Neighbours
+from grace_ds.selection.gumbel import sample_without_replacement
 from grace_ds.selection.objectives import select
-from grace_ds.selection.sample import sample_without_replacement
 
 NEIGHBOURS, DIM = 15, 128  # the system's own defaults
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from grace_ds_quickstart.model import GPT
 
 from benchmarks.selection.arms.base import SubsetArm, View
 from benchmarks.selection.scoring import Scorer, mean_loss
 from benchmarks.selection.sizes import forward_flops, training_flops
-from grace_ds.quickstart.model import GPT
+from grace_ds.data.trusted import split_trusted
 from grace_ds.records import Array, IntArray
-from grace_ds.selection.sample import largest
-from grace_ds.trusted import split_trusted
+from grace_ds.selection.gumbel import largest
 
 
 class LossTopK(SubsetArm):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from grace_ds_quickstart.pollute import Kind
 
 from benchmarks.selection.arms.base import Arm, Batch, Laps, SubsetArm, View, job_sampler
-from grace_ds.quickstart.pollute import Kind
 from grace_ds.records import FloatArray, IntArray
 from grace_ds.selection.objectives import select
 

@@ -11,7 +11,7 @@ import functools
 import importlib
 import importlib.util
 
-from grace_ds.arrays import gpu_extra
+from grace_ds.utils.arrays import gpu_extra
 
 PACKAGES = ("cuvs", "cupy", "rmm", "raft_dask")  # that the cuVS leaf imports
 

@@ -17,15 +17,15 @@ from torch.utils.data import ConcatDataset
 
 from grace_ds.config.load import find_block, load_config, read_ds_config, refuse_curriculum
 from grace_ds.config.schema import GraceConfig
+from grace_ds.data.order import order_of
+from grace_ds.data.sampler import Geometry, StreamSampler
 from grace_ds.errors import ConfigError, GraceError
 from grace_ds.integrations.deepspeed import left_to_attach
 from grace_ds.integrations.handle import Grace
 from grace_ds.integrations.huggingface.loader import ScheduleBatches, rebuilt, take_tickets
 from grace_ds.integrations.huggingface.refusals import refuse_data, refuse_settings, refuse_without_deepspeed
 from grace_ds.integrations.trusted_set import Extras
-from grace_ds.methods import replace_method
-from grace_ds.order import order_of
-from grace_ds.sampler import Geometry, StreamSampler
+from grace_ds.utils.methods import replace_method
 
 
 def attach(trainer: Any, extras: Extras) -> TrainerJob | None:

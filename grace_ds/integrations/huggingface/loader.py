@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler
 
+from grace_ds.data.sampler import StreamSampler, TicketedCollate, TicketedDataset
 from grace_ds.errors import ConfigError, DataError, GraceError
 from grace_ds.records import IntArray
-from grace_ds.sampler import StreamSampler, TicketedCollate, TicketedDataset
 
 KEY = "grace_ds_tickets"
 _DROPPED = (-2, -2)  # a ticket of a batch that the Trainer is to skip and never to read

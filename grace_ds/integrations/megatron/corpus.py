@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from grace_ds.data.order import Permutation
+from grace_ds.data.tokens import fingerprint
 from grace_ds.errors import DataError
-from grace_ds.features.tokens import fingerprint
-from grace_ds.order import Permutation
 from grace_ds.records import Array, IntArray, Role, Schedule
 
 

@@ -18,36 +18,36 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from grace_ds.choice import slack
+from grace_ds.comm.agreement import agreement_of
+from grace_ds.comm.all_ranks import together
 from grace_ds.comm.base import Comm
 from grace_ds.comm.choose import choose
-from grace_ds.comm.limits import within_job_limit
-from grace_ds.comm.rollcall import RollCall
+from grace_ds.comm.liveness import RollCall
+from grace_ds.comm.time_limits import within_job_limit
 from grace_ds.config.load import load_config
 from grace_ds.config.schema import GraceConfig
+from grace_ds.data.schedule import Slots
+from grace_ds.data.trusted import Tokenize
 from grace_ds.errors import CheckpointError, ConfigError
-from grace_ds.integrations.agreement import agreement_of
-from grace_ds.integrations.build import Parts, pipeline_of, prepare
 from grace_ds.integrations.controller import Controller
 from grace_ds.integrations.megatron.corpus import Corpus, Texts, follow, one_epoch
-from grace_ds.integrations.megatron.facts import Facts, facts_of
+from grace_ds.integrations.megatron.job_state import Facts, facts_of
+from grace_ds.integrations.megatron.positions import Ring, Scheduled
 from grace_ds.integrations.megatron.resume import begin, keep_facts, resume
-from grace_ds.integrations.megatron.ring import Ring, Scheduled
-from grace_ds.integrations.record import keep_config, preview_of
-from grace_ds.integrations.together import together
+from grace_ds.integrations.setup import Parts, pipeline_of, prepare
 from grace_ds.integrations.trusted_set import Extras
 from grace_ds.integrations.world import refuse_lonely
-from grace_ds.methods import replace_method
+from grace_ds.monitor.metrics import keep_config, preview_of
 from grace_ds.recipes import AUTO, recipe
 from grace_ds.records import IntArray
-from grace_ds.schedule import Slots
-from grace_ds.trusted import Tokenize
+from grace_ds.refresh.choice import slack
+from grace_ds.utils.methods import replace_method
 
 log = logging.getLogger("grace_ds")
 
 
 class Position:
-    """Where the run stands, in micro-batches over all ranks; a :class:`~grace_ds.sampler.Stream`."""
+    """Where the run stands, in micro-batches over all ranks; a :class:`~grace_ds.data.sampler.Stream`."""
 
     def __init__(self, frontier: int) -> None:
         self.frontier = self.issued = frontier

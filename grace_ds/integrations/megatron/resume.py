@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from grace_ds.broadcast import broadcast_schedule
+from grace_ds.comm.all_ranks import together
+from grace_ds.data.schedule import Ledger, load_schedule
 from grace_ds.errors import CheckpointError
-from grace_ds.files import write_atomic
 from grace_ds.integrations.controller import Controller
-from grace_ds.integrations.together import together
 from grace_ds.records import Schedule
-from grace_ds.schedule import Ledger, load_schedule
+from grace_ds.refresh.broadcast import broadcast_schedule
+from grace_ds.utils.files import write_atomic
 
 log = logging.getLogger("grace_ds")
 

@@ -1,0 +1,295 @@
+"""What the adapters share: the headers, the checks, and every collective built on four small primitives.
+
+An adapter moves bytes and knows nothing of dtypes or shapes.  Everything else happens here, once: a fixed-size header
+goes from every rank to every rank, all of them reach the same verdict from the same headers, and only then does a
+payload move.  Ranks therefore stay in step whatever happens between two collectives.
+
+Two kinds of error leave a collective, and a stage's handler must tell them apart:
+
+* :class:`~grace_ds.errors.TransportError` and its children: every rank knows, or will know within its own time limit.
+  Leave; do not call ``abort``.
+* anything else (``TypeError``, ``ValueError``: this rank's arguments; ``OSError``, ... from its own work): only this
+  rank knows.  Call ``abort`` so that the others leave too.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from grace_ds.comm.base import ReduceOp
+from grace_ds.comm.headers import (
+    ARG,
+    DTYPE,
+    DTYPES,
+    FAILED,
+    LONGEST,
+    NDIM,
+    OP,
+    REDUCE_OPS,
+    ROWS,
+    TRAIL,
+    WIDTH,
+    Op,
+    checked,
+    judge,
+)
+from grace_ds.errors import TransportError, TransportTimeout
+from grace_ds.records import Array, IntArray
+
+T = TypeVar("T")
+Bytes = npt.NDArray[np.uint8]
+
+_SLEEP_FIRST, _SLEEP_MOST = 2e-5, 1e-3  # seconds between two polls, doubling from the first to the most
+_UFUNC: dict[str, Any] = {"sum": np.add, "max": np.maximum, "min": np.minimum}
+
+
+def as_bytes(x: Array) -> Bytes:
+    """The same memory as flat bytes."""
+    return x.reshape(-1).view(np.uint8)
+
+
+class FramedComm:
+    """All of :class:`~grace_ds.comm.base.Comm`, given the primitives of an adapter (the methods that raise below).
+
+    Attributes:
+        round_bytes: most bytes that one primitive call may carry on a rank, so that counts and displacements stay
+            within a C int; larger payloads go in rounds.  The same on all ranks.
+    """
+
+    name = "framed"
+    round_bytes = 1 << 30
+
+    def __init__(self, rank: int, size: int, timeout: float) -> None:
+        if not timeout > 0:
+            raise ValueError(f"the time limit must be above 0 seconds, not {timeout}")
+        self.rank, self.size, self.timeout = rank, size, float(timeout)
+        self._retired = ""
+        self._doing = "set-up"
+
+    # -- the primitives: collective, blocking up to the time limit ------------------------------------------------
+
+    def _alltoall(self, send: IntArray) -> IntArray:
+        """Row p of ``send`` (size, width) int64 to rank p; returns one row from each rank."""
+        raise NotImplementedError
+
+    def _alltoallv(self, send: Bytes, out_counts: list[int], in_counts: list[int]) -> Bytes:
+        """Consecutive pieces of ``send`` to the ranks in order; returns the received pieces, likewise."""
+        raise NotImplementedError
+
+    def _reduce(self, x: Array, op: str) -> None:
+        """In place over the ranks; ``x`` flat int32 or int64."""
+        raise NotImplementedError
+
+    def _spread(self, x: Bytes, root: int) -> None:
+        """In place: ``root``'s bytes into everybody's ``x`` of the same length."""
+        raise NotImplementedError
+
+    def _release(self, together: bool) -> None:
+        """Frees the adapter's handles; collective only where ``together``."""
+
+    # -- waiting and giving up ------------------------------------------------------------------------------------
+
+    def _wait(self, done: Callable[[], bool], hot: float = 0.0) -> None:
+        """Polls ``done``: without sleeping for ``hot`` seconds, then ever more rarely, up to the time limit."""
+        start, pause = time.monotonic(), 0.0
+        while not done():
+            waited = time.monotonic() - start
+            if waited > self.timeout:
+                raise self._late()
+            if waited >= hot:
+                pause = min(max(2 * pause, _SLEEP_FIRST), _SLEEP_MOST)
+            time.sleep(pause)
+
+    def _late(self) -> TransportTimeout:
+        return TransportTimeout(
+            f"{self._doing} over {self.name} not finished within {self.timeout:g} s "
+            f"on rank {self.rank} of {self.size}: another rank is late, stuck or gone; "
+            "see the other ranks' logs, or raise refresh.timeout_seconds"
+        )
+
+    def _guard(self, primitive: Callable[..., T], *args: Any) -> T:
+        """Runs a primitive; whatever interrupts it leaves the ranks out of step, so the transport is retired."""
+        try:
+            return primitive(*args)
+        except TransportError as error:
+            self._retire(str(error))
+            raise
+        except BaseException as error:
+            self._retire(f"{self._doing}: {type(error).__name__}: {error}")
+            if not isinstance(error, Exception):
+                raise
+            raise TransportError(f"{self.name} failed on rank {self.rank} in {self._retired}") from error
+
+    def _retire(self, why: str) -> None:
+        self._retired = why
+
+    # -- headers --------------------------------------------------------------------------------------------------
+
+    def _meet(self, op: Op, x: Array | None = None, rows: Sequence[int] | None = None, arg: int = 0) -> IntArray:
+        """Exchanges headers and returns everyone's (size, WIDTH), or raises the same error on all ranks."""
+        if self._retired:
+            raise TransportError(
+                f"transport retired after: {self._retired} (restart the job to use it again; training goes on without)"
+            )
+        self._doing = op.name.lower()
+        head = np.zeros((self.size, WIDTH), np.int64)
+        head[:, OP], head[:, FAILED], head[:, ARG] = op, op is Op.ABORT, arg
+        if x is not None:
+            head[:, DTYPE], head[:, NDIM] = DTYPES.index(x.dtype) + 1, x.ndim
+            head[:, TRAIL : TRAIL + max(x.ndim - 1, 0)] = x.shape[1:]
+            head[:, ROWS] = self._rows(x) if rows is None else rows
+            head[:, LONGEST] = head[:, ROWS].max()
+        got = self._guard(self._alltoall, head)
+        if op is not Op.ABORT:
+            judge(op, got)
+        return got
+
+    @staticmethod
+    def _rows(x: Array) -> int:
+        return len(x) if x.ndim else 1
+
+    # -- payload --------------------------------------------------------------------------------------------------
+
+    def _swap(self, parts: list[Bytes], in_counts: list[int], longest: int) -> list[Bytes]:
+        """All-to-all of bytes, in as many rounds as ``longest`` (the longest part on any rank) asks for."""
+        if longest == 0:
+            return [np.empty(0, np.uint8) for _ in parts]
+        step = max(self.round_bytes // self.size, 1)
+        if longest <= step:
+            whole = self._alltoallv(np.concatenate(parts), [len(p) for p in parts], in_counts)
+            return np.split(whole, np.cumsum(in_counts)[:-1])
+        out = [np.empty(n, np.uint8) for n in in_counts]
+        for lo in range(0, longest, step):
+            pieces = [p[lo : lo + step] for p in parts]
+            room = [o[lo : lo + step] for o in out]
+            took = self._alltoallv(np.concatenate(pieces), [len(p) for p in pieces], [len(r) for r in room])
+            at = 0
+            for r in room:
+                r[:] = took[at : at + len(r)]
+                at += len(r)
+        return out
+
+    def _move(self, op: Op, chunks: list[Array], arg: int = 0) -> list[Array]:
+        """Header and payload of an all-to-all of arrays of one dtype and equal trailing axes."""
+        x = chunks[0]
+        got = self._meet(op, x, [self._rows(c) for c in chunks], arg)
+        width = x.dtype.itemsize * math.prod(x.shape[1:])
+        in_counts = [int(n) * width for n in got[:, ROWS]]
+        longest = int(got[:, LONGEST].max()) * width
+        raw = self._guard(self._swap, [as_bytes(c) for c in chunks], in_counts, longest)
+        shapes = [(int(n), *x.shape[1:]) if x.ndim else () for n in got[:, ROWS]]
+        return [b.view(x.dtype).reshape(shape) for b, shape in zip(raw, shapes, strict=True)]
+
+    # -- the contract ---------------------------------------------------------------------------------------------
+
+    def exchange(self, chunks: Sequence[Array]) -> list[Array]:
+        """See :class:`~grace_ds.comm.base.Comm`."""
+        sent = [checked(c) for c in chunks]
+        kinds = {(c.dtype, c.shape[1:], c.ndim) for c in sent}
+        if len(sent) != self.size or len(kinds) != 1 or sent[0].ndim == 0:
+            raise ValueError(
+                f"exchange needs {self.size} arrays of one dtype and equal trailing axes, "
+                f"got {len(sent)}: {[f'{c.dtype}{list(c.shape)}' for c in sent[:4]]}"
+            )
+        return self._move(Op.EXCHANGE, sent)
+
+    def allgather(self, x: Array) -> list[Array]:
+        """See :class:`~grace_ds.comm.base.Comm`."""
+        return self._move(Op.ALLGATHER, [checked(x)] * self.size)
+
+    def gather(self, x: Array, root: int = 0) -> list[Array] | None:
+        """See :class:`~grace_ds.comm.base.Comm`."""
+        self._check_root(root)
+        x = checked(x)
+        if x.ndim == 0:
+            raise ValueError("gather needs at least one axis; use x.reshape(1)")
+        got = self._move(Op.GATHER, [x if p == root else x[:0] for p in range(self.size)], root)
+        return got if self.rank == root else None
+
+    def shift(self, x: Array) -> Array:
+        """See :class:`~grace_ds.comm.base.Comm`."""
+        x = checked(x)
+        if x.ndim == 0:
+            raise ValueError("shift needs at least one axis; use x.reshape(1)")
+        to = (self.rank + 1) % self.size
+        return self._move(Op.SHIFT, [x if p == to else x[:0] for p in range(self.size)])[self.rank - 1]
+
+    def broadcast(self, x: Array | None, root: int = 0) -> Array:
+        """See :class:`~grace_ds.comm.base.Comm`."""
+        self._check_root(root)
+        mine = None
+        if self.rank == root:
+            if x is None:
+                raise TypeError(f"rank {root} is the root of this broadcast and must give an array, not None")
+            mine = checked(x)
+        head = self._meet(Op.BROADCAST, mine, None, root)[root]
+        return self._guard(self._unfold, mine, head, root)
+
+    def _unfold(self, mine: Array | None, head: IntArray, root: int) -> Array:
+        axes = [int(n) for n in (head[ROWS], *head[TRAIL : TRAIL + max(int(head[NDIM]) - 1, 0)])]
+        out: Array = np.empty(axes if head[NDIM] else [], DTYPES[int(head[DTYPE]) - 1])
+        if mine is not None:
+            out[...] = mine
+        flat = as_bytes(out)
+        for lo in range(0, len(flat), self.round_bytes):
+            self._spread(flat[lo : lo + self.round_bytes], root)
+        return out
+
+    def allreduce(self, x: Array, op: ReduceOp = "sum") -> Array:
+        """See :class:`~grace_ds.comm.base.Comm`.  int32 and int64 natively, others added up in rank order."""
+        x = checked(x)
+        if op not in REDUCE_OPS or x.dtype == np.bool_:
+            raise ValueError(f"cannot reduce {x.dtype} by {op!r}; use a numeric dtype and one of {', '.join(REDUCE_OPS)}")
+        self._meet(Op.ALLREDUCE, x, None, REDUCE_OPS.index(op))
+        reduce: Callable[[Array, str], Array] = (
+            self._reduce_native if x.dtype in (np.int32, np.int64) else self._reduce_in_rank_order
+        )
+        total: Array = self._guard(reduce, x.reshape(-1), op)
+        return total.reshape(x.shape)
+
+    def _reduce_native(self, x: Array, op: str) -> Array:
+        out, step = x.copy(), max(self.round_bytes // x.dtype.itemsize, 1)
+        for lo in range(0, len(out), step):
+            self._reduce(out[lo : lo + step], op)
+        return np.asarray(out)
+
+    def _reduce_in_rank_order(self, x: Array, op: str) -> Array:
+        """Each rank adds up one slice, in rank order, and shares it: floats agree to the last bit everywhere."""
+        cuts = [len(x) * p // self.size for p in range(self.size + 1)]
+        size = x.dtype.itemsize
+        counts = [(b - a) * size for a, b in pairwise(cuts)]
+        parts = [as_bytes(x[a:b]) for a, b in pairwise(cuts)]
+        mine = [b.view(x.dtype) for b in self._swap(parts, [counts[self.rank]] * self.size, max(counts))]
+        total = mine[0].copy()
+        for other in mine[1:]:
+            total = _UFUNC[op](total, other)
+        return np.concatenate(self._swap([as_bytes(total)] * self.size, counts, max(counts))).view(x.dtype)
+
+    def agree(self) -> None:
+        """See :class:`~grace_ds.comm.base.Comm`."""
+        self._meet(Op.AGREE)
+
+    def abort(self) -> None:
+        """See :class:`~grace_ds.comm.base.Comm`."""
+        self._meet(Op.ABORT)
+
+    def abandon(self) -> None:
+        """See :class:`~grace_ds.comm.base.Comm`."""
+        self._retire(self._retired or "a rank is lost")
+
+    def close(self, together: bool = True) -> None:
+        """See :class:`~grace_ds.comm.base.Comm`."""
+        if self._doing != "closed":
+            self._release(together)
+            self._doing, self._retired = "closed", self._retired or "close()"
+
+    def _check_root(self, root: int) -> None:
+        if not 0 <= root < self.size:
+            raise ValueError(f"root {root} is not one of the ranks 0..{self.size - 1}")

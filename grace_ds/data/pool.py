@@ -1,0 +1,168 @@
+"""The pool: which ids of the corpus are looked at, version by version, and how often a run will repeat a sample.
+
+A corpus that fits is one window.  A larger one is walked in a seeded random order by a rolling window, so that a
+refresh always has harvested a fair share of what it chooses from, and every sample comes by.  The order is a bijection
+computed from the position: nothing of the corpus' size is stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from grace_ds.data.order import Permutation
+from grace_ds.errors import ConfigError, DataError
+from grace_ds.records import IntArray
+
+HARVESTED_SHARE = 20  # an automatic window holds 20 refreshes' worth of samples: each harvests 5 % of it
+
+
+@dataclass(frozen=True)
+class Window:
+    """Positions [start, start + size) of the corpus' random order, modulo n."""
+
+    start: int
+    size: int
+    n: int
+
+    def positions(self) -> IntArray:
+        """(size,) int64."""
+        return (self.start + np.arange(self.size, dtype=np.int64)) % self.n
+
+
+class Pool:
+    """The rolling window over a corpus of n samples; a pure function of its arguments, equal on all ranks.
+
+    Args:
+        n: size of the corpus.
+        window: its samples; 0: so that a refresh harvests at least 5 % of it.
+        budget: share of the window that one coreset holds.
+        interval_steps: optimizer steps between two refreshes.
+        batch: samples of an optimizer step, over all ranks.
+        seed: of the order.
+
+    Attributes:
+        size: samples of a window; n where the corpus is one window.
+        advance: samples by which the window moves on from one version to the next; 0 where it does not move.
+    """
+
+    def __init__(self, n: int, window: int, budget: float, interval_steps: int, batch: int, seed: int) -> None:
+        if n < 1:
+            raise DataError("the dataset is empty: there is nothing to select from")
+        if window < 0:
+            raise ConfigError(f"window is {window}: give a number of samples, or 0 to have it chosen")
+        if not 0 < budget <= 1:
+            raise ConfigError(f"budget is {budget}: give a share of the window above 0 and at most 1")
+        if interval_steps < 1 or batch < 1:
+            raise ConfigError(f"refresh.interval_steps is {interval_steps} and the batch {batch}: both must be at least 1")
+        self.n = n
+        self.size = min(n, window or HARVESTED_SHARE * interval_steps * batch)
+        self.advance = 0 if self.size == n else max(1, min(self.size, round(interval_steps * batch / budget)))
+        self._order = Permutation(n, seed)
+
+    def window(self, version: int) -> Window:
+        """The window of a schedule's version, as positions of the order."""
+        return Window(version * self.advance % self.n, self.size, self.n)
+
+    def window_at(self, version: int) -> IntArray:
+        """(size,) int64, sorted: the ids in the window of ``version``."""
+        if self.size == self.n:
+            return np.arange(self.n, dtype=np.int64)
+        return np.sort(self._order(self.window(version).positions()))
+
+
+def implied_repeats(total_steps: int, batch: int, budget: float, n: int) -> float:
+    """How often a run trains on a sample of its coresets, on average: steps * B / (budget * N)."""
+    return total_steps * batch / (budget * n)
+
+
+def check_repeats(total_steps: int, batch: int, budget: float, n: int, max_repeats: float) -> float:
+    """The implied repeats of a run.
+
+    Raises:
+        ConfigError: they are above ``max_repeats``.
+    """
+    repeats = implied_repeats(total_steps, batch, budget, n)
+    if repeats > max_repeats:
+        enough = total_steps * batch / (max_repeats * n)
+        cure = f"raise budget to at least {enough:.3g}, " if enough <= 1 else ""
+        raise ConfigError(
+            f"{total_steps} steps of {batch} samples on a budget of {budget} of {n} samples train on each chosen "
+            f"sample {repeats:.3g} times, above max_repeats {max_repeats}: {cure}"
+            "use more data or fewer steps, or raise max_repeats"
+        )
+    return repeats
+
+
+def read_ids(path: str | Path, n: int) -> IntArray:
+    """The ids of an include or exclude file: text with one a line, or .npy.
+
+    Args:
+        path: of the file; blank lines and what follows a # are skipped.
+        n: size of the dataset; every id must be in [0, n).
+
+    Returns:
+        (m,) int64, sorted, unique.
+
+    Raises:
+        DataError: the file is missing, holds anything but integers, or an id outside of the dataset.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise DataError(f"id file {file} does not exist: correct selection.include or selection.exclude")
+    ids = _npy_integers(file).astype(np.int64) if file.suffix == ".npy" else _text_ids(file)
+    bad = ids[(ids < 0) | (ids >= n)]
+    if len(bad):
+        raise DataError(f"{file}: id {bad[0]} is outside of the dataset's [0, {n}) ({len(bad)} such): was the file made for it?")
+    unique: IntArray = np.unique(ids)
+    return unique
+
+
+def read_sources(path: str | Path, n: int) -> IntArray:
+    """The source of each of ``n`` samples, (n,) integers of the file's own type, mapped from a .npy file and not read.
+
+    A copy on every rank would be 8 bytes a sample of the corpus, and only root looks at a window's labels.
+
+    Raises:
+        DataError: the file is missing, holds anything but integers, or not one a sample.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise DataError(f"source file {file} does not exist: correct selection.sources")
+    labels = _npy_integers(file, "r")
+    if len(labels) != n:
+        raise DataError(f"{file} names the source of {len(labels)} samples, the dataset has {n}: give one label for each of them")
+    return labels
+
+
+def _npy_integers(file: Path, mapped: Literal["r"] | None = None) -> IntArray:
+    try:
+        array: IntArray = np.load(file, mmap_mode=mapped, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{file} cannot be read as .npy: {error}") from error
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise DataError(f"{file} holds {array.dtype} of shape {array.shape}: a 1-D array of integer ids is needed")
+    return array
+
+
+def _text_ids(file: Path) -> IntArray:
+    ids: list[int] = []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read as text: {error}; give one id a line, or a .npy file") from error
+    for number, line in enumerate(lines, 1):
+        entry = line.split("#")[0].strip()
+        if not entry:
+            continue
+        try:
+            value = int(entry)
+        except ValueError:
+            raise DataError(f"{file}:{number}: {entry!r} is not an integer id; give one id a line") from None
+        if abs(value) >= 2**63:
+            raise DataError(f"{file}:{number}: id {value} does not fit 64 bits")
+        ids.append(value)
+    return np.array(ids, np.int64)

@@ -1,0 +1,335 @@
+"""Content features: what the token ids alone tell about a sample, with no gradients and no model.
+
+Two sweeps over this rank's samples.  The first counts (6-grams, terms) and scores by the trusted model; the counts are
+summed over the ranks; the second reads densities and TF-IDF vectors off the sums.  Tokens and
+terms of the first sweep are kept in memory up to a limit, so most items are read once and none more than twice.
+
+A window that rolls computes the features of the samples that enter it (:func:`follow_window`): the 6-gram counts follow the
+window, the weights of the terms stay those of the first one, so that the vectors of all samples compare.  Which 6-grams are
+counted stays as the first window had it (:mod:`grace_ds.features.ngrams`), and goes where the counts go: to the next window,
+into the cache and into checkpoints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from grace_ds.data.tokens import TokenBlock, TokenReader, fingerprint, tokens_of
+from grace_ds.features import cache
+from grace_ds.features.duplicates import NgramCounts
+from grace_ds.features.memory import Memory
+from grace_ds.features.ngrams import Allreduce, Sampling, agree_sampling, mixed, some
+from grace_ds.features.tfidf import Terms, TfIdf
+from grace_ds.records import Array, FloatArray, IntArray
+
+__all__ = ["ContentFeatures", "TokenReader", "TokenScorer", "content_features", "fingerprint", "tokens_of"]
+
+RECIPE = 4  # goes into the cache key: raise it when a formula below changes
+MEMORY_BYTES = 256 << 20  # limit of the tokens kept between the two sweeps, and of the terms
+TRIED = 256  # samples whose like the 6-gram counts are tried on
+
+
+class TokenScorer(Protocol):
+    """A model of the trusted samples that scores others by their tokens."""
+
+    def keep(self, flat: IntArray, offsets: IntArray) -> npt.NDArray[np.float64]:
+        """(n,) float64 in (0, 1]: how well sample i, ``flat[offsets[i]:offsets[i + 1]]``, passes the trusted filter."""
+        ...
+
+    def examine(self, flat: IntArray, offsets: IntArray) -> tuple[npt.NDArray[np.float64], FloatArray]:
+        """:meth:`keep`, and (n, s) float32 statistics that the samples' gradients may be predicted from."""
+        ...
+
+    def digest(self) -> str:
+        """Hex digits that name the fitted model."""
+        ...
+
+
+@dataclass(frozen=True)
+class ContentFeatures:
+    """Content statistics of n samples on this rank.
+
+    Attributes:
+        ids: (n,) int64, as asked for.
+        density: (n,) float32, copies in the pool beyond the sample itself; all 0 if not wanted.
+        keep: (n,) float32 in (0, 1], pass of the trusted filter; None without a trusted model.
+        statistics: (n, s) float32, how the trusted model sees each sample, in its own robust deviations; None if not wanted.
+        vectors: (n, dim) float32, unit norm; None if not wanted.
+        seconds: by part: read, prior, density, tfidf; all zero when they came from the cache.
+        counts: what the features of further samples are computed from; None where nobody will ask.
+        density_ratio: chance of a text that stands in the window five times over that of one that stands there once, as the
+            6-gram counts give them, over all ranks: 0.20 where they tell copies apart, towards 1 where they are too full to.
+            NaN where nothing was counted, or nothing came to be looked at.
+    """
+
+    ids: IntArray
+    density: FloatArray
+    keep: FloatArray | None
+    statistics: FloatArray | None
+    vectors: FloatArray | None
+    seconds: dict[str, float] = field(default_factory=dict)
+    counts: Counts | None = None
+    density_ratio: float = math.nan
+
+    def take(self, index: Array) -> ContentFeatures:
+        """The samples at ``index`` (positions or a mask), in that order."""
+        columns: dict[str, Any] = {name: getattr(self, name) for name in COLUMNS}
+        taken: dict[str, Any] = {name: None if c is None else c[index] for name, c in columns.items()}
+        return replace(self, **taken)
+
+
+COLUMNS = ("ids", "density", "keep", "statistics", "vectors")
+COUNTS = ("grams", "terms", "level")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Counts of the window over all ranks, equal on every rank.
+
+    Attributes:
+        grams: (2^bits,) int32 or int64, 6-grams by bin; empty where no density is wanted.
+        terms: (2^18 + 1,) int64, of the first window: samples that hold each term, and samples; empty without vectors.
+        level: (1,) int64: one in 2^level of all 6-grams is counted.
+    """
+
+    grams: IntArray
+    terms: IntArray
+    level: IntArray
+
+    @property
+    def sampling(self) -> Sampling:
+        """Of ``grams``, which are not empty."""
+        return Sampling(len(self.grams).bit_length() - 1, int(self.level[0]))
+
+
+@dataclass
+class _Sweeps:
+    """The two sweeps over one rank's samples, with their clocks."""
+
+    counts: NgramCounts | None
+    terms: TfIdf | None
+    scorer: TokenScorer | None
+    examine: bool = False
+    tried: IntArray = field(default_factory=lambda: np.zeros(2, np.int64))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "prior", "density", "tfidf"), 0.0))
+
+    def first(self, block: TokenBlock) -> tuple[npt.NDArray[np.float64], FloatArray | None, Terms | None]:
+        """Counts one block; its (n,) float64 pass of the trusted filter (empty without one), its statistics, its terms."""
+        began = time.perf_counter()
+        if self.counts is not None:
+            self.counts.add(block)
+        counted = time.perf_counter()
+        terms = None if self.terms is None else self.terms.add(block)
+        indexed = time.perf_counter()
+        keep, statistics = np.empty(0), None
+        if self.scorer is not None and self.examine:
+            keep, statistics = self.scorer.examine(block.flat, block.offsets)
+        elif self.scorer is not None:
+            keep = self.scorer.keep(block.flat, block.offsets)
+        self._clock(density=counted - began, tfidf=indexed - counted, prior=time.perf_counter() - indexed)
+        return keep, statistics, terms
+
+    def second(self, block: TokenBlock, terms: Terms | None) -> tuple[npt.NDArray[np.float64], FloatArray]:
+        """Densities and vectors of one block, once the counts are summed; ``terms``: of the block, None if they were not kept."""
+        began = time.perf_counter()
+        density = np.zeros(len(block)) if self.counts is None else self.counts.degree(block)
+        between = time.perf_counter()
+        vectors = np.empty((0, 1), np.float32)
+        if self.terms is not None:
+            vectors = self.terms.vectors(len(block), Terms.of(block) if terms is None else terms)
+        self._clock(density=between - began, tfidf=time.perf_counter() - between)
+        return density, vectors
+
+    def try_counts(self, block: TokenBlock, those: npt.NDArray[np.bool_]) -> None:
+        """Sees whether the summed counts tell copies of texts like the samples ``those`` (n,) of a block from unique ones."""
+        if self.counts is not None and those.any():
+            began = time.perf_counter()
+            rows = [block.flat[block.offsets[i] : block.offsets[i + 1]] for i in np.flatnonzero(those)]
+            chances = self.counts.tried(TokenBlock.of(block.ids[those], rows))
+            self.tried += np.rint(chances * 2.0**32).astype(np.int64).sum(0)  # integers: in whatever order they are added up
+            self._clock(density=time.perf_counter() - began)
+
+    def ratio(self, allreduce: Allreduce) -> float:
+        """``density_ratio`` over all ranks, the same bits for any number of them (collective)."""
+        once, copied = allreduce(self.tried).tolist()
+        return copied / once if once else math.nan
+
+    def _clock(self, **seconds: float) -> None:
+        for name, value in seconds.items():
+            self.seconds[name] += value
+
+
+def content_features(
+    reader: TokenReader,
+    ids_here: IntArray,
+    *,
+    dim: int,
+    seed: int,
+    allreduce: Allreduce,
+    trusted: TokenScorer | None = None,
+    want_density: bool = True,
+    want_tfidf: bool = True,
+    want_statistics: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+    fingerprint: str | None = None,
+    memory_bytes: int = MEMORY_BYTES,
+    keep_counts: bool = False,
+) -> ContentFeatures:
+    """Content statistics of this rank's share of the pool (collective: all ranks call it, a share may be empty).
+
+    Args:
+        reader: of the job's dataset.
+        ids_here: (n,) int64, this rank's samples; the pool is the union over the ranks.
+        dim: width of the TF-IDF vectors.
+        seed: of their projection.
+        allreduce: sums an int64 array over the ranks, element by element.
+        trusted: model of the trusted samples, the same on all ranks.
+        want_density: False leaves the 6-gram counts out.
+        want_tfidf: False leaves the vectors out.
+        want_statistics: True adds the trusted model's statistics, where there is such a model.
+        cache_dir: where results are kept between runs, set on all ranks or on none.
+        fingerprint: of the dataset, for the cache; computed where it is needed and not given.
+        memory_bytes: limit of the tokens that this rank keeps between the two sweeps, and once more of their terms.
+        keep_counts: whether :func:`follow_window` will ask for the features of further samples.
+    """
+    ids = np.asarray(ids_here, np.int64)
+    key = ""
+    if cache_dir is not None:
+        name = reader.fingerprint() if fingerprint is None else fingerprint
+        model = "" if trusted is None else trusted.digest()
+        facts = [RECIPE, name, dim, seed, want_density, want_tfidf, want_statistics, keep_counts, model]
+        facts += _pool_digest(ids, allreduce)
+        key = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+        arrays = cache.load(cache_dir, key)
+        # one rank's miss is everybody's: a hit skips the sums over ranks that a miss takes part in
+        if int(allreduce(np.array([arrays is None], np.int64))[0]) == 0 and arrays is not None:
+            columns: dict[str, Any] = {name: arrays.get(name) for name in COLUMNS[1:]}
+            counts = Counts(*(arrays[name] for name in COUNTS)) if keep_counts else None
+            ratio = float(arrays["density_ratio"][0])
+            return ContentFeatures(ids, **columns, seconds=_Sweeps(None, None, None).seconds, counts=counts, density_ratio=ratio)
+    terms = TfIdf(dim, seed) if want_tfidf else None
+    ngrams = NgramCounts(agree_sampling(reader, ids, allreduce)) if want_density else None
+    sweeps = _Sweeps(ngrams, terms, trusted, want_statistics)
+    out = _compute(sweeps, reader, ids, allreduce, dim, memory_bytes)
+    if keep_counts:
+        out = replace(out, counts=_counts(sweeps))
+    if cache_dir is not None:
+        made = {name: getattr(out, name) for name in COLUMNS[1:]} | (vars(out.counts) if out.counts is not None else {})
+        made["density_ratio"] = np.array([out.density_ratio])
+        cache.store(cache_dir, key, {name: array for name, array in made.items() if array is not None})
+    return out
+
+
+def follow_window(
+    kept: ContentFeatures,
+    reader: TokenReader,
+    ids_here: IntArray,
+    *,
+    dim: int,
+    seed: int,
+    allreduce: Allreduce,
+    trusted: TokenScorer | None = None,
+    memory_bytes: int = MEMORY_BYTES,
+) -> ContentFeatures:
+    """The features of a window that has moved on: those of samples that stay are kept (collective, as the others).
+
+    The 6-gram counts are those of the new window; a sample's density is of the window that it entered.  Samples that leave are
+    read once more, for their 6-grams to be taken out of the counts.
+
+    Args:
+        kept: of the window before, with ``counts``.
+        reader, dim, seed, allreduce, trusted, memory_bytes: as for :func:`content_features`.
+        ids_here: (n,) int64, sorted, this rank's samples now.
+    """
+    ids = np.asarray(ids_here, np.int64)
+    counts = kept.counts
+    assert counts is not None, "features without counts cannot follow a window"
+    entrants = np.setdiff1d(ids, kept.ids, assume_unique=True)
+    ngrams = terms = None
+    if len(counts.grams):
+        ngrams = NgramCounts(counts.sampling, known=counts.grams)
+        for block in reader.blocks(np.setdiff1d(kept.ids, ids, assume_unique=True)):
+            ngrams.drop(block)
+    if len(counts.terms):
+        terms = TfIdf.of(dim, seed, counts.terms)
+    sweeps = _Sweeps(ngrams, terms, trusted, kept.statistics is not None)
+    fresh = _compute(sweeps, reader, entrants, allreduce, dim, memory_bytes)
+    stay = kept.take(np.isin(kept.ids, ids))
+    both: dict[str, Any] = {name: (getattr(stay, name), getattr(fresh, name)) for name in COLUMNS}
+    columns: dict[str, Any] = {name: None if a is None else np.concatenate([a, b]) for name, (a, b) in both.items()}
+    joined = replace(fresh, **columns, counts=_counts(sweeps))
+    return joined.take(np.argsort(joined.ids, kind="stable"))
+
+
+def _counts(sweeps: _Sweeps) -> Counts:
+    nothing = np.empty(0, np.int64)
+    terms = nothing if sweeps.terms is None else sweeps.terms.totals
+    if sweeps.counts is None:
+        return Counts(nothing, terms, np.zeros(1, np.int64))
+    return Counts(sweeps.counts.total, terms, np.array([sweeps.counts.sampling.level]))
+
+
+def _compute(
+    sweeps: _Sweeps, reader: TokenReader, ids: IntArray, allreduce: Allreduce, dim: int, memory_bytes: int
+) -> ContentFeatures:
+    """Both sweeps, with the sums over the ranks between them."""
+    n = len(ids)
+    keep = np.empty(n if sweeps.scorer is not None else 0, np.float32)
+    density = np.zeros(n, np.float32)
+    vectors = np.empty((n if sweeps.terms is not None else 0, dim), np.float32)
+    read_before = reader.seconds
+    memory = Memory(reader, ids, memory_bytes)
+    statistics: list[FloatArray] = []
+    at = 0
+    for block in reader.blocks(ids):
+        passed, seen, terms = sweeps.first(block)
+        memory.keep(block, terms)
+        keep[at : at + len(block)] = passed
+        statistics += [] if seen is None else [seen]
+        at += len(block)
+    if sweeps.counts is not None:
+        sweeps.counts.reduce(allreduce)
+    if sweeps.terms is not None:
+        sweeps.terms.reduce(allreduce)
+    tried = some(ids, TRIED, int(allreduce(np.array([n], np.int64))[0]))
+    if sweeps.counts is not None or sweeps.terms is not None:
+        at = 0
+        for block, terms in memory.replay():
+            density[at : at + len(block)], vectors[at : at + len(block)] = sweeps.second(block, terms)
+            sweeps.try_counts(block, tried[at : at + len(block)])
+            at += len(block)
+    sweeps.seconds["read"] = reader.seconds - read_before
+    return ContentFeatures(
+        ids,
+        density,
+        keep if sweeps.scorer is not None else None,
+        _stacked(statistics, sweeps),
+        vectors if sweeps.terms is not None else None,
+        sweeps.seconds,
+        density_ratio=sweeps.ratio(allreduce),
+    )
+
+
+def _stacked(statistics: list[FloatArray], sweeps: _Sweeps) -> FloatArray | None:
+    """All blocks' statistics; of no sample where this rank has none; None where they are not wanted."""
+    if sweeps.scorer is None or not sweeps.examine:
+        return None
+    none = sweeps.scorer.examine(np.empty(0, np.int64), np.zeros(1, np.int64))[1]
+    return np.concatenate([none, *statistics])
+
+
+def _pool_digest(ids: IntArray, allreduce: Allreduce) -> list[str | int]:
+    """What names this rank's samples and the pool: a digest of the one, order-free sums over the other."""
+    code = mixed(ids)
+    low, high = code & np.uint64(0xFFFFFFFF), code >> np.uint64(32)  # halves: their sums cannot overflow
+    sums = allreduce(np.array([len(ids), low.sum(), high.sum()]).astype(np.int64))
+    return [hashlib.blake2b(ids.astype("<i8").tobytes(), digest_size=16).hexdigest(), *map(int, sums)]

@@ -1,0 +1,178 @@
+"""Rows from the job's own steps: micro-batches in, committed rows and losses out, centred on the run's running mean."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from grace_ds.comm.base import Comm
+from grace_ds.config.schema import HarvestConfig
+from grace_ds.errors import CheckpointError
+from grace_ds.gradients.capture import Binding, Harvested, Reading
+from grace_ds.gradients.hooks import Sketcher
+from grace_ds.records import FloatArray, Losses, Rows
+
+log = logging.getLogger("grace_ds")
+
+_MEMORY = 0.98  # of the running mean of the loss, per optimizer step
+
+
+@dataclass(frozen=True)
+class Harvest:
+    """What was measured in an interval's steps, on this rank, losses centred on the running mean at their step.
+
+    Attributes:
+        rows: of the steps that were collected.
+        losses: of all steps, those of ``rows`` among them; finite.
+        running_mean: of the losses after the last of them; None where none was seen.
+    """
+
+    rows: Rows
+    losses: Losses
+    running_mean: float | None
+
+
+class Harvester:
+    """What the sketcher saw, kept until a refresh takes it.
+
+    Args:
+        sketcher: attached to the job's module.
+        config: of the harvest.
+    """
+
+    def __init__(self, sketcher: Sketcher, config: HarvestConfig) -> None:
+        self.sketcher, self.config = sketcher, config
+        self.running_mean: float | None = None  # nats per token, all ranks alike, up to the last drained step
+        self.rows_kept = 0  # that were put into the inbox so far
+        self.rows_dropped = 0  # of steps before the layer scale was frozen, or without a finite gradient
+        self.seconds = 0.0  # spent here and not in the hooks
+        self._inbox: list[Rows] = []
+        self._read: list[tuple[int, Reading]] = []  # steps and what was read of them; brought from the device once a refresh
+
+    def read(self, readings: Sequence[Reading], step: int) -> None:
+        """Keeps the losses of an optimizer step that was applied and whose gradients were not collected."""
+        self._read += [(step, reading) for reading in readings if reading.losses is not None]
+
+    def commit(self, bindings: Sequence[Binding], step: int, grad_scale: float, comm: Comm) -> None:
+        """Keeps the rows of an optimizer step that was applied.
+
+        The first step that is collected gives the frozen scale of the layers and no rows; that is the one collective.
+
+        Args:
+            bindings: of the step's micro-batches, on this rank.
+            step: number of the optimizer step.
+            grad_scale: accumulation steps divided by the loss scale.
+            comm: asked only while the scale is not frozen.
+        """
+        started = time.perf_counter()
+        harvested = [self._finish(b, grad_scale) for b in bindings]
+        if not self.sketcher.scale.frozen:
+            self._freeze(comm)
+            self.rows_dropped += sum(len(h.ids) for h in harvested if h is not None)
+        else:
+            self._keep([h for h in harvested if h is not None], step)
+        self.seconds += time.perf_counter() - started
+
+    def _keep(self, harvested: Sequence[Harvested], step: int) -> None:
+        """Puts a step's rows into the inbox."""
+        parts = [h.rows(step) for h in harvested]
+        kept = sum(map(len, parts))
+        self.rows_dropped += sum(len(h.ids) for h in harvested) - kept
+        self.rows_kept += kept
+        self._inbox += parts
+
+    def discard(self, bindings: Sequence[Binding]) -> None:
+        """Drops bindings of a step that was not applied."""
+        for binding in bindings:
+            self.sketcher.discard(binding)
+
+    def pending(self, comm: Comm) -> Harvest:
+        """What has been kept so far, centred, and the running mean that :meth:`drained` will take over.  Collective.
+
+        Nothing is removed yet, so that a refresh that fails loses nothing.
+        """
+        rows = Rows.concat(self._inbox) if self._inbox else Rows.empty(self.sketcher.dim)
+        losses = Losses.concat([_losses(self._read), rows.losses])
+        losses = losses.take(losses.finite())
+        first = int(comm.allreduce(np.array([losses.step.min(initial=2**62)], np.int64), "min")[0])
+        last = int(comm.allreduce(np.array([losses.step.max(initial=-1)], np.int64), "max")[0])
+        if last < first:
+            return Harvest(rows, losses, self.running_mean)
+        at = losses.step - first
+        sums = np.stack([np.bincount(at, weights, last - first + 1) for weights in (losses.loss.astype(np.float64), None)], 1)
+        means, final = _running_means(comm.allreduce(sums), self.running_mean)
+        known = np.clip(rows.step - first, 0, last - first)  # a row without a loss may be of a step without any
+        rows = replace(rows, loss=rows.loss - means[known])
+        return Harvest(rows, replace(losses, loss=losses.loss - means[at]), final)
+
+    def drained(self, running_mean: float | None) -> None:
+        """Forgets what :meth:`pending` gave, which has found its place in the tables."""
+        self.running_mean = running_mean
+        self._inbox, self._read = [], []
+
+    @property
+    def total_seconds(self) -> float:
+        """Wall seconds of harvesting on this rank so far: the hooks and the rows (on a GPU: of launching them)."""
+        return self.seconds + self.sketcher.seconds
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able; equal on all ranks when taken right after :meth:`drained` (and once the layer scale is frozen)."""
+        return {"sketcher": self.sketcher.state_dict(), "running_mean": self.running_mean}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Whether :meth:`load_state_dict` can take ``state`` over; changes nothing.
+
+        Raises:
+            CheckpointError: it belongs to other layers, another seed or other widths.
+        """
+        mean = state.get("running_mean", "missing")
+        if not isinstance(mean, float | None) or not isinstance(state.get("sketcher"), dict):
+            raise CheckpointError(f"the checkpoint's harvest cannot be read (running mean {mean!r}); use another checkpoint")
+        self.sketcher.check_state(state["sketcher"])
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` gave; rows not drained are forgotten."""
+        self.sketcher.load_state_dict(state["sketcher"])
+        self.drained(state["running_mean"])
+
+    def _finish(self, binding: Binding, grad_scale: float) -> Harvested | None:
+        """A binding's rows; None where there are none.  An error (such as no memory) costs the rows, not the step."""
+        try:
+            return self.sketcher.finish(binding, grad_scale, self.config.reduction)
+        except Exception as error:
+            if not self.sketcher.failures:
+                log.warning("a micro-batch gives no rows (%s: %s); training goes on", type(error).__name__, error)
+            self.sketcher.failures += 1
+            return None
+
+    def _freeze(self, comm: Comm) -> None:
+        total = comm.allreduce(self.sketcher.scale.sums())
+        if total[-1] > 0:
+            self.sketcher.scale.freeze(total)
+
+
+def _losses(read: Sequence[tuple[int, Reading]]) -> Losses:
+    """Raw losses of what was read, in that order."""
+    tensors = [reading.losses for _, reading in read if reading.losses is not None]
+    if not tensors:
+        return Losses.empty()
+    steps = np.repeat([step for step, _ in read], [len(reading.ids) for _, reading in read]).astype(np.int64)
+    values = torch.cat(tensors).float().cpu().numpy()
+    return Losses(np.concatenate([reading.ids for _, reading in read]), steps, values)
+
+
+def _running_means(sums: FloatArray, mean: float | None) -> tuple[FloatArray, float | None]:
+    """(steps,) float32 exponential mean up to and including each step, from (steps, 2) sums and counts; and the last."""
+    out = np.zeros(len(sums), np.float32)
+    for i, (total, count) in enumerate(sums):
+        if count > 0:
+            here = total / count
+            mean = here if mean is None else _MEMORY * mean + (1 - _MEMORY) * here
+        out[i] = 0.0 if mean is None else mean
+    return out, mean

@@ -1,0 +1,350 @@
+"""The hooks: attached to the chosen layers, idle between bindings, gone after detach and after an exception.
+
+The job's numbers are never touched: hooks return nothing, draw nothing from any global random state, and keep of a
+layer's input only its projection (rank + trusted rank numbers a token), so that checkpointing keeps its effect.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from grace_ds.errors import CheckpointError, ConfigError
+from grace_ds.gradients.basis import TRUSTED_RANK, BasisAccumulator, TrustedBasis
+from grace_ds.gradients.capture import Binding, Harvested, Meter, Plan, Reading, Target
+from grace_ds.gradients.kfac import MomentAccumulator
+from grace_ds.gradients.layers import Layer
+from grace_ds.gradients.losses import sample_losses
+from grace_ds.gradients.projection import Fold, Side, bases, signs
+from grace_ds.gradients.scale import LayerScale
+from grace_ds.records import HIDDEN, IntArray
+
+logger = logging.getLogger("grace_ds")
+
+
+def _in_backward() -> bool:
+    # What torch.utils.checkpoint itself uses to tell a recomputation from a first pass.
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _own_dtype(device_type: str) -> AbstractContextManager[Any]:
+    """Keeps autocast away from our products: it would copy a whole float32 input just to narrow it."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+class Sketcher:
+    """Hooks on ``layers`` and the projections behind them.  A context manager: attaches on entry, detaches on exit.
+
+    Args:
+        layers: from :func:`~grace_ds.gradients.layers.select_layers`.
+        seed: of the bases and of the fold; equal on all ranks.
+        dim: width of the folded sketch.
+        rank: rows of the bases of each side.
+        pipelined: several micro-batches are in flight at once, and their backwards come in the order of their forwards.
+    """
+
+    def __init__(self, layers: Sequence[Layer], seed: int, dim: int = 256, rank: int = 8, pipelined: bool = False) -> None:
+        if not layers or dim < 1 or rank < 1:
+            raise ConfigError(f"harvest needs layers, a dim and a rank; got {len(layers)} layers, {dim=}, {rank=}")
+        self.layers = list(layers)
+        self.names = [layer.name for layer in layers]
+        self.seed, self.dim, self.rank, self.pipelined = seed, dim, rank, pipelined
+        self.scale = LayerScale(self.names)
+        self.failures = 0  # exceptions inside our hooks; the job goes on
+        self.seconds = 0.0  # wall time spent in the hooks (on a GPU: launching their work) and reading losses
+        self._fold = Fold(self.names, seed, rank, dim)
+        self._meter = Meter()
+        self._handles: list[Callable[[], None]] = []
+        self._in_flight: list[Target] = []  # pipelined: in the order of their forwards
+        self._current: Target | None = None  # takes forwards
+        self._latest: Target | None = None  # takes the recomputations inside its backward
+        self._reading: Reading | None = None  # takes the losses of a micro-batch that the hooks leave alone
+        self._told: set[str] = set()
+        # The last layer that reads the residual stream: as wide as the narrowest input there is.
+        narrowest = min(layer.inputs for layer in self.layers)
+        self._pooled = max(i for i, layer in enumerate(self.layers) if layer.inputs == narrowest)
+        signed = signs(self.names[self._pooled], seed, "hidden", (HIDDEN, narrowest))
+        self._pooling = torch.from_numpy(np.ascontiguousarray(signed.T))
+        self._basis: TrustedBasis | None = None
+        self._plan = self._make_plan()
+
+    # -- lifetime ------------------------------------------------------------------------------------------------------
+
+    def attach(self) -> Sketcher:
+        """Registers one forward hook a layer; a second call does nothing."""
+        if not self._handles:
+            try:
+                for index, layer in enumerate(self.layers):
+                    if layer.here and layer.module is not None and layer.rule is not None:
+                        self._handles.append(layer.rule.watch(layer.module, self._hook(index, layer)))
+            except BaseException:
+                self.detach()
+                raise
+        return self
+
+    def detach(self) -> None:
+        """Removes every hook and closes the open binding; a second call does nothing."""
+        for remove in self._handles:
+            remove()
+        self._handles.clear()
+        self._in_flight.clear()
+        if self._latest is not None:
+            self._latest.close()
+        self._current = self._latest = self._reading = None
+
+    def __enter__(self) -> Sketcher:
+        return self.attach()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.detach()
+
+    # -- bindings ------------------------------------------------------------------------------------------------------
+
+    def begin(self, ids: IntArray) -> Binding:
+        """Binds the forwards from here to :meth:`end`, and their backward, to the samples ``ids`` (n,) int64."""
+        binding = Binding(ids, self._plan, self._fold, self._meter)
+        self.route(binding)
+        return binding
+
+    def read(self, ids: IntArray) -> Reading:
+        """Takes the losses of the samples ``ids`` (n,) int64 from the next :meth:`observe_loss`; the hooks stay idle."""
+        self._current = self._latest = None
+        self._reading = Reading(ids)
+        return self._reading
+
+    def route(self, target: Target) -> None:
+        """Sends what the hooks see to ``target``, until :meth:`end`."""
+        self._current = self._latest = target
+        self._reading = None
+        if self.pipelined and not any(t is target for t in self._in_flight):
+            self._in_flight = [*(t for t in self._in_flight if not t.closed), target]
+
+    def end(self) -> None:
+        """The forward is over: later forwards are not captured, the binding's own backward still is."""
+        self._current = None
+
+    def discard(self, binding: Target) -> None:
+        """Gives a binding up: its backward never came, or its step was not applied."""
+        binding.close()
+
+    def observe_loss(self, output: Any) -> None:
+        """Reads the current micro-batch's per-sample losses and token counts; to be called before the backward."""
+        target = self._reading if self._reading is not None else self._latest
+        if not isinstance(target, Binding | Reading) or (isinstance(target, Binding) and target.closed):
+            return
+        started = time.perf_counter()
+        held, latest = self._current, self._latest
+        self._current = self._latest = None  # reading may recompute a checkpointed loss
+        try:
+            found = sample_losses(output, len(target.ids))
+            if found is not None:
+                target.losses = found[0]
+                if isinstance(target, Binding):
+                    target.tokens = found[1]
+        except Exception as error:
+            self._tell("losses", "losses cannot be read from the autograd graph (%r); rows go without", error)
+        finally:
+            self._current, self._latest = held, latest
+            self.seconds += time.perf_counter() - started
+
+    def finish(
+        self, binding: Binding, grad_scale: float = 1.0, reduction: str = "mean", tokens: IntArray | None = None
+    ) -> Harvested | None:
+        """Turns a binding whose backward is over into rows, and closes it.
+
+        Args:
+            binding: from :meth:`begin`.
+            grad_scale: what the job's gradients must be multiplied with to be those of its loss: accumulation steps
+                divided by the loss scale.
+            reduction: "mean" or "sum", how the job's loss joins the tokens of a micro-batch.
+            tokens: (n,) valid tokens a sample; default: what :meth:`observe_loss` found.
+
+        Returns:
+            The rows; None when no gradient came or the binding is spoiled.
+        """
+        if reduction not in ("mean", "sum"):
+            raise ConfigError(f"harvest.reduction={reduction!r} is not known; use 'mean' or 'sum'")
+        try:
+            if binding.spoiled or not binding.backward_seen or binding.closed:
+                return None
+            missing = [layer.name for i, layer in enumerate(self.layers) if layer.here and i not in binding.seen]
+            if missing:
+                message = "%d of the sketched layers had no gradient, e.g. %s; they count as zero"
+                self._tell("missing", message, len(missing), missing[0])
+            factor = binding.row_factor(grad_scale, reduction, tokens)
+            harvested, squares = binding.compute(self.scale.sigma, factor)
+            self.scale.add(squares)
+            return harvested
+        finally:
+            binding.close()
+
+    # -- trusted basis -------------------------------------------------------------------------------------------------
+
+    @property
+    def basis(self) -> TrustedBasis | None:
+        """The trusted basis in force."""
+        return self._basis
+
+    def set_basis(self, basis: TrustedBasis | None) -> None:
+        """From the next :meth:`begin` on, also measures the alignment with ``basis`` (equal on all ranks)."""
+        self._basis = basis
+        self._plan = self._make_plan()
+
+    def accumulator(self, rank: int = TRUSTED_RANK) -> BasisAccumulator:
+        """An empty accumulator for a basis of ``rank`` factors a layer, fed through :meth:`route`."""
+        self._refuse_parts()
+        return BasisAccumulator(self.layers, self.seed, rank, self._meter)
+
+    def moments(self) -> MomentAccumulator:
+        """An empty accumulator of the layers' second moments, fed through :meth:`route`."""
+        self._refuse_parts()
+        return MomentAccumulator(self.layers, self.seed, meter=self._meter)
+
+    def _refuse_parts(self) -> None:
+        """A second moment of a side that is spread over ranks is no sum of what each rank sees: E[a aᵀ] pairs all blocks."""
+        parts = [layer.name for layer in self.layers if layer.module is None or layer.split.size > 1 or not layer.split.counted]
+        if parts:
+            raise ConfigError(
+                f"{parts[0]} is split over ranks, and a trusted basis is fitted to whole layers only: use recipe: content with "
+                "tensor, sequence or pipeline parallelism"
+            )
+
+    def _make_plan(self) -> Plan:
+        sides: list[tuple[Side, Side]] = []
+        units: list[float] = []
+        for layer in self.layers:
+            left, right, unit = bases(layer.name, self.seed, self.rank, layer.inputs, layer.outputs)
+            if not layer.here:  # kept only for its place and its unit
+                left, right = left[:0], right[:0]
+            elif self._basis is not None:
+                u, _, v = self._basis.factors[layer.name]
+                left, right = np.concatenate([left, u.T]), np.concatenate([right, v.T])
+            sides.append((Side(layer.split.block("in", left)), Side(layer.split.block("out", right))))
+            units.append(unit)
+        strength = None
+        if self._basis is not None:
+            strength = np.stack([self._basis.factors[name][1] for name in self.names])
+        version = -1 if self._basis is None else self._basis.version
+        return Plan(self.layers, sides, np.array(units), self.rank, strength, version, self._pooled, self._pooling)
+
+    # -- memory, state -------------------------------------------------------------------------------------------------
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes that the hooks held since the last :meth:`reset_peak`, by count: bases, projections and sums."""
+        return self._meter.peak + sum(s.nbytes for pair in self._plan.sides for s in pair)
+
+    def reset_peak(self) -> None:
+        """Starts a new high-water mark from what is held now."""
+        self._meter.peak = self._meter.now
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able: what old sketches need to compare with new ones, that is widths, seed and the per-layer scale."""
+        return {"seed": self.seed, "dim": self.dim, "rank": self.rank, "scale": self.scale.state_dict()}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Whether :meth:`load_state_dict` can take ``state`` over; changes nothing.
+
+        Raises:
+            CheckpointError: it belongs to other layers, another seed or other widths, so old sketches do not compare.
+        """
+        for key, value in (("seed", self.seed), ("dim", self.dim), ("rank", self.rank)):
+            if state.get(key) != value:
+                raise CheckpointError(
+                    f"the checkpoint's sketches were made with {key}={state.get(key)}, this run has {key}={value}; restore "
+                    "the old harvest settings, or start without the old GRACE state"
+                )
+        self.scale.read(state.get("scale", {}))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over a state saved by :meth:`state_dict`.
+
+        Raises:
+            CheckpointError: as :meth:`check_state`.
+        """
+        self.check_state(state)
+        self.scale.load_state_dict(state["scale"])
+
+    # -- hooks ---------------------------------------------------------------------------------------------------------
+
+    def _hook(self, index: int, layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            target = self._latest
+            if target is None:
+                return
+            started = time.perf_counter()
+            try:
+                self._on_forward(target, index, layer, args, output)
+            except Exception as error:
+                self._spoil(target, layer.name, error)
+            self.seconds += time.perf_counter() - started
+
+        return hook
+
+    def _on_forward(self, target: Target, index: int, layer: Layer, args: tuple[Any, ...], output: Any) -> None:
+        if target.closed:
+            self._current = self._latest = None
+            return
+        if not torch.is_grad_enabled():
+            if self._current is not None or _in_backward():
+                target.defer(index)
+            return
+        if _in_backward():
+            claimed = self._claim(index)
+            if claimed is None:
+                return
+            target = claimed
+        elif self._current is None:
+            return
+        assert layer.rule is not None
+        found = layer.rule.tensors(args, output)
+        if found is None:
+            message = "layer %s is not sketched: its call has a form that its rule %s cannot read"
+            self._tell(layer.name, message, layer.name, type(layer.rule).__name__)
+            return
+        if not found[1].requires_grad:
+            return
+        x, out = found
+        with _own_dtype(x.device.type):
+            receive = target.capture(index, x)
+        if receive is None:
+            message = "layer %s is not sketched: its input %s does not split by sample"
+            self._tell(layer.name, message, layer.name, tuple(x.shape))
+            return
+
+        def on_grad(grad: torch.Tensor) -> None:
+            started = time.perf_counter()
+            try:
+                with _own_dtype(grad.device.type):
+                    receive(grad)
+            except Exception as error:
+                self._spoil(target, layer.name, error)
+            self.seconds += time.perf_counter() - started
+
+        out.register_hook(on_grad)  # type: ignore[no-untyped-call]
+
+    def _claim(self, index: int) -> Target | None:
+        """Whose recomputation of layer ``index`` this is: of the latest forward, or in a pipeline of the oldest that waits."""
+        waiting = self._in_flight if self.pipelined else [self._latest]
+        return next((t for t in waiting if t is not None and not t.closed and t.claim(index)), None)
+
+    def _spoil(self, target: Target, name: str, error: Exception) -> None:
+        target.spoiled = True
+        self.failures += 1
+        message = "sketching layer %s failed (%r); this micro-batch gives no rows, training goes on"
+        self._tell("failure", message, name, error)
+
+    def _tell(self, key: str, message: str, *args: Any) -> None:
+        if key not in self._told:  # once: a warning a micro-batch would bury the job's own log
+            self._told.add(key)
+            logger.warning(message, *args)

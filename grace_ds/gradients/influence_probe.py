@@ -1,0 +1,279 @@
+"""The trusted set at a refresh: one half fits the trusted basis, the other says what influences along it are worth."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from grace_ds.comm.all_ranks import together
+from grace_ds.comm.base import Comm
+from grace_ds.data.sampler import IssuedBatch
+from grace_ds.errors import DataError
+from grace_ds.features.quality import robust_location
+from grace_ds.gradients.basis import TrustedBasis
+from grace_ds.gradients.hooks import Sketcher
+from grace_ds.gradients.job_call import Call
+from grace_ds.gradients.kfac import whiten
+from grace_ds.gradients.losses import scalar_loss
+from grace_ds.gradients.probe import LossFn, probe_basis, probe_losses, probe_rows
+from grace_ds.gradients.probe_items import Form
+from grace_ds.records import FloatArray, IntArray
+from grace_ds.utils.rng import undisturbed_rng
+
+log = logging.getLogger("grace_ds")
+
+_MOST, _LEAST = 768, 16  # samples that a refresh probes in all; in each of its three probes
+_MEMORY = 0.8  # of the trusted gradient, from one basis to the next
+FORWARDS = 64  # trusted samples whose losses a refresh looks at, over all ranks: a forward pass each
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Samples of a refresh's three probes, over all ranks.
+
+    Attributes:
+        pool: whose second moments the trusted gradient is divided by.
+        fit: of the trusted half that the gradient is taken of.
+        judge: of the other one.
+    """
+
+    pool: int
+    fit: int
+    judge: int
+
+    @staticmethod
+    def of(share: float, interval_steps: int, batch: int) -> Probes:
+        """``share`` of the samples trained on in an interval, most of them for the gradient: a mean of few is mostly noise."""
+        total = min(_MOST, round(share * interval_steps * batch))
+        pool, judge = max(_LEAST, round(total / 9)), max(_LEAST, round(total / 3))
+        return Probes(pool, max(_LEAST, total - pool - judge), judge)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a refresh has found out by its probes; equal on all ranks.
+
+    Attributes:
+        basis: to measure influences by.
+        unit: of influences along it; 0 where they cannot be judged by.
+        gradient: the trusted gradient behind it, earlier ones remembered; the next fit goes on from it.
+    """
+
+    basis: TrustedBasis
+    unit: float
+    gradient: TrustedBasis
+
+
+def unit_of(influence: FloatArray) -> tuple[float, float]:
+    """(unit, standard error) of trusted influences (n,): their median where it exceeds two of its standard errors, else 0.
+
+    Below that the two halves of the trusted set do not even agree on the sign, and nothing can be judged by them.
+    """
+    median, deviation = robust_location(influence)
+    error = 1.2533 * deviation / np.sqrt(len(influence))  # of a median: sqrt(pi / 2) times a mean's
+    return (median if median > 2 * error else 0.0), float(error)
+
+
+class TrustedProbe:
+    """Fits the trusted basis to one half of the trusted set, and judges by the other, which chooses nothing, what it measures.
+
+    A refresh probes few samples, other ones each time, and remembers the gradients of earlier ones.
+
+    Args:
+        module: ``engine.module``.
+        sketcher: attached to it.
+        dataset: trusted samples, items like those of the job's dataset.
+        halves: two disjoint sets of positions in ``dataset``.
+        pool: the job's own dataset; its second moments are what the trusted gradient is divided by.
+        collate: the job's.
+        rows: samples of a probe's batch.
+        device: of the module.
+        loss_fn: (module, batch) → mean loss; default: calls the module as the job does and takes the loss from its output.
+        comm: between the ranks.
+        seed: of the run.
+        count: samples of the probes.
+        form: what a sample must be to be probed.
+
+    Attributes:
+        ready: whether probes can be made; equal on all ranks.  Without a ``loss_fn`` not before :meth:`settle` has found so.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        sketcher: Sketcher,
+        dataset: Any,
+        halves: tuple[IntArray, IntArray],
+        pool: Any,
+        collate: Callable[[list[Any]], Any],
+        rows: int,
+        device: torch.device,
+        loss_fn: LossFn | None,
+        comm: Comm,
+        seed: int,
+        count: Probes,
+        form: Form | None = None,
+    ) -> None:
+        self.module, self.sketcher, self.dataset, self.halves, self.pool = module, sketcher, dataset, halves, pool
+        self.collate, self.rows, self.device, self.comm, self.seed = collate, rows, device, comm, seed
+        self.count, self.form = count, form or Form()
+        self.gradient: TrustedBasis | None = None  # of the basis in force; earlier ones remembered
+        self.probed = 0  # samples that this rank has run through the model for probes
+        self.call = Call() if loss_fn is None else None
+        self.loss_fn: LossFn = loss_fn or self._repeat
+        self.ready = self._settled = loss_fn is not None
+        self._steps = 0  # that were asked about
+
+    # -- the job's call ------------------------------------------------------------------------------------------------
+
+    def saw(self, args: tuple[Any, ...], kwargs: dict[str, Any], issued: IssuedBatch) -> None:
+        """A training forward begins: the job has called its module with the batch ``issued``."""
+        if self.call is not None and self.call.watching:
+            self.call.learn(args, kwargs, issued)
+
+    def returned(self, output: Any) -> None:
+        """What that forward has returned."""
+        if self.call is not None:
+            self.call.returned(output)
+
+    def asks(self, refresh: bool) -> bool:
+        """Whether :meth:`settle` is to be called after this optimizer step.  Equal on all ranks, which call it at each step.
+
+        Args:
+            refresh: whether a refresh follows.
+        """
+        if self.call is None:
+            return False
+        self._steps += 1
+        return refresh or not (self._settled or self._steps & (self._steps - 1))  # ever more rarely
+
+    def settle(self) -> str:
+        """Has the ranks agree on whether a probe can repeat the job's call; returns why it cannot, else nothing.  Collective."""
+        assert self.call is not None
+        # A gradient at hand comes from a checkpoint at the latest: an earlier process of the run has proven the call.
+        known = self.call.known(proven=self.gradient is not None)
+        mine = [known, known and self.call.seen > 1, self.call.verdict()]
+        told = [json.loads(x.tobytes()) for x in self.comm.allgather(np.frombuffer(json.dumps(mine).encode(), np.uint8))]
+        self.ready, self._settled = all(known for known, _, _ in told), all(twice for _, twice, _ in told)
+        self.call.look_again()
+        why = next((f"{words} (rank {rank})" for rank, (_, _, words) in enumerate(told) if words), "")
+        self.ready = self.ready and not why
+        return why
+
+    def _repeat(self, module: torch.nn.Module, batch: Any) -> torch.Tensor:
+        """The loss of the job's own call of the module with another batch."""
+        assert self.call is not None
+        args, kwargs = self.call.rebuild(batch)
+        output = module(*args, **kwargs)
+        loss = scalar_loss(output)
+        if loss is None:
+            raise DataError(
+                f"the model's output ({type(output).__name__}) holds no scalar loss, which the trusted probe needs; pass "
+                f"loss_fn=lambda module, batch: ... to grace_ds.initialize, or set recipe: content"
+            )
+        return loss
+
+    # -- the probes ----------------------------------------------------------------------------------------------------
+
+    def fit(self, version: int, window: IntArray) -> Fitted:
+        """Basis number ``version`` of the model as it is now.  Collective; nothing is taken over yet.
+
+        Args:
+            version: counts the fits.
+            window: (n,) int64, the pool samples that the next schedules choose from.
+
+        Raises:
+            DataError: no trusted sample has a finite gradient, or the probed pool samples have none.
+        """
+        fitting, judging = self.halves
+        moments = self.sketcher.moments()
+        batches = self._batches(self.pool, self._draw(window, version, 1, self.count.pool), "pool")
+        probe_basis(self.module, batches, self.loss_fn, self.sketcher, moments)
+        second = moments.fit(self.comm.allreduce(moments.pack()))
+        target = self.sketcher.accumulator(self.sketcher.rank)
+        batches = self._batches(self.dataset, self._draw(fitting, version, 2, self.count.fit))
+        probe_basis(self.module, batches, self.loss_fn, self.sketcher, target)
+        gradient = target.fit(self.comm.allreduce(target.pack()), version)
+        if self.gradient is not None:
+            gradient = gradient.plus(self.gradient, _MEMORY ** (version - self.gradient.version))
+        scale = dict(zip(self.sketcher.names, self.sketcher.scale.sigma.tolist(), strict=True))
+        basis = whiten(gradient, second, scale)
+        return Fitted(basis, self._unit(basis, self._draw(judging, version, 3, self.count.judge)), gradient)
+
+    def losses(self, version: int) -> FloatArray:
+        """(n,) float32, nats per token: of some trusted samples, under the model as it is now.  Collective.
+
+        The same on all ranks; other samples for another ``version``; of the fitting half, as the other chooses nothing.
+        """
+        ids = self._draw(self.halves[0], version, 0, FORWARDS)
+        mine = probe_losses(self.module, self._batches(self.dataset, ids), self.loss_fn)
+        everyone: FloatArray = np.concatenate(self.comm.allgather(mine))
+        return everyone[np.isfinite(everyone)]
+
+    def _unit(self, basis: TrustedBasis, ids: IntArray) -> float:
+        before = self.sketcher.basis
+        self.sketcher.set_basis(basis)
+        try:
+            found = probe_rows(self.module, self._batches(self.dataset, ids), self.loss_fn, self.sketcher)
+        finally:
+            self.sketcher.set_basis(before)
+        mine = np.concatenate([h.align * h.norm for h in found]) if found else np.empty(0, np.float32)
+        everyone = np.concatenate(self.comm.allgather(mine.astype(np.float32)))
+        everyone = everyone[np.isfinite(everyone)]
+        if not len(everyone):
+            raise DataError("no trusted sample has a finite gradient; check the trusted set, or set recipe: content")
+        unit, error = unit_of(everyone)
+        if self.comm.rank == 0:
+            verdict = "used" if unit else "left out: the trusted halves do not agree"
+            message = "basis %d: median influence of the other trusted half %.3g, standard error %.2g: %s"
+            log.info(message, basis.version, float(np.median(everyone)), error, verdict)
+        return unit
+
+    def _draw(self, ids: IntArray, version: int, purpose: int, count: int) -> IntArray:
+        """This rank's share of a probe, equally many on every rank (ZeRO-3 gathers weights in step)."""
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, 4 * version + purpose]))
+        chosen = rng.permutation(ids)[:count] if len(ids) < 4 * count else rng.choice(ids, count)
+        each = max(1, len(chosen) // self.comm.size)
+        at = (self.comm.rank * each + np.arange(each)) % len(chosen)
+        return np.asarray(chosen[at], np.int64)
+
+    def _batches(self, dataset: Any, ids: IntArray, which: str = "trusted") -> list[tuple[IntArray, Any]]:
+        """This rank's batches of one probe, of samples that are called ``which`` in messages.  Collective.
+
+        All are read and checked before the probe begins: ZeRO-3 gathers weights inside of it, so a rank whose data fail in
+        the middle would leave the others waiting in the job's own collective.
+
+        Raises:
+            DataError: a sample cannot be probed; on every rank.
+        """
+        parts = [ids[start : start + self.rows] for start in range(0, len(ids), self.rows)]
+
+        def read() -> list[tuple[IntArray, Any]]:
+            with undisturbed_rng():
+                batches = [self.form.batch(dataset, part, self.collate, which) for part in parts]
+            moved = [(part, _to(batch, self.device)) for part, batch in zip(parts, batches, strict=True)]
+            if self.call is not None:
+                for _, batch in moved:
+                    self.call.rebuild(batch)
+            return moved
+
+        moved = together(self.comm, read)
+        self.probed += len(ids)
+        return moved
+
+
+def _to(tree: Any, device: torch.device) -> Any:
+    if isinstance(tree, torch.Tensor):
+        return tree.to(device)
+    if isinstance(tree, dict):
+        return {key: _to(value, device) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        moved = [_to(value, device) for value in tree]
+        return type(tree)(*moved) if hasattr(tree, "_fields") else type(tree)(moved)
+    return tree

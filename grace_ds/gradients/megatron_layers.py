@@ -1,0 +1,254 @@
+"""Megatron's tensor-parallel layers, and the choice of layers over all stages of a pipeline.
+
+What a rank sees of one layer (activations are (tokens, samples, features)):
+
+    =====================  ============================  ==========================================
+    layer                  input                         gradient of the output
+    =====================  ============================  ==========================================
+    column-parallel        all features, all tokens      its block of the outputs, all tokens
+    … sequence parallel    all features, its tokens      its block of the outputs, all tokens
+    row-parallel           its block of the inputs       all outputs (sequence parallel: inside of
+                                                         ``_forward_impl`` only)
+    =====================  ============================  ==========================================
+
+So every rank's products are a part of one sum.  A fused projection (QKV, a gated MLP) is taken as Megatron stores it, block
+after block: at another tensor-parallel size its rows stand in another order, and the sketches do not compare.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from grace_ds.errors import ConfigError
+from grace_ds.gradients.layers import Hook, Layer, LayerRule, canonical_name, layer_of, register_rule, rule_for
+from grace_ds.gradients.sharding import Split
+from grace_ds.utils.methods import replace_method
+
+log = logging.getLogger("grace_ds")
+
+_TRANSFORMER_ENGINE = ("transformer_engine.", "megatron.core.extensions.transformer_engine")
+Share = Callable[[Any], list[Any]]  # everybody's value, over the ranks that hold one model together
+
+
+class _ParallelRule(LayerRule):
+    """Both kinds: seen inside of ``_forward_impl`` where there is one, where nothing is gathered or scattered yet."""
+
+    def features(self, module: nn.Module) -> tuple[int, int]:
+        """Of the whole layer."""
+        return int(module.input_size), int(module.output_size)  # type: ignore[arg-type]
+
+    def watch(self, module: nn.Module, hook: Hook) -> Callable[[], None]:
+        """``hook(module, (input,), output)`` at every call of ``_forward_impl``, or of the module where it has none."""
+        if not callable(getattr(module, "_forward_impl", None)):
+            if getattr(module, "sequence_parallel", False) or self._converts(module):
+                raise ConfigError(
+                    f"{type(module).__name__} has no _forward_impl, and what enters and leaves it is not what its weight meets "
+                    "(sequence parallel, gathered output or scattered input); exclude it, or use megatron-core 0.16"
+                )
+            return super().watch(module, hook)
+
+        def impl(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            hook(module, (kwargs["input"] if "input" in kwargs else args[0],), output)
+            return output
+
+        return replace_method(module, "_forward_impl", impl)
+
+    def _converts(self, module: nn.Module) -> bool:
+        raise NotImplementedError
+
+
+@register_rule("megatron.core.tensor_parallel.layers.ColumnParallelLinear")
+class ColumnRule(_ParallelRule):
+    """``Y = X A``, the outputs in blocks."""
+
+    def split(self, module: nn.Module) -> Split:
+        """Its block of the outputs; under sequence parallelism with tokens to be gathered."""
+        m: Any = module
+        size = m.output_size // m.output_size_per_partition
+        group = getattr(m, "tp_group", None)
+        gather = _tp_group(group) if size > 1 and getattr(m, "sequence_parallel", False) else None
+        return Split("out", _tp_rank(group, size), size, gather, time_major=True)
+
+    def _converts(self, module: nn.Module) -> bool:
+        return bool(getattr(module, "gather_output", False))
+
+
+@register_rule("megatron.core.tensor_parallel.layers.RowParallelLinear")
+class RowRule(_ParallelRule):
+    """``Y = Σ X_r A_r``, the inputs in blocks."""
+
+    def split(self, module: nn.Module) -> Split:
+        """Its block of the inputs."""
+        m: Any = module
+        size = m.input_size // m.input_size_per_partition
+        return Split("in", _tp_rank(getattr(m, "tp_group", None), size), size, time_major=True)
+
+    def _converts(self, module: nn.Module) -> bool:
+        return not getattr(module, "input_is_parallel", True)
+
+
+def _tp_group(group: Any) -> Any:
+    if group is not None:
+        return group
+    from megatron.core import parallel_state
+
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def _tp_rank(group: Any, size: int) -> int:
+    return dist.get_rank(_tp_group(group)) if size > 1 else 0
+
+
+def select_parallel(
+    chunks: Sequence[nn.Module],
+    patterns: Sequence[str],
+    exclude: Sequence[str],
+    tp_rank: int,
+    share: Share,
+    time_major: bool = True,
+) -> list[Layer]:
+    """The layers to sketch of a model that lies on several ranks: all of them, in the same order on every rank.
+
+    Collective over the ranks that hold one model together.
+
+    Args:
+        chunks: this rank's parts of the model.
+        patterns: fnmatch patterns on global names; "auto" stands for the last half of the model's blocks.
+        exclude: patterns of names that are never sketched.
+        tp_rank: of this rank; a layer that is no tensor-parallel one is counted on rank 0 only, unless its weight says that it
+            sees a share of the tokens (``weight.sequence_parallel``).
+        share: gives every such rank's value, in rank order.
+        time_major: plain layers see (tokens, samples, features), as Megatron's models are; False for DeepSpeed's PipelineModule.
+
+    Raises:
+        ConfigError: on every rank alike: a layer of Transformer Engine, a pattern that matches nothing, no layer left.
+    """
+    mine, skipped, engine = _found(chunks)
+    facts = {name: (*rule.features(module), block) for name, (module, rule, block) in mine.items()}
+    everyone = share((facts, engine))
+    _refuse_engine([name for _, names in everyone for name in names])
+    if skipped:
+        log.info("%d linear layers of experts are not sketched, e.g. %s", len(skipped), skipped[0])
+    union: dict[str, tuple[int, int, Any]] = {}
+    for found, _ in everyone:
+        for name, entry in found.items():
+            if union.setdefault(name, entry) != entry:
+                both = f"{entry[:2]} on one rank and {union[name][:2]} on another"
+                raise ConfigError(f"layer {name} is {both}: its blocks need a global layer_number")
+    names = sorted(union, key=lambda name: _order(name, union[name][2]))
+    kept = _chosen(names, union, patterns, exclude)
+    return [_layer(name, mine.get(name), union[name], tp_rank, time_major) for name in kept]
+
+
+def global_name(chunk: nn.Module, name: str) -> tuple[str, tuple[str, int] | None]:
+    """A module's name with the model's own numbers of its blocks, where ``chunk`` numbers its own only.
+
+    Returns:
+        The name, without wrappers; and (name of the list, number) of the outermost block that holds it, or None.
+    """
+    parts: list[str] = []
+    module, block = chunk, None
+    for part in name.split("."):
+        module = getattr(module, part)
+        number = getattr(module, "layer_number", None)
+        if part.isdigit() and isinstance(number, int):
+            block = block or (canonical_name(".".join(parts)), number - 1)
+            part = str(number - 1)
+        elif part.isdigit() and not parts:  # DeepSpeed's PipelineModule: its layers have the whole pipeline's numbers
+            block = ("", int(part))
+        parts.append(part)
+    while parts and parts[0] == "module":  # DistributedDataParallel, Float16Module
+        parts.pop(0)
+    return canonical_name(".".join(parts)), block
+
+
+Found = tuple[nn.Module, LayerRule, tuple[str, int] | None]
+
+
+def _found(chunks: Sequence[nn.Module]) -> tuple[dict[str, Found], list[str], list[str]]:
+    """This rank's layers with a rule by global name, those of experts, and those of Transformer Engine."""
+    found: dict[str, Found] = {}
+    experts, engine = [], []
+    for chunk in chunks:
+        for path, module in chunk.named_modules():
+            if not path:
+                continue
+            name, block = global_name(chunk, path)
+            cls = type(module)
+            if cls.__module__.startswith(_TRANSFORMER_ENGINE) and "Linear" in cls.__name__:
+                engine.append(f"{name} ({cls.__name__})")
+            rule = rule_for(module)
+            if rule is None:
+                continue
+            if getattr(module, "is_expert", False):
+                experts.append(name)
+                continue
+            if name in found and found[name][0] is not module:
+                raise ConfigError(f"two chunks of the model hold a layer {name}: their blocks need a global layer_number")
+            found[name] = (module, rule, block)
+    return found, experts, engine
+
+
+def _refuse_engine(names: Sequence[str]) -> None:
+    if names:
+        raise ConfigError(
+            f"{names[0]} is a layer of Transformer Engine ({len(names)} in all): it may fuse a norm in front of its weight, or "
+            "keep FP8 copies, so that its input is not what the weight meets; build the model with the local spec "
+            "(--transformer-impl local), or set recipe: content"
+        )
+
+
+def _order(name: str, block: tuple[str, int] | None) -> tuple[Any, ...]:
+    return (1, "", 0, name) if block is None else (0, block[0], block[1], name)
+
+
+def _chosen(
+    names: Sequence[str], union: Mapping[str, tuple[int, int, Any]], patterns: Sequence[str], exclude: Sequence[str]
+) -> list[str]:
+    chosen: set[str] = set()
+    for pattern in patterns:
+        matched = _last_half(union) if pattern == "auto" else set(fnmatch.filter(names, pattern))
+        if not matched and pattern != "auto":
+            raise ConfigError(f"harvest.layers: {pattern!r} matches none of the model's {len(names)} layers: {list(names)[:8]}")
+        chosen |= matched
+    kept = [name for name in names if name in chosen and not any(fnmatch.fnmatch(name, e) for e in exclude)]
+    if not kept:
+        raise ConfigError(
+            f"harvest.layers={list(patterns)} with harvest.exclude={list(exclude)} leaves none of the model's {len(names)} "
+            f"layers to sketch: {list(names)[:8]}"
+        )
+    return kept
+
+
+def _last_half(union: Mapping[str, tuple[int, int, Any]]) -> set[str]:
+    """Names in the last half of the blocks: those of the list that holds the most weights."""
+    weights: dict[str, int] = defaultdict(int)
+    for inputs, outputs, block in union.values():
+        if block is not None:
+            weights[block[0]] += inputs * outputs
+    if not weights:
+        return set()
+    blocks = max(sorted(weights), key=weights.__getitem__)
+    numbers = sorted({block[1] for _, _, block in union.values() if block is not None and block[0] == blocks})
+    last = set(numbers[len(numbers) // 2 :])
+    return {name for name, (_, _, block) in union.items() if block is not None and block[0] == blocks and block[1] in last}
+
+
+def _layer(name: str, found: Found | None, facts: tuple[int, int, Any], tp_rank: int, time_major: bool) -> Layer:
+    if found is None:
+        return Layer(name, None, None, facts[0], facts[1])
+    module, rule, _ = found
+    layer = layer_of(name, module, rule)
+    if isinstance(rule, _ParallelRule):
+        return layer
+    shares_tokens = bool(getattr(getattr(module, "weight", None), "sequence_parallel", False))
+    return dataclasses.replace(layer, split=Split(counted=tp_rank == 0 or shares_tokens, time_major=time_major))

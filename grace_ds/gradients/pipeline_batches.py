@@ -1,0 +1,127 @@
+"""The micro-batches of a step whose schedule is not ours: a pipeline's, with several of them in flight.
+
+A rank sees the forwards of its part of the model, chunk by chunk, in the order of the micro-batches; their backwards come
+in the same order.  So a counter tells which micro-batch a forward belongs to, and nothing has to travel with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from grace_ds.errors import ConfigError
+from grace_ds.gradients.capture import Binding
+from grace_ds.gradients.hooks import Sketcher
+from grace_ds.records import IntArray
+from grace_ds.utils.methods import replace_method
+
+
+class MicroBatches:
+    """Opens a binding for every micro-batch of a step, on this rank.
+
+    Args:
+        chunks: this rank's parts of the model, through each of which every micro-batch goes once.
+        sketcher: pipelined, over their layers.
+        count: micro-batches of a step.
+        ids: gives the dataset ids (n,) of the step's micro-batch k; None where the step is not to be harvested.  On ranks that
+            do not feed rows on, only their number counts.
+        counts_losses: whether this rank's losses are to be counted: tensor-parallel peers all have the same.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        sketcher: Sketcher,
+        count: int,
+        ids: Callable[[int], IntArray | None],
+        counts_losses: bool = True,
+    ) -> None:
+        self.sketcher, self.count, self.ids, self.counts_losses = sketcher, count, ids, counts_losses
+        self._bindings: dict[int, Binding] = {}
+        self._forwards = [0] * len(chunks)
+        self._undo: list[Callable[[], None]] = []
+        for index, chunk in enumerate(chunks):
+            self._undo.append(chunk.register_forward_pre_hook(self._before(index), with_kwargs=True).remove)
+            self._undo.append(chunk.register_forward_hook(self._after(index), with_kwargs=True).remove)
+
+    def take(self) -> list[Binding]:
+        """The bindings of the step that has just been applied, in order; the next forward begins another step."""
+        bindings = [self._bindings[k] for k in sorted(self._bindings)]
+        self._bindings = {}
+        self._forwards = [0] * len(self._forwards)
+        return bindings
+
+    def restart(self) -> None:
+        """Gives the step up: what was seen of it does not count, because it is run again or was not applied."""
+        for binding in self.take():
+            self.sketcher.discard(binding)
+
+    def detach(self) -> None:
+        """Removes the hooks, and gives the step in progress up."""
+        while self._undo:
+            self._undo.pop()()
+        self.restart()
+
+    def follow_loss(self, owner: Any, name: str) -> None:
+        """Reads the losses from what ``owner.name(...)`` returns, where a job computes them outside of its model.
+
+        It must be called right after the micro-batch's forward, as PipelineEngine does with ``module.loss_fn``.
+        """
+
+        def ours(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            loss = original(*args, **kwargs)
+            if torch.is_grad_enabled() and self.counts_losses:
+                self.sketcher.observe_loss(loss)
+            return loss
+
+        self._undo.append(replace_method(owner, name, ours))
+
+    def _before(self, index: int) -> Callable[..., None]:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not (module.training and torch.is_grad_enabled()):
+                return
+            if kwargs.get("packed_seq_params") is not None:
+                raise ConfigError(
+                    "packed sequences (packed_seq_params, THD layout) hold several samples in one row, which cannot be told "
+                    "apart again: leave packing off, or set recipe: content"
+                )
+            if self._forwards[index] == self.count:  # one more than a step has: it is run again
+                self.restart()
+            k = self._forwards[index]
+            self._forwards[index] += 1
+            binding = self._bindings.get(k)
+            if binding is None:
+                ids = self.ids(k)
+                if ids is None:
+                    return
+                binding = self._bindings[k] = self.sketcher.begin(ids)
+            else:
+                self.sketcher.route(binding)
+
+        return before
+
+    def _after(self, index: int) -> Callable[..., None]:
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if not (module.training and torch.is_grad_enabled()):
+                return
+            self.sketcher.end()
+            binding = self._bindings.get(self._forwards[index] - 1)
+            if binding is not None and getattr(module, "post_process", True) and self.counts_losses:
+                _observe(binding, output, kwargs.get("loss_mask"))
+
+        return after
+
+
+def _observe(binding: Binding, output: Any, mask: Any) -> None:
+    """Reads per-token losses (n, T), which Megatron's models return where they are given labels."""
+    n = len(binding.ids)
+    if not isinstance(output, torch.Tensor) or output.dim() != 2 or output.shape[0] != n:
+        return
+    with torch.no_grad():
+        losses = output.detach().float()
+        weight = torch.ones_like(losses) if mask is None else mask.reshape(losses.shape).float()
+        binding.tokens = weight.sum(1).long()
+        binding.losses = (losses * weight).sum(1) / weight.sum(1)

@@ -1,0 +1,164 @@
+"""Probe passes: forward and backward over given samples that leave no trace in the job.
+
+The parameters are switched off and the embeddings' outputs become the graph's leaves, so that no parameter's gradient
+exists and no reduction of the engine is triggered; the engine itself is never called.  All of it is restored on exit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from grace_ds.errors import DataError, ProbeFailed
+from grace_ds.gradients.capture import Harvested, Target
+from grace_ds.gradients.hooks import Sketcher
+from grace_ds.gradients.losses import sample_losses
+from grace_ds.records import FloatArray, IntArray
+
+LossFn = Callable[[nn.Module, Any], torch.Tensor]
+Batches = Iterable[tuple[IntArray, Any]]
+
+
+def _as_leaf(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.detach().requires_grad_()
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Within it ``module`` can be run forwards and backwards, in evaluation mode, without a trace in the job.
+
+    A module that recomputes its activations only while it trains (``gradient_checkpointing`` of Hugging Face's models) keeps
+    its own training flag, its children do not: without it a probe would hold the activations that the job has no memory for.
+
+    Restored on exit, exceptions included: training flags of every submodule, requires_grad of every parameter, and
+    torch's random state on the CPU and on the module's devices.
+
+    Raises:
+        DataError: the model has no nn.Embedding to start a graph from.
+        ProbeFailed: something was raised within under ZeRO-3.
+    """
+    embeddings = [m for m in module.modules() if isinstance(m, nn.Embedding)]
+    if not embeddings:
+        raise DataError(
+            f"{type(module).__name__} has no nn.Embedding, where a probe of the trusted samples would begin; set recipe: content"
+        )
+    training = {m: m.training for m in module.modules()}
+    learning = [p for p in module.parameters() if p.requires_grad]
+    devices = sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
+    handles = []
+    try:
+        module.eval()
+        for m in (m for m, flag in training.items() if flag and getattr(m, "gradient_checkpointing", False) is True):
+            m.training = True
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        handles = [m.register_forward_hook(_as_leaf) for m in embeddings]
+        with torch.random.fork_rng(devices=devices), torch.enable_grad(), _eager(module):
+            yield
+    except Exception as error:
+        if gathers(module):
+            raise ProbeFailed(
+                f"a probe failed under ZeRO-3 ({type(error).__name__}: {error}): the other ranks wait in a gather that this "
+                "one does not come to, so the job ends here; repair what the error names (of a rank that was only cut off: what "
+                "another's names), or set recipe: content"
+            ) from error
+        raise
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        for m, flag in training.items():
+            m.training = flag
+
+
+def gathers(module: nn.Module) -> bool:
+    """Whether a forward of ``module`` gathers its parameters from all ranks (ZeRO-3)."""
+    return any(hasattr(p, "ds_id") for p in module.parameters())
+
+
+def _eager(module: nn.Module) -> Any:
+    """Hooks added to a compiled model may never fire; the eager stance runs the same numbers without new graphs."""
+    for m in module.modules():
+        if getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod"):
+            return torch.compiler.set_stance("force_eager")
+    return nullcontext()
+
+
+def probe_basis(module: nn.Module, batches: Batches, loss_fn: LossFn, sketcher: Sketcher, target: Target) -> None:
+    """Shows ``target`` the gradient of every sample of ``batches``, each sample with weight 1.
+
+    Args:
+        module: the model itself (``engine.module``), never the engine.  Under ZeRO-3 every rank must pass
+            equally many batches.
+        batches: (ids (n,) int64, batch) pairs; the ids only say how many samples there are.
+        loss_fn: (module, batch) → the batch's scalar mean loss.
+        sketcher: attached; its hooks feed ``target``.
+        target: an accumulator over ``sketcher``'s layers.
+
+    Raises:
+        DataError: the model has no embedding, or a hook failed.
+    """
+    with untouched(module):
+        for ids, batch in batches:
+            sketcher.route(target)
+            try:
+                loss = loss_fn(module, batch) * len(ids)
+            finally:
+                sketcher.end()
+            loss.backward()  # type: ignore[no-untyped-call]
+    if target.spoiled:
+        raise DataError("a hook failed during a probe (its warning is in the log); nothing can be fitted")
+
+
+def probe_losses(module: nn.Module, batches: Batches, loss_fn: LossFn) -> FloatArray:
+    """(n,) float32 losses of the samples of ``batches``, nats per token; without batches whose per-sample losses cannot be read.
+
+    Args:
+        module, batches, loss_fn: as for :func:`probe_rows`; there is no backward pass.
+    """
+    found = [np.empty(0, np.float32)]
+    with untouched(module):
+        for ids, batch in batches:
+            read = sample_losses(loss_fn(module, batch), len(ids))
+            if read is not None:
+                found.append(read[0].cpu().numpy())
+    return np.concatenate(found)
+
+
+def probe_rows(
+    module: nn.Module, batches: Batches, loss_fn: LossFn, sketcher: Sketcher, loss_scale: float = 1.0
+) -> list[Harvested]:
+    """Sketches, losses and alignments of the samples of ``batches``, as the training backward would give them.
+
+    Args:
+        module: as for :func:`probe_basis`.
+        batches: (ids (n,) int64, batch) pairs.
+        loss_fn: (module, batch) → the batch's scalar mean loss.
+        sketcher: attached; with a trusted basis for alignments.
+        loss_scale: multiplies the loss before the backward and is undone; for float16 models.
+
+    Returns:
+        One record a batch; a batch whose loss reached no sketched layer gives none.
+    """
+    harvested = []
+    with untouched(module):
+        for ids, batch in batches:
+            binding = sketcher.begin(ids)
+            try:
+                loss = loss_fn(module, batch)
+                sketcher.observe_loss(loss)
+                sketcher.end()
+                (loss * loss_scale).backward()  # type: ignore[no-untyped-call]
+                found = sketcher.finish(binding, grad_scale=1.0 / loss_scale)
+            finally:
+                sketcher.end()
+                sketcher.discard(binding)
+            if found is not None:
+                harvested.append(found)
+    return harvested

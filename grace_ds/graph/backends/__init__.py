@@ -1,0 +1,225 @@
+"""k-NN leaves: what searches the index rows of one shard, behind one small interface.
+
+A leaf only proposes candidates.  :mod:`grace_ds.graph.ring` asks for a few more than it needs and computes their
+similarity anew in exact arithmetic, so two exact leaves give the same graph bit for bit.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from grace_ds.comm.base import Comm
+from grace_ds.errors import ConfigError
+from grace_ds.graph import gpu
+from grace_ds.records import Array, FloatArray, IntArray
+
+log = logging.getLogger(__name__)
+
+FLAT_ROWS = 100_000  # below this an exact search of real text costs less than training, tuning and asking an approximate index
+
+
+class Leaf(Protocol):
+    """A nearest-neighbour library on the rows of one shard; similarity is the inner product of unit vectors.
+
+    Attributes:
+        name: as asked for in the configuration.
+    """
+
+    name: str
+
+    def build(self, X: FloatArray, ids: IntArray) -> Any:
+        """Index of ``X`` (m, d) float32, unit norm, whose rows are called ``ids`` (m,) int64, on this rank."""
+        ...
+
+    def is_exact(self, rows: int) -> bool:
+        """Whether a shard of ``rows`` rows is searched exactly, up to float32 rounding."""
+        ...
+
+    def search(self, index: Any, Q: FloatArray, k: int) -> tuple[IntArray, FloatArray]:
+        """The k index rows nearest to each query.
+
+        Args:
+            index: what :meth:`build` returned.
+            Q: (n, d) float32, unit norm.
+            k: neighbours asked for; may exceed m.
+
+        Returns:
+            ids (n, k) int64 and similarity (n, k) float32, nearest first, padded by -1 and -inf.
+        """
+        ...
+
+
+LeafFactory = Callable[[float], Leaf]
+_FACTORIES: dict[str, LeafFactory] = {}
+
+
+def register(name: str) -> Callable[[LeafFactory], LeafFactory]:
+    """Decorator: makes ``factory(recall) -> Leaf`` available under ``name``."""
+
+    def add(factory: LeafFactory) -> LeafFactory:
+        _FACTORIES[name] = factory
+        return factory
+
+    return add
+
+
+@register("torch")
+def _torch(recall: float) -> Leaf:
+    from grace_ds.graph.backends.torch_backend import TorchLeaf
+
+    return TorchLeaf()
+
+
+@register("faiss")
+def _faiss(recall: float) -> Leaf:
+    if importlib.util.find_spec("faiss") is None:
+        raise ConfigError(
+            "graph.leaf is 'faiss', but faiss is not installed: pip install grace_ds[cpu], or set graph.leaf to torch"
+        )
+    from grace_ds.graph.backends.faiss_backend import FaissLeaf
+
+    return FaissLeaf(recall)
+
+
+@register("cuvs")
+def _cuvs(recall: float) -> Leaf:
+    module = gpu.missing()
+    if module:
+        cure = "pip install grace_ds[gpu-cu12] (or gpu-cu13), or set graph.leaf to faiss or torch"
+        raise ConfigError(f"graph.leaf is 'cuvs', but {module} is not installed: {cure}")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("graph.leaf is 'cuvs', but torch sees no GPU on this rank: set graph.leaf to faiss or torch")
+    broken = gpu.broken()
+    if broken:
+        raise ConfigError(
+            f"graph.leaf is 'cuvs', but {broken}; install the extra for the CUDA that torch was built for "
+            "(grace_ds[gpu-cu12] or [gpu-cu13]), or set graph.leaf to faiss or torch"
+        )
+    from grace_ds.graph.backends.cuvs_backend import CuvsLeaf
+
+    return CuvsLeaf(recall)
+
+
+@runtime_checkable
+class Opened(Protocol):
+    """A leaf that holds something for the length of a graph: memory, a stream, a communicator."""
+
+    def open(self, comm: Comm | None) -> AbstractContextManager[None]:
+        """Takes and returns it.  Collective.
+
+        Args:
+            comm: whose ranks are to be joined by a communicator of the leaf's own; None: :meth:`bind` brings one later.
+        """
+        ...
+
+    def bind(self, resources: Any) -> None:
+        """Uses ``resources`` instead of its own until it is closed."""
+        ...
+
+
+def opened(comm: Comm | None, leaf: Leaf) -> AbstractContextManager[None]:
+    """What must be in force while ``leaf`` is used."""
+    return leaf.open(comm) if isinstance(leaf, Opened) else nullcontext()
+
+
+def choose(name: str, rows: int, recall: float = 0.99, *, device: str = "cpu") -> Leaf:
+    """The leaf called ``name``; ``auto`` decides by device, size and what is installed, and logs it.
+
+    Args:
+        name: a registered leaf, or ``auto``.
+        rows: index rows of the *largest* shard over all ranks, so that all ranks decide alike.
+        recall: what an approximate leaf must reach, in (0, 1]; 1 keeps the search exact.
+        device: of the engine, such as ``cpu`` or ``cuda:0``; read by ``auto`` only.  Several ranks leave it and pass the name
+            that :func:`agreed` gives: all must take the same leaf.
+
+    Raises:
+        ConfigError: the name is unknown, its library is missing, or ``recall`` is out of range.
+    """
+    if not 0.0 < recall <= 1.0:
+        raise ConfigError(f"graph.recall is {recall}; it is a share of true neighbours: set it above 0 and at most 1")
+    if name == "auto":
+        name, why = automatic(device, rows)
+        log.info("graph.leaf auto: %s (%s)", name, why)
+    if name not in _FACTORIES:
+        raise ConfigError(f"graph.leaf is {name!r}; known leaves: auto, {', '.join(sorted(_FACTORIES))}")
+    return _FACTORIES[name](recall)
+
+
+def exact(name: str, *, device: str = "cpu") -> Leaf:
+    """The leaf called ``name`` in its exact form, for the clustered tier's many small searches.
+
+    Args:
+        name: a registered leaf; ``auto``: cuvs if it can be used on ``device``, else torch.
+        device: as in :func:`choose`.
+    """
+    if name == "auto":
+        reason = gpu.obstacle(device)
+        name = "torch" if reason else "cuvs"
+        why = f"the device is {device}" if not reason else "; ".join(["small exact searches", *_not_cuvs(device, reason)])
+        log.info("graph.leaf auto: %s (%s)", name, why)
+    return choose(name, 0, 1.0)
+
+
+def agreed(comm: Comm, name: str, device: str) -> str:
+    """``cuvs`` in the place of ``auto`` if every rank can use it on its GPU; else ``name``.  Collective.
+
+    Ranks that chose by themselves could take different leaves, and only some of them wait for the NCCL clique of cuVS.
+
+    Args:
+        comm: of the ranks that build the graph.
+        name: as configured, the same on all ranks.
+        device: of this rank's engine, of the same kind on all ranks.
+    """
+    if name != "auto" or device.split(":")[0] != "cuda":
+        return name
+    reason = gpu.obstacle(device)
+    able = np.concatenate(comm.allgather(np.array([not reason], np.int64)))
+    if able.all():
+        log.info("graph.leaf auto: cuvs (the device is %s)", device)
+        return "cuvs"
+    unable = ", ".join(map(str, np.flatnonzero(able == 0)))
+    log.info("graph.leaf auto: not cuvs, which rank(s) %s cannot use%s", unable, f"; here: {reason}" if reason else "")
+    return name
+
+
+def automatic(device: str, rows: int | None = None) -> tuple[str, str]:
+    """(the leaf that ``auto`` takes, the reason in words).
+
+    Args:
+        device: as in :func:`choose`.
+        rows: likewise; None: not known yet.
+    """
+    reason = gpu.obstacle(device)
+    if not reason:
+        return "cuvs", f"the device is {device}"
+    large = rows is not None and rows >= FLAT_ROWS
+    why = [] if rows is None else [f"{rows} index rows in the largest shard"]
+    name = "torch" if importlib.util.find_spec("faiss") is None else "faiss"
+    if name == "faiss":
+        why.append(f"approximate from {FLAT_ROWS} rows" if large else f"exact below {FLAT_ROWS} rows")
+    else:
+        why.append("faiss is not installed (pip install grace_ds[cpu])" + ("; this is slow" if large else ""))
+    return name, "; ".join([*why, *_not_cuvs(device, reason)])
+
+
+def _not_cuvs(device: str, reason: str) -> list[str]:
+    """What to add to a reason: on a GPU it is asked why the GPU stands idle, elsewhere not."""
+    return [f"not cuvs: {reason}"] if device.split(":")[0] == "cuda" else []
+
+
+def padded(ids: Array, similarity: Array, k: int) -> tuple[IntArray, FloatArray]:
+    """``ids`` and ``similarity`` (n, j), j <= k, widened to k columns by -1 and -inf."""
+    n, j = ids.shape
+    out_ids = np.full((n, k), -1, np.int64)
+    out_sim = np.full((n, k), -np.inf, np.float32)
+    out_ids[:, :j] = ids
+    out_sim[:, :j] = similarity
+    return out_ids, out_sim

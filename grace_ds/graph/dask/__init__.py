@@ -1,0 +1,1 @@
+"""The k-NN graph over Dask, inside the job."""

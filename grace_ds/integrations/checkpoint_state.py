@@ -1,0 +1,180 @@
+"""What a checkpoint of ours holds, read and verified as a whole before anything of the run is touched.
+
+Every file is named in the manifest with its digest, and the manifest's own digest stands in the engine's client state: what
+is parsed here is what was written, or an error that names the file.  Data that are intact and yet have another form come
+from another version of grace_ds, and are told so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_arrays
+
+from grace_ds.data.schedule import Ledger, parse_schedule
+from grace_ds.errors import CheckpointError, DamagedState
+from grace_ds.gradients.basis import TrustedBasis
+from grace_ds.records import Array, Losses, Rows, Schedule
+from grace_ds.refresh.state import Kept
+from grace_ds.refresh.table import Table
+from grace_ds.utils.files import digest
+
+SCHEMA = 3
+MANIFEST, LEDGER, SHARED = "manifest.json", "ledger.safetensors", "window.safetensors"
+BASIS, GRADIENT = "basis.safetensors", "gradient.safetensors"
+_SCHEDULE, _ROWS, _LOSSES, _WINDOW = "schedule-", f"{Rows.name}-", f"{Losses.name}-", "window-"
+# A name is joined to the folder, so nothing else may stand in it.
+_PARTS = re.compile(rf"schedule-\d+\.safetensors|({_ROWS}|{_LOSSES}|{_WINDOW})b\d+-b\d+\.safetensors")
+# The manifest's numbers, which every rank has alike.
+SCALARS = ("samples", "batch", "step", "cursor", "counted", "next_refresh", "lead", "version", "refreshes")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The state of a run, as one rank of a new run takes it over.
+
+    Attributes:
+        folder: that it was read from.
+        numbers: one for each of :data:`SCALARS`; all ranks.
+        reference: unit of the trusted basis of each version; all ranks.
+        schedules: published ones, in order; all ranks.
+        ledger: all ranks.
+        basis, gradient: the trusted basis in force, and what the next one goes on from; None without; all ranks.
+        harvest: the harvester's, None where nothing was harvested; all ranks.
+        table, seen: the latest rows and losses of the samples that this rank owns.
+        kept: of the last refresh, of the samples that this rank owns.
+    """
+
+    folder: Path
+    numbers: Mapping[str, int]
+    reference: Mapping[int, float]
+    schedules: list[Schedule]
+    ledger: Ledger
+    basis: TrustedBasis | None
+    gradient: TrustedBasis | None
+    harvest: dict[str, Any] | None
+    table: Table[Rows]
+    seen: Table[Losses]
+    kept: Kept
+
+
+def read_saved(folder: Path, state: Any, rank: int, world: int, dim: int) -> Saved:
+    """Reads what ``rank`` of ``world`` needs, whatever the number of ranks that wrote it.  Not collective.
+
+    Args:
+        folder: ours, beside the engine's files.
+        state: ours, from the engine's client state.
+        dim: width of a sketch in this run.
+
+    Raises:
+        DamagedState: a file is missing, torn, altered or of another checkpoint; names it.
+        CheckpointError: another schema, or sketches of another width.
+    """
+    try:
+        schema, expected = state["schema"], state["manifest"]
+        if not isinstance(schema, int) or not isinstance(expected, str):
+            raise TypeError("schema or digest of another type")
+    except (KeyError, TypeError) as error:
+        raise DamagedState(
+            f"the engine's checkpoint beside {folder} does not say which state belongs to it ({_words(error)}): it was altered; "
+            "use an older checkpoint"
+        ) from error
+    _refuse_schema(folder, schema)
+    raw = _read_checked(folder / MANIFEST, expected)
+    try:
+        manifest = json.loads(raw)
+        _refuse_schema(folder, manifest["schema"])
+        return _parse(folder, manifest, rank, world, dim)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
+        # The digests have matched, so nothing is torn.
+        raise CheckpointError(
+            f"{folder} does not have the form of schema {SCHEMA} ({_words(error)}): another version of grace_ds has written it; "
+            "load it with that version, or use another checkpoint"
+        ) from error
+
+
+def _parse(folder: Path, manifest: dict[str, Any], rank: int, world: int, dim: int) -> Saved:
+    files: dict[str, str] = manifest["files"]
+    ours = (LEDGER, BASIS, GRADIENT, SHARED)
+    odd = [name for name in files if not _PARTS.fullmatch(name) and name not in ours]
+    if odd:
+        raise ValueError(f"unknown file {odd[0]!r}")
+    numbers = {key: _whole(manifest, key) for key in SCALARS}
+    names = [name for name in sorted(files) if name.startswith(_SCHEDULE)]
+    ledger = _arrays(folder / LEDGER, files[LEDGER])
+    if ledger["ids"].dtype != np.int64 or ledger["ids"].shape != ledger["counts"].shape:
+        raise ValueError("a ledger whose columns do not fit together")
+    rows, losses, windows = (_named(files, prefix) for prefix in (_ROWS, _LOSSES, _WINDOW))
+    shared = _arrays(folder / SHARED, files[SHARED]) if SHARED in files else {}
+    harvest = manifest["harvest"]
+    if not isinstance(harvest, dict | None):
+        raise TypeError("harvest is no object")
+    return Saved(
+        folder,
+        numbers,
+        {int(version): float(unit) for version, unit in manifest["reference"].items()},
+        [parse_schedule(_read_checked(folder / name, files[name]), folder / name) for name in names],
+        Ledger(ledger["ids"], ledger["counts"]),
+        _basis(folder, manifest, "basis", BASIS),
+        _basis(folder, manifest, "gradient", GRADIENT),
+        harvest,
+        Table.load(folder, rows, rank, world, Rows.empty(dim)),
+        Table.load(folder, losses, rank, world, Losses.empty()),
+        Kept.load(folder, windows, shared, rank, world),
+    )
+
+
+def _named(files: Mapping[str, str], prefix: str) -> dict[str, str]:
+    return {name: named for name, named in files.items() if name.startswith(prefix)}
+
+
+def _basis(folder: Path, manifest: dict[str, Any], key: str, name: str) -> TrustedBasis | None:
+    if manifest[key] is None:
+        return None
+    return TrustedBasis.from_arrays(_whole(manifest, key), _arrays(folder / name, manifest["files"][name]))
+
+
+def _refuse_schema(folder: Path, schema: Any) -> None:
+    if schema != SCHEMA or isinstance(schema, bool):
+        newer = isinstance(schema, int) and schema > SCHEMA
+        cure = "install a newer grace_ds" if newer else "load it with the grace_ds that wrote it, or use another checkpoint"
+        raise CheckpointError(f"{folder} has schema {schema!r}, this grace_ds knows {SCHEMA}; {cure}")
+
+
+def _whole(manifest: dict[str, Any], key: str) -> int:
+    value = manifest[key]
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{key} = {value!r} is no whole number")
+    return value
+
+
+def _arrays(path: Path, expected: str) -> dict[str, Array]:
+    data = _read_checked(path, expected)
+    try:
+        arrays: dict[str, Array] = load_arrays(data)
+    except SafetensorError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    return arrays
+
+
+def _read_checked(path: Path, expected: str) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DamagedState(
+            f"{path} is missing or cannot be read ({error.strerror}); restore it or use an older checkpoint"
+        ) from error
+    if digest(data) != expected:
+        raise DamagedState(f"{path} does not match its digest: torn, altered, or of another checkpoint; use an older one")
+    return data
+
+
+def _words(error: Exception) -> str:
+    return f"lacks {error}" if isinstance(error, KeyError) else str(error)

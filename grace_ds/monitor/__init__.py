@@ -1,0 +1,1 @@
+"""What a run tells of itself: metrics, the schedules it keeps, progress."""

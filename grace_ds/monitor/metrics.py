@@ -1,0 +1,290 @@
+"""What a run tells about itself: its totals, the ``Grace/*`` events of each refresh, the schedules kept in ``run_dir``.
+
+Nothing here may stop training: what cannot be written is said in the log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grace_ds.config.load import write_resolved
+from grace_ds.config.schema import GraceConfig
+from grace_ds.data.schedule import put_aside, save_schedule
+from grace_ds.data.tokens import tokens_of
+from grace_ds.errors import DataError
+from grace_ds.gradients.collector import Harvester
+from grace_ds.recipes import depth
+from grace_ds.records import IntArray, Role, Schedule
+from grace_ds.refresh.line import Outcome
+from grace_ds.utils.files import write_atomic
+from grace_ds.utils.rng import undisturbed_rng
+
+log = logging.getLogger("grace_ds")
+
+PREVIEW_CHARACTERS, PREVIEW_TOKENS = 300, 96
+PREVIEW_SECONDS = 10.0  # that rank 0 reads the dataset for one account at most: the other ranks wait in the next step
+MAP, MAP_CHARACTERS, MAP_TOKENS = "map.json", 160, 48
+Preview = Callable[[int], dict[str, Any]]  # dataset id → entries beside its reasons
+EventWriter = Callable[[dict[str, float], int], None]  # events by name, samples trained on so far
+
+
+@dataclass
+class Metrics:
+    """Totals of a run on this rank; ``events`` of the last refresh go to the engine's monitor as ``Grace/*``.
+
+    Attributes:
+        collected_rows: rows of gradients that all ranks have collected and gathered, at refreshes.
+        gathered_bytes: that all ranks have handed to the transport for it.
+        propagated_rows: samples of all ranks that the last refresh has reached along the graph, without a row of their own.
+        graph_builds, graph_repairs: how often the graph was built, and how often it was repaired.
+        graph_first_seconds: of the build made last.
+        graph_repair_seconds: mean of the repairs since; 0 before the first.
+    """
+
+    refreshes: int = 0
+    refresh_failures: int = 0
+    refresh_seconds: float = 0.0
+    harvest_seconds: float = 0.0
+    train_seconds: float = 0.0
+    coreset_size: int = 0
+    churn: list[float] = field(default_factory=list)
+    version: int = -1
+    collected_rows: int = 0
+    gathered_bytes: int = 0
+    propagated_rows: int = 0
+    graph_builds: int = 0
+    graph_repairs: int = 0
+    graph_first_seconds: float = 0.0
+    graph_repair_seconds: float = 0.0
+    events: dict[str, float] = field(default_factory=dict)
+
+    def count(self, schedule: Schedule, previous: Schedule | None) -> None:
+        """Counts a refresh that has published ``schedule`` after ``previous``."""
+        self.version, self.refreshes = schedule.version, self.refreshes + 1
+        self.coreset_size = int(schedule.meta["coreset"])
+        if previous is not None:
+            self.churn.append(1.0 - float(np.isin(_core(schedule), _core(previous)).mean()))
+
+    def report(self, seconds: float, outcome: Outcome | None, harvester: Harvester | None) -> None:
+        """Makes the events of the refresh that took ``seconds``; ``outcome`` is None where it was given up."""
+        events = {
+            "version": float(self.version),
+            "refresh_seconds": seconds,
+            "refresh_failures": float(self.refresh_failures),
+            "coreset_size": float(self.coreset_size),
+            "churn": self.churn[-1] if self.churn else 1.0,
+        }
+        if harvester is not None:
+            self.harvest_seconds = harvester.total_seconds
+            events["harvest_seconds"] = self.harvest_seconds
+            events["harvest_peak_bytes"] = float(harvester.sketcher.peak_bytes)
+        if outcome is not None:
+            self._add_up(outcome)
+            events |= {f"stage_seconds/{name}": value for name, value in outcome.seconds.items()}
+            events |= dict(outcome.counts)
+            share = outcome.schedule.meta.get("effective_share")
+            if share is not None:
+                events["effective_share"] = float(share)
+                events["effective_samples"] = float(share) * int(outcome.schedule.meta["window"])
+            if "labels" in outcome.schedule.meta:
+                events["unknown_influence"] = 1 - int(outcome.schedule.meta["known_align"]) / int(outcome.schedule.meta["window"])
+            guard = outcome.schedule.meta.get("guard", {})
+            if guard:
+                # 0 is uniform, so that a curve that falls to the floor is a guard that has stopped paying.
+                events["guard/level"] = float(depth(guard["level"]))
+            keys = ("loss_share", "core_minus_audit", "low", "high", "foretold")
+            events |= {f"guard/{k}": float(guard[k]) for k in keys if k in guard}
+        self.events = events
+
+    def _add_up(self, outcome: Outcome) -> None:
+        """Adds a refresh that counts to the totals."""
+        counts, seconds, graph = outcome.counts, outcome.seconds.get("graph", 0.0), outcome.kept.graph
+        self.collected_rows += int(counts["received"])
+        self.gathered_bytes += int(counts["gathered_bytes"])
+        self.propagated_rows = int(counts.get("propagated", 0))
+        if graph is None:
+            return
+        if graph.change == "built":
+            self.graph_builds += 1
+            self.graph_first_seconds = seconds
+        else:
+            self.graph_repairs += 1
+            self.graph_repair_seconds += (seconds - self.graph_repair_seconds) / self.graph_repairs
+
+
+def keep_config(config: GraceConfig) -> None:
+    """Keeps the resolved config in its ``run_dir``."""
+    try:
+        write_resolved(config, str(config.run_dir))
+    except OSError as error:
+        log.warning("the resolved config could not be kept in %s (%s); training goes on", config.run_dir, error)
+
+
+class Recorder:
+    """Writes down what a run does.
+
+    Args:
+        run_dir: where every schedule is kept for ``trace`` and ``replay``, with a line about its refresh; None: nowhere.
+        write_events: takes the events; None: nobody does.
+        preview: what the dataset shows of a sample, JSON-able, beside its reasons; None: nothing.
+    """
+
+    def __init__(self, run_dir: str | None, write_events: EventWriter | None, preview: Preview | None = None) -> None:
+        self.run_dir, self.write_events, self.preview = run_dir, write_events, preview
+        self._waiting: tuple[Outcome, dict[str, float]] | None = None
+        self._mapped: dict[int, dict[str, Any]] = {}
+
+    def events(self, events: dict[str, float], samples: int) -> None:
+        """Passes events on, with the number of samples trained on so far."""
+        if self.write_events is not None:
+            self.write_events(events, samples)
+
+    def made(self, outcome: Outcome, totals: dict[str, float] | None = None) -> None:
+        """A refresh counts; it is kept, with the run's ``totals`` before it, once :meth:`settle` says that training goes on."""
+        self._waiting = outcome, totals or {}
+
+    def forget(self) -> None:
+        """What was made last is not part of the run: a checkpoint has been loaded."""
+        self._waiting = None
+
+    def settle(self) -> None:
+        """Keeps what was made last."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is None or self.run_dir is None:
+            return
+        outcome, totals = waiting
+        schedule, folder = outcome.schedule, Path(self.run_dir) / "schedules"
+        line = {
+            "step": schedule.meta["decided_at_step"],
+            "version": schedule.version,
+            "run": schedule.run,
+            **outcome.counts,
+            **dict(schedule.meta),
+            "seconds": outcome.seconds,
+            "before": totals,
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if put_aside(folder, schedule):
+                log.warning(
+                    "%s holds what another run has left there: it is renamed to *.abandoned; give every run a run_dir of its own",
+                    self.run_dir,
+                )
+                for left in (folder.parent / "refreshes.jsonl", folder.parent / "reports"):
+                    _set_aside(left)
+            save_schedule(schedule, folder)
+            with (folder.parent / "refreshes.jsonl").open("a") as f:
+                f.write(json.dumps(line) + "\n")
+        except OSError as error:
+            log.warning("schedule %d could not be kept in %s (%s); training goes on", schedule.version, self.run_dir, error)
+        if outcome.portrait is not None:
+            keep_portrait(outcome.portrait, folder.parent / "reports", self.preview, self._mapped)
+
+
+def _set_aside(path: Path) -> None:
+    """Renames a file or folder, if it is there, to the first of ``STEM.abandoned``, ``STEM-1.abandoned`` … that is free."""
+    if path.exists():
+        names = itertools.chain([path.stem], (f"{path.stem}-{i}" for i in itertools.count(1)))
+        path.rename(next(to for name in names if not (to := path.with_name(f"{name}.abandoned")).exists()))
+
+
+def keep_portrait(portrait: dict[str, Any], folder: Path, preview: Preview | None, known: dict[int, dict[str, Any]]) -> None:
+    """Writes ``report-VERSION.json`` and ``map.json`` with what the dataset shows of their samples.
+
+    Args:
+        preview: None shows nothing.  It is asked for :data:`PREVIEW_SECONDS`; samples after that stand there by their ids alone.
+        known: by id, what the dataset has shown of the samples of the last map; they tend to be the same ones.
+    """
+    version, ends, unread = portrait["version"], time.monotonic() + PREVIEW_SECONDS, 0
+
+    def show(sample: int) -> dict[str, Any]:
+        nonlocal unread
+        if preview is None:
+            return {}
+        if time.monotonic() < ends:
+            return preview(sample)
+        unread += 1
+        return {}
+
+    try:
+        samples, chart = portrait["samples"], portrait.get("map")
+        with undisturbed_rng():
+            samples = [{**sample, **show(sample["id"])} for sample in samples]
+            if chart is not None:
+                mapped = {i: known.get(i) or _short(show(i)) for i in chart["ids"]}
+                known.clear()
+                known.update(mapped)
+        if unread:
+            log.warning(
+                "the account of refresh %d shows %d of its samples by their ids alone: the dataset was read for %g s",
+                version,
+                unread,
+                PREVIEW_SECONDS,
+            )
+        write_atomic(
+            folder / f"report-{version:06d}.json", json.dumps({**portrait, "samples": samples, "map": chart is not None}).encode()
+        )
+        if chart is not None and (portrait["used"] or not _holds_a_used_map(folder, version)):
+            facts = {key: portrait[key] for key in ("version", "step", "level", "used", "window")}
+            write_atomic(folder / MAP, json.dumps({**facts, **chart, "shown": list(mapped.values())}).encode())
+    except Exception as error:  # the dataset's own code runs here
+        log.warning("no account of refresh %d is kept (%s: %s); training goes on", version, type(error).__name__, error)
+
+
+def _short(shown: dict[str, Any]) -> dict[str, Any]:
+    """Less of a sample than a table shows: there are many of them."""
+    return {key: value[: MAP_CHARACTERS if key == "text" else MAP_TOKENS] for key, value in shown.items()}
+
+
+def _holds_a_used_map(folder: Path, version: int) -> bool:
+    """Whether the map that is there is of an earlier schedule that a coreset was drawn for: it says more than one of a pause."""
+    try:
+        there = json.loads((folder / MAP).read_text("utf-8"))
+        return bool(there["used"]) and int(there["version"]) < version
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def preview_of(dataset: Any, tokens_key: str) -> Preview:
+    """Shows a sample's ``text``, where its item is a mapping that holds one, and its first token ids."""
+
+    def show(sample: int) -> dict[str, Any]:
+        item = dataset[sample]
+        text = item.get("text") if isinstance(item, Mapping) else item if isinstance(item, str) else None
+        shown: dict[str, Any] = {}
+        if isinstance(text, str):
+            shown["text"] = text[:PREVIEW_CHARACTERS]
+        else:
+            with contextlib.suppress(DataError):  # what has no tokens is shown by its id alone
+                shown["tokens"] = tokens_of(item, tokens_key)[:PREVIEW_TOKENS].tolist()
+        return shown
+
+    return show
+
+
+def monitor_of(engine: Any) -> EventWriter:
+    """Writes events to the engine's monitor, where one is enabled."""
+
+    def write(events: dict[str, float], samples: int) -> None:
+        monitor = getattr(engine, "monitor", None)
+        if monitor is not None and monitor.enabled:
+            try:
+                monitor.write_events([(f"Grace/{name}", value, samples) for name, value in events.items()])
+            except Exception as error:  # a full disk, a server that is gone: on this rank only
+                log.warning("the monitor did not take the events (%s: %s); training goes on", type(error).__name__, error)
+
+    return write
+
+
+def _core(schedule: Schedule) -> IntArray:
+    return np.unique(schedule.ids[schedule.roles == Role.CORE])

@@ -1,0 +1,83 @@
+"""A map of the window: where a few of its samples lie by their content, on two axes.
+
+Each sample is its TF-IDF vector, by the formula that the k-NN graph is built from (:mod:`grace_ds.features.tfidf`), with
+document frequencies of the mapped samples alone and of their first tokens only. The axes are the two principal ones: those
+that hold most of the vectors' variance. What the map shows is groups that share words (a language, a kind of junk, copies of
+one text). What it does not show: most of the variance (``explained`` says how little two axes hold of it), so that samples
+which lie together may differ, and nothing of gradients, of the graph's edges or of distances beyond these axes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from grace_ds.features.content import TokenReader, content_features
+from grace_ds.records import FloatArray, IntArray
+from grace_ds.selection.gumbel import random_words
+
+POINTS = 1500  # samples mapped
+TOKENS = 512  # of each that are looked at
+_PURPOSE = 0x3A9
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where samples lie.
+
+    Attributes:
+        ids: (n,) int64, sorted.
+        xy: (n, 2) float32.
+        explained: share of the variance of the vectors on each axis.
+    """
+
+    ids: IntArray
+    xy: FloatArray
+    explained: tuple[float, float]
+
+
+class Chart:
+    """Places of a uniform draw of the window's samples; read once for as long as the draw is the same.  Local, on root.
+
+    Args:
+        dataset: the job's, map-style.
+        key: of the token ids, as for :class:`~grace_ds.features.content.TokenReader`.
+        dim: width of the vectors.
+        seed: of the run.
+    """
+
+    def __init__(self, dataset: Any, key: str, dim: int, seed: int) -> None:
+        self.reader, self.dim, self.seed = TokenReader(dataset, key, TOKENS), dim, seed
+        self._last: Places | None = None
+
+    def __call__(self, window: IntArray) -> Places:
+        """Of at most ``POINTS`` of ``window`` (n,) int64, sorted: those that a hash of their ids picks, in any version."""
+        ids = window
+        if len(window) > POINTS:
+            words = random_words(self.seed, 0, _PURPOSE, window)
+            ids = window[np.sort(np.argpartition(words, POINTS - 1)[:POINTS])]
+        if self._last is None or not np.array_equal(self._last.ids, ids):
+            found = content_features(
+                self.reader, ids, dim=self.dim, seed=self.seed, allreduce=lambda counts: counts, want_density=False
+            )
+            assert found.vectors is not None  # they are wanted by default
+            self._last = Places(ids, *principal(found.vectors))
+        return self._last
+
+
+def principal(vectors: FloatArray) -> tuple[FloatArray, tuple[float, float]]:
+    """(n, 2) float32 of vectors (n, d) on their two principal axes, and the share of their variance on each.
+
+    Each axis points to where its largest coordinate is positive, so that the same vectors give the same map.
+    """
+    centred = vectors.astype(np.float64) - vectors.mean(0, dtype=np.float64)
+    values, axes = np.linalg.eigh(centred.T @ centred)
+    two = axes[:, -1:-3:-1]
+    xy = centred @ two
+    if len(xy):
+        xy *= np.where(np.take_along_axis(xy, np.abs(xy).argmax(0)[None], 0) < 0, -1.0, 1.0)
+    total = float(values.sum())
+    first, second = (float(v) / total if total > 0 else 0.0 for v in values[-1:-3:-1])
+    return xy.astype(np.float32), (first, second)

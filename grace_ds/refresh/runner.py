@@ -1,0 +1,180 @@
+"""One attempt at a refresh: it counts on every rank, or on none.
+
+Whatever goes wrong on whatever rank, all ranks come out of :meth:`Refresher.attempt` with the same answer, and nothing
+of this rank's state has been touched: taking the result over is the caller's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from grace_ds.comm.agreement import Agreement
+from grace_ds.comm.peer_failure import Lookout
+from grace_ds.errors import GraceError, PeerFailed, PeerLost, ProbeFailed, TransportError, TransportTimeout, during
+from grace_ds.features.limits import Limits
+from grace_ds.gradients.collector import Harvester
+from grace_ds.gradients.influence_probe import Fitted, TrustedProbe
+from grace_ds.refresh import trigger as cadence
+from grace_ds.refresh.line import Outcome, refresh
+from grace_ds.refresh.signals import Inputs, Pipeline, active_parts, weighed_parts
+
+log = logging.getLogger("grace_ds")
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """What a refresh that counts has made, for this rank to take over.
+
+    Attributes:
+        inputs: what it was made from; its rows now stand in the outcome's table.
+        outcome: the schedule and the table; its counts are of all ranks.
+        running_mean: of the loss, for :meth:`~grace_ds.gradients.collector.Harvester.drained`.
+        fitted: the trusted basis fitted on the way; None where none was.
+    """
+
+    inputs: Inputs
+    outcome: Outcome
+    running_mean: float | None
+    fitted: Fitted | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """How an attempt ended.
+
+    Attributes:
+        fresh: None where it was given up, on every rank.
+        lost: why the transport is finished; None while it works.
+    """
+
+    fresh: Fresh | None
+    lost: TransportError | None
+
+
+class Refresher:
+    """Attempts refreshes.
+
+    Args:
+        pipeline: of the refresh; its ``comm`` is the transport.
+        harvester: None where nothing is harvested.
+        trust: fits the trusted basis; None without a trusted set.
+        agreement: of last resort.
+        lookout: tells a rank that is late from one that is lost.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        harvester: Harvester | None,
+        trust: TrustedProbe | None,
+        agreement: Agreement,
+        lookout: Lookout,
+    ) -> None:
+        self.pipeline, self.harvester, self.trust, self.agreement = pipeline, harvester, trust, agreement
+        self.lookout = lookout
+        self.comm = pipeline.comm
+        self._attempts = 0
+
+    def change(self, pipeline: Pipeline) -> None:
+        """Goes on with ``pipeline``, without anything that is read from the backward."""
+        self.pipeline, self.harvester, self.trust = pipeline, None, None
+
+    def attempt(self, step: int, version: int, stand: Callable[[], Inputs]) -> Result:
+        """Makes schedule ``version`` after ``step`` optimizer steps.  Collective; no exception leaves another rank waiting.
+
+        Args:
+            stand: gives what this rank knows by itself: all inputs but the rows, with the interval that it would choose.
+                Called in here, so that an error in it is agreed on like any other; it may use the transport.
+
+        Raises:
+            PeerLost: a rank's process has ended.
+            ProbeFailed: a probe has failed where other ranks wait for this one in the job's own collective.
+        """
+        self._attempts += 1
+        where = f"in refresh {version} at step {step}"
+        try:
+            fresh = self._make(stand)
+            return Result(fresh, self._agree(where))
+        except (PeerLost, ProbeFailed):
+            raise
+        except PeerFailed as error:
+            log.warning("step %d: %s; schedule %d stays", step, error, version - 1)
+            return Result(None, None)
+        except TransportError as error:
+            self.lookout.check(error, where)
+            return Result(None, error)
+        except Exception as error:
+            trace = self.pipeline.config.debug or not isinstance(error, GraceError)
+            message = "step %d: refresh %d failed on this rank (%s: %s); schedule %d stays"
+            log.warning(message, step, version, type(error).__name__, error, version - 1, exc_info=trace)
+            return Result(None, self._tell_others(where))
+
+    def _make(self, stand: Callable[[], Inputs]) -> Fresh:
+        x = stand()
+        # Every rank has its own clock; rank 0's decides.
+        interval = int(self.comm.broadcast(np.array([x.interval], np.int64))[0])
+        reference, fitted = x.reference, None
+        wanted = self._wants_basis(x, interval) and cadence.basis_due(reference, x.version)
+        if self.trust is not None and self.trust.ready and wanted:
+            with during("trusted basis"):
+                fitted = self.trust.fit(x.version, self.pipeline.pool.window_at(x.version))
+            reference = {**reference, x.version: fitted.unit}
+        x, mean = dataclasses.replace(x, interval=interval, reference=reference), None
+        if self.harvester is not None:
+            with during("harvest"):
+                harvest = self.harvester.pending(self.comm)
+            x, mean = dataclasses.replace(x, rows=harvest.rows, losses=harvest.losses), harvest.running_mean
+        weighed = mean is not None and not x.uniform and "loss" in weighed_parts(self.pipeline, x)
+        if self.trust is not None and self.trust.ready and mean is not None and weighed:
+            with during("trusted losses"):
+                x = dataclasses.replace(x, loss_limits=Limits.around(self.trust.losses(x.version) - np.float32(mean)))
+        outcome = refresh(self.pipeline, x)
+        outcome = dataclasses.replace(outcome, counts=self._of_all_ranks(outcome.counts))
+        return Fresh(x, outcome, mean, fitted)
+
+    def _of_all_ranks(self, counts: dict[str, float]) -> dict[str, float]:
+        """Counts added up over the ranks, with those of the harvest: rank 0 writes them down for everybody."""
+        if self.harvester is not None:
+            counts = counts | {
+                "rows_dropped": float(self.harvester.rows_dropped),
+                "hook_failures": float(self.harvester.sketcher.failures),
+            }
+        total = self.comm.allreduce(np.array(list(counts.values()), np.float64))
+        return dict(zip(counts, total.tolist(), strict=True))
+
+    def _wants_basis(self, x: Inputs, interval: int) -> bool:
+        """Whether a trusted basis can be fitted now, and will be used: not while the guard has stepped down."""
+        if self.harvester is None or not self.harvester.sketcher.scale.frozen:
+            return False
+        looked_at = "gradients" in active_parts(self.pipeline, x)
+        return looked_at and cadence.wants_basis(self.pipeline.config, x.step, interval)
+
+    def _agree(self, where: str) -> TransportError | None:
+        """Returns when the refresh counts on every rank, with what has befallen the transport; raises when it does not."""
+        try:
+            with during("agreement"):
+                self.comm.agree()
+        except PeerFailed:
+            raise
+        except TransportError as error:
+            self.lookout.check(error, where)  # the store may lie on the host that is lost
+            # Every rank may have come and only the answer been lost: then the others have published, and so must we.
+            if not self.agreement.abort(self._attempts):
+                raise
+            return error
+        if not self.agreement.commit(self._attempts):
+            raise TransportTimeout("another rank had given this refresh up when its wait ran out")
+        return None
+
+    def _tell_others(self, where: str) -> TransportError | None:
+        try:
+            self.comm.abort()
+        except TransportError as error:
+            self.lookout.check(error, where)
+            return error
+        return None

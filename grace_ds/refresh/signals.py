@@ -1,0 +1,239 @@
+"""What a refresh knows of every sample of the window, and how it comes to know it.
+
+First half of the refresh's own layer (the second is :mod:`grace_ds.refresh.choice`): it puts the stages' results together and
+belongs to none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+from grace_ds.comm.base import Comm
+from grace_ds.config.schema import GraceConfig
+from grace_ds.data.order import Order
+from grace_ds.data.pool import Pool
+from grace_ds.data.schedule import Ledger
+from grace_ds.features.content import ContentFeatures
+from grace_ds.features.limits import Limits
+from grace_ds.graph.propagate import Propagated, confidence, crowding, propagate
+from grace_ds.graph.repair import KeptGraph
+from grace_ds.recipes import Recipe, recipe
+from grace_ds.records import Array, C, FloatArray, IntArray, Losses, Rows, Schedule, Signals
+from grace_ds.refresh.gather import Route
+from grace_ds.refresh.influence import influence, labels
+from grace_ds.refresh.projection import Places
+from grace_ds.refresh.state import Kept
+from grace_ds.refresh.table import Table
+from grace_ds.selection.guard import Decision
+from grace_ds.utils.arrays import device_memory, to_device, to_host
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What stays the same from one refresh of a run to the next.
+
+    Attributes:
+        comm: transport between the data-parallel ranks.
+        config: of the run.
+        pool: the windows of the corpus.
+        order: of the corpus where nothing is chosen.
+        batch: samples of one optimizer step over all ranks.
+        contents: content features of the window's samples that this rank owns: those of the last refresh (None: there are
+            none) and the sorted ids now → features in the same order.
+        include, exclude: sorted ids that every / no coreset holds.
+        sources: ids (n,) → the source of each, (n,) int64; None where they are not known.
+        trusted: (m, s) float32, content statistics of held-out trusted samples; None without a trusted model.
+        arrange: what root does to a schedule before it is published; None: nothing.
+        chart: root's map of the window's samples (sorted ids in), for ``run_dir``; None: none.
+        device: of the job's model, as torch calls it; the graph is searched and scores are spread there where that can be.
+    """
+
+    comm: Comm
+    config: GraceConfig
+    pool: Pool
+    order: Order
+    batch: int
+    contents: Callable[[ContentFeatures | None, IntArray], ContentFeatures]
+    include: IntArray
+    exclude: IntArray
+    trusted: FloatArray | None = None
+    sources: Callable[[IntArray], IntArray] | None = None
+    arrange: Callable[[Schedule], Schedule] | None = None
+    chart: Callable[[IntArray], Places] | None = None
+    device: str = "cpu"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The most that a selection of this run may use."""
+        return recipe(self.config.recipe)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one refresh starts from, on this rank.
+
+    Attributes:
+        rows, losses: collected, and read, since the last refresh, in the order of the steps.
+        table, seen: the latest rows and losses of earlier refreshes, of the samples that this rank owns.
+        ledger: uses of each sample so far (all ranks alike).
+        step: optimizer steps done.
+        version: of the schedule to be made.
+        issued: samples over all ranks that this rank's loader has been given.
+        interval: optimizer steps until the next refresh.
+        reference: basis version → median influence of trusted samples at its fit; 0 where it is not to be judged by.
+        loss_limits: fitted to trusted samples' losses less the running mean; None if losses are not weighed or cannot be read.
+        decision: of the guard for the schedule in force; None before the first.
+        since: optimizer steps done when the schedule in force was made.
+        core: (m,) int64: samples that it has chosen; empty for a uniform one.
+        audit: (m,) int64: samples that it holds unchosen; None (shadow mode): all that are not in ``core``.
+        uniform: make a schedule of the whole corpus in uniform order (before ``start_step``, after ``stop_step``).
+        kept: by the refresh before.
+        collect_every: each how many optimizer steps one was collected since.
+    """
+
+    rows: Rows
+    losses: Losses
+    table: Table[Rows]
+    seen: Table[Losses]
+    ledger: Ledger
+    step: int
+    version: int
+    issued: int
+    interval: int
+    reference: Mapping[int, float] = field(default_factory=dict)
+    loss_limits: Limits | None = None
+    decision: Decision | None = None
+    since: int = -1
+    core: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
+    audit: IntArray | None = field(default_factory=lambda: np.empty(0, np.int64))
+    uniform: bool = False
+    kept: Kept = field(default_factory=Kept)
+    collect_every: int = 1
+
+
+def active_parts(p: Pipeline, x: Inputs) -> frozenset[str]:
+    """The parts of the recipe that this refresh pays for: those of the schedule in force, all where the guard looks again."""
+    return p.config.parts - (x.decision.unpaid(x.version) if x.decision is not None else frozenset())
+
+
+def weighed_parts(p: Pipeline, x: Inputs) -> frozenset[str]:
+    """The active parts that a sample may be weighed by: the few influences and losses of a fresh model's first steps mislead."""
+    early = {"gradients", "loss"} if x.step < p.config.learning else set()
+    return active_parts(p, x) - early
+
+
+def estimate(
+    p: Pipeline,
+    x: Inputs,
+    own: IntArray,
+    content: ContentFeatures,
+    table: Table[Rows],
+    seen: Table[Losses],
+    graph: KeptGraph | None,
+) -> Estimate:
+    """Loss, influence and crowding of every sample of this rank: its own, what its content tells, and along the graph.
+
+    Collective.
+
+    Args:
+        table, seen: the latest row and loss of each sample, those of this refresh among them.
+    """
+    n, nan, g = len(own), np.float32(np.nan), p.config.graph
+    loss, label = np.full((2, n), nan, np.float32)
+    at, stale = found_in(table, own, x.step)
+    if "gradients" in p.config.parts:  # of what is switched off nothing is known
+        label[at >= 0] = labels(table.rows, x.reference)[at[at >= 0]]
+    seen_at, unread = found_in(seen if "loss" in p.config.parts else Table(Losses.empty()), own, x.step)
+    loss[seen_at >= 0] = seen.rows.loss[seen_at[seen_at >= 0]]
+    ages = np.floor(np.stack([unread, stale], 1) / p.config.refresh.interval_steps)  # in refreshes
+    centre = _exact_mean(p.comm, loss)
+    found = influence(p.comm, content, p.trusted, label, confidence(ages[:, 1], g.decay))
+    # What goes along the edges is centred: the loss by its mean, the influence by what content tells of it already.
+    rest = label - found.fit.predicted if found is not None else np.full(n, nan, np.float32)
+    values, crowded, disagreement = np.stack([loss - centre, rest], 1), np.full(n, nan, np.float32), np.full(n, nan, np.float32)
+    reached = 0
+    if graph is not None:
+        edges = graph.neighbours()
+        similarity, route = edges.similarity, Route.of(p.comm, edges.ids.reshape(-1), own)
+        del edges  # the route has taken the place of its ids
+        result = _along(p, route, values, ages, similarity)
+        # A signal that nobody was measured with stays unknown: shrinking it to a mean of nothing would invent it.
+        unseen = p.comm.allreduce(np.isfinite(values).sum(0).astype(np.int64)) == 0
+        values, disagreement = to_host(result.values), to_host(result.disagreement)
+        values[:, unseen] = np.nan
+        crowded, reached = crowding(similarity), int((to_host(result.reached) & (at < 0) & (seen_at < 0)).sum())
+    align = np.full(n, nan, np.float32)
+    if found is not None:
+        align = found.standard(found.fit.predicted + (np.nan_to_num(values[:, 1]) if graph is not None else 0))
+    keep = content.keep if content.keep is not None else np.full(n, nan, np.float32)
+    spread_loss = np.asarray(values[:, 0] + centre, np.float32)
+    loss_pass = np.full(n, nan, np.float32)
+    if x.loss_limits is not None:
+        loss_pass = x.loss_limits.keep(spread_loss[:, None].astype(np.float64)).astype(np.float32)
+    since = np.minimum(stale, unread)
+    signals = Signals(own, spread_loss, align, content.density, keep, loss_pass, crowded, since, disagreement)
+    if found is None:
+        return Estimate(signals, reached)
+    return Estimate(signals, reached, found.fit.labels, found.fit.explained)
+
+
+def found_in(table: Table[C], own: IntArray, step: int) -> tuple[IntArray, FloatArray]:
+    """(n,) where the samples ``own`` stand in a table, -1 outside of it, and optimizer steps since they were measured, inf."""
+    at = table.lookup(own)
+    since = np.full(len(own), np.inf, np.float32)
+    since[at >= 0] = np.maximum(0, step - table.rows.step[at[at >= 0]])
+    return at, since
+
+
+def _along(p: Pipeline, route: Route, values: FloatArray, ages: Array, similarity: FloatArray) -> Propagated:
+    """``values`` (n, s), of those ages, spread along the graph; arrays of the device that the run computes on.  Collective."""
+    g = p.config.graph
+
+    def exchange(facts: Array) -> Any:
+        return to_device(route.exchange(to_host(facts)), p.device)
+
+    arrays = (values, ages, route.place.reshape(similarity.shape), similarity)
+    with device_memory(p.device):
+        own_values, own_ages, place, close = (to_device(array, p.device) for array in arrays)
+        return propagate(own_values, own_ages, place, close, exchange, hops=g.hops, shrink=g.shrink, decay=g.decay)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is believed of this rank's samples.
+
+    Attributes:
+        signals: of all of them.
+        reached: how many that were never measured got a loss or an influence along the graph.
+        labels: effective number of influences measured, over all ranks; 0 without any.
+        explained: share of their variance that content predicts.
+    """
+
+    signals: Signals
+    reached: int
+    labels: float = 0.0
+    explained: float = 0.0
+
+
+def collect(comm: Comm, s: Signals) -> Signals | None:
+    """All ranks' signals on root, sorted by id; None on the other ranks."""
+    names = [f.name for f in fields(Signals) if f.name != "ids"]
+    ids = comm.gather(s.ids)
+    columns = comm.gather(np.stack([getattr(s, name) for name in names], 1).astype(np.float32))
+    if ids is None or columns is None:
+        return None
+    order = np.argsort(np.concatenate(ids), kind="stable")
+    table = np.concatenate(columns)[order]
+    return Signals(np.concatenate(ids)[order], *(np.ascontiguousarray(table[:, i]) for i in range(len(names))))
+
+
+def _exact_mean(comm: Comm, values: Array) -> float:
+    """Mean of the finite entries of all ranks' ``values`` (n,), the same bits for any number of ranks; 0 where there is none."""
+    finite = np.isfinite(values)
+    grid = np.rint(np.where(finite, np.clip(values, -1e4, 1e4), 0).astype(np.float64) * 2.0**20).astype(np.int64)
+    total, count = comm.allreduce(np.array([grid.sum(), finite.sum()], np.int64))
+    return float(np.float32(int(total) / 2.0**20 / max(int(count), 1)))
