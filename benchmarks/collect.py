@@ -26,11 +26,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.record import Claim, Record, median_interval
 from grace_ds.config.schema import LEAST_COLLECTED, GraceConfig
-from grace_ds.records import Rows
+from grace_ds.records import SampleRecords
 from grace_ds.refresh.decision import collect_every
 
 MODELS = {"small": GPTConfig(width=80), "large": GPTConfig(width=256)}  # about 0.5M and 4M parameters
-EVERY = round(1 / GraceConfig().harvest.share)  # one step in so many is collected
+EVERY = round(1 / GraceConfig().collect.share)  # one step in so many is collected
 STEPS = {"small": 2 * EVERY, "large": EVERY}  # of one half of a pair
 ROWS, LENGTH = 16, 65  # of a micro-batch: the quickstart's on one of its two ranks
 GOAL, WATCH_GOAL = 1.02, 0.001
@@ -85,7 +85,7 @@ def measure(name: str, count: int, bf16: bool) -> tuple[list[tuple[float, float]
     """(CPU seconds with, without) of each pair, and what is counted rather than timed."""
     with_us, plain = Job(name, bf16, grace=True), Job(name, bf16, grace=False)
     for job in (with_us, plain):
-        job.steps(12)  # the first harvested step sets the layers' scale, the refresh after it fits the basis
+        job.steps(12)  # the first collected step sets the layers' scale, the refresh after it fits the basis
     with_us.no_more_refreshes()
     rng, pairs = np.random.default_rng(0), []
     for _ in range(count):
@@ -204,7 +204,7 @@ class Job:
         controller.take_basis(basis)
         controller.reference = {basis.version: 1.0}
         controller.next_refresh = 10**9
-        controller.harvester.sketcher.reset_peak()
+        controller.collector.sketcher.reset_peak()
         assert collect_every(controller.config, controller.book) == EVERY
 
     def counts(self, plain: Job) -> dict[str, Any]:
@@ -214,12 +214,12 @@ class Job:
             with FlopCounterMode(display=False) as counter:
                 job.steps(EVERY)
             flops.append(counter.get_total_flops())
-        harvester = self.engine.grace_ds.controller.harvester
-        columns = vars(Rows.empty(harvester.sketcher.dim)).values()
+        collector = self.engine.grace_ds.controller.collector
+        columns = vars(SampleRecords.empty(collector.sketcher.dim)).values()
         return {
-            "layers": len(harvester.sketcher.layers),
+            "layers": len(collector.sketcher.layers),
             "added_flops_share": flops[0] / flops[1] - 1,
-            "hook_peak_bytes": harvester.sketcher.peak_bytes,
+            "hook_peak_bytes": collector.sketcher.peak_bytes,
             "row_bytes": sum(column.dtype.itemsize * math.prod(column.shape[1:]) for column in columns),
         }
 

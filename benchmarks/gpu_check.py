@@ -1,8 +1,8 @@
-"""The GPU path on one card: the leaf that auto takes, propagation, a whole refresh; seconds, recall, memory, in two minutes.
+"""The GPU path on one card: the backend that auto takes, propagation, a whole refresh; seconds, recall, memory, in two minutes.
 
 Rows are those of the graph benchmark: clustered, unit norm. Recall is taken against a search of all pairs on the CPU, by
 similarity computed anew from the ids that were found. Propagation is compared with NumPy on the same rows. The refresh is graph
-(exact tier), propagation, importance and draw, one process, half of the rows harvested; the tiers are compared on a fifth of the
+(exact tier), propagation, importance and draw, one process, half of the rows collected; the tiers are compared on a fifth of the
 rows. Memory is what nvidia-smi sees of the card several times a second, this and other processes together, and the most that
 this process has held on the host so far. A stage that fails is a row
 that says so, and the others still run; figures are written after every stage, so that a killed run leaves what it has.
@@ -31,7 +31,7 @@ from benchmarks.record import Claim, Record
 from grace_ds.comm.local import LocalComm
 from grace_ds.config.schema import GraphConfig
 from grace_ds.errors import ConfigError
-from grace_ds.graph import backends as leaves
+from grace_ds.graph import backends as backends
 from grace_ds.graph.build import knn
 from grace_ds.graph.propagate import Propagated, crowding, propagate
 from grace_ds.recipes.weights import rank01, soft_pass, uncrowded
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace, console: Console) -> Record:
     record.notes.append("seconds of wall time, one turn each")
     check = Check(args.rows, args.device, record)
     ended = time.perf_counter() + args.seconds
-    for stage in (check.rows, check.leaf, check.propagation, check.refresh, check.tiers):
+    for stage in (check.rows, check.backend, check.propagation, check.refresh, check.tiers):
         row: dict[str, Any] = {"stage": stage.__name__, "seconds": None, "gpu GiB": None, "host GiB": None, "failed": ""}
         started = time.perf_counter()
         if started > ended:
@@ -115,15 +115,15 @@ class Check:
         self.X = clustered_rows(self.n, WIDTH)
         self.sample, self.bar = true_bar(self.X, K, QUERIES)
 
-    def leaf(self) -> None:
-        """The leaf that auto takes, its whole graph, and the recall of it."""
+    def backend(self) -> None:
+        """The backend that auto takes, its whole graph, and the recall of it."""
         name = self._name()
-        leaf = leaves.choose("auto", self.n, RECALL, device=self.device)
-        with leaves.opened(None, leaf):
+        backend = backends.choose("auto", self.n, RECALL, device=self.device)
+        with backends.opened(None, backend):
             warm = self.X[: min(self.n, 2000)]
-            leaf.search(leaf.build(warm, np.arange(len(warm))), warm, K + 1)  # libraries are loaded once a job
+            backend.search(backend.build(warm, np.arange(len(warm))), warm, K + 1)  # libraries are loaded once a job
             started = time.perf_counter()
-            ids, similarity = leaf.search(leaf.build(self.X, np.arange(self.n)), self.X, K + 1)
+            ids, similarity = backend.search(backend.build(self.X, np.arange(self.n)), self.X, K + 1)
             self._claim("leaf_seconds", time.perf_counter() - started, f"s, {name}, {self.n} x {WIDTH}, k = {K}")
         self._recall("leaf_recall", ids)
         own = np.argsort(ids == np.arange(self.n)[:, None], axis=1, kind="stable")[:, :K]
@@ -136,7 +136,7 @@ class Check:
             self.ids = draw.integers(0, self.n, (self.n, K))
             self.similarity = draw.uniform(-0.2, 1.0, (self.n, K)).astype(np.float32)
         ids, similarity = self.ids, self.similarity
-        values, age = harvested(self.n)
+        values, age = collected(self.n)
         few = (values[:2000], age[:2000], ids[:2000] % min(self.n, 2000), similarity[:2000])
         _spread(*few)  # imports what it imports
         started = time.perf_counter()
@@ -156,10 +156,10 @@ class Check:
         """Graph, propagation, importance and draw, as a refresh does them."""
         name = self._name()
         started = time.perf_counter()
-        self._graph("refresh", self.X, GraphConfig(k=K, recall=RECALL, tier="exact", leaf=name))
+        self._graph("refresh", self.X, GraphConfig(k=K, recall=RECALL, tier="exact", backend=name))
         assert self.ids is not None and self.similarity is not None
         built = time.perf_counter()
-        values, age = harvested(self.n)
+        values, age = collected(self.n)
         with device_memory(self.device):
             spread, _, _ = self._on_device(values, age, self.ids, self.similarity)
             around = crowding(to_device(self.similarity, self.device))
@@ -168,7 +168,7 @@ class Check:
         weighed = time.perf_counter()
         sample_without_replacement(np.arange(self.n), log_p, self.n // 5, 1, 1)
         done = time.perf_counter()
-        self._claim("refresh_seconds", done - started, f"s, {self.n} rows, leaf {name}")
+        self._claim("refresh_seconds", done - started, f"s, {self.n} rows, backend {name}")
         parts = {"graph": built - started, "propagation and importance": weighed - built, "draw": done - weighed}
         self.record.rows["refresh"] = [parts]
 
@@ -178,13 +178,13 @@ class Check:
         found: dict[str, float] = {}
         for tier in ("exact", "clustered"):
             started = time.perf_counter()
-            knn(*_asked(rows), GraphConfig(k=K, recall=RECALL, tier=tier, leaf=self._name()))
+            knn(*_asked(rows), GraphConfig(k=K, recall=RECALL, tier=tier, backend=self._name()))
             found[tier] = time.perf_counter() - started
         self.record.rows["tiers"] = [{"rows": len(rows), **found}]
 
     def _name(self) -> str:
-        """The leaf that auto takes; on a GPU no other will do: a million rows would take it longer than there is time."""
-        name, why = leaves.automatic(self.device, self.n)
+        """The backend that auto takes; on a GPU no other will do: a million rows would take it longer than there is time."""
+        name, why = backends.automatic(self.device, self.n)
         if self.device == "cuda" and name != "cuvs":
             raise RuntimeError(f"auto takes {name} ({why})")
         return name
@@ -211,7 +211,7 @@ class Check:
         self.record.claims.append(Claim(name, value, unit, goal, higher))
 
 
-def harvested(n: int) -> tuple[FloatArray, Array]:
+def collected(n: int) -> tuple[FloatArray, Array]:
     """(centred signals (n, 1) float32, NaN for half of the rows; ages (n, 1) float64 in refreshes, inf where NaN)."""
     draw = np.random.default_rng(1)
     values = np.where(draw.random((n, 1)) < 0.5, draw.standard_normal((n, 1)), np.nan).astype(np.float32)

@@ -134,8 +134,8 @@ def ours_on(n: int, width: int) -> dict[str, Any]:
 
 
 def tier_b_on(n: int, width: int) -> dict[str, Any]:
-    """The clustered tier with one leaf."""
-    return {"n": n, **_ours(n, width, GraphConfig(tier="clustered", leaf="torch"))}
+    """The clustered tier with one backend."""
+    return {"n": n, **_ours(n, width, GraphConfig(tier="clustered", backend="torch"))}
 
 
 def _ours(n: int, width: int, config: GraphConfig) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def repair_on(n: int, width: int) -> dict[str, Any]:
 
 
 def full_refresh(n: int, width: int) -> dict[str, Any]:
-    """Graph, propagation and choice for ``n`` rows that came as fp16, half of them harvested; one process."""
+    """Graph, propagation and choice for ``n`` rows that came as fp16, half of them collected; one process."""
     X = clustered_rows(n, width).astype(np.float16)
     draw, ids, comm, config = np.random.default_rng(0), np.arange(n), LocalComm(7200.0), GraphConfig()
     with peak_above() as extra:

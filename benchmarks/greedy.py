@@ -30,8 +30,8 @@ from benchmarks.record import Claim, Record
 from grace_ds.comm.local import LocalComm
 from grace_ds.errors import ConfigError
 from grace_ds.features.content import TokenReader, content_features
-from grace_ds.features.quality import BigramPrior
-from grace_ds.graph import backends as leaves
+from grace_ds.features.quality import QualityModel
+from grace_ds.graph import backends as backends
 from grace_ds.graph.ring import nearest
 from grace_ds.graph.rows import Request
 from grace_ds.records import Array, IntArray
@@ -174,13 +174,13 @@ def pool_graph(data: Path, n: int) -> tuple[Coverage, Array, float]:
         TokenReader(_Items(tokens)), ids, dim=DIM, seed=1, allreduce=LocalComm(60.0).allreduce, trusted=_prior(data)
     )
     assert found.vectors is not None
-    leaf = leaves.choose("auto", n, 0.99)
-    neighbours = nearest(LocalComm(3600.0), Request.of(ids, found.vectors, NEIGHBOURS), leaf)
+    backend = backends.choose("auto", n, 0.99)
+    neighbours = nearest(LocalComm(3600.0), Request.of(ids, found.vectors, NEIGHBOURS), backend)
     began = time.process_time()
     graph = coverage(ids, neighbours)
     seconds = time.process_time() - began
-    assert found.keep is not None
-    return graph, found.keep.astype(np.float64) / (1.0 + found.density), seconds
+    assert found.quality is not None
+    return graph, found.quality.astype(np.float64) / (1.0 + found.density), seconds
 
 
 def measure(name: str, graph: Coverage, weights: Array) -> tuple[IntArray, float]:
@@ -264,14 +264,14 @@ def _features(args: argparse.Namespace, record: Record) -> None:
 
 def measure_features(data: Path, n: int, repeats: int) -> list[dict[str, Any]]:
     """A row of figures for each part and length of row; the parts take turns."""
-    tokens, prior = np.load(data / "train.npy")[:n].reshape(-1), _prior(data)
+    tokens, quality_model = np.load(data / "train.npy")[:n].reshape(-1), _prior(data)
     allreduce = LocalComm(60.0).allreduce
     out = []
     for length in LENGTHS:
         table = tokens[: len(tokens) // length * length].reshape(-1, length)
         ids, seconds = np.arange(len(table), dtype=np.int64), {part: [0.0] * repeats for part in PARTS}
         reader = TokenReader(_Items(table))
-        content_features(reader, ids[:64], dim=DIM, seed=1, allreduce=allreduce, trusted=prior)  # imports, first touches
+        content_features(reader, ids[:64], dim=DIM, seed=1, allreduce=allreduce, trusted=quality_model)  # imports, first touches
         for turn in range(repeats):
             for part, (density, tfidf, scored, examined) in PARTS.items():
                 began = time.process_time()
@@ -281,7 +281,7 @@ def measure_features(data: Path, n: int, repeats: int) -> list[dict[str, Any]]:
                     dim=DIM,
                     seed=1,
                     allreduce=allreduce,
-                    trusted=prior if scored else None,
+                    trusted=quality_model if scored else None,
                     want_density=density,
                     want_tfidf=tfidf,
                     want_statistics=examined,
@@ -308,6 +308,6 @@ class _Items:
         return row
 
 
-def _prior(data: Path) -> BigramPrior:
+def _prior(data: Path) -> QualityModel:
     trusted = np.load(data / "trusted.npy").astype(np.int64)
-    return BigramPrior.fit(trusted.reshape(-1), np.arange(len(trusted) + 1) * trusted.shape[1])
+    return QualityModel.fit(trusted.reshape(-1), np.arange(len(trusted) + 1) * trusted.shape[1])

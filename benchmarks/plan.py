@@ -1,4 +1,4 @@
-"""``grace-ds plan --calibrate`` against real jobs: memory that GRACE adds to a rank, seconds of its refreshes, and the harvest.
+"""``grace-ds plan --calibrate`` against real jobs: memory that GRACE adds to a rank, seconds of its refreshes, and the collect.
 
 For each job a step and the dataset are timed as they are without GRACE, then the plan is made, with these two and calibrated on
 as many ranks as the job has, and only then does the job run with GRACE. Memory: of the process beyond what it held before GRACE
@@ -117,10 +117,10 @@ def one_job(name: str, job: dict[str, Any], args: argparse.Namespace, folder: Pa
         "first": first,
         "later planned": planned["mean_seconds"],
         "later": sum(later) / len(later),
-        "harvest planned": planned["harvest_seconds"],
-        "harvest": ranks[0]["harvest_seconds"] / steps,
-        "hooks planned": planned["harvest_bytes"] / MIB,
-        "hooks": ranks[0]["harvest_peak_bytes"] / MIB,
+        "collect planned": planned["collect_seconds"],
+        "collect": ranks[0]["collect_seconds"] / steps,
+        "hooks planned": planned["collect_bytes"] / MIB,
+        "hooks": ranks[0]["collect_peak_bytes"] / MIB,
         "probe": max(r["probe"] - r["start"] for rank in ranks for r in rank["refreshes"][1:]) / MIB,
         "step": max(rank["step_peak_bytes"] for rank in ranks) / MIB,
         "step seconds": step,

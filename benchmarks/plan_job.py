@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 import grace_ds
 from grace_ds.refresh import runner as attempts
-from grace_ds.refresh.runner import Refresher
+from grace_ds.refresh.runner import RefreshRunner
 from grace_ds.utils.heap import trim_heap
 from grace_ds.utils.methods import replace_method
 
@@ -32,7 +32,7 @@ __compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled first, for
 WARM, TIMED = 4, 12  # steps before GRACE is there
 
 
-class Rows(Dataset[dict[str, torch.Tensor]]):
+class SampleRecords(Dataset[dict[str, torch.Tensor]]):
     """The first ``count`` rows of a .npy of token ids; of several rows each, where they are to be longer."""
 
     def __init__(self, path: Path, count: int, tokens: int) -> None:
@@ -66,8 +66,8 @@ def main() -> None:
 def run(job: dict[str, Any], data: Path) -> dict[str, Any]:
     """Trains; returns this rank's figures."""
     torch.manual_seed(0)
-    pool = Rows(data / "train.npy", job["rows"], job["tokens"])
-    trusted = Rows(data / "trusted.npy", 256 if job["tokens"] > 100 else 384, job["tokens"])
+    pool = SampleRecords(data / "train.npy", job["rows"], job["tokens"])
+    trusted = SampleRecords(data / "trusted.npy", 256 if job["tokens"] > 100 else 384, job["tokens"])
     model = GPT(GPTConfig(context=job["tokens"] - 1, width=job["width"], layers=job["layers"]))
     config = {
         "train_batch_size": job["batch"],
@@ -106,13 +106,13 @@ def run(job: dict[str, Any], data: Path) -> dict[str, Any]:
         "step_peak_bytes": step_peak,
         "refreshes": refreshes,
         "held_bytes": resident() - before,
-        "harvest_seconds": metrics["harvest_seconds"],
-        "harvest_peak_bytes": metrics["events"].get("harvest_peak_bytes", 0.0),
+        "collect_seconds": metrics["collect_seconds"],
+        "collect_peak_bytes": metrics["events"].get("collect_peak_bytes", 0.0),
         "failures": metrics["refresh_failures"],
     }
 
 
-def read(pool: Rows) -> list[float]:
+def read(pool: SampleRecords) -> list[float]:
     """Seconds of one item, of several hundreds at a time."""
     out = []
     for start in range(0, 3000, 300):
@@ -140,7 +140,7 @@ def _watch(refreshes: list[dict[str, float]], before: float) -> None:
     The probe runs the model as a training step does, so what it takes is what the steps take, at another time.
     """
     module: Any = attempts
-    owner: Any = Refresher
+    owner: Any = RefreshRunner
     stages, made = module.refresh, owner.__init__
 
     def attempt(original: Callable[..., Any], *args: Any) -> Any:
@@ -158,7 +158,7 @@ def _watch(refreshes: list[dict[str, float]], before: float) -> None:
         refreshes.append({"probe": probe, "peak": status("VmHWM") - before, **outcome.seconds})
         return outcome
 
-    def init(self: Refresher, *args: Any) -> None:
+    def init(self: RefreshRunner, *args: Any) -> None:
         made(self, *args)
         replace_method(self, "attempt", attempt)
 

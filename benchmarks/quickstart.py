@@ -51,7 +51,7 @@ def run(args: argparse.Namespace, console: Console) -> Record:
     record.notes += [
         "delta: validation loss of GRACE minus uniform of the same seed, after the last step; below zero GRACE is better",
         "luck: uniform minus uniform in another order, same weights",
-        "choosing: collecting gradients (harvest) and refreshes, share of GRACE's training time; slower: GRACE's training time / "
+        "choosing: collecting gradients (collect) and refreshes, share of GRACE's training time; slower: GRACE's training time / "
         "uniform's",
         "time to equal loss: GRACE's seconds, all cost in, until it reaches uniform's final loss / uniform's seconds; inf: never",
     ]
@@ -76,7 +76,7 @@ def one_seed(args: argparse.Namespace, pool: str, seed: int, console: Console) -
         "transport": grace["transport"],
         "sources": both["sources"],
         "choosing_share": grace["choosing_share"],
-        "harvest_overhead": grace["harvest_overhead"],
+        "collect_overhead": grace["collect_overhead"],
         "refresh_overhead": grace["refresh_overhead"],
         "slower": grace["train_seconds"] / uniform["train_seconds"],
         "time_to_equal_loss": equal_loss_seconds(grace["curve"], uniform["val_loss"]) / uniform["train_seconds"],
@@ -128,7 +128,7 @@ def summary(pool: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "worst": max(deltas),
         "luck, r.m.s.": float(np.sqrt(np.mean(np.square(luck)))),
         "choosing": float(np.median([r["choosing_share"] for r in rows])),
-        "harvest": float(np.median([r["harvest_overhead"] for r in rows])),
+        "collect": float(np.median([r["collect_overhead"] for r in rows])),
         "refresh": float(np.median([r["refresh_overhead"] for r in rows])),
         "slower": float(np.median([r["slower"] for r in rows])),
         "time to equal loss": float(np.median([r["time_to_equal_loss"] for r in rows])),

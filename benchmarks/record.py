@@ -19,7 +19,7 @@ from rich.table import Table
 
 from grace_ds.utils.files import write_atomic
 
-Rows = list[dict[str, Any]]
+SampleRecords = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Record:
 
     name: str
     claims: list[Claim] = field(default_factory=list)
-    rows: dict[str, Rows] = field(default_factory=dict)
+    rows: dict[str, SampleRecords] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
 

@@ -3,8 +3,8 @@
 One rank, all cores. The rows are the quickstart's crawl pool (real text, near-duplicates, junk); every row but the newest 5 %
 has been collected before, so the graph has as many anchors as rows: the dearest case. Content is computed and the graph built,
 as at the first refresh; then a later one is timed, which keeps both while 5 % of the rows have been collected again. Bare
-faiss gets the content vectors and the same k: an exact flat index, and the structure that our leaf chose with the parameters
-that our leaf had to find first; the ratio is to the faster of the two. Each size runs in a process of its own, refresh and
+faiss gets the content vectors and the same k: an exact flat index, and the structure that our backend chose with the parameters
+that our backend had to find first; the ratio is to the faster of the two. Each size runs in a process of its own, refresh and
 bare graph in turn; the size of --full has no bare graph beside it, whose search takes an hour and 12 GB there.
 """
 
@@ -26,14 +26,14 @@ from grace_ds.comm.local import LocalComm
 from grace_ds.config.schema import GraceConfig
 from grace_ds.data.order import SamplerOrder
 from grace_ds.data.pool import Pool
-from grace_ds.data.schedule import Ledger
+from grace_ds.data.schedule import VisitCounts
 from grace_ds.features.content import ContentFeatures, TokenReader, content_features
-from grace_ds.features.quality import BigramPrior
+from grace_ds.features.quality import QualityModel
 from grace_ds.graph.backends import FLAT_ROWS
-from grace_ds.graph.backends.faiss_backend import FaissLeaf
-from grace_ds.records import HIDDEN, Array, IntArray, Losses, Rows
-from grace_ds.refresh.line import Outcome, refresh
-from grace_ds.refresh.signals import Inputs, Pipeline
+from grace_ds.graph.backends.faiss_backend import FaissBackend
+from grace_ds.records import HIDDEN, Array, IntArray, Losses, SampleRecords
+from grace_ds.refresh.line import RefreshResult, refresh
+from grace_ds.refresh.signals import Inputs, RefreshContext
 from grace_ds.refresh.table import Table
 
 SIZES = (5_000, 10_000, 20_000, 40_000, 80_000)  # there is text for on a machine with Python alone
@@ -98,7 +98,7 @@ def measure(data: Path, n: int, dim: int, repeats: int, objective: str) -> list[
         tokens = np.lib.stride_tricks.sliding_window_view(stream, tokens.shape[1])[:: len(stream) // n][:n]
     tokens = tokens[:n]
     trusted = np.load(data / "trusted.npy").astype(np.int64)
-    prior = BigramPrior.fit(trusted.reshape(-1), np.arange(len(trusted) + 1) * trusted.shape[1])
+    quality_model = QualityModel.fit(trusted.reshape(-1), np.arange(len(trusted) + 1) * trusted.shape[1])
     config = GraceConfig(recipe="grace")
     config.selection.objective = objective
     config.guard.enabled = False
@@ -111,16 +111,18 @@ def measure(data: Path, n: int, dim: int, repeats: int, objective: str) -> list[
         if kept is not None:
             return kept
         reader = TokenReader(_Items(tokens), "auto", config.features.max_tokens)
-        last[:] = [content_features(reader, ids, dim=dim, seed=1, allreduce=comm.allreduce, trusted=prior, want_statistics=True)]
+        last[:] = [
+            content_features(reader, ids, dim=dim, seed=1, allreduce=comm.allreduce, trusted=quality_model, want_statistics=True)
+        ]
         return last[0]
 
     comm = LocalComm(3600.0)
     pool = Pool(n, n, config.budget, interval, BATCH, config.seed)
     nobody = np.empty(0, np.int64)
-    pipeline = Pipeline(comm, config, pool, SamplerOrder(n), BATCH, contents, nobody, nobody, prior.held_out)
+    pipeline = RefreshContext(comm, config, pool, SamplerOrder(n), BATCH, contents, nobody, nobody, quality_model.held_out)
     out = []
     for _ in range(repeats):
-        inputs = _inputs(n, config.harvest.dim, interval)
+        inputs = _inputs(n, config.collect.dim, interval)
         before = _reset_peak()
         started = time.perf_counter()
         outcome = refresh(pipeline, inputs)
@@ -136,12 +138,12 @@ def measure(data: Path, n: int, dim: int, repeats: int, objective: str) -> list[
 
 def _inputs(n: int, dim: int, interval: int) -> Inputs:
     """Of the first refresh that is timed."""
-    old, new = _harvest(n, dim, interval)
-    tables = Table(Rows.empty(dim)).merge(old), Table(Losses.empty()).merge(old.losses)
-    return Inputs(new, new.losses, *tables, Ledger(), 20 * interval, 1, 0, interval, {0: 0.4})
+    old, new = _collect(n, dim, interval)
+    tables = Table(SampleRecords.empty(dim)).merge(old), Table(Losses.empty()).merge(old.losses)
+    return Inputs(new, new.losses, *tables, VisitCounts(), 20 * interval, 1, 0, interval, {0: 0.4})
 
 
-def _next(first: Inputs, outcome: Outcome, interval: int) -> Inputs:
+def _next(first: Inputs, outcome: RefreshResult, interval: int) -> Inputs:
     """Of the refresh after that, which keeps content and graph: rows of as many samples have been collected again."""
     rows = first.rows
     again = replace(rows, step=rows.step + interval, sketch=rows.sketch[::-1].copy(), hidden=rows.hidden[::-1].copy())
@@ -157,7 +159,7 @@ def _next(first: Inputs, outcome: Outcome, interval: int) -> Inputs:
     )
 
 
-def _later(pipeline: Pipeline, x: Inputs) -> dict[str, Any]:
+def _later(pipeline: RefreshContext, x: Inputs) -> dict[str, Any]:
     """Seconds of a later refresh."""
     started = time.perf_counter()
     found = refresh(pipeline, x)
@@ -168,12 +170,12 @@ def _later(pipeline: Pipeline, x: Inputs) -> dict[str, Any]:
 
 
 def bare_faiss(X: Array | None, k: int, recall: float) -> dict[str, Any]:
-    """Seconds that faiss alone takes for the graph of ``X``: exact, and as our leaf would build it (tuned beforehand)."""
+    """Seconds that faiss alone takes for the graph of ``X``: exact, and as our backend would build it (tuned beforehand)."""
     import faiss
 
     assert X is not None
     found: dict[str, Any] = {"bare_flat": None, "bare_tuned": None, "tuned": "exact"}
-    tuned = FaissLeaf(recall).tune(X, X, k + 1)[1] if len(X) >= FLAT_ROWS else None
+    tuned = FaissBackend(recall).tune(X, X, k + 1)[1] if len(X) >= FLAT_ROWS else None
     if tuned is not None:
         found["tuned"] = f"lists {tuned.nprobe}/{tuned.nlist}, x{tuned.candidates}"
         started = time.perf_counter()
@@ -201,17 +203,17 @@ class _Items:
         return {"input_ids": self.tokens[i]}
 
 
-def _harvest(n: int, dim: int, interval: int) -> tuple[Rows, Rows]:
+def _collect(n: int, dim: int, interval: int) -> tuple[SampleRecords, SampleRecords]:
     """Rows of all samples: those of earlier refreshes, and the newest 5 %, which replace older ones."""
     rng = np.random.default_rng(0)
     sketch = rng.standard_normal((n, dim), np.float32).astype(np.float16)
 
-    def rows(ids: IntArray, steps: Array) -> Rows:
+    def rows(ids: IntArray, steps: Array) -> SampleRecords:
         m = len(ids)
         draw = rng.standard_normal((3, m)).astype(np.float32)
-        align, basis = 0.4 + 0.2 * draw[2], np.zeros(m, np.int32)
+        influence, basis = 0.4 + 0.2 * draw[2], np.zeros(m, np.int32)
         hidden = rng.standard_normal((m, HIDDEN)).astype(np.float16)
-        return Rows(ids, steps.astype(np.int64), sketch[ids], np.abs(draw[0]), draw[1], align, basis, hidden)
+        return SampleRecords(ids, steps.astype(np.int64), sketch[ids], np.abs(draw[0]), draw[1], influence, basis, hidden)
 
     ids = np.arange(n, dtype=np.int64)
     newest = rng.permutation(n)[: interval * BATCH]

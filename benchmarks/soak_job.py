@@ -102,7 +102,7 @@ def build() -> tuple[Any, Any]:
         "budget": 0.3,
         "start_step": 0,
         "window": 3000,
-        "guard": {"enabled": False},  # it may find the pool clean, and then nothing is harvested
+        "guard": {"enabled": False},  # it may find the pool clean, and then nothing is collected
         "refresh": {"interval_steps": INTERVAL, "cadence": "fixed", "timeout_seconds": 120},
     }
     config = {

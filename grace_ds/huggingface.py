@@ -18,7 +18,7 @@ from typing import Any
 from grace_ds.data.trusted import Tokenize
 from grace_ds.gradients.probe import LossFn
 from grace_ds.integrations.huggingface import job as _job
-from grace_ds.integrations.trusted_set import Extras
+from grace_ds.integrations.trusted_set import UserInputs
 
 __all__ = ["attach"]
 
@@ -51,5 +51,5 @@ def attach(
         ConfigError: the Trainer uses no DeepSpeed, the block is wrong, or a setting cannot be had with a coreset.
         DataError: the training set cannot be read by index.
     """
-    _job.attach(trainer, Extras(trusted_data, validation_data, tokenize, loss_fn))
+    _job.attach(trainer, UserInputs(trusted_data, validation_data, tokenize, loss_fn))
     return trainer

@@ -63,7 +63,7 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Rows(Columns):
+class SampleRecords(Columns):
     """Collected rows: what one training backward gave for each of its samples.
 
     Attributes:
@@ -71,7 +71,7 @@ class Rows(Columns):
         norm: (n,) float32, length of the unscaled sketch: the sampled layers' gradient norm of the sample's mean loss.
         loss: (n,) float32, nats per token minus the running mean at its step; NaN where the job's loss was not seen.
         align: (n,) float32, cosine with the trusted gradient; NaN where there was no trusted basis.
-        basis: (n,) int32, version of the trusted basis behind ``align``; -1 without one.
+        basis: (n,) int32, version of the trusted basis behind ``influence``; -1 without one.
         hidden: (n, HIDDEN) float16, hidden state of the last sketched block, mean over the sample's tokens, projected; 0 where
             it was not seen.
     """
@@ -80,19 +80,19 @@ class Rows(Columns):
     sketch: npt.NDArray[np.float16]
     norm: FloatArray
     loss: FloatArray
-    align: FloatArray
+    influence: FloatArray
     basis: npt.NDArray[np.int32]
     hidden: npt.NDArray[np.float16]
 
     @staticmethod
-    def empty(dim: int) -> Rows:
+    def empty(dim: int) -> SampleRecords:
         """No rows, with sketches ``dim`` wide."""
-        return Rows(
+        return SampleRecords(
             ids=np.empty(0, np.int64),
             sketch=np.empty((0, dim), np.float16),
             norm=np.empty(0, np.float32),
             loss=np.empty(0, np.float32),
-            align=np.empty(0, np.float32),
+            influence=np.empty(0, np.float32),
             step=np.empty(0, np.int64),
             basis=np.empty(0, np.int32),
             hidden=np.empty((0, HIDDEN), np.float16),
@@ -114,7 +114,7 @@ class Losses(Columns):
     """Losses of the samples of any step, collected or not: they come with the forward.
 
     Attributes:
-        loss: (n,) float32, as in :class:`Rows`.
+        loss: (n,) float32, as in :class:`SampleRecords`.
     """
 
     name: ClassVar[str] = "losses"
@@ -161,9 +161,9 @@ class Signals:
 
     ids: IntArray
     loss: FloatArray
-    align: FloatArray
+    influence: FloatArray
     density: FloatArray
-    keep: FloatArray
+    quality: FloatArray
     loss_pass: FloatArray
     crowding: FloatArray
     staleness: FloatArray

@@ -111,7 +111,7 @@ def _of_the_handle(handle: Any) -> dict[str, Any]:
     if handle is None:
         return {}
     m = handle.metrics
-    keys = ("refresh_seconds", "harvest_seconds", "refreshes", "refresh_failures", "probe_samples")
+    keys = ("refresh_seconds", "collect_seconds", "refreshes", "refresh_failures", "probe_samples")
     return {key: m[key] for key in keys}
 
 

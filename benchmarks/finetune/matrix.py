@@ -22,7 +22,7 @@ from rich.console import Console
 from benchmarks.finetune.arms import ARMS
 from benchmarks.finetune.model import prepare_model
 from benchmarks.interrupts import deferred_interrupts
-from benchmarks.record import Claim, Record, Rows
+from benchmarks.record import Claim, Record, SampleRecords
 from grace_ds.utils.processes import end_group
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,7 +173,7 @@ def record_of(args: argparse.Namespace, results: list[dict[str, Any]]) -> Record
         f"{args.steps} steps of {args.batch} are {drawn} samples: {drawn / subset:.1f} times a subset of {subset}, "
         f"{drawn / args.pool_size:.1f} times the pool",
         f"one seed's exact match has a standard error of about {100 * (0.05 * 0.95 / args.generate) ** 0.5:.0f} points at 5 %",
-        "CPU seconds are those of the training process, choosing included; refresh and harvest are wall seconds of it",
+        "CPU seconds are those of the training process, choosing included; refresh and collect are wall seconds of it",
         f"all runs: {cpu:.0f} CPU s; training took {wall:.0f} s of wall time, {args.jobs} runs at once beside other work",
         f"{results[0]['settings'].get('versions', '')}; one thread, bfloat16",
         "none: the model as it comes; the guard is off in content and grace; rs2 is the system's own (recipe uniform)",
@@ -181,17 +181,17 @@ def record_of(args: argparse.Namespace, results: list[dict[str, Any]]) -> Record
     return record
 
 
-def _total(results: Rows, *keys: str) -> float:
+def _total(results: SampleRecords, *keys: str) -> float:
     return float(sum(r.get(key, 0.0) for r in results for key in keys))
 
 
-def differences(ours: Rows, theirs: Rows) -> list[float]:
+def differences(ours: SampleRecords, theirs: SampleRecords) -> list[float]:
     """Of the losses, seed by seed."""
     other = {r["settings"]["seed"]: r["nll"] for r in theirs}
     return [r["nll"] - other[r["settings"]["seed"]] for r in ours if r["settings"]["seed"] in other]
 
 
-def row_of(arm: str, found: Rows) -> dict[str, Any]:
+def row_of(arm: str, found: SampleRecords) -> dict[str, Any]:
     """An arm's figures over its seeds."""
     losses = [r["nll"] for r in found]
     right, asked = sum(r["right"] for r in found), sum(r["asked"] for r in found)
@@ -208,11 +208,11 @@ def row_of(arm: str, found: Rows) -> dict[str, Any]:
         "right": f"{right} of {asked}",
         "training CPU s": mean("train_cpu_s"),
         "refresh s": mean("refresh_seconds"),
-        "harvest s": mean("harvest_seconds"),
+        "collect s": mean("collect_seconds"),
         "probed samples": mean("probe_samples"),
     }
 
 
 def _run_row(r: dict[str, Any]) -> dict[str, Any]:
-    keys = ("nll", "right", "asked", "train_cpu_s", "train_wall_s", "refresh_seconds", "harvest_seconds", "refreshes")
+    keys = ("nll", "right", "asked", "train_cpu_s", "train_wall_s", "refresh_seconds", "collect_seconds", "refreshes")
     return {"arm": r["settings"]["arm"], "seed": r["settings"]["seed"], **{key: r.get(key) for key in keys}}

@@ -27,12 +27,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.selection.arms import ARMS
 from benchmarks.selection.arms.base import Arm, Batch, Plan, View
 from benchmarks.selection.arms.system import SystemArm
-from benchmarks.selection.ledger import Ledger
 from benchmarks.selection.pools import decode_rows
 from benchmarks.selection.runs import RunSpec, read_spec
 from benchmarks.selection.scoring import Scorer, mean_loss
 from benchmarks.selection.sizes import model_config, training_flops
 from benchmarks.selection.store import Stored, opened
+from benchmarks.selection.visits import VisitCounts
 from grace_ds.gradients.losses import sample_losses
 from grace_ds.utils.files import write_atomic
 
@@ -63,7 +63,7 @@ def new_model(config: GPTConfig, seed: int) -> GPT:
 
 def view_of(spec: RunSpec, pool: Stored, config: GPTConfig, model: GPT) -> View:
     """What the arm can reach."""
-    rows, ledger = pool.array("train"), Ledger()
+    rows, visits = pool.array("train"), VisitCounts()
     budget = spec.budget_of(len(rows))
     return View(
         rows=rows,
@@ -72,8 +72,8 @@ def view_of(spec: RunSpec, pool: Stored, config: GPTConfig, model: GPT) -> View:
         folder=pool.folder,
         vocab=config.vocab,
         plan=Plan(spec.steps, spec.batch, budget, spec.interval, spec.lr, spec.order_seed),
-        ledger=ledger,
-        scorer=Scorer(model, config, ledger),
+        visits=visits,
+        scorer=Scorer(model, config, visits),
         new_model=functools.partial(new_model, config, spec.order_seed + HOLDOUT_SEED),
         decode=functools.partial(decode_rows, pool.tokenizer()),
     )
@@ -98,30 +98,30 @@ class Trainer:
 
     def run(self) -> None:
         """All steps."""
-        ledger, steps = self.view.ledger, self.view.plan.steps
-        with ledger.counted(), ledger.selecting():
+        visits, steps = self.view.visits, self.view.plan.steps
+        with visits.counted(), visits.selecting():
             self.arm.begin(self.engine)
         for step in range(steps):
             loss = self.step(step)
             if (step + 1) % self.eval_every == 0 or step + 1 == steps:
                 losses = {name: mean_loss(self.engine.module, rows) for name, rows in self.held.items()}
-                self.curve.append({"step": step + 1, "train": loss, "cpu": ledger.cpu_total, **losses})
+                self.curve.append({"step": step + 1, "train": loss, "cpu": visits.cpu_total, **losses})
                 print(f"step {step + 1}/{steps} train {loss:.4f} dev {losses['dev']:.4f}", flush=True)
 
     def step(self, step: int) -> float:
         """One optimizer step; its training loss."""
-        ledger, arm = self.view.ledger, self.arm
-        with ledger.counted():
-            with ledger.selecting():
+        visits, arm = self.view.visits, self.arm
+        with visits.counted():
+            with visits.selecting():
                 arm.before(step)
             if isinstance(arm, SystemArm) and arm.counts_flops():
                 batch, loss, losses = self._flops_counted(step, arm)
             else:
                 batch, loss, losses = self._train(step)
             if arm.watches:
-                with ledger.selecting():
+                with visits.selecting():
                     arm.observe(step, batch.ids, losses)
-        ledger.flops_train += len(batch.ids) * training_flops(self.view.scorer.config)
+        visits.flops_train += len(batch.ids) * training_flops(self.view.scorer.config)
         np.add.at(self.uses, batch.ids, 1)
         return loss
 
@@ -196,7 +196,7 @@ def run_job(spec: RunSpec) -> dict[str, Any]:
         "test": trainer.curve[-1]["test"],
         "parameters": sum(p.numel() for p in engine.module.parameters()),
         "wall": time.perf_counter() - began,
-        **view.ledger.as_dict(),
+        **view.visits.as_dict(),
         **trainer.facts(),
         "told": told,
         "curve": trainer.curve,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quickstart import standard_error
-from benchmarks.record import Record, Rows
+from benchmarks.record import Record, SampleRecords
 from benchmarks.selection.equal_loss import Ratios, joint_bound, ratios
 from benchmarks.selection.pools import HELDOUT
 
@@ -143,7 +143,7 @@ def run_row(run: Mapping[str, Any], final: bool) -> dict[str, Any]:
     return row
 
 
-def ratio_rows(runs: PoolRuns) -> Rows:
+def ratio_rows(runs: PoolRuns) -> SampleRecords:
     """The ratios of each run, with their bounds."""
     return [
         {"pool": runs.pool, "arm": arm, "seed": run["settings"]["seed"], **vars(found)}

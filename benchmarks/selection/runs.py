@@ -30,7 +30,7 @@ REFRESHES = 5  # of a run, the first schedule included
 MAX_REPEATS = 4  # of a chosen sample, beyond which the budget is raised for all arms alike
 _ALONE = ("uniform", "static_random", "oracle", "infobatch", "trusted_upsample")  # use nothing of the system
 TAIL = 30  # lines shown of a run that failed
-_LOOP = ("job", "ledger", "scoring", "sizes", "arms/base")  # what every run executes
+_LOOP = ("job", "visit counts", "scoring", "sizes", "arms/base")  # what every run executes
 _FAMILIES: dict[str, tuple[str, ...]] = {
     "arms/system": (*RECIPES, *CEILINGS),
     "arms/ceiling": CEILINGS,

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from grace_ds_quickstart.model import GPT, GPTConfig
 from torch import Tensor
 
-from benchmarks.selection.ledger import Ledger
 from benchmarks.selection.sizes import forward_flops, head_norm_flops
+from benchmarks.selection.visits import VisitCounts
 from grace_ds.records import Array, FloatArray
 
 BATCH = 64
@@ -70,25 +70,25 @@ def mean_loss(model: torch.nn.Module, rows: Array) -> float:
 
 
 class Scorer:
-    """Passes of one model over rows, each of them entered in the ledger.
+    """Passes of one model over rows, each of them entered in the visit counts.
 
     Args:
         model: as it is at the moment of a pass.
         config: its shape.
-        ledger: takes the FLOPs; CPU seconds are its caller's to count.
+        visit counts: takes the FLOPs; CPU seconds are its caller's to count.
     """
 
-    def __init__(self, model: GPT, config: GPTConfig, ledger: Ledger) -> None:
-        self.model, self.config, self.ledger = model, config, ledger
+    def __init__(self, model: GPT, config: GPTConfig, visits: VisitCounts) -> None:
+        self.model, self.config, self.visits = model, config, visits
 
     def losses(self, rows: Array) -> FloatArray:
         """(n,) float32, mean loss of each of ``rows`` (n, T + 1), nats per token."""
-        self.ledger.flops_selection += len(rows) * forward_flops(self.config)
+        self.visits.flops_selection += len(rows) * forward_flops(self.config)
         return self._pass(rows, lambda hidden, logits, targets: row_losses(logits, targets))
 
     def gradient_norms(self, rows: Array) -> FloatArray:
         """(n,) float32, norm of the head's gradient for each of ``rows`` (n, T + 1)."""
-        self.ledger.flops_selection += len(rows) * (forward_flops(self.config) + head_norm_flops(self.config))
+        self.visits.flops_selection += len(rows) * (forward_flops(self.config) + head_norm_flops(self.config))
         return self._pass(rows, head_gradient_norms)
 
     def _pass(self, rows: Array, of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> FloatArray:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CURES = ROOT / "docs" / "cures.yaml"
 # What a cure begins with; "must be" and "needs" say it as plainly.
 _VERBS = (
-    "add|ask for|build|call|check|choose|copy|correct|drop|end|exclude|free|give|harvest some|install|keep|leave|let|list|load|"
+    "add|ask for|build|call|check|choose|copy|correct|drop|end|exclude|free|give|collect some|install|keep|leave|let|list|load|"
     "lower|make|match|materialise|mend|move|name|pass|pip install|raise|repair|reshape|restart|restore|return|run|set|start|"
     "sudo|take|turn|use|write"
 )

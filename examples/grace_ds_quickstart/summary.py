@@ -7,9 +7,9 @@ Keys of summary.json (every time in seconds, every overhead a share of the arm's
 - ``uniform`` and ``grace``, where the arm was run: ``val_loss`` (nats per token after the last step), ``steps``,
   ``train_seconds`` (from initialize on, choosing included, validation not), ``wall_seconds`` (start-up and validation
   included), ``curve`` (list of ``step``, ``val_loss``, ``train_loss``, ``seconds``)
-- ``grace`` besides: ``choosing_share`` (``harvest_overhead`` of the collecting hooks plus ``refresh_overhead``),
+- ``grace`` besides: ``choosing_share`` (``collect_overhead`` of the collecting hooks plus ``refresh_overhead``),
   ``refreshes``, ``coreset_size``, ``churn`` (share of each coreset that was not in the one before), ``version``,
-  ``harvest_peak_mib`` (most that the hooks held on a rank)
+  ``collect_peak_mib`` (most that the hooks held on a rank)
 - ``grace``, of its way from collecting to choosing: ``transport`` (``mpi`` or ``torch``), ``collected_rows`` and
   ``gathered_bytes`` (all ranks, whole run), ``graph_seconds.first`` and ``graph_seconds.repair`` (mean of the later
   refreshes), ``propagated_rows`` (whose influence came from their neighbours, last refresh)
@@ -65,12 +65,12 @@ def arm_summary(result: dict[str, Any], wall_seconds: float) -> dict[str, Any]:
     }
     metrics = result.get("grace")
     if metrics:
-        harvest, refresh = (_share(metrics.get(f"{part}_seconds"), result["train_seconds"]) for part in ("harvest", "refresh"))
-        summary["harvest_overhead"], summary["refresh_overhead"] = harvest, refresh
-        summary["choosing_share"] = None if harvest is None or refresh is None else harvest + refresh
+        collect, refresh = (_share(metrics.get(f"{part}_seconds"), result["train_seconds"]) for part in ("collect", "refresh"))
+        summary["collect_overhead"], summary["refresh_overhead"] = collect, refresh
+        summary["choosing_share"] = None if collect is None or refresh is None else collect + refresh
         summary |= {key: metrics.get(key) for key in TOLD}
         summary["graph_seconds"] = {part: metrics.get(f"graph_{part}_seconds") for part in ("first", "repair")}
-        summary["harvest_peak_mib"] = (metrics.get("harvest_peak_bytes") or 0.0) / 2**20
+        summary["collect_peak_mib"] = (metrics.get("collect_peak_bytes") or 0.0) / 2**20
     return summary
 
 
@@ -158,7 +158,7 @@ def table(summary: dict[str, Any], arms: list[str]) -> Table:
         ("training time, choosing included (s)", "train_seconds", ".1f"),
         ("wall time with start-up (s)", "wall_seconds", ".1f"),
         ("choosing, share of the training time", "choosing_share", ".1%"),
-        ("  collecting gradients", "harvest_overhead", ".1%"),
+        ("  collecting gradients", "collect_overhead", ".1%"),
         ("  refreshes", "refresh_overhead", ".1%"),
         ("transport", "transport", "s"),
         ("rows collected", "collected_rows", ",d"),
@@ -166,7 +166,7 @@ def table(summary: dict[str, Any], arms: list[str]) -> Table:
         ("graph, first (s)", "graph_seconds.first", ".2f"),
         ("graph, repair (s)", "graph_seconds.repair", ".2f"),
         ("rows given influence by propagation", "propagated_rows", ",d"),
-        ("memory of the hooks, peak (MiB a rank)", "harvest_peak_mib", ".2f"),
+        ("memory of the hooks, peak (MiB a rank)", "collect_peak_mib", ".2f"),
         ("refreshes", "refreshes", "d"),
         ("coreset (samples)", "coreset_size", "d"),
         ("churn, mean", "churn", ".0%"),

@@ -183,7 +183,7 @@ def result(args: argparse.Namespace, engine: Any, curve: list[dict[str, float]])
 def _told(metrics: dict[str, Any]) -> dict[str, Any]:
     """The totals of the run, and what the hooks held at most up to the last refresh."""
     totals = {key: value for key, value in metrics.items() if _plain(value)}
-    return {**totals, "harvest_peak_bytes": metrics["events"].get("harvest_peak_bytes", 0.0)}
+    return {**totals, "collect_peak_bytes": metrics["events"].get("collect_peak_bytes", 0.0)}
 
 
 def _plain(value: Any) -> bool:

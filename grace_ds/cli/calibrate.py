@@ -23,7 +23,7 @@ from grace_ds.comm.base import Comm
 from grace_ds.comm.choose import choose
 from grace_ds.config.schema import GraceConfig
 from grace_ds.data.sampler import Geometry
-from grace_ds.data.schedule import Ledger
+from grace_ds.data.schedule import VisitCounts
 from grace_ds.errors import ConfigError
 from grace_ds.features.content import ContentFeatures
 from grace_ds.gradients.basis import TRUSTED_RANK
@@ -31,9 +31,9 @@ from grace_ds.gradients.projection import Side, bases
 from grace_ds.graph.build import knn
 from grace_ds.graph.plan import plan_graph
 from grace_ds.integrations.setup import pipeline_of, prepare
-from grace_ds.integrations.trusted_set import Extras
+from grace_ds.integrations.trusted_set import UserInputs
 from grace_ds.recipes import recipe
-from grace_ds.records import HIDDEN, Array, IntArray, Losses, Rows
+from grace_ds.records import HIDDEN, Array, IntArray, Losses, SampleRecords
 from grace_ds.refresh.line import refresh
 from grace_ds.refresh.signals import Inputs
 from grace_ds.refresh.table import Table
@@ -97,7 +97,7 @@ def calibrate(config: GraceConfig, dim: int, tokens: int, hidden: int, comm: Com
         "sample_seconds": max(large.cpu - large.feature_cpu - few.cpu + few.feature_cpu, 0.0) / (comm.size * (many - FEW)),
         "busy": max(1.0, large.seconds / max(large.cpu, 1e-6)),
         "gflops": -products(dim),
-        "narrow_gflops": -narrow(hidden, config.harvest.rank) if hidden else 0.0,
+        "narrow_gflops": -narrow(hidden, config.collect.rank) if hidden else 0.0,
         "gbits": -1e-9 * link(comm) if comm.size > 1 else -Rates.gbits,
     }  # speeds are negative, so that of each the largest is the worst
     slow = comm.allreduce(np.array(list(found.values()), np.float64), "max")
@@ -119,7 +119,7 @@ def products(dim: int, seconds: float = 0.3) -> float:
 
 
 def narrow(hidden: int, rank: int, seconds: float = 0.3) -> float:
-    """10⁹ operations a second of the harvest's projections of a layer ``hidden`` wide."""
+    """10⁹ operations a second of the collection's projections of a layer ``hidden`` wide."""
     import torch
 
     side = Side(np.concatenate([bases("calibration", 0, rank, hidden, hidden)[0]] * (1 + -(-TRUSTED_RANK // rank))))
@@ -174,7 +174,7 @@ def _measured(comm: Comm, config: GraceConfig, n: int, tokens: int) -> _Taken:
     config = copy.deepcopy(config)
     config.window, config.refresh.interval_steps = n, 1
     geometry = Geometry(comm.size, comm.rank, max(1, n // 20 // comm.size), 1)
-    parts = prepare(data, config, geometry, Extras(trusted_data=trusted))
+    parts = prepare(data, config, geometry, UserInputs(trusted_data=trusted))
     pipeline = pipeline_of(comm, config, geometry, parts)
     read = pipeline.contents
 
@@ -184,9 +184,9 @@ def _measured(comm: Comm, config: GraceConfig, n: int, tokens: int) -> _Taken:
         out.feature_seconds, out.feature_cpu = time.perf_counter() - started, time.process_time() - cpu
         return features
 
-    rows = _harvested(n, comm, config.harvest.dim) if config.collects else Rows.empty(config.harvest.dim)
-    nothing = Table(Rows.empty(config.harvest.dim)), Table(Losses.empty())
-    x = Inputs(rows, rows.losses, *nothing, Ledger(), 40, 1, 0, 1, {0: 0.4})
+    rows = _collected(n, comm, config.collect.dim) if config.collects else SampleRecords.empty(config.collect.dim)
+    nothing = Table(SampleRecords.empty(config.collect.dim)), Table(Losses.empty())
+    x = Inputs(rows, rows.losses, *nothing, VisitCounts(), 40, 1, 0, 1, {0: 0.4})
     comm.agree()
     started, cpu = time.perf_counter(), time.process_time()
     refresh(dataclasses.replace(pipeline, contents=contents), x)
@@ -196,16 +196,16 @@ def _measured(comm: Comm, config: GraceConfig, n: int, tokens: int) -> _Taken:
     return out
 
 
-def _harvested(n: int, comm: Comm, dim: int) -> Rows:
-    """Rows as if each rank had harvested its share of the samples."""
+def _collected(n: int, comm: Comm, dim: int) -> SampleRecords:
+    """Rows as if each rank had collected its share of the samples."""
     rng = np.random.default_rng(comm.rank)
     ids = np.arange(comm.rank, n, comm.size, dtype=np.int64)
     sketch = rng.standard_normal((len(ids), dim), np.float32).astype(np.float16)
     draw = rng.standard_normal((3, len(ids))).astype(np.float32)
     steps, basis = np.full(len(ids), 39, np.int64), np.zeros(len(ids), np.int32)
     hidden = rng.standard_normal((len(ids), HIDDEN), np.float32).astype(np.float16)
-    align = 0.4 + 0.2 * draw[2]
-    return Rows(ids, steps, sketch, np.abs(draw[0]), draw[1], align, basis, hidden)
+    influence = 0.4 + 0.2 * draw[2]
+    return SampleRecords(ids, steps, sketch, np.abs(draw[0]), draw[1], influence, basis, hidden)
 
 
 class _Tokens:

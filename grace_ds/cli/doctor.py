@@ -111,7 +111,7 @@ def launcher(environ: Mapping[str, str]) -> list[Finding]:
 
 
 def gpu(environ: Mapping[str, str]) -> list[Finding]:
-    """GPUs, the device of an engine, and what would compute on it: the leaf that ``auto`` takes, the rows of propagation."""
+    """GPUs, the device of an engine, and what would compute on it: the backend that ``auto`` takes, the rows of propagation."""
     import torch
 
     from grace_ds.graph.backends import automatic
@@ -126,8 +126,8 @@ def gpu(environ: Mapping[str, str]) -> list[Finding]:
     device = asked or ("cuda" if count else "cpu")
     found.append(Finding("device", OK, f"{device} (DS_ACCELERATOR)" if asked else device))
     cure = f"pip install grace_ds[{gpu_extra()}]" if count and device == "cuda" else ""
-    leaf, why = automatic(device)
-    found.append(_chosen("graph.leaf auto", leaf, why, "cuvs", cure))
+    backend, why = automatic(device)
+    found.append(_chosen("graph.backend auto", backend, why, "cuvs", cure))
     library, why = library_for(device)
     found.append(_chosen("propagation rows", library, why, "cupy", cure))
     for module, names in _RAPIDS.items():

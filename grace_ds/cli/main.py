@@ -98,7 +98,7 @@ def _add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
     planner = commands.add_parser(
         "plan",
         help="what GRACE will cost each rank, and how many steps it must save",
-        description="From the sizes of a job: the window, memory, traffic and seconds of a refresh, what the harvest adds, the "
+        description="From the sizes of a job: the window, memory, traffic and seconds of a refresh, what collecting adds, the "
         "break-even, and a table of what-ifs. With --calibrate the rates behind it are measured here; without they are "
         "assumed. It says which figure is which.",
         example="""\

@@ -13,7 +13,7 @@ from grace_ds.errors import ConfigError
 from grace_ds.graph.repair import SPARE
 
 _ROW_BYTES = 36  # of a table's row beside its sketch
-_LEDGER_BYTES = 12  # a sample met
+_VISIT_BYTES = 12  # a sample met
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _model(config: Mapping[str, Any], job: Job) -> float:
 
 def _ours(grace: GraceConfig, job: Job) -> float:
     window = min(grace.window or job.samples, job.samples)
-    row = 2 * grace.harvest.dim + _ROW_BYTES if grace.collects else 0
+    row = 2 * grace.collect.dim + _ROW_BYTES if grace.collects else 0
     if grace.builds_graph:  # the vectors, and the lists of the kept graph
         row += 4 * grace.features.dim + 8 * (grace.graph.k + SPARE + 1)
-    return _LEDGER_BYTES * job.samples + window / job.ranks * row
+    return _VISIT_BYTES * job.samples + window / job.ranks * row

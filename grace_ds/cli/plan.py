@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from grace_ds.cli.calibrate import products
-from grace_ds.cli.plan_model import BYTES_AN_OPERATION, BreakEven, Harvest, Model, probe_flop
+from grace_ds.cli.plan_model import BYTES_AN_OPERATION, BreakEven, CollectCost, Model, probe_flop
 from grace_ds.cli.plan_rates import ASSUMED, GIVEN, MEASURED, Rates
 from grace_ds.config.schema import GraceConfig
 from grace_ds.data.pool import Pool, implied_repeats
@@ -25,8 +25,8 @@ from grace_ds.refresh.choice import slack
 
 SCHEDULE_BYTES = 8 + 1 + 4  # id, role, weight of a slot
 SELECT_BYTES = 3 * 32 + 48  # of a sample of the window on rank 0: its signals sent, joined and sorted; what is drawn with
-LEDGER_BYTES = 16  # of a sample met, on every rank
-ROW_BYTES = 32  # of a harvested row beside its sketch (grace_ds.records.Rows)
+VISIT_BYTES = 16  # of a sample met, on every rank
+ROW_BYTES = 32  # of a collected row beside its sketch (grace_ds.records.Rows)
 BLOCK_BYTES = 60  # of a token of a block: what the allocator of a job that trains keeps of its temporaries
 TERM_BYTES = 1.7 * 5  # of a token: its distinct terms, kept between the two sweeps
 GREEDY_SECONDS = 6e-6  # of a sample of the window under facility_location: 0.60 s for 100,000 (benchmarks greedy)
@@ -76,7 +76,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class RefreshPlan:
-    """One refresh, and what it and the harvest come to; bytes and seconds of the busiest rank.
+    """One refresh, and what it and the collection come to; bytes and seconds of the busiest rank.
 
     Attributes:
         window: samples of a window.
@@ -88,9 +88,9 @@ class RefreshPlan:
         feature_seconds, graph_seconds: of the first refresh.
         root_seconds, probe_seconds, fixed_seconds: of any.
         step_seconds: of an optimizer step without GRACE; None where it is not known, ``step_origin`` says from where.
-        harvest_flop_share: added operations over the step's; None without a model, 0 without a harvest.
-        harvest_seconds: in each step; None where it is not known.
-        harvest_bytes: held by the hooks within a step, on the device.
+        collect_flop_share: added operations over the step's; None without a model, 0 without a collect.
+        collect_seconds: in each step; None where it is not known.
+        collect_bytes: held by the hooks within a step, on the device.
         even: None where a step's seconds are not known.
         gflops: that the seconds are for.
         builds: whether the configuration builds a graph at all.
@@ -104,7 +104,7 @@ class RefreshPlan:
     features_bytes: int
     table_bytes: int
     schedule_bytes: int
-    ledger_bytes: int
+    visit_bytes: int
     resting_bytes: int
     scratch_bytes: int
     select_bytes: int
@@ -118,9 +118,9 @@ class RefreshPlan:
     mean_seconds: float
     step_seconds: float | None
     step_origin: str
-    harvest_flop_share: float | None
-    harvest_seconds: float | None
-    harvest_bytes: int
+    collect_flop_share: float | None
+    collect_seconds: float | None
+    collect_bytes: int
     even: BreakEven | None
     gflops: float
     builds: bool
@@ -129,7 +129,7 @@ class RefreshPlan:
     @property
     def held_bytes(self) -> int:
         """Between two refreshes."""
-        return self.features_bytes + self.table_bytes + self.schedule_bytes + self.ledger_bytes + self.resting_bytes
+        return self.features_bytes + self.table_bytes + self.schedule_bytes + self.visit_bytes + self.resting_bytes
 
     @property
     def peak_bytes(self) -> int:
@@ -153,7 +153,7 @@ def plan(sizes: Sizes, config: GraceConfig) -> RefreshPlan:
     whole = c.selection.objective == "facility_location"
     builds = c.builds_graph
     graph = plan_graph(c.graph, pool.size, pool.size, sizes.dim, sizes.ranks, True)
-    row = 2 * c.harvest.dim + ROW_BYTES
+    row = 2 * c.collect.dim + ROW_BYTES
     kept = (4 * sizes.dim + 8 * (c.graph.k + SPARE + 1)) * builds  # a sample's vector and its list in the graph
     slots = (sizes.interval + slack(c, sizes.interval)) * sizes.batch
     reads = recipe(c.recipe).content and c.features.enabled
@@ -162,7 +162,7 @@ def plan(sizes: Sizes, config: GraceConfig) -> RefreshPlan:
     graph_seconds = graph.seconds(rates.gflops, rates.gbits) * rates.graph * rates.busy
     root = rates.busy * pool.size * (rates.sample_seconds + (GREEDY_SECONDS if whole else 0.0))
     step, origin = _step(sizes, rates)
-    probe, share, harvest, hooks = _gradients(sizes, c, rates, step)
+    probe, share, collect, hooks = _gradients(sizes, c, rates, step)
     rolls = bool(pool.advance)
     built = graph_seconds if builds else 0.0
     # A window that rolls has its graph repaired: what enters is compared with all, and all with what enters.
@@ -172,8 +172,8 @@ def plan(sizes: Sizes, config: GraceConfig) -> RefreshPlan:
     mean = last
     first = rates.fixed_seconds + feature + root + built
     even = None
-    if step and harvest is not None:
-        even = BreakEven.of(step, harvest, first, mean, sizes.interval, sizes.steps)
+    if step and collect is not None:
+        even = BreakEven.of(step, collect, first, mean, sizes.interval, sizes.steps)
     return RefreshPlan(
         window=pool.size,
         anchors=anchors,
@@ -182,7 +182,7 @@ def plan(sizes: Sizes, config: GraceConfig) -> RefreshPlan:
         features_bytes=int(own * (16 + kept + 4 * STATISTICS * c.collects)) + table * rolls if reads else 0,
         table_bytes=int((anchors + sizes.interval * sizes.batch) / sizes.ranks * row) if c.collects else 0,
         schedule_bytes=2 * slots * SCHEDULE_BYTES,
-        ledger_bytes=LEDGER_BYTES * min(sizes.samples, met),
+        visit_bytes=VISIT_BYTES * min(sizes.samples, met),
         resting_bytes=int(rates.resting_bytes) + ATTACH_BYTES,
         scratch_bytes=_scratch(sizes, rates, own, builds) + table - SMALLEST.table_bytes if reads else 0,
         select_bytes=pool.size * SELECT_BYTES,
@@ -196,9 +196,9 @@ def plan(sizes: Sizes, config: GraceConfig) -> RefreshPlan:
         mean_seconds=mean,
         step_seconds=step or None,
         step_origin=origin,
-        harvest_flop_share=share,
-        harvest_seconds=harvest,
-        harvest_bytes=hooks,
+        collect_flop_share=share,
+        collect_seconds=collect,
+        collect_bytes=hooks,
         even=even,
         gflops=rates.gflops,
         builds=builds,
@@ -256,25 +256,25 @@ def _step(sizes: Sizes, rates: Rates) -> tuple[float, str]:
     return rates.busy * flop / reached / 1e9, f"counted, at {TRAINING_SHARE:.0%} of this core's products ({ASSUMED})"
 
 
-def _gradients(sizes: Sizes, c: GraceConfig, rates: Rates, step: float) -> tuple[float, float | None, float | None, int]:
-    """Seconds of a refresh's probes; the harvest's share of operations, seconds in a step, bytes within it."""
-    if not c.collects:
+def _gradients(sizes: Sizes, config: GraceConfig, rates: Rates, step: float) -> tuple[float, float | None, float | None, int]:
+    """Seconds of a refresh's probes; the collection's share of operations, seconds in a step, bytes within it."""
+    if not config.collects:
         return 0.0, 0.0, 0.0, 0
     each = sizes.batch / sizes.ranks
-    probes = Probes.of(c.refresh.probe_share, sizes.interval, sizes.batch)
+    probes = Probes.of(config.refresh.probe_share, sizes.interval, sizes.batch)
     count = sum(max(1, n // sizes.ranks) for n in (probes.pool, probes.fit, probes.judge))
     count += max(1, FORWARDS // 3 // sizes.ranks)  # a forward pass is a third of a step
     if sizes.model is None or not step:
         return count * step / each, None, None, 0
-    harvest = Harvest.of(sizes.model, c.harvest, sizes.tokens)
+    collect = CollectCost.of(sizes.model, config.collect, sizes.tokens)
     flop = sizes.model.flop(sizes.tokens)
-    probe = count * step / each * probe_flop(sizes.model, c.harvest, sizes.tokens) / flop
+    probe = count * step / each * probe_flop(sizes.model, config.collect, sizes.tokens) / flop
     layers = len(sizes.model.sketched)
     reached = flop * each / step  # operations a second in training
     if rates.narrow_gflops and reached < 4e9 * rates.gflops:  # it trains on what was measured
-        seconds = rates.busy * each * harvest.flop / rates.narrow_gflops / 1e9
+        seconds = rates.busy * each * collect.flop / rates.narrow_gflops / 1e9
     else:  # an accelerator; skinny products are bound by its memory, not by arithmetic
-        seconds = each * harvest.traffic / reached / BYTES_AN_OPERATION
+        seconds = each * collect.traffic / reached / BYTES_AN_OPERATION
     seconds += rates.busy * (layers * HOOK_SECONDS + ROWS_SECONDS)
-    held = layers * each * harvest.width * (2 * sizes.tokens + 4 * harvest.width)
-    return probe, harvest.flop / flop / c.collect_every, seconds / c.collect_every, int(held)
+    held = layers * each * collect.width * (2 * sizes.tokens + 4 * collect.width)
+    return probe, collect.flop / flop / config.collect_every, seconds / config.collect_every, int(held)

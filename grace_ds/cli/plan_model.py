@@ -1,4 +1,4 @@
-"""What a training step costs, and what the harvest adds to it: counted from the shapes of a transformer.
+"""What a training step costs, and what the collection adds to it: counted from the shapes of a transformer.
 
 Multiplications and additions count as two operations.  A linear layer of w weights takes 2 w a token forward and 4 w
 backward; attention scores and their product with the values, 4 T H a token and layer forward, twice that backward.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from grace_ds.config.schema import HarvestConfig
+from grace_ds.config.schema import CollectConfig
 from grace_ds.errors import ConfigError
 from grace_ds.gradients.basis import TRUSTED_RANK
 from grace_ds.gradients.kfac import RANK as MOMENT_RANK
@@ -61,13 +61,13 @@ class Model:
 
     @property
     def sketched(self) -> list[tuple[int, int]]:
-        """(inputs, outputs) of the layers that ``harvest.layers: auto`` takes: those of the last half of the blocks."""
+        """(inputs, outputs) of the layers that ``collect.layers: auto`` takes: those of the last half of the blocks."""
         h = self.hidden
         return [(h, 3 * h), (h, h), (h, 4 * h), (4 * h, h)] * (self.layers - self.layers // 2)
 
 
 @dataclass(frozen=True)
-class Harvest:
+class CollectCost:
     """What the hooks add, for one sample.
 
     Attributes:
@@ -81,18 +81,18 @@ class Harvest:
     width: int
 
     @staticmethod
-    def of(model: Model, config: HarvestConfig, tokens: int, basis: bool = True) -> Harvest:
+    def of(model: Model, config: CollectConfig, tokens: int, basis: bool = True) -> CollectCost:
         """By the sketch's formula ``P_in aᵀ (P_out gᵀ)ᵀ``, rank + trusted rank rows a side (grace_ds.gradients.capture)."""
         width = config.rank + (TRUSTED_RANK if basis else 0)
         sides = sum(a + b for a, b in model.sketched)
         flop = tokens * (2.0 * width * sides + 2.0 * width**2 * len(model.sketched))
-        return Harvest(flop, 2.0 * tokens * sides, width)
+        return CollectCost(flop, 2.0 * tokens * sides, width)
 
 
-def probe_flop(model: Model, config: HarvestConfig, tokens: int) -> float:
+def probe_flop(model: Model, config: CollectConfig, tokens: int) -> float:
     """Of one probed sample: a step's, and the sketch of second moments A Ω of both sides, Ω of ``MOMENT_RANK`` columns."""
     sides = sum(a + b for a, b in model.sketched)
-    return model.flop(tokens) + Harvest.of(model, config, tokens).flop + tokens * 4.0 * MOMENT_RANK * sides
+    return model.flop(tokens) + CollectCost.of(model, config, tokens).flop + tokens * 4.0 * MOMENT_RANK * sides
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,13 @@ class BreakEven:
     uniform: int
 
     @staticmethod
-    def of(step: float, harvest: float, first: float, later: float, interval: int, uniform: int) -> BreakEven:
-        """From seconds of a step without GRACE, of the harvest in one, of the first refresh and of each other one.
+    def of(step: float, collect: float, first: float, later: float, interval: int, uniform: int) -> BreakEven:
+        """From seconds of a step without GRACE, of the collection in one, of the first refresh and of each other one.
 
-        Time spent alike: s (step + harvest) + first + later (s / interval - 1) = uniform · step; without a number of steps the
+        Time spent alike: s (step + collect) + first + later (s / interval - 1) = uniform · step; without a number of steps the
         first refresh counts for nothing.
         """
-        a_step = step + harvest + later / interval
+        a_step = step + collect + later / interval
         if not uniform:
             return BreakEven(a_step / step - 1, a_step / step, 0, 0)
         steps = max(0.0, (uniform * step - max(0.0, first - later)) / a_step)

@@ -15,7 +15,7 @@ class Rates:
     Attributes:
         gflops: products of the graph's shape, 10⁹ operations a second; 0: not known yet.
         train_gflops: reached by a rank in training; 0: not known.
-        narrow_gflops: reached by the harvest's projections; 0: bound by memory, see ``plan_model.BYTES_AN_OPERATION``.
+        narrow_gflops: reached by the collection's projections; 0: bound by memory, see ``plan_model.BYTES_AN_OPERATION``.
         token_seconds: of the content features, a token.
         item_seconds: of the dataset to hand out one sample, wall; what it does is the job's own affair.
         sample_seconds: of everything that root does for each sample of the window, map and account left out.

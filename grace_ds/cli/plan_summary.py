@@ -36,50 +36,53 @@ def told(sizes: Sizes, config: GraceConfig, as_json: bool) -> str:
     return body + "\n\n" + _table(others) + "\n\n" + _origins(sizes, found)
 
 
-def _refresh_lines(p: RefreshPlan) -> list[tuple[str, str]]:
-    g = p.graph
+def _refresh_lines(plan: RefreshPlan) -> list[tuple[str, str]]:
+    g = plan.graph
     how = f"{g.tier} ({g.why})" + (f", {g.clusters:,} clusters, overlap about {g.overlap}" if g.clusters else "")
-    again = "at each refresh: the window rolls" if p.rolls else "once: the window stays"
+    again = "at each refresh: the window rolls" if plan.rolls else "once: the window stays"
     return [
-        ("window", f"{p.window:,} samples"),
-        ("repeats of a chosen sample", "–" if p.repeats is None else f"{p.repeats:.2f} over the run"),
-        ("refresh, seconds", f"first {p.first_seconds:.2f}, mean of the others {p.mean_seconds:.2f}, last {p.last_seconds:.2f}"),
-        ("  features", f"{p.feature_seconds:.2f}, {again}"),
-        ("  choice on rank 0", f"{p.root_seconds:.2f}"),
-        ("  trusted probes", f"{p.probe_seconds:.2f}"),
-        ("  graph", f"{p.graph_seconds:.1f} at {p.gflops:.0f} Gflop/s" + ("" if p.builds else ", not counted in")),
-        ("graph", how if p.builds else f"not built by this configuration; if it were: {how}"),
+        ("window", f"{plan.window:,} samples"),
+        ("repeats of a chosen sample", "–" if plan.repeats is None else f"{plan.repeats:.2f} over the run"),
+        (
+            "refresh, seconds",
+            f"first {plan.first_seconds:.2f}, mean of the others {plan.mean_seconds:.2f}, last {plan.last_seconds:.2f}",
+        ),
+        ("  features", f"{plan.feature_seconds:.2f}, {again}"),
+        ("  choice on rank 0", f"{plan.root_seconds:.2f}"),
+        ("  trusted probes", f"{plan.probe_seconds:.2f}"),
+        ("  graph", f"{plan.graph_seconds:.1f} at {plan.gflops:.0f} Gflop/s" + ("" if plan.builds else ", not counted in")),
+        ("graph", how if plan.builds else f"not built by this configuration; if it were: {how}"),
         ("graph, operations a rank", f"{g.flop:.2e}"),
         ("graph, sent by a rank", _bytes(g.wire_bytes)),
     ]
 
 
-def _memory_lines(p: RefreshPlan) -> list[tuple[str, str]]:
-    g = p.graph
+def _memory_lines(plan: RefreshPlan) -> list[tuple[str, str]]:
+    g = plan.graph
     return [
-        ("memory of a rank: features", _bytes(p.features_bytes)),
-        ("  harvested rows", _bytes(p.table_bytes)),
-        ("  schedules, two, and uses", _bytes(p.schedule_bytes + p.ledger_bytes)),
-        ("  code and libraries", _bytes(p.resting_bytes)),
-        ("  held between refreshes", _bytes(p.held_bytes)),
-        ("  features, while computed", _bytes(p.scratch_bytes)),
+        ("memory of a rank: features", _bytes(plan.features_bytes)),
+        ("  collected rows", _bytes(plan.table_bytes)),
+        ("  schedules, two, and uses", _bytes(plan.schedule_bytes + plan.visit_bytes)),
+        ("  code and libraries", _bytes(plan.resting_bytes)),
+        ("  held between refreshes", _bytes(plan.held_bytes)),
+        ("  features, while computed", _bytes(plan.scratch_bytes)),
         ("  graph, at its peak", _bytes(g.host_bytes)),
-        ("  graph, on the GPU", _bytes(g.device_bytes) if g.device_bytes else "none: a CPU leaf"),
-        ("  selection, on rank 0", _bytes(p.select_bytes)),
-        ("  in all, at the peak", _bytes(p.peak_bytes)),
-        ("  hooks, within a step", f"{_bytes(p.harvest_bytes)}, on the device"),
+        ("  graph, on the GPU", _bytes(g.device_bytes) if g.device_bytes else "none: a CPU backend"),
+        ("  selection, on rank 0", _bytes(plan.select_bytes)),
+        ("  in all, at the peak", _bytes(plan.peak_bytes)),
+        ("  hooks, within a step", f"{_bytes(plan.collect_bytes)}, on the device"),
     ]
 
 
-def _even_lines(p: RefreshPlan) -> list[tuple[str, str]]:
-    lines = [("a step without GRACE", f"{p.step_seconds:.4g} s" if p.step_seconds else "not known")]
-    if p.harvest_flop_share is not None and p.harvest_seconds is not None:
-        lines.append(("harvest", f"{p.harvest_flop_share:.2%} more operations, {p.harvest_seconds:.2g} s a step"))
+def _even_lines(plan: RefreshPlan) -> list[tuple[str, str]]:
+    lines = [("a step without GRACE", f"{plan.step_seconds:.4g} s" if plan.step_seconds else "not known")]
+    if plan.collect_flop_share is not None and plan.collect_seconds is not None:
+        lines.append(("collect", f"{plan.collect_flop_share:.2%} more operations, {plan.collect_seconds:.2g} s a step"))
     else:
-        lines.append(("harvest", "not known: give --parameters, or --layers and --hidden"))
-    if p.even is None:
-        return [*lines, ("break-even", f"not known: {'a step is' if not p.step_seconds else 'the harvest is'} not known")]
-    e = p.even
+        lines.append(("collect", "not known: give --parameters, or --layers and --hidden"))
+    if plan.even is None:
+        return [*lines, ("break-even", f"not known: {'a step is' if not plan.step_seconds else 'the collect is'} not known")]
+    e = plan.even
     lines.append(("overhead", f"{e.overhead:.2%} of the steps' time"))
     saved = f": {e.uniform - e.steps:,} of {e.uniform:,} to be saved" if e.uniform else ""
     lines.append(("break-even", f"where uniform needs {e.ratio:.4f} × the steps for the same loss{saved}"))
@@ -90,23 +93,23 @@ def _changes(sizes: Sizes, config: GraceConfig) -> list[tuple[str, Change | None
     """Name → what is otherwise."""
 
     def recipe(name: str) -> Change:
-        def change(s: Sizes, c: GraceConfig) -> Sizes:
-            c.recipe, c.ablate = name, []
-            return s
+        def change(sizes: Sizes, config: GraceConfig) -> Sizes:
+            config.recipe, config.ablate = name, []
+            return sizes
 
         return change
 
     def without(part: str) -> Change:
-        def change(s: Sizes, c: GraceConfig) -> Sizes:
-            c.ablate = [*c.ablate, part]
-            return s
+        def change(sizes: Sizes, config: GraceConfig) -> Sizes:
+            config.ablate = [*config.ablate, part]
+            return sizes
 
         return change
 
     def tier(name: str) -> Change:
-        def change(s: Sizes, c: GraceConfig) -> Sizes:
-            c.graph.tier = name
-            return s
+        def change(sizes: Sizes, config: GraceConfig) -> Sizes:
+            config.graph.tier = name
+            return sizes
 
         return change
 
@@ -158,7 +161,7 @@ def _table(others: list[tuple[str, RefreshPlan | str]]) -> str:
     )
 
 
-def _origins(sizes: Sizes, p: RefreshPlan) -> str:
+def _origins(sizes: Sizes, plan: RefreshPlan) -> str:
     """Which figures are counted, measured, given and assumed."""
     r = sizes.rates
     gflops = "given" if sizes.gflops else MEASURED
@@ -169,7 +172,7 @@ def _origins(sizes: Sizes, p: RefreshPlan) -> str:
         m = sizes.model
         shape = f", the model as {m.layers} blocks of width {m.hidden}" + (" (assumed from its parameters)" if m.assumed else "")
     rates = [
-        (f"products {p.gflops:.0f} Gflop/s", gflops),
+        (f"products {plan.gflops:.0f} Gflop/s", gflops),
         (f"features {1e-6 / max(r.token_seconds, 1e-12):.1f}M tokens a second", r.of("token_seconds")),
         (f"the dataset hands a sample out in {1e6 * item[1]:.0f} µs", item[0]),
         (f"choice {1e6 * r.sample_seconds:.1f} µs a sample", r.of("sample_seconds")),
@@ -183,7 +186,7 @@ def _origins(sizes: Sizes, p: RefreshPlan) -> str:
     lines = [f"{origin.capitalize()}: " + "; ".join(name for name, its in rates if its == origin) + "." for origin in origins]
     lines = [
         f"Counted: bytes, operations, window, repeats{shape}.",
-        f"A step: {p.step_origin}.",
+        f"A step: {plan.step_origin}.",
         *lines,
         "Expected, not measured: bytes within about 15 %, seconds within a factor of two.",
     ]
@@ -193,8 +196,8 @@ def _origins(sizes: Sizes, p: RefreshPlan) -> str:
 
 
 def _json(sizes: Sizes, found: RefreshPlan, others: list[tuple[str, RefreshPlan | str]]) -> dict[str, Any]:
-    def one(p: RefreshPlan) -> dict[str, Any]:
-        return {**asdict(p), "held_bytes": p.held_bytes, "peak_bytes": p.peak_bytes}
+    def one(plan: RefreshPlan) -> dict[str, Any]:
+        return {**asdict(plan), "held_bytes": plan.held_bytes, "peak_bytes": plan.peak_bytes}
 
     what_if = {name: one(p) if not isinstance(p, str) else {"error": p} for name, p in others[1:]}
     return {**one(found), "sizes": asdict(sizes), "what_if": what_if}

@@ -16,7 +16,7 @@ T = TypeVar("T")
 _KINDS = {kind.__name__: kind for kind in (CheckpointError, DamagedState, ConfigError, DataError)}
 
 
-def together(comm: Comm, work: Callable[[], T]) -> T:
+def run_on_all_ranks(comm: Comm, work: Callable[[], T]) -> T:
     """Runs ``work``, which may itself use ``comm``, on all ranks; an exception on one becomes an exception on all.
 
     Raises:

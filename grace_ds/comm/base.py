@@ -42,24 +42,24 @@ class Comm(Protocol):
         """
         ...
 
-    def allgather(self, x: Array) -> list[Array]:
-        """Every rank's ``x`` in rank order; axis 0 may differ from rank to rank."""
+    def allgather(self, array: Array) -> list[Array]:
+        """Every rank's ``array`` in rank order; axis 0 may differ from rank to rank."""
         ...
 
-    def gather(self, x: Array, root: int = 0) -> list[Array] | None:
-        """Every rank's ``x`` in rank order on ``root``; None elsewhere."""
+    def gather(self, array: Array, root: int = 0) -> list[Array] | None:
+        """Every rank's ``array`` in rank order on ``root``; None elsewhere."""
         ...
 
-    def broadcast(self, x: Array | None, root: int = 0) -> Array:
-        """``root``'s array, dtype and shape included; ``x`` is ignored on the other ranks."""
+    def broadcast(self, array: Array | None, root: int = 0) -> Array:
+        """``root``'s array, dtype and shape included; ``array`` is ignored on the other ranks."""
         ...
 
-    def allreduce(self, x: Array, op: ReduceOp = "sum") -> Array:
+    def allreduce(self, array: Array, op: ReduceOp = "sum") -> Array:
         """Element by element over the ranks; equal shape on all ranks; bit-identical result on all ranks."""
         ...
 
-    def shift(self, x: Array) -> Array:
-        """Ring step: sends ``x`` to rank+1 and returns what rank-1 sent (axis 0 may differ)."""
+    def shift(self, array: Array) -> Array:
+        """Ring step: sends ``array`` to rank+1 and returns what rank-1 sent (axis 0 may differ)."""
         ...
 
     def agree(self) -> None:

@@ -13,10 +13,10 @@ from grace_ds.records import Array, IntArray
 N_BUCKETS = 4096
 
 
-def splitmix64(x: Array) -> np.ndarray[tuple[int, ...], np.dtype[np.uint64]]:
-    """First output of the splitmix64 generator seeded with each element of ``x`` (any shape, integers); uint64."""
+def splitmix64(array: Array) -> np.ndarray[tuple[int, ...], np.dtype[np.uint64]]:
+    """First output of the splitmix64 generator seeded with each element of ``array`` (any shape, integers); uint64."""
     with np.errstate(over="ignore"):
-        z = np.asarray(x).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        z = np.asarray(array).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return np.asarray(z ^ (z >> np.uint64(31)))

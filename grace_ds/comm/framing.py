@@ -50,9 +50,9 @@ _SLEEP_FIRST, _SLEEP_MOST = 2e-5, 1e-3  # seconds between two polls, doubling fr
 _UFUNC: dict[str, Any] = {"sum": np.add, "max": np.maximum, "min": np.minimum}
 
 
-def as_bytes(x: Array) -> Bytes:
+def as_bytes(array: Array) -> Bytes:
     """The same memory as flat bytes."""
-    return x.reshape(-1).view(np.uint8)
+    return array.reshape(-1).view(np.uint8)
 
 
 class FramedComm:
@@ -83,12 +83,12 @@ class FramedComm:
         """Consecutive pieces of ``send`` to the ranks in order; returns the received pieces, likewise."""
         raise NotImplementedError
 
-    def _reduce(self, x: Array, op: str) -> None:
-        """In place over the ranks; ``x`` flat int32 or int64."""
+    def _reduce(self, array: Array, op: str) -> None:
+        """In place over the ranks; ``array`` flat int32 or int64."""
         raise NotImplementedError
 
-    def _spread(self, x: Bytes, root: int) -> None:
-        """In place: ``root``'s bytes into everybody's ``x`` of the same length."""
+    def _spread(self, payload: Bytes, root: int) -> None:
+        """In place: ``root``'s bytes into everybody's ``payload`` of the same length."""
         raise NotImplementedError
 
     def _release(self, together: bool) -> None:
@@ -132,7 +132,7 @@ class FramedComm:
 
     # -- headers --------------------------------------------------------------------------------------------------
 
-    def _meet(self, op: Op, x: Array | None = None, rows: Sequence[int] | None = None, arg: int = 0) -> IntArray:
+    def _meet(self, op: Op, array: Array | None = None, rows: Sequence[int] | None = None, arg: int = 0) -> IntArray:
         """Exchanges headers and returns everyone's (size, WIDTH), or raises the same error on all ranks."""
         if self._retired:
             raise TransportError(
@@ -141,10 +141,10 @@ class FramedComm:
         self._doing = op.name.lower()
         head = np.zeros((self.size, WIDTH), np.int64)
         head[:, OP], head[:, FAILED], head[:, ARG] = op, op is Op.ABORT, arg
-        if x is not None:
-            head[:, DTYPE], head[:, NDIM] = DTYPES.index(x.dtype) + 1, x.ndim
-            head[:, TRAIL : TRAIL + max(x.ndim - 1, 0)] = x.shape[1:]
-            head[:, ROWS] = self._rows(x) if rows is None else rows
+        if array is not None:
+            head[:, DTYPE], head[:, NDIM] = DTYPES.index(array.dtype) + 1, array.ndim
+            head[:, TRAIL : TRAIL + max(array.ndim - 1, 0)] = array.shape[1:]
+            head[:, ROWS] = self._rows(array) if rows is None else rows
             head[:, LONGEST] = head[:, ROWS].max()
         got = self._guard(self._alltoall, head)
         if op is not Op.ABORT:
@@ -152,8 +152,8 @@ class FramedComm:
         return got
 
     @staticmethod
-    def _rows(x: Array) -> int:
-        return len(x) if x.ndim else 1
+    def _rows(array: Array) -> int:
+        return len(array) if array.ndim else 1
 
     # -- payload --------------------------------------------------------------------------------------------------
 
@@ -200,35 +200,35 @@ class FramedComm:
             )
         return self._move(Op.EXCHANGE, sent)
 
-    def allgather(self, x: Array) -> list[Array]:
+    def allgather(self, array: Array) -> list[Array]:
         """See :class:`~grace_ds.comm.base.Comm`."""
-        return self._move(Op.ALLGATHER, [checked(x)] * self.size)
+        return self._move(Op.ALLGATHER, [checked(array)] * self.size)
 
-    def gather(self, x: Array, root: int = 0) -> list[Array] | None:
+    def gather(self, array: Array, root: int = 0) -> list[Array] | None:
         """See :class:`~grace_ds.comm.base.Comm`."""
         self._check_root(root)
-        x = checked(x)
-        if x.ndim == 0:
+        array = checked(array)
+        if array.ndim == 0:
             raise ValueError("gather needs at least one axis; use x.reshape(1)")
-        got = self._move(Op.GATHER, [x if p == root else x[:0] for p in range(self.size)], root)
+        got = self._move(Op.GATHER, [array if p == root else array[:0] for p in range(self.size)], root)
         return got if self.rank == root else None
 
-    def shift(self, x: Array) -> Array:
+    def shift(self, array: Array) -> Array:
         """See :class:`~grace_ds.comm.base.Comm`."""
-        x = checked(x)
-        if x.ndim == 0:
+        array = checked(array)
+        if array.ndim == 0:
             raise ValueError("shift needs at least one axis; use x.reshape(1)")
         to = (self.rank + 1) % self.size
-        return self._move(Op.SHIFT, [x if p == to else x[:0] for p in range(self.size)])[self.rank - 1]
+        return self._move(Op.SHIFT, [array if p == to else array[:0] for p in range(self.size)])[self.rank - 1]
 
-    def broadcast(self, x: Array | None, root: int = 0) -> Array:
+    def broadcast(self, array: Array | None, root: int = 0) -> Array:
         """See :class:`~grace_ds.comm.base.Comm`."""
         self._check_root(root)
         mine = None
         if self.rank == root:
-            if x is None:
+            if array is None:
                 raise TypeError(f"rank {root} is the root of this broadcast and must give an array, not None")
-            mine = checked(x)
+            mine = checked(array)
         head = self._meet(Op.BROADCAST, mine, None, root)[root]
         return self._guard(self._unfold, mine, head, root)
 
@@ -242,35 +242,35 @@ class FramedComm:
             self._spread(flat[lo : lo + self.round_bytes], root)
         return out
 
-    def allreduce(self, x: Array, op: ReduceOp = "sum") -> Array:
+    def allreduce(self, array: Array, op: ReduceOp = "sum") -> Array:
         """See :class:`~grace_ds.comm.base.Comm`.  int32 and int64 natively, others added up in rank order."""
-        x = checked(x)
-        if op not in REDUCE_OPS or x.dtype == np.bool_:
-            raise ValueError(f"cannot reduce {x.dtype} by {op!r}; use a numeric dtype and one of {', '.join(REDUCE_OPS)}")
-        self._meet(Op.ALLREDUCE, x, None, REDUCE_OPS.index(op))
+        array = checked(array)
+        if op not in REDUCE_OPS or array.dtype == np.bool_:
+            raise ValueError(f"cannot reduce {array.dtype} by {op!r}; use a numeric dtype and one of {', '.join(REDUCE_OPS)}")
+        self._meet(Op.ALLREDUCE, array, None, REDUCE_OPS.index(op))
         reduce: Callable[[Array, str], Array] = (
-            self._reduce_native if x.dtype in (np.int32, np.int64) else self._reduce_in_rank_order
+            self._reduce_native if array.dtype in (np.int32, np.int64) else self._reduce_in_rank_order
         )
-        total: Array = self._guard(reduce, x.reshape(-1), op)
-        return total.reshape(x.shape)
+        total: Array = self._guard(reduce, array.reshape(-1), op)
+        return total.reshape(array.shape)
 
-    def _reduce_native(self, x: Array, op: str) -> Array:
-        out, step = x.copy(), max(self.round_bytes // x.dtype.itemsize, 1)
+    def _reduce_native(self, array: Array, op: str) -> Array:
+        out, step = array.copy(), max(self.round_bytes // array.dtype.itemsize, 1)
         for lo in range(0, len(out), step):
             self._reduce(out[lo : lo + step], op)
         return np.asarray(out)
 
-    def _reduce_in_rank_order(self, x: Array, op: str) -> Array:
+    def _reduce_in_rank_order(self, array: Array, op: str) -> Array:
         """Each rank adds up one slice, in rank order, and shares it: floats agree to the last bit everywhere."""
-        cuts = [len(x) * p // self.size for p in range(self.size + 1)]
-        size = x.dtype.itemsize
+        cuts = [len(array) * p // self.size for p in range(self.size + 1)]
+        size = array.dtype.itemsize
         counts = [(b - a) * size for a, b in pairwise(cuts)]
-        parts = [as_bytes(x[a:b]) for a, b in pairwise(cuts)]
-        mine = [b.view(x.dtype) for b in self._swap(parts, [counts[self.rank]] * self.size, max(counts))]
+        parts = [as_bytes(array[a:b]) for a, b in pairwise(cuts)]
+        mine = [b.view(array.dtype) for b in self._swap(parts, [counts[self.rank]] * self.size, max(counts))]
         total = mine[0].copy()
         for other in mine[1:]:
             total = _UFUNC[op](total, other)
-        return np.concatenate(self._swap([as_bytes(total)] * self.size, counts, max(counts))).view(x.dtype)
+        return np.concatenate(self._swap([as_bytes(total)] * self.size, counts, max(counts))).view(array.dtype)
 
     def agree(self) -> None:
         """See :class:`~grace_ds.comm.base.Comm`."""

@@ -35,19 +35,19 @@ class Op(IntEnum):
     ABORT = 8
 
 
-def checked(x: Array) -> Array:
-    """``x`` as a C-contiguous array of a dtype and rank that a header can name.
+def checked(array: Array) -> Array:
+    """``array`` as a C-contiguous array of a dtype and rank that a header can name.
 
     Raises:
         TypeError: the dtype is not one of :data:`DTYPES`.
         ValueError: more than :data:`MAX_NDIM` axes.
     """
-    x = np.asarray(x, order="C")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"cannot send dtype {x.dtype}; use one of {', '.join(map(str, DTYPES))}")
-    if x.ndim > MAX_NDIM:
-        raise ValueError(f"cannot send {x.ndim} axes; at most {MAX_NDIM}: reshape it")
-    return x
+    array = np.asarray(array, order="C")
+    if array.dtype not in DTYPES:
+        raise TypeError(f"cannot send dtype {array.dtype}; use one of {', '.join(map(str, DTYPES))}")
+    if array.ndim > MAX_NDIM:
+        raise ValueError(f"cannot send {array.ndim} axes; at most {MAX_NDIM}: reshape it")
+    return array
 
 
 def describe(head: IntArray) -> str:

@@ -27,7 +27,7 @@ _FIRST_PAUSE = 0.2  # seconds between two rounds, doubling
 _LOOPBACK = "127.0.0.1"
 
 
-class RollCall:
+class LivenessProbe:
     """The addresses of all ranks.
 
     Args:
@@ -40,7 +40,7 @@ class RollCall:
         self.rank, self.addresses, self.names = rank, addresses, names
 
     @staticmethod
-    def open(environ: Mapping[str, str]) -> RollCall:
+    def open(environ: Mapping[str, str]) -> LivenessProbe:
         """Has this process listen, and learns the others' addresses.  Collective over torch's world.
 
         Where some rank cannot reach another by the address that it gives, nobody is asked later, and rank 0 says why.
@@ -51,7 +51,7 @@ class RollCall:
         import torch.distributed as dist
 
         if not dist.is_initialized() or dist.get_world_size() == 1:
-            return RollCall(0, [], [])
+            return LivenessProbe(0, [], [])
         host = address_of(environ)
         try:
             mine: Address = listener.of_this_process(host).address
@@ -59,7 +59,7 @@ class RollCall:
             log.info("this rank cannot listen on %s (%s)", host, error)
             mine = (host, 0)
         told = share((mine, socket.gethostname()))
-        call = RollCall(dist.get_rank(), [address for address, _ in told], [name for _, name in told])
+        call = LivenessProbe(dist.get_rank(), [address for address, _ in told], [name for _, name in told])
         silent = call._mute() or sorted(call.absent())
         if silent and not call._mute():
             silent = sorted(call.absent())  # at the start of a large job a packet may well be lost

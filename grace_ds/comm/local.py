@@ -20,8 +20,8 @@ class LocalComm(FramedComm):
     def _alltoallv(self, send: Bytes, out_counts: list[int], in_counts: list[int]) -> Bytes:
         return send
 
-    def _reduce(self, x: Array, op: str) -> None:
+    def _reduce(self, array: Array, op: str) -> None:
         pass
 
-    def _spread(self, x: Bytes, root: int) -> None:
+    def _spread(self, payload: Bytes, root: int) -> None:
         pass

@@ -112,13 +112,13 @@ class MpiComm(_Polled):
         self._finish(self._comm.Ialltoallv(there, here), send, got)
         return got
 
-    def _reduce(self, x: Array, op: str) -> None:
+    def _reduce(self, array: Array, op: str) -> None:
         mpi = _mpi()
         known = {"sum": mpi.SUM, "max": mpi.MAX, "min": mpi.MIN}
-        self._finish(self._comm.Iallreduce(mpi.IN_PLACE, x, known[op]), x)
+        self._finish(self._comm.Iallreduce(mpi.IN_PLACE, array, known[op]), array)
 
-    def _spread(self, x: Bytes, root: int) -> None:
-        self._finish(self._comm.Ibcast(x, root), x)
+    def _spread(self, payload: Bytes, root: int) -> None:
+        self._finish(self._comm.Ibcast(payload, root), payload)
 
     def _release(self, together: bool) -> None:
         # A free is collective; and with a call still under way it would wait for that.

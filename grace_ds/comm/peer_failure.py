@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import ClassVar
 
 from grace_ds.comm.base import Comm
-from grace_ds.comm.liveness import ENDED, RollCall
+from grace_ds.comm.liveness import ENDED, LivenessProbe
 from grace_ds.errors import PeerLost, ProbeFailed, TransportError, TransportTimeout
 
 log = logging.getLogger("grace_ds")
@@ -28,7 +28,7 @@ _numbers = itertools.count()
 ExceptHook = Callable[[type[BaseException], BaseException, "TracebackType | None"], object]
 
 
-class Lookout:
+class PeerFailureHandler:
     """Asks after the other ranks when something has failed; until :meth:`close`.
 
     Args:
@@ -37,7 +37,7 @@ class Lookout:
         where: what this rank is doing, in words, outside of a refresh.
     """
 
-    def __init__(self, call: RollCall, comm: Comm, where: Callable[[], str]) -> None:
+    def __init__(self, call: LivenessProbe, comm: Comm, where: Callable[[], str]) -> None:
         self.call, self.comm, self.where = call, comm, where
         self.number = next(_numbers)
         _Hook.add(self)
@@ -85,26 +85,26 @@ class Lookout:
 
 
 class _Hook:
-    """One ``sys.excepthook`` for all open lookouts, which it does not keep alive."""
+    """One ``sys.excepthook`` for all open peer-failure handlers, which it does not keep alive."""
 
-    open: ClassVar[weakref.WeakSet[Lookout]] = weakref.WeakSet()
+    open: ClassVar[weakref.WeakSet[PeerFailureHandler]] = weakref.WeakSet()
     current: ClassVar[_Hook | None] = None  # None: there is none, or there is nobody to speak
 
     def __init__(self, before: ExceptHook) -> None:
         self.before = before
 
     @staticmethod
-    def add(lookout: Lookout) -> None:
-        """Takes the lookout in, and makes the hook the outermost one."""
-        _Hook.open.add(lookout)
+    def add(peer_failures: PeerFailureHandler) -> None:
+        """Takes the peer-failure handler in, and makes the hook the outermost one."""
+        _Hook.open.add(peer_failures)
         if _Hook.current is None or sys.excepthook is not _Hook.current:
             _Hook.current = _Hook(sys.excepthook)  # an older one below passes on and is silent
             sys.excepthook = _Hook.current
 
     @staticmethod
-    def remove(lookout: Lookout) -> None:
-        """Lets the lookout go; after the last one the hook is as before, unless somebody has put another over it."""
-        _Hook.open.discard(lookout)
+    def remove(peer_failures: PeerFailureHandler) -> None:
+        """Lets the peer-failure handler go; after the last one the hook is as before, unless somebody has put another over it."""
+        _Hook.open.discard(peer_failures)
         if not _Hook.open and _Hook.current is not None:
             if sys.excepthook is _Hook.current:
                 sys.excepthook = _Hook.current.before
@@ -115,11 +115,11 @@ class _Hook:
         if self is not _Hook.current:
             return
         # The engines of one process have the same peers: the newest one that misses any says it for all.
-        newest_first = sorted(_Hook.open, key=lambda lookout: -lookout.number)
-        missing = any(lookout.last_words(error, trace) for lookout in newest_first)
+        newest_first = sorted(_Hook.open, key=lambda peer_failures: -peer_failures.number)
+        missing = any(peer_failures.last_words(error, trace) for peer_failures in newest_first)
         if isinstance(error, ProbeFailed):
-            for lookout in newest_first:
-                lookout.comm.abandon()  # the others wait in the job's own collective and will not come to ours
+            for peer_failures in newest_first:
+                peer_failures.comm.abandon()  # the others wait in the job's own collective and will not come to ours
         if missing or isinstance(error, PeerLost | ProbeFailed):
             # Libraries that say good-bye to their peers at exit would wait for the one that is lost.
             sys.stderr.flush()

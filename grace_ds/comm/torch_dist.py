@@ -71,18 +71,18 @@ class TorchComm(FramedComm):
         self._finish(dist.all_to_all_single(*pair, in_counts, out_counts, group=self._group, async_op=True))
         return got
 
-    def _reduce(self, x: Array, op: str) -> None:
+    def _reduce(self, array: Array, op: str) -> None:
         import torch
         import torch.distributed as dist
 
         known = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-        self._finish(dist.all_reduce(torch.from_numpy(x), known[op], group=self._group, async_op=True))
+        self._finish(dist.all_reduce(torch.from_numpy(array), known[op], group=self._group, async_op=True))
 
-    def _spread(self, x: Bytes, root: int) -> None:
+    def _spread(self, payload: Bytes, root: int) -> None:
         import torch
         import torch.distributed as dist
 
-        self._finish(dist.broadcast(torch.from_numpy(x), self._ranks[root], group=self._group, async_op=True))
+        self._finish(dist.broadcast(torch.from_numpy(payload), self._ranks[root], group=self._group, async_op=True))
 
     def _release(self, together: bool) -> None:
         import torch.distributed as dist

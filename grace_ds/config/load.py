@@ -114,10 +114,11 @@ def _checked(layers: Sequence[Any], path: str) -> GraceConfig:
     merged = OmegaConf.structured(GraceConfig)
     for layer in layers:
         raw = cast(Plain, OmegaConf.to_container(layer, resolve=False))
+        _rename(raw, path)
         _refuse_removed(raw, path)
         check_types(raw, GraceConfig(), path)
         try:
-            merged = OmegaConf.merge(merged, layer)
+            merged = OmegaConf.merge(merged, OmegaConf.create(raw))
             config = cast(GraceConfig, OmegaConf.to_object(merged))
         except (OmegaConfBaseException, RecursionError) as e:  # what is left are interpolations
             key = getattr(e, "full_key", "") or "an interpolation"
@@ -143,6 +144,24 @@ def _mark(section: Any, raw: Any) -> None:
             setattr(section, field.name, marked(value, raw[field.name]))
 
 
+def _rename(raw: Plain, path: str) -> None:
+    """Puts what stands under an old key of ``raw`` under the new one, and says so.
+
+    Raises:
+        ConfigError: both are given.
+    """
+    for old, new in schema.RENAMED.items():
+        parent, _, key = old.rpartition(".")
+        block = _get(raw, parent, None) if parent else raw
+        if not isinstance(block, dict) or key not in block:
+            continue
+        name = new.rpartition(".")[2]
+        if name in block:
+            raise ConfigError(f"{path}.{old} is now called {new}, and both are given; keep {new}")
+        log.warning("%s.%s is now called %s; the old name goes with the next version", path, old, new)
+        block[name] = block.pop(key)
+
+
 def _refuse_removed(raw: Plain, path: str) -> None:
     """Says what to do instead of a key that is no longer there.
 
@@ -154,27 +173,27 @@ def _refuse_removed(raw: Plain, path: str) -> None:
             raise ConfigError(f"{path}.{key} is gone: {cure}")
 
 
-def validate(c: GraceConfig, path: str = HOME) -> None:
+def validate(config: GraceConfig, path: str = HOME) -> None:
     """Every rule that a type cannot say.
 
     Raises:
         ConfigError: naming the key, its value and what is allowed.
     """
     choices = [
-        ("recipe", c.recipe, schema.RECIPES),
-        ("mode", c.mode, schema.MODES),
-        ("weights", c.weights, schema.WEIGHTS),
-        ("comm", c.comm, schema.TRANSPORTS),
-        ("refresh.cadence", c.refresh.cadence, schema.CADENCES),
-        ("harvest.reduction", c.harvest.reduction, schema.REDUCTIONS),
-        ("graph.leaf", c.graph.leaf, schema.LEAVES),
-        ("graph.tier", c.graph.tier, schema.TIERS),
-        ("graph.executor", c.graph.executor, schema.EXECUTORS),
-        ("selection.objective", c.selection.objective, schema.OBJECTIVES),
-        ("selection.shares", c.selection.shares, schema.SHARES),
-        ("checkpoint.on_missing_state", c.checkpoint.on_missing_state, schema.MISSING_STATE),
-        ("checkpoint.on_damaged_state", c.checkpoint.on_damaged_state, schema.MISSING_STATE),
-        ("checkpoint.on_failed_save", c.checkpoint.on_failed_save, schema.FAILED_SAVE),
+        ("recipe", config.recipe, schema.RECIPES),
+        ("mode", config.mode, schema.MODES),
+        ("weights", config.weights, schema.WEIGHTS),
+        ("comm", config.comm, schema.TRANSPORTS),
+        ("refresh.cadence", config.refresh.cadence, schema.CADENCES),
+        ("collect.reduction", config.collect.reduction, schema.REDUCTIONS),
+        ("graph.backend", config.graph.backend, schema.BACKENDS),
+        ("graph.tier", config.graph.tier, schema.TIERS),
+        ("graph.executor", config.graph.executor, schema.EXECUTORS),
+        ("selection.objective", config.selection.objective, schema.OBJECTIVES),
+        ("selection.shares", config.selection.shares, schema.SHARES),
+        ("checkpoint.on_missing_state", config.checkpoint.on_missing_state, schema.MISSING_STATE),
+        ("checkpoint.on_damaged_state", config.checkpoint.on_damaged_state, schema.MISSING_STATE),
+        ("checkpoint.on_failed_save", config.checkpoint.on_failed_save, schema.FAILED_SAVE),
     ]
     for key, value, allowed in choices:
         if value not in allowed:
@@ -182,71 +201,71 @@ def validate(c: GraceConfig, path: str = HOME) -> None:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{path}.{key} = {value!r}; it must be one of {', '.join(allowed)}{hint}")
     numbers: list[tuple[str, float, bool, str]] = [
-        ("budget", c.budget, 0 < c.budget <= 1, "in (0, 1]"),
-        ("window", c.window, c.window >= 0, "0 (automatic) or a number of samples"),
-        ("seed", c.seed, c.seed >= 0, "0 or more"),
-        ("max_repeats", c.max_repeats, c.max_repeats > 0, "above 0"),
-        ("start_step", c.start_step, c.start_step >= -1, "-1 (after the first interval), 0 or more"),
-        ("total_steps", c.total_steps, c.total_steps >= 0, "0 (unknown) or more"),
-        ("refresh.interval_steps", c.refresh.interval_steps, c.refresh.interval_steps >= 1, "1 or more"),
-        ("refresh.max_overhead", c.refresh.max_overhead, 0 < c.refresh.max_overhead <= 1, "in (0, 1]"),
-        ("refresh.slack_steps", c.refresh.slack_steps, c.refresh.slack_steps >= -1, "-1 (automatic) or more"),
-        ("refresh.probe_share", c.refresh.probe_share, 0 < c.refresh.probe_share <= 1, "in (0, 1]"),
-        ("refresh.timeout_seconds", c.refresh.timeout_seconds, c.refresh.timeout_seconds > 0, "above 0"),
-        ("harvest.share", c.harvest.share, 0 < c.harvest.share <= 1, "in (0, 1]"),
-        ("harvest.dim", c.harvest.dim, 8 <= c.harvest.dim <= 8192, "between 8 and 8192"),
-        ("harvest.rank", c.harvest.rank, 1 <= c.harvest.rank <= 64, "between 1 and 64"),
-        ("features.dim", c.features.dim, 8 <= c.features.dim <= 4096, "between 8 and 4096"),
-        ("features.max_tokens", c.features.max_tokens, c.features.max_tokens >= 8, "8 or more"),
-        ("graph.k", c.graph.k, 1 <= c.graph.k <= 256, "between 1 and 256"),
-        ("graph.recall", c.graph.recall, 0 < c.graph.recall <= 1, "in (0, 1]"),
-        ("graph.clusters", c.graph.clusters, 0 <= c.graph.clusters <= 1 << 20, "0 (automatic) to 1048576"),
-        ("graph.overlap", c.graph.overlap, 0 <= c.graph.overlap <= 8, "0 (automatic) to 8"),
-        ("graph.sketch_share", c.graph.sketch_share, 0 <= c.graph.sketch_share < 1, "in [0, 1)"),
-        ("graph.hidden_share", c.graph.hidden_share, 0 <= c.graph.hidden_share < 1, "in [0, 1)"),
-        ("graph.drift", c.graph.drift, 0 <= c.graph.drift < 1, "in [0, 1)"),
-        ("graph.hops", c.graph.hops, 1 <= c.graph.hops <= 64, "between 1 and 64"),
-        ("graph.shrink", c.graph.shrink, c.graph.shrink > 0, "above 0, so that one weak neighbour does not decide"),
-        ("graph.decay", c.graph.decay, 0 < c.graph.decay <= 1, "in (0, 1]"),
-        ("selection.explore", c.selection.explore, 0 <= c.selection.explore < 1, "in [0, 1)"),
-        ("selection.audit", c.selection.audit, 0 <= c.selection.audit < 1, "in [0, 1)"),
-        ("guard.clean_share", c.guard.clean_share, 0 < c.guard.clean_share <= 1, "in (0, 1]"),
-        ("guard.confidence", c.guard.confidence, 0 < c.guard.confidence < 1, "in (0, 1)"),
+        ("budget", config.budget, 0 < config.budget <= 1, "in (0, 1]"),
+        ("window", config.window, config.window >= 0, "0 (automatic) or a number of samples"),
+        ("seed", config.seed, config.seed >= 0, "0 or more"),
+        ("max_repeats", config.max_repeats, config.max_repeats > 0, "above 0"),
+        ("start_step", config.start_step, config.start_step >= -1, "-1 (after the first interval), 0 or more"),
+        ("total_steps", config.total_steps, config.total_steps >= 0, "0 (unknown) or more"),
+        ("refresh.interval_steps", config.refresh.interval_steps, config.refresh.interval_steps >= 1, "1 or more"),
+        ("refresh.max_overhead", config.refresh.max_overhead, 0 < config.refresh.max_overhead <= 1, "in (0, 1]"),
+        ("refresh.slack_steps", config.refresh.slack_steps, config.refresh.slack_steps >= -1, "-1 (automatic) or more"),
+        ("refresh.probe_share", config.refresh.probe_share, 0 < config.refresh.probe_share <= 1, "in (0, 1]"),
+        ("refresh.timeout_seconds", config.refresh.timeout_seconds, config.refresh.timeout_seconds > 0, "above 0"),
+        ("collect.share", config.collect.share, 0 < config.collect.share <= 1, "in (0, 1]"),
+        ("collect.dim", config.collect.dim, 8 <= config.collect.dim <= 8192, "between 8 and 8192"),
+        ("collect.rank", config.collect.rank, 1 <= config.collect.rank <= 64, "between 1 and 64"),
+        ("features.dim", config.features.dim, 8 <= config.features.dim <= 4096, "between 8 and 4096"),
+        ("features.max_tokens", config.features.max_tokens, config.features.max_tokens >= 8, "8 or more"),
+        ("graph.k", config.graph.k, 1 <= config.graph.k <= 256, "between 1 and 256"),
+        ("graph.recall", config.graph.recall, 0 < config.graph.recall <= 1, "in (0, 1]"),
+        ("graph.clusters", config.graph.clusters, 0 <= config.graph.clusters <= 1 << 20, "0 (automatic) to 1048576"),
+        ("graph.overlap", config.graph.overlap, 0 <= config.graph.overlap <= 8, "0 (automatic) to 8"),
+        ("graph.sketch_share", config.graph.sketch_share, 0 <= config.graph.sketch_share < 1, "in [0, 1)"),
+        ("graph.hidden_share", config.graph.hidden_share, 0 <= config.graph.hidden_share < 1, "in [0, 1)"),
+        ("graph.drift", config.graph.drift, 0 <= config.graph.drift < 1, "in [0, 1)"),
+        ("graph.hops", config.graph.hops, 1 <= config.graph.hops <= 64, "between 1 and 64"),
+        ("graph.shrink", config.graph.shrink, config.graph.shrink > 0, "above 0, so that one weak neighbour does not decide"),
+        ("graph.decay", config.graph.decay, 0 < config.graph.decay <= 1, "in (0, 1]"),
+        ("selection.explore", config.selection.explore, 0 <= config.selection.explore < 1, "in [0, 1)"),
+        ("selection.audit", config.selection.audit, 0 <= config.selection.audit < 1, "in [0, 1)"),
+        ("guard.clean_share", config.guard.clean_share, 0 < config.guard.clean_share <= 1, "in (0, 1]"),
+        ("guard.confidence", config.guard.confidence, 0 < config.guard.confidence < 1, "in (0, 1)"),
     ]
     for key, number, ok, allowed_range in numbers:
         if not ok:
             raise ConfigError(f"{path}.{key} = {number}; it must be {allowed_range}")
-    _validate_combinations(c, path)
+    _validate_combinations(config, path)
 
 
-def _validate_combinations(c: GraceConfig, path: str) -> None:
-    first = max(c.start_step, c.opening)
-    if c.stop_step and c.stop_step <= first:
+def _validate_combinations(config: GraceConfig, path: str) -> None:
+    first = max(config.start_step, config.warmup_steps)
+    if config.stop_step and config.stop_step <= first:
         raise ConfigError(
-            f"{path}.stop_step = {c.stop_step} is not after the first choice at step {first}; raise it, or 0 for never"
+            f"{path}.stop_step = {config.stop_step} is not after the first choice at step {first}; raise it, or 0 for never"
         )
-    learned = c.graph.sketch_share + c.graph.hidden_share
+    learned = config.graph.sketch_share + config.graph.hidden_share
     if learned >= 1:
         raise ConfigError(f"{path}.graph: sketch_share + hidden_share = {learned:g} leaves nothing to content; keep it below 1")
-    if c.selection.explore + c.selection.audit >= 1:
-        total = c.selection.explore + c.selection.audit
+    if config.selection.explore + config.selection.audit >= 1:
+        total = config.selection.explore + config.selection.audit
         raise ConfigError(f"{path}.selection: explore + audit = {total:g} leaves no slot for the coreset; keep it below 1")
-    if recipes.recipe(c.recipe).content and not c.features.enabled and c.replay is None:
+    if recipes.recipe(config.recipe).content and not config.features.enabled and config.replay is None:
         needs = "only recipe: uniform does without content features"
-        raise ConfigError(f"{path}.recipe = {c.recipe!r} with features.enabled: false; {needs}, or turn them on")
-    uses = recipes.recipe(c.recipe).uses
-    odd = [part for part in c.ablate if part not in uses]
+        raise ConfigError(f"{path}.recipe = {config.recipe!r} with features.enabled: false; {needs}, or turn them on")
+    uses = recipes.recipe(config.recipe).uses
+    odd = [part for part in config.ablate if part not in uses]
     if odd:
         near = difflib.get_close_matches(odd[0], uses, 1)
         known = f"it can do without {', '.join(sorted(uses))}" if uses else "it has no parts to leave out"
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{path}.ablate names {odd[0]!r}, which is no part of recipe {c.recipe!r}: {known}{hint}")
-    if c.selection.objective == "facility_location" and not c.features.enabled:
+        raise ConfigError(f"{path}.ablate names {odd[0]!r}, which is no part of recipe {config.recipe!r}: {known}{hint}")
+    if config.selection.objective == "facility_location" and not config.features.enabled:
         raise ConfigError(f"{path}.selection.objective = 'facility_location' needs the content graph; set features.enabled: true")
-    if c.replay is not None and c.mode == "shadow":
+    if config.replay is not None and config.mode == "shadow":
         raise ConfigError(f"{path}: replay and mode: shadow exclude each other (shadow leaves the batches alone); drop one")
-    if not c.harvest.layers:
-        raise ConfigError(f"{path}.harvest.layers is empty; name at least one pattern, or ['auto']")
+    if not config.collect.layers:
+        raise ConfigError(f"{path}.collect.layers is empty; name at least one pattern, or ['auto']")
 
 
 def refuse_curriculum(ds_config: Mapping[str, Any]) -> None:

@@ -16,8 +16,9 @@ MODES = ("train", "shadow")
 TRANSPORTS = ("auto", "mpi", "torch", "local")
 RECIPES = (recipes.AUTO, *recipes.names())
 RENAMED_RECIPES = {"prior": "content"}  # old names, taken with a warning for one version
+RENAMED = {"harvest": "collect", "graph.leaf": "graph.backend"}  # old keys, taken with a warning for one version
 REMOVED = {  # keys of the first version → what to do instead
-    "harvest.every": "set harvest.share, the share of the steps that are collected, at most",
+    "collect.every": "set collect.share, the share of the steps that are collected, at most",
     "graph.residuals": "leave it out: recipe grace always spreads along the graph; ablate: [graph] does without",
     "selection.loss_tilt": "leave it out: recipe grace always weighs by loss; ablate: [loss] does without",
 }
@@ -25,13 +26,13 @@ WEIGHTS = ("none", "inverse_probability")
 SHARES = ("keep", "floor", "free")
 OBJECTIVES = ("sample", "facility_location", "topk", "rs2", "uniform")
 CADENCES = ("adaptive", "fixed")
-LEAVES = ("auto", "torch", "faiss", "cuvs")
+BACKENDS = ("auto", "torch", "faiss", "cuvs")
 EXECUTORS = ("ring", "dask")
 TIERS = ("auto", "exact", "clustered")
 REDUCTIONS = ("mean", "sum")
 MISSING_STATE = ("rebuild", "error")
 FAILED_SAVE = ("warn", "error")
-OPENING_SHARE = 20  # a run of known length opens for at most this part of it
+WARMUP_SHARE = 20  # a run of known length opens for at most this part of it
 LEAST_COLLECTED = 8  # steps between two refreshes that are collected at the least, where there are so many
 
 
@@ -48,7 +49,7 @@ class RefreshConfig:
 
 
 @dataclass
-class HarvestConfig:
+class CollectConfig:
     """What is read from the job's own backward."""
 
     layers: list[str] = field(default_factory=lambda: ["auto"])  # name patterns; auto: the last half of the blocks
@@ -74,19 +75,21 @@ class FeaturesConfig:
 class GraphConfig:
     """The k-NN graph of the window: scores travel along it, and it tells how crowded a sample's neighbourhood is."""
 
-    leaf: str = "auto"  # torch: exact | faiss: exact, tuned from 100,000 rows | cuvs: GPU | auto: cuvs on GPUs, else faiss, torch
+    backend: str = (
+        "auto"  # torch: exact | faiss: exact, tuned from 100,000 rows | cuvs: GPU | auto: cuvs on GPUs, else faiss, torch
+    )
     tier: str = "auto"  # exact: every pair; clustered: rows that share a cluster; auto: clustered from 30,000 rows where it pays
     executor: str = "ring"  # ring: over the job's transport; dask: a Dask cluster inside the job, started for each graph
     clusters: int = 0  # of the clustered tier; 0: the square root of the rows
     overlap: int = 0  # clusters that each row goes to; 0: as few as reach the recall
     k: int = 15  # neighbours of a sample
-    recall: float = 0.99  # sampled recall that an approximate leaf or the clustered tier must reach
+    recall: float = 0.99  # sampled recall that an approximate backend or the clustered tier must reach
     shrink: float = 0.5  # lambda of the propagation: neighbour evidence that counts as much as no evidence
     sketch_share: float = 0.05  # of a row's squared length: what its gradient sketch has of it, or those of its neighbours
     hidden_share: float = 0.05  # the same of its pooled hidden state; the rest is content
     drift: float = 0.02  # 1 - cosine by which a row must have moved to be searched for anew
     hops: int = 5  # that scores travel from measured samples to others
-    decay: float = 0.7  # confidence of a harvested value per refresh of age
+    decay: float = 0.7  # confidence of a collected value per refresh of age
 
 
 @dataclass
@@ -127,11 +130,11 @@ class GraceConfig:
     enabled: bool = True  # false: an exact pass-through
     recipe: str = "auto"  # grace | content | density | uniform; auto: grace where gradients can be read, else content
     ablate: list[str] = field(default_factory=list)  # parts of recipe grace to do without: gradients, loss, graph, sketches
-    mode: str = "train"  # train | shadow: harvest, refresh and log, but leave the job's batches alone
+    mode: str = "train"  # train | shadow: collect, refresh and log, but leave the job's batches alone
     budget: float = 0.2  # share of the window that one coreset may hold
-    window: int = 0  # samples in the rolling window; 0: so that a refresh harvests at least 5 % of it
+    window: int = 0  # samples in the rolling window; 0: so that a refresh collects at least 5 % of it
     seed: int = 1234  # of windows, projections and draws
-    total_steps: int = 0  # optimizer steps of the whole run, for max_repeats and the length of the opening; 0: not known
+    total_steps: int = 0  # optimizer steps of the whole run, for max_repeats and the length of the warm-up; 0: not known
     max_repeats: float = 4.0  # implied repeats of a sample above which the run is refused
     start_step: int = -1  # first step on a coreset, uniform before; 0: at once; -1: an interval, a 20th of total_steps at most
     stop_step: int = 0  # optimizer step at which selection ends and uniform goes on; 0: never
@@ -143,7 +146,7 @@ class GraceConfig:
     replay: str | None = None  # folder of schedules of an earlier run: feed those, choose nothing
     debug: bool = False  # full tracebacks
     refresh: RefreshConfig = field(default_factory=RefreshConfig)
-    harvest: HarvestConfig = field(default_factory=HarvestConfig)
+    collect: CollectConfig = field(default_factory=CollectConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     graph: GraphConfig = field(default_factory=GraphConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
@@ -151,12 +154,12 @@ class GraceConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     @property
-    def opening(self) -> int:
+    def warmup_steps(self) -> int:
         """Optimizer steps at the start of a run that are trained on the pool as it is, though the window is looked at."""
         if self.start_step >= 0:
             return 0
         interval = self.refresh.interval_steps
-        return min(interval, max(1, self.total_steps // OPENING_SHARE)) if self.total_steps else interval
+        return min(interval, max(1, self.total_steps // WARMUP_SHARE)) if self.total_steps else interval
 
     @property
     def learning(self) -> int:
@@ -187,8 +190,8 @@ class GraceConfig:
 
     @property
     def collect_every(self) -> int:
-        """Each how many steps one is collected, at the least: by ``harvest.share``, but some between any two refreshes."""
-        return max(1, min(ceil(1 / self.harvest.share), self.refresh.interval_steps // LEAST_COLLECTED))
+        """Each how many steps one is collected, at the least: by ``collect.share``, but some between any two refreshes."""
+        return max(1, min(ceil(1 / self.collect.share), self.refresh.interval_steps // LEAST_COLLECTED))
 
 
 Plain = dict[str, Any]

@@ -1,6 +1,6 @@
 """The order of the corpus where nothing is chosen: which sample stands at each position of the run.
 
-A job has an order of its own, its sampler's.  As long as GRACE chooses nothing (the opening, a guard that found the pool
+A job has an order of its own, its sampler's.  As long as GRACE chooses nothing (the warm-up, a guard that found the pool
 clean, before ``start_step``, after ``stop_step``) that order goes on, so that such a job trains on what it would have trained on.
 """
 

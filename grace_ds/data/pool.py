@@ -1,7 +1,7 @@
 """The pool: which ids of the corpus are looked at, version by version, and how often a run will repeat a sample.
 
 A corpus that fits is one window.  A larger one is walked in a seeded random order by a rolling window, so that a
-refresh always has harvested a fair share of what it chooses from, and every sample comes by.  The order is a bijection
+refresh always has collected a fair share of what it chooses from, and every sample comes by.  The order is a bijection
 computed from the position: nothing of the corpus' size is stored.
 """
 
@@ -17,7 +17,7 @@ from grace_ds.data.order import Permutation
 from grace_ds.errors import ConfigError, DataError
 from grace_ds.records import IntArray
 
-HARVESTED_SHARE = 20  # an automatic window holds 20 refreshes' worth of samples: each harvests 5 % of it
+COLLECTED_SHARE = 20  # an automatic window holds 20 refreshes' worth of samples: each collects 5 % of it
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Pool:
 
     Args:
         n: size of the corpus.
-        window: its samples; 0: so that a refresh harvests at least 5 % of it.
+        window: its samples; 0: so that a refresh collects at least 5 % of it.
         budget: share of the window that one coreset holds.
         interval_steps: optimizer steps between two refreshes.
         batch: samples of an optimizer step, over all ranks.
@@ -59,7 +59,7 @@ class Pool:
         if interval_steps < 1 or batch < 1:
             raise ConfigError(f"refresh.interval_steps is {interval_steps} and the batch {batch}: both must be at least 1")
         self.n = n
-        self.size = min(n, window or HARVESTED_SHARE * interval_steps * batch)
+        self.size = min(n, window or COLLECTED_SHARE * interval_steps * batch)
         self.advance = 0 if self.size == n else max(1, min(self.size, round(interval_steps * batch / budget)))
         self._order = Permutation(n, seed)
 

@@ -177,7 +177,7 @@ class StreamSampler(Sampler[Any]):
             yield from zip(range(start, start + g.rows), ids, strict=True)
 
 
-class Outstanding:
+class InFlightBatches:
     """The batches that are out, and the recognition of the one that a forward is about.
 
     A batch is recognised by the memory of its tensors or by their contents, never guessed: what is not recognised is a batch of
@@ -207,7 +207,7 @@ class Outstanding:
         if len(ids) and bool((ids < 0).any()) and not self._warned:
             self._warned = True
             log.warning(
-                "collate_fn returned %d rows for %d samples and grace cannot tell which: such batches are not harvested",
+                "collate_fn returned %d rows for %d samples and grace cannot tell which: such batches are not collected",
                 len(ids),
                 len(positions),
             )
@@ -259,10 +259,10 @@ class Outstanding:
 
 
 class TicketedLoader:
-    """A data loader without its tickets: yields what the job's own loader would, and tells ``outstanding``."""
+    """A data loader without its tickets: yields what the job's own loader would, and tells ``in_flight``."""
 
-    def __init__(self, inner: Any, outstanding: Outstanding) -> None:
-        self.inner, self.outstanding = inner, outstanding
+    def __init__(self, inner: Any, in_flight: InFlightBatches) -> None:
+        self.inner, self.in_flight = inner, in_flight
         self._iterator: Iterator[Any] | None = None
 
     def __len__(self) -> int:
@@ -276,7 +276,7 @@ class TicketedLoader:
         if self._iterator is None:
             self._iterator = iter(self.inner)
         positions, ids, batch = next(self._iterator)
-        self.outstanding.issue(positions, ids, batch)
+        self.in_flight.issue(positions, ids, batch)
         return batch
 
     def __getattr__(self, name: str) -> Any:

@@ -25,7 +25,7 @@ _HEADER = 100_000_000  # bytes: no header is larger, by the format
 
 
 @dataclass(frozen=True)
-class Slots:
+class ScheduleSlice:
     """The samples of a range of positions, one entry a position.
 
     Attributes:
@@ -131,9 +131,9 @@ class ScheduleBook:
         versions = {s.version for s in self.schedules}
         self._laps = {key: value for key, value in self._laps.items() if key[0] in versions}
 
-    def slots(self, start: int, count: int) -> Slots:
+    def slots(self, start: int, count: int) -> ScheduleSlice:
         """The samples of positions ``start … start + count - 1``."""
-        parts: list[Slots] = []
+        parts: list[ScheduleSlice] = []
         while count > 0:
             i = sum(s.start <= start for s in self.schedules) - 1
             if i < 0:
@@ -146,11 +146,11 @@ class ScheduleBook:
                 n = min(n, self.schedules[i + 1].start - start)
             index = self._lap(schedule, lap)[offset : offset + n]
             versions = np.full(n, schedule.version, np.int64)
-            parts.append(Slots(schedule.ids[index], schedule.roles[index], schedule.weights[index], versions))
+            parts.append(ScheduleSlice(schedule.ids[index], schedule.roles[index], schedule.weights[index], versions))
             start, count = start + n, count - n
         if len(parts) == 1:
             return parts[0]
-        return Slots(*(np.concatenate([getattr(p, f) for p in parts]) for f in ("ids", "roles", "weights", "versions")))
+        return ScheduleSlice(*(np.concatenate([getattr(p, f) for p in parts]) for f in ("ids", "roles", "weights", "versions")))
 
     def _lap(self, schedule: Schedule, lap: int) -> IntArray:
         key = (schedule.version, lap)
@@ -160,7 +160,7 @@ class ScheduleBook:
         return self._laps[key]
 
 
-class Ledger:
+class VisitCounts:
     """How often the run has trained on each sample so far; identical on every rank, 12 bytes for each sample met."""
 
     def __init__(self, ids: IntArray | None = None, counts: Array | None = None) -> None:

@@ -41,12 +41,12 @@ TRIED = 256  # samples whose like the 6-gram counts are tried on
 class TokenScorer(Protocol):
     """A model of the trusted samples that scores others by their tokens."""
 
-    def keep(self, flat: IntArray, offsets: IntArray) -> npt.NDArray[np.float64]:
+    def quality(self, flat: IntArray, offsets: IntArray) -> npt.NDArray[np.float64]:
         """(n,) float64 in (0, 1]: how well sample i, ``flat[offsets[i]:offsets[i + 1]]``, passes the trusted filter."""
         ...
 
     def examine(self, flat: IntArray, offsets: IntArray) -> tuple[npt.NDArray[np.float64], FloatArray]:
-        """:meth:`keep`, and (n, s) float32 statistics that the samples' gradients may be predicted from."""
+        """:meth:`quality`, and (n, s) float32 statistics that the samples' gradients may be predicted from."""
         ...
 
     def digest(self) -> str:
@@ -73,7 +73,7 @@ class ContentFeatures:
 
     ids: IntArray
     density: FloatArray
-    keep: FloatArray | None
+    quality: FloatArray | None
     statistics: FloatArray | None
     vectors: FloatArray | None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -87,7 +87,7 @@ class ContentFeatures:
         return replace(self, **taken)
 
 
-COLUMNS = ("ids", "density", "keep", "statistics", "vectors")
+COLUMNS = ("ids", "density", "quality", "statistics", "vectors")
 COUNTS = ("grams", "terms", "level")
 
 
@@ -130,13 +130,13 @@ class _Sweeps:
         counted = time.perf_counter()
         terms = None if self.terms is None else self.terms.add(block)
         indexed = time.perf_counter()
-        keep, statistics = np.empty(0), None
+        quality, statistics = np.empty(0), None
         if self.scorer is not None and self.examine:
-            keep, statistics = self.scorer.examine(block.flat, block.offsets)
+            quality, statistics = self.scorer.examine(block.flat, block.offsets)
         elif self.scorer is not None:
-            keep = self.scorer.keep(block.flat, block.offsets)
-        self._clock(density=counted - began, tfidf=indexed - counted, prior=time.perf_counter() - indexed)
-        return keep, statistics, terms
+            quality = self.scorer.quality(block.flat, block.offsets)
+        self._clock(density=counted - began, tfidf=indexed - counted, quality_model=time.perf_counter() - indexed)
+        return quality, statistics, terms
 
     def second(self, block: TokenBlock, terms: Terms | None) -> tuple[npt.NDArray[np.float64], FloatArray]:
         """Densities and vectors of one block, once the counts are summed; ``terms``: of the block, None if they were not kept."""
@@ -283,7 +283,7 @@ def _compute(
 ) -> ContentFeatures:
     """Both sweeps, with the sums over the ranks between them."""
     n = len(ids)
-    keep = np.empty(n if sweeps.scorer is not None else 0, np.float32)
+    quality = np.empty(n if sweeps.scorer is not None else 0, np.float32)
     density = np.zeros(n, np.float32)
     vectors = np.empty((n if sweeps.terms is not None else 0, dim), np.float32)
     read_before = reader.seconds
@@ -293,7 +293,7 @@ def _compute(
     for block in reader.blocks(ids):
         passed, seen, terms = sweeps.first(block)
         memory.keep(block, terms)
-        keep[at : at + len(block)] = passed
+        quality[at : at + len(block)] = passed
         statistics += [] if seen is None else [seen]
         at += len(block)
     if sweeps.counts is not None:
@@ -311,7 +311,7 @@ def _compute(
     return ContentFeatures(
         ids,
         density,
-        keep if sweeps.scorer is not None else None,
+        quality if sweeps.scorer is not None else None,
         _stacked(statistics, sweeps),
         vectors if sweeps.terms is not None else None,
         sweeps.seconds,

@@ -72,6 +72,6 @@ class Limits:
         lowest: Float64Array = np.min(found, axis=0)
         return lowest
 
-    def keep(self, raw: Float64Array) -> Float64Array:
+    def quality(self, raw: Float64Array) -> Float64Array:
         """(n,) float64 in [0.02, 1]: pass of the filter."""
         return soft_pass(self.worst(raw), self.cut, SOFTNESS)

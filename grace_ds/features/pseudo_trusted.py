@@ -26,7 +26,7 @@ LEAST = 64  # samples below which no vote is held
 SEARCHED, BEGINNING = 1024, 128  # samples, and tokens of each, that two kinds are looked for in
 ROUNDS = 6  # of fitting two models and dividing the samples between them
 SETTLED = 0.995  # share of the samples that a round leaves where they are, from which on there is no further one
-APART = 0.12  # nats per token by which two models must foretell samples better than one
+APART = 0.12  # nats per token by which two models must predict samples better than one
 CLOSE = 0.25  # share of the samples from which on the smaller kind is worth a word
 
 Kinds = npt.NDArray[np.bool_]

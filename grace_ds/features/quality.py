@@ -49,7 +49,7 @@ _FINISH = np.uint64(0xBF58476D1CE4E5B9)
 
 
 @dataclass(frozen=True)
-class BigramPrior:
+class QualityModel:
     """A fitted trusted model with its calibration; equal on every rank that fits it to the same sequences.
 
     A stray id (a hash, a sentinel) must not make arrays as long as itself: beyond ``DENSE`` the vocabulary is what occurs.
@@ -77,7 +77,7 @@ class BigramPrior:
     tokens: IntArray | None = None
 
     @staticmethod
-    def fit(flat: IntArray, offsets: IntArray, vocab: int = 0) -> BigramPrior:
+    def fit(flat: IntArray, offsets: IntArray, vocab: int = 0) -> QualityModel:
         """Fits to the trusted sequences ``flat[offsets[i]:offsets[i + 1]]`` and calibrates on held-out quarters of them.
 
         Args:
@@ -162,18 +162,18 @@ class BigramPrior:
         """(n, 5) float32 in [-6, 6]: the raw statistics in robust deviations from those of held-out trusted sequences."""
         return self._standard(self.raw_statistics(flat, offsets))
 
-    def keep(self, flat: IntArray, offsets: IntArray) -> Float64Array:
+    def quality(self, flat: IntArray, offsets: IntArray) -> Float64Array:
         """(n,) float64 in [0.02, 1]: pass of the trusted filter; samples without a bigram get the floor."""
         left, right, code, row = _bigrams(flat, offsets, self.vocab)
         raw = np.zeros((len(offsets) - 1, STATISTICS))
         raw[:, SCORE] = _row_mean(self._log_p(left, self._at(right), code), row, len(raw))
         raw[:, DISTINCT] = _distinct(right, row, len(raw))
-        return self.limits.keep(raw)
+        return self.limits.quality(raw)
 
     def examine(self, flat: IntArray, offsets: IntArray) -> tuple[Float64Array, FloatArray]:
-        """:meth:`keep` and :meth:`statistics` in one pass."""
+        """:meth:`quality` and :meth:`statistics` in one pass."""
         raw = self.raw_statistics(flat, offsets)
-        return self.limits.keep(raw), self._standard(raw)
+        return self.limits.quality(raw), self._standard(raw)
 
     def _standard(self, raw: Float64Array) -> FloatArray:
         return np.asarray(np.clip((raw - self.centre) / self.deviation, -CLIP, CLIP), np.float32)
@@ -189,7 +189,7 @@ class BigramPrior:
         return h.hexdigest()
 
 
-def _count(flat: IntArray, offsets: IntArray, vocab: int, even: bool = False) -> BigramPrior:
+def _count(flat: IntArray, offsets: IntArray, vocab: int, even: bool = False) -> QualityModel:
     """The model of these sequences, not calibrated; ``even``: each sequence counts as much as any other, however long."""
     left, _, code, row = _bigrams(flat, offsets, vocab)
     tokens = None if vocab <= DENSE else np.unique(flat)
@@ -200,7 +200,7 @@ def _count(flat: IntArray, offsets: IntArray, vocab: int, even: bool = False) ->
         sizes = np.diff(offsets)
         weight = sizes.mean() / np.maximum(sizes, 1)  # 1 where all are as long: the counts are then the very same
         of_token, of_bigram = np.repeat(weight, sizes), weight[row]
-    return BigramPrior(
+    return QualityModel(
         bigrams=np.bincount(code, of_bigram, 1 << BITS),
         contexts=np.bincount(left, of_bigram, kinds + 1),
         unigrams=np.bincount(flat, of_token, kinds + 1),
@@ -235,7 +235,7 @@ def held_out_statistics(rows: list[IntArray], vocab: int, even: bool = False) ->
 
 
 def likelihoods(rows: list[IntArray], kinds: npt.NDArray[np.bool_], asked: npt.NDArray[np.bool_], vocab: int) -> Float64Array:
-    """(m, 2) float64: :meth:`BigramPrior.likelihood` of the rows that are ``asked`` for, by two models of all others.
+    """(m, 2) float64: :meth:`QualityModel.likelihood` of the rows that are ``asked`` for, by two models of all others.
 
     The first is of those others that are not of ``kinds``, the second of those that are; all rows of a model count alike.
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from grace_ds.errors import CheckpointError, DataError
-from grace_ds.gradients.capture import Meter, Receiver, Target
+from grace_ds.gradients.capture import HookSink, Meter, Receiver
 from grace_ds.gradients.layers import Layer
 from grace_ds.gradients.projection import Side, product_dtype, signs
 from grace_ds.records import FloatArray
@@ -54,7 +54,7 @@ class TrustedBasis:
             if shapes != [(layer.inputs, *rank), rank, (layer.outputs, *rank)]:
                 raise CheckpointError(
                     f"the checkpoint's trusted basis does not fit layer {layer.name} ({layer.inputs} inputs, {layer.outputs} "
-                    "outputs); restore the old model and harvest.layers, or start without the old GRACE state"
+                    "outputs); restore the old model and collect.layers, or start without the old GRACE state"
                 )
 
     def to_arrays(self) -> dict[str, FloatArray]:
@@ -74,7 +74,7 @@ class TrustedBasis:
         return TrustedBasis(version, factors)
 
 
-class BasisAccumulator(Target):
+class BasisAccumulator(HookSink):
     """Collects Y and W of every layer from the backwards routed to it (``Sketcher.route``), on this rank.
 
     Unlike a binding it keeps each layer's input alive until its gradient comes: for probes, not for training.

@@ -16,7 +16,7 @@ import torch
 from grace_ds.errors import DataError
 from grace_ds.gradients.layers import Layer
 from grace_ds.gradients.projection import Fold, Layout, Side, layout, per_sample
-from grace_ds.records import HIDDEN, FloatArray, IntArray, Rows
+from grace_ds.records import HIDDEN, FloatArray, IntArray, SampleRecords
 
 Receiver = Callable[[torch.Tensor], None]
 
@@ -34,7 +34,7 @@ class Meter:
         self.peak = max(self.peak, self.now)
 
 
-class Target:
+class HookSink:
     """What the hooks write to.  Open from its creation to :meth:`close`.
 
     Attributes:
@@ -121,20 +121,20 @@ class Plan:
         hidden: npt.NDArray[np.float32],
         sigma: npt.NDArray[np.float64],
         factor: npt.NDArray[np.float64],
-    ) -> Harvested:
+    ) -> CollectedRows:
         """Rows from what is linear in the gradients: ``folded`` (n, dim), and ``product`` (n,) with the basis in force."""
         with np.errstate(over="ignore", invalid="ignore"):
             sketch = (folded * factor[:, None]).astype(np.float32)
             norm = np.sqrt((sketch.astype(np.float64) ** 2).sum(1))
-            align = np.full(len(ids), np.nan)
+            influence = np.full(len(ids), np.nan)
             if self.strength is not None and product is not None:
                 lengths = norm * np.sqrt(((self.strength / sigma[:, None]) ** 2).sum())
-                np.divide(product * factor, lengths, out=align, where=lengths > 0)
-        return Harvested(ids, sketch, norm.astype(np.float32), align.astype(np.float32), loss, self.basis_version, hidden)
+                np.divide(product * factor, lengths, out=influence, where=lengths > 0)
+        return CollectedRows(ids, sketch, norm.astype(np.float32), influence.astype(np.float32), loss, self.basis_version, hidden)
 
 
 @dataclass(frozen=True)
-class Harvested:
+class CollectedRows:
     """What one micro-batch's backward told about its samples, this rank's.
 
     Attributes:
@@ -150,22 +150,22 @@ class Harvested:
     ids: IntArray
     sketch: FloatArray
     norm: FloatArray
-    align: FloatArray
+    influence: FloatArray
     loss: FloatArray
     basis: int
     hidden: FloatArray
 
-    def rows(self, step: int, loss_mean: float = 0.0) -> Rows:
+    def rows(self, step: int, loss_mean: float = 0.0) -> SampleRecords:
         """Rows for the table: unit sketches, losses minus ``loss_mean``; samples without a finite gradient left out."""
         n = len(self.ids)
         with np.errstate(invalid="ignore", divide="ignore"):
             unit = (self.sketch / self.norm[:, None]).astype(np.float16)
-        rows = Rows(
+        rows = SampleRecords(
             ids=self.ids,
             sketch=unit,
             norm=self.norm,
             loss=self.loss - np.float32(loss_mean),
-            align=self.align,
+            influence=self.influence,
             step=np.full(n, step, np.int64),
             basis=np.full(n, self.basis, np.int32),
             hidden=np.nan_to_num(self.hidden).astype(np.float16),
@@ -173,7 +173,7 @@ class Harvested:
         return rows.take(np.isfinite(self.norm) & (self.norm > 0))
 
 
-class Reading:
+class LossCapture:
     """The losses of one micro-batch whose gradients are not collected: nothing but its forward's output is read.
 
     Attributes:
@@ -186,7 +186,7 @@ class Reading:
         self.losses: torch.Tensor | None = None
 
 
-class Binding(Target):
+class MicroBatchCapture(HookSink):
     """The sketches of one micro-batch.
 
     Attributes:
@@ -200,7 +200,7 @@ class Binding(Target):
         super().__init__(meter)
         self.ids = np.ascontiguousarray(ids, np.int64).reshape(-1)
         if not len(self.ids):
-            raise DataError("a micro-batch with no ids cannot be bound; leave it out of the harvest")
+            raise DataError("a micro-batch with no ids cannot be bound; leave it out of the collection")
         self.losses: torch.Tensor | None = None
         self.tokens: torch.Tensor | None = None
         self.plan = plan
@@ -304,7 +304,7 @@ class Binding(Target):
 
     def compute(
         self, sigma: npt.NDArray[np.float64], factor: npt.NDArray[np.float64]
-    ) -> tuple[Harvested, npt.NDArray[np.float64]]:
+    ) -> tuple[CollectedRows, npt.NDArray[np.float64]]:
         """The rows, and the squared lengths of the layers' sketches for the calibration of the scale.
 
         Args:

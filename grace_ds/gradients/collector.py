@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from grace_ds.comm.base import Comm
-from grace_ds.config.schema import HarvestConfig
+from grace_ds.config.schema import CollectConfig
 from grace_ds.errors import CheckpointError
-from grace_ds.gradients.capture import Binding, Harvested, Reading
+from grace_ds.gradients.capture import CollectedRows, LossCapture, MicroBatchCapture
 from grace_ds.gradients.hooks import Sketcher
-from grace_ds.records import FloatArray, Losses, Rows
+from grace_ds.records import FloatArray, Losses, SampleRecords
 
 log = logging.getLogger("grace_ds")
 
@@ -24,7 +24,7 @@ _MEMORY = 0.98  # of the running mean of the loss, per optimizer step
 
 
 @dataclass(frozen=True)
-class Harvest:
+class CollectedInterval:
     """What was measured in an interval's steps, on this rank, losses centred on the running mean at their step.
 
     Attributes:
@@ -33,33 +33,33 @@ class Harvest:
         running_mean: of the losses after the last of them; None where none was seen.
     """
 
-    rows: Rows
+    rows: SampleRecords
     losses: Losses
     running_mean: float | None
 
 
-class Harvester:
+class GradientCollector:
     """What the sketcher saw, kept until a refresh takes it.
 
     Args:
         sketcher: attached to the job's module.
-        config: of the harvest.
+        config: of the collect.
     """
 
-    def __init__(self, sketcher: Sketcher, config: HarvestConfig) -> None:
+    def __init__(self, sketcher: Sketcher, config: CollectConfig) -> None:
         self.sketcher, self.config = sketcher, config
         self.running_mean: float | None = None  # nats per token, all ranks alike, up to the last drained step
         self.rows_kept = 0  # that were put into the inbox so far
         self.rows_dropped = 0  # of steps before the layer scale was frozen, or without a finite gradient
         self.seconds = 0.0  # spent here and not in the hooks
-        self._inbox: list[Rows] = []
-        self._read: list[tuple[int, Reading]] = []  # steps and what was read of them; brought from the device once a refresh
+        self._inbox: list[SampleRecords] = []
+        self._read: list[tuple[int, LossCapture]] = []  # steps and what was read of them; brought from the device once a refresh
 
-    def read(self, readings: Sequence[Reading], step: int) -> None:
+    def read(self, readings: Sequence[LossCapture], step: int) -> None:
         """Keeps the losses of an optimizer step that was applied and whose gradients were not collected."""
         self._read += [(step, reading) for reading in readings if reading.losses is not None]
 
-    def commit(self, bindings: Sequence[Binding], step: int, grad_scale: float, comm: Comm) -> None:
+    def commit(self, captures: Sequence[MicroBatchCapture], step: int, grad_scale: float, comm: Comm) -> None:
         """Keeps the rows of an optimizer step that was applied.
 
         The first step that is collected gives the frozen scale of the layers and no rows; that is the one collective.
@@ -71,45 +71,45 @@ class Harvester:
             comm: asked only while the scale is not frozen.
         """
         started = time.perf_counter()
-        harvested = [self._finish(b, grad_scale) for b in bindings]
+        collected = [self._finish(b, grad_scale) for b in captures]
         if not self.sketcher.scale.frozen:
             self._freeze(comm)
-            self.rows_dropped += sum(len(h.ids) for h in harvested if h is not None)
+            self.rows_dropped += sum(len(h.ids) for h in collected if h is not None)
         else:
-            self._keep([h for h in harvested if h is not None], step)
+            self._keep([h for h in collected if h is not None], step)
         self.seconds += time.perf_counter() - started
 
-    def _keep(self, harvested: Sequence[Harvested], step: int) -> None:
+    def _keep(self, collected: Sequence[CollectedRows], step: int) -> None:
         """Puts a step's rows into the inbox."""
-        parts = [h.rows(step) for h in harvested]
+        parts = [h.rows(step) for h in collected]
         kept = sum(map(len, parts))
-        self.rows_dropped += sum(len(h.ids) for h in harvested) - kept
+        self.rows_dropped += sum(len(h.ids) for h in collected) - kept
         self.rows_kept += kept
         self._inbox += parts
 
-    def discard(self, bindings: Sequence[Binding]) -> None:
+    def discard(self, captures: Sequence[MicroBatchCapture]) -> None:
         """Drops bindings of a step that was not applied."""
-        for binding in bindings:
-            self.sketcher.discard(binding)
+        for capture in captures:
+            self.sketcher.discard(capture)
 
-    def pending(self, comm: Comm) -> Harvest:
+    def pending(self, comm: Comm) -> CollectedInterval:
         """What has been kept so far, centred, and the running mean that :meth:`drained` will take over.  Collective.
 
         Nothing is removed yet, so that a refresh that fails loses nothing.
         """
-        rows = Rows.concat(self._inbox) if self._inbox else Rows.empty(self.sketcher.dim)
+        rows = SampleRecords.concat(self._inbox) if self._inbox else SampleRecords.empty(self.sketcher.dim)
         losses = Losses.concat([_losses(self._read), rows.losses])
         losses = losses.take(losses.finite())
         first = int(comm.allreduce(np.array([losses.step.min(initial=2**62)], np.int64), "min")[0])
         last = int(comm.allreduce(np.array([losses.step.max(initial=-1)], np.int64), "max")[0])
         if last < first:
-            return Harvest(rows, losses, self.running_mean)
+            return CollectedInterval(rows, losses, self.running_mean)
         at = losses.step - first
         sums = np.stack([np.bincount(at, weights, last - first + 1) for weights in (losses.loss.astype(np.float64), None)], 1)
         means, final = _running_means(comm.allreduce(sums), self.running_mean)
         known = np.clip(rows.step - first, 0, last - first)  # a row without a loss may be of a step without any
         rows = replace(rows, loss=rows.loss - means[known])
-        return Harvest(rows, replace(losses, loss=losses.loss - means[at]), final)
+        return CollectedInterval(rows, replace(losses, loss=losses.loss - means[at]), final)
 
     def drained(self, running_mean: float | None) -> None:
         """Forgets what :meth:`pending` gave, which has found its place in the tables."""
@@ -118,7 +118,7 @@ class Harvester:
 
     @property
     def total_seconds(self) -> float:
-        """Wall seconds of harvesting on this rank so far: the hooks and the rows (on a GPU: of launching them)."""
+        """Wall seconds of collecting on this rank so far: the hooks and the rows (on a GPU: of launching them)."""
         return self.seconds + self.sketcher.seconds
 
     def state_dict(self) -> dict[str, Any]:
@@ -133,7 +133,7 @@ class Harvester:
         """
         mean = state.get("running_mean", "missing")
         if not isinstance(mean, float | None) or not isinstance(state.get("sketcher"), dict):
-            raise CheckpointError(f"the checkpoint's harvest cannot be read (running mean {mean!r}); use another checkpoint")
+            raise CheckpointError(f"the checkpoint's collect cannot be read (running mean {mean!r}); use another checkpoint")
         self.sketcher.check_state(state["sketcher"])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -141,10 +141,10 @@ class Harvester:
         self.sketcher.load_state_dict(state["sketcher"])
         self.drained(state["running_mean"])
 
-    def _finish(self, binding: Binding, grad_scale: float) -> Harvested | None:
+    def _finish(self, capture: MicroBatchCapture, grad_scale: float) -> CollectedRows | None:
         """A binding's rows; None where there are none.  An error (such as no memory) costs the rows, not the step."""
         try:
-            return self.sketcher.finish(binding, grad_scale, self.config.reduction)
+            return self.sketcher.finish(capture, grad_scale, self.config.reduction)
         except Exception as error:
             if not self.sketcher.failures:
                 log.warning("a micro-batch gives no rows (%s: %s); training goes on", type(error).__name__, error)
@@ -157,7 +157,7 @@ class Harvester:
             self.sketcher.scale.freeze(total)
 
 
-def _losses(read: Sequence[tuple[int, Reading]]) -> Losses:
+def _losses(read: Sequence[tuple[int, LossCapture]]) -> Losses:
     """Raw losses of what was read, in that order."""
     tensors = [reading.losses for _, reading in read if reading.losses is not None]
     if not tensors:

@@ -19,7 +19,7 @@ from torch import nn
 
 from grace_ds.errors import CheckpointError, ConfigError
 from grace_ds.gradients.basis import TRUSTED_RANK, BasisAccumulator, TrustedBasis
-from grace_ds.gradients.capture import Binding, Harvested, Meter, Plan, Reading, Target
+from grace_ds.gradients.capture import CollectedRows, HookSink, LossCapture, Meter, MicroBatchCapture, Plan
 from grace_ds.gradients.kfac import MomentAccumulator
 from grace_ds.gradients.layers import Layer
 from grace_ds.gradients.losses import sample_losses
@@ -55,7 +55,7 @@ class Sketcher:
 
     def __init__(self, layers: Sequence[Layer], seed: int, dim: int = 256, rank: int = 8, pipelined: bool = False) -> None:
         if not layers or dim < 1 or rank < 1:
-            raise ConfigError(f"harvest needs layers, a dim and a rank; got {len(layers)} layers, {dim=}, {rank=}")
+            raise ConfigError(f"collect needs layers, a dim and a rank; got {len(layers)} layers, {dim=}, {rank=}")
         self.layers = list(layers)
         self.names = [layer.name for layer in layers]
         self.seed, self.dim, self.rank, self.pipelined = seed, dim, rank, pipelined
@@ -65,10 +65,10 @@ class Sketcher:
         self._fold = Fold(self.names, seed, rank, dim)
         self._meter = Meter()
         self._handles: list[Callable[[], None]] = []
-        self._in_flight: list[Target] = []  # pipelined: in the order of their forwards
-        self._current: Target | None = None  # takes forwards
-        self._latest: Target | None = None  # takes the recomputations inside its backward
-        self._reading: Reading | None = None  # takes the losses of a micro-batch that the hooks leave alone
+        self._in_flight: list[HookSink] = []  # pipelined: in the order of their forwards
+        self._current: HookSink | None = None  # takes forwards
+        self._latest: HookSink | None = None  # takes the recomputations inside its backward
+        self._reading: LossCapture | None = None  # takes the losses of a micro-batch that the hooks leave alone
         self._told: set[str] = set()
         # The last layer that reads the residual stream: as wide as the narrowest input there is.
         narrowest = min(layer.inputs for layer in self.layers)
@@ -110,19 +110,19 @@ class Sketcher:
 
     # -- bindings ------------------------------------------------------------------------------------------------------
 
-    def begin(self, ids: IntArray) -> Binding:
+    def begin(self, ids: IntArray) -> MicroBatchCapture:
         """Binds the forwards from here to :meth:`end`, and their backward, to the samples ``ids`` (n,) int64."""
-        binding = Binding(ids, self._plan, self._fold, self._meter)
-        self.route(binding)
-        return binding
+        capture = MicroBatchCapture(ids, self._plan, self._fold, self._meter)
+        self.route(capture)
+        return capture
 
-    def read(self, ids: IntArray) -> Reading:
+    def read(self, ids: IntArray) -> LossCapture:
         """Takes the losses of the samples ``ids`` (n,) int64 from the next :meth:`observe_loss`; the hooks stay idle."""
         self._current = self._latest = None
-        self._reading = Reading(ids)
+        self._reading = LossCapture(ids)
         return self._reading
 
-    def route(self, target: Target) -> None:
+    def route(self, target: HookSink) -> None:
         """Sends what the hooks see to ``target``, until :meth:`end`."""
         self._current = self._latest = target
         self._reading = None
@@ -133,14 +133,14 @@ class Sketcher:
         """The forward is over: later forwards are not captured, the binding's own backward still is."""
         self._current = None
 
-    def discard(self, binding: Target) -> None:
+    def discard(self, capture: HookSink) -> None:
         """Gives a binding up: its backward never came, or its step was not applied."""
-        binding.close()
+        capture.close()
 
     def observe_loss(self, output: Any) -> None:
         """Reads the current micro-batch's per-sample losses and token counts; to be called before the backward."""
         target = self._reading if self._reading is not None else self._latest
-        if not isinstance(target, Binding | Reading) or (isinstance(target, Binding) and target.closed):
+        if not isinstance(target, MicroBatchCapture | LossCapture) or (isinstance(target, MicroBatchCapture) and target.closed):
             return
         started = time.perf_counter()
         held, latest = self._current, self._latest
@@ -149,7 +149,7 @@ class Sketcher:
             found = sample_losses(output, len(target.ids))
             if found is not None:
                 target.losses = found[0]
-                if isinstance(target, Binding):
+                if isinstance(target, MicroBatchCapture):
                     target.tokens = found[1]
         except Exception as error:
             self._tell("losses", "losses cannot be read from the autograd graph (%r); rows go without", error)
@@ -158,8 +158,8 @@ class Sketcher:
             self.seconds += time.perf_counter() - started
 
     def finish(
-        self, binding: Binding, grad_scale: float = 1.0, reduction: str = "mean", tokens: IntArray | None = None
-    ) -> Harvested | None:
+        self, capture: MicroBatchCapture, grad_scale: float = 1.0, reduction: str = "mean", tokens: IntArray | None = None
+    ) -> CollectedRows | None:
         """Turns a binding whose backward is over into rows, and closes it.
 
         Args:
@@ -173,20 +173,20 @@ class Sketcher:
             The rows; None when no gradient came or the binding is spoiled.
         """
         if reduction not in ("mean", "sum"):
-            raise ConfigError(f"harvest.reduction={reduction!r} is not known; use 'mean' or 'sum'")
+            raise ConfigError(f"collect.reduction={reduction!r} is not known; use 'mean' or 'sum'")
         try:
-            if binding.spoiled or not binding.backward_seen or binding.closed:
+            if capture.spoiled or not capture.backward_seen or capture.closed:
                 return None
-            missing = [layer.name for i, layer in enumerate(self.layers) if layer.here and i not in binding.seen]
+            missing = [layer.name for i, layer in enumerate(self.layers) if layer.here and i not in capture.seen]
             if missing:
                 message = "%d of the sketched layers had no gradient, e.g. %s; they count as zero"
                 self._tell("missing", message, len(missing), missing[0])
-            factor = binding.row_factor(grad_scale, reduction, tokens)
-            harvested, squares = binding.compute(self.scale.sigma, factor)
+            factor = capture.row_factor(grad_scale, reduction, tokens)
+            collected, squares = capture.compute(self.scale.sigma, factor)
             self.scale.add(squares)
-            return harvested
+            return collected
         finally:
-            binding.close()
+            capture.close()
 
     # -- trusted basis -------------------------------------------------------------------------------------------------
 
@@ -262,7 +262,7 @@ class Sketcher:
             if state.get(key) != value:
                 raise CheckpointError(
                     f"the checkpoint's sketches were made with {key}={state.get(key)}, this run has {key}={value}; restore "
-                    "the old harvest settings, or start without the old GRACE state"
+                    "the old collect settings, or start without the old GRACE state"
                 )
         self.scale.read(state.get("scale", {}))
 
@@ -291,7 +291,7 @@ class Sketcher:
 
         return hook
 
-    def _on_forward(self, target: Target, index: int, layer: Layer, args: tuple[Any, ...], output: Any) -> None:
+    def _on_forward(self, target: HookSink, index: int, layer: Layer, args: tuple[Any, ...], output: Any) -> None:
         if target.closed:
             self._current = self._latest = None
             return
@@ -333,12 +333,12 @@ class Sketcher:
 
         out.register_hook(on_grad)  # type: ignore[no-untyped-call]
 
-    def _claim(self, index: int) -> Target | None:
+    def _claim(self, index: int) -> HookSink | None:
         """Whose recomputation of layer ``index`` this is: of the latest forward, or in a pipeline of the oldest that waits."""
         waiting = self._in_flight if self.pipelined else [self._latest]
         return next((t for t in waiting if t is not None and not t.closed and t.claim(index)), None)
 
-    def _spoil(self, target: Target, name: str, error: Exception) -> None:
+    def _spoil(self, target: HookSink, name: str, error: Exception) -> None:
         target.spoiled = True
         self.failures += 1
         message = "sketching layer %s failed (%r); this micro-batch gives no rows, training goes on"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grace_ds.comm.all_ranks import together
+from grace_ds.comm.all_ranks import run_on_all_ranks
 from grace_ds.comm.base import Comm
 from grace_ds.data.sampler import IssuedBatch
 from grace_ds.errors import DataError
@@ -80,7 +80,7 @@ def unit_of(influence: FloatArray) -> tuple[float, float]:
     return (median if median > 2 * error else 0.0), float(error)
 
 
-class TrustedProbe:
+class InfluenceProbe:
     """Fits the trusted basis to one half of the trusted set, and judges by the other, which chooses nothing, what it measures.
 
     A refresh probes few samples, other ones each time, and remembers the gradients of earlier ones.
@@ -223,7 +223,7 @@ class TrustedProbe:
             found = probe_rows(self.module, self._batches(self.dataset, ids), self.loss_fn, self.sketcher)
         finally:
             self.sketcher.set_basis(before)
-        mine = np.concatenate([h.align * h.norm for h in found]) if found else np.empty(0, np.float32)
+        mine = np.concatenate([h.influence * h.norm for h in found]) if found else np.empty(0, np.float32)
         everyone = np.concatenate(self.comm.allgather(mine.astype(np.float32)))
         everyone = everyone[np.isfinite(everyone)]
         if not len(everyone):
@@ -263,7 +263,7 @@ class TrustedProbe:
                     self.call.rebuild(batch)
             return moved
 
-        moved = together(self.comm, read)
+        moved = run_on_all_ranks(self.comm, read)
         self.probed += len(ids)
         return moved
 

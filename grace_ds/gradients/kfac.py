@@ -23,7 +23,7 @@ import torch
 
 from grace_ds.errors import DataError
 from grace_ds.gradients.basis import Factors, TrustedBasis, padded
-from grace_ds.gradients.capture import Meter, Receiver, Target
+from grace_ds.gradients.capture import HookSink, Meter, Receiver
 from grace_ds.gradients.layers import Layer
 from grace_ds.gradients.projection import Side, product_dtype, signs
 
@@ -54,7 +54,7 @@ class Moment:
         return np.asarray((x - inside) / self.rest, np.float64)
 
 
-class MomentAccumulator(Target):
+class MomentAccumulator(HookSink):
     """Collects A Ω and B Ω of every layer from the backwards routed to it (``Sketcher.route``), on this rank.
 
     Args:

@@ -148,8 +148,8 @@ def select_layers(model: nn.Module, patterns: Sequence[str] = ("auto",), exclude
     kept = [name for name in known if name in chosen and not any(fnmatch.fnmatch(name, e) for e in exclude)]
     if not kept:
         raise ConfigError(
-            f"harvest.layers={list(patterns)} with harvest.exclude={list(exclude)} leaves no layer to sketch; the "
-            f"model has {len(known)} layers that could be: {_some(known)}. Name some of them in harvest.layers"
+            f"collect.layers={list(patterns)} with collect.exclude={list(exclude)} leaves no layer to sketch; the "
+            f"model has {len(known)} layers that could be: {_some(known)}. Name some of them in collect.layers"
         )
     return [layer_of(name, modules[name], known[name]) for name in kept]
 
@@ -163,12 +163,12 @@ def _match(pattern: str, modules: dict[str, nn.Module], known: dict[str, LayerRu
     matched = fnmatch.filter(modules, pattern)
     if not matched:
         near = difflib.get_close_matches(pattern, list(known), n=4, cutoff=0.3) or list(known)[:4]
-        raise ConfigError(f"harvest.layers: {pattern!r} matches no module of the model; near names: {_some(near)}")
+        raise ConfigError(f"collect.layers: {pattern!r} matches no module of the model; near names: {_some(near)}")
     usable = {name for name in matched if name in known}
     if not usable:
         classes = sorted({type(modules[name]).__qualname__ for name in matched})
         raise ConfigError(
-            f"harvest.layers: {pattern!r} matches only modules of class {_some(classes)}, which no layer rule "
+            f"collect.layers: {pattern!r} matches only modules of class {_some(classes)}, which no layer rule "
             f"describes; known: {known_rules()}. Match those, or use grace_ds.gradients.layers.register_rule"
         )
     return usable

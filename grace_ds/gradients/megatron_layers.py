@@ -218,12 +218,12 @@ def _chosen(
     for pattern in patterns:
         matched = _last_half(union) if pattern == "auto" else set(fnmatch.filter(names, pattern))
         if not matched and pattern != "auto":
-            raise ConfigError(f"harvest.layers: {pattern!r} matches none of the model's {len(names)} layers: {list(names)[:8]}")
+            raise ConfigError(f"collect.layers: {pattern!r} matches none of the model's {len(names)} layers: {list(names)[:8]}")
         chosen |= matched
     kept = [name for name in names if name in chosen and not any(fnmatch.fnmatch(name, e) for e in exclude)]
     if not kept:
         raise ConfigError(
-            f"harvest.layers={list(patterns)} with harvest.exclude={list(exclude)} leaves none of the model's {len(names)} "
+            f"collect.layers={list(patterns)} with collect.exclude={list(exclude)} leaves none of the model's {len(names)} "
             f"layers to sketch: {list(names)[:8]}"
         )
     return kept

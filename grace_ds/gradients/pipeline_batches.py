@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from grace_ds.errors import ConfigError
-from grace_ds.gradients.capture import Binding
+from grace_ds.gradients.capture import MicroBatchCapture
 from grace_ds.gradients.hooks import Sketcher
 from grace_ds.records import IntArray
 from grace_ds.utils.methods import replace_method
@@ -26,7 +26,7 @@ class MicroBatches:
         chunks: this rank's parts of the model, through each of which every micro-batch goes once.
         sketcher: pipelined, over their layers.
         count: micro-batches of a step.
-        ids: gives the dataset ids (n,) of the step's micro-batch k; None where the step is not to be harvested.  On ranks that
+        ids: gives the dataset ids (n,) of the step's micro-batch k; None where the step is not to be collected.  On ranks that
             do not feed rows on, only their number counts.
         counts_losses: whether this rank's losses are to be counted: tensor-parallel peers all have the same.
     """
@@ -40,24 +40,24 @@ class MicroBatches:
         counts_losses: bool = True,
     ) -> None:
         self.sketcher, self.count, self.ids, self.counts_losses = sketcher, count, ids, counts_losses
-        self._bindings: dict[int, Binding] = {}
+        self._bindings: dict[int, MicroBatchCapture] = {}
         self._forwards = [0] * len(chunks)
         self._undo: list[Callable[[], None]] = []
         for index, chunk in enumerate(chunks):
             self._undo.append(chunk.register_forward_pre_hook(self._before(index), with_kwargs=True).remove)
             self._undo.append(chunk.register_forward_hook(self._after(index), with_kwargs=True).remove)
 
-    def take(self) -> list[Binding]:
+    def take(self) -> list[MicroBatchCapture]:
         """The bindings of the step that has just been applied, in order; the next forward begins another step."""
-        bindings = [self._bindings[k] for k in sorted(self._bindings)]
+        captures = [self._bindings[k] for k in sorted(self._bindings)]
         self._bindings = {}
         self._forwards = [0] * len(self._forwards)
-        return bindings
+        return captures
 
     def restart(self) -> None:
         """Gives the step up: what was seen of it does not count, because it is run again or was not applied."""
-        for binding in self.take():
-            self.sketcher.discard(binding)
+        for capture in self.take():
+            self.sketcher.discard(capture)
 
     def detach(self) -> None:
         """Removes the hooks, and gives the step in progress up."""
@@ -92,14 +92,14 @@ class MicroBatches:
                 self.restart()
             k = self._forwards[index]
             self._forwards[index] += 1
-            binding = self._bindings.get(k)
-            if binding is None:
+            capture = self._bindings.get(k)
+            if capture is None:
                 ids = self.ids(k)
                 if ids is None:
                     return
-                binding = self._bindings[k] = self.sketcher.begin(ids)
+                capture = self._bindings[k] = self.sketcher.begin(ids)
             else:
-                self.sketcher.route(binding)
+                self.sketcher.route(capture)
 
         return before
 
@@ -108,20 +108,20 @@ class MicroBatches:
             if not (module.training and torch.is_grad_enabled()):
                 return
             self.sketcher.end()
-            binding = self._bindings.get(self._forwards[index] - 1)
-            if binding is not None and getattr(module, "post_process", True) and self.counts_losses:
-                _observe(binding, output, kwargs.get("loss_mask"))
+            capture = self._bindings.get(self._forwards[index] - 1)
+            if capture is not None and getattr(module, "post_process", True) and self.counts_losses:
+                _observe(capture, output, kwargs.get("loss_mask"))
 
         return after
 
 
-def _observe(binding: Binding, output: Any, mask: Any) -> None:
+def _observe(capture: MicroBatchCapture, output: Any, mask: Any) -> None:
     """Reads per-token losses (n, T), which Megatron's models return where they are given labels."""
-    n = len(binding.ids)
+    n = len(capture.ids)
     if not isinstance(output, torch.Tensor) or output.dim() != 2 or output.shape[0] != n:
         return
     with torch.no_grad():
         losses = output.detach().float()
         weight = torch.ones_like(losses) if mask is None else mask.reshape(losses.shape).float()
-        binding.tokens = weight.sum(1).long()
-        binding.losses = (losses * weight).sum(1) / weight.sum(1)
+        capture.tokens = weight.sum(1).long()
+        capture.losses = (losses * weight).sum(1) / weight.sum(1)

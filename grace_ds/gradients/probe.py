@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from grace_ds.errors import DataError, ProbeFailed
-from grace_ds.gradients.capture import Harvested, Target
+from grace_ds.gradients.capture import CollectedRows, HookSink
 from grace_ds.gradients.hooks import Sketcher
 from grace_ds.gradients.losses import sample_losses
 from grace_ds.records import FloatArray, IntArray
@@ -90,7 +90,7 @@ def _eager(module: nn.Module) -> Any:
     return nullcontext()
 
 
-def probe_basis(module: nn.Module, batches: Batches, loss_fn: LossFn, sketcher: Sketcher, target: Target) -> None:
+def probe_basis(module: nn.Module, batches: Batches, loss_fn: LossFn, sketcher: Sketcher, target: HookSink) -> None:
     """Shows ``target`` the gradient of every sample of ``batches``, each sample with weight 1.
 
     Args:
@@ -133,7 +133,7 @@ def probe_losses(module: nn.Module, batches: Batches, loss_fn: LossFn) -> FloatA
 
 def probe_rows(
     module: nn.Module, batches: Batches, loss_fn: LossFn, sketcher: Sketcher, loss_scale: float = 1.0
-) -> list[Harvested]:
+) -> list[CollectedRows]:
     """Sketches, losses and alignments of the samples of ``batches``, as the training backward would give them.
 
     Args:
@@ -146,19 +146,19 @@ def probe_rows(
     Returns:
         One record a batch; a batch whose loss reached no sketched layer gives none.
     """
-    harvested = []
+    collected = []
     with untouched(module):
         for ids, batch in batches:
-            binding = sketcher.begin(ids)
+            capture = sketcher.begin(ids)
             try:
                 loss = loss_fn(module, batch)
                 sketcher.observe_loss(loss)
                 sketcher.end()
                 (loss * loss_scale).backward()  # type: ignore[no-untyped-call]
-                found = sketcher.finish(binding, grad_scale=1.0 / loss_scale)
+                found = sketcher.finish(capture, grad_scale=1.0 / loss_scale)
             finally:
                 sketcher.end()
-                sketcher.discard(binding)
+                sketcher.discard(capture)
             if found is not None:
-                harvested.append(found)
-    return harvested
+                collected.append(found)
+    return collected

@@ -1,4 +1,4 @@
-"""The per-layer scale: measured over the first harvested batches, then frozen, so that old and new sketches compare."""
+"""The per-layer scale: measured over the first collected batches, then frozen, so that old and new sketches compare."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class LayerScale:
         if len(sums) != len(self.names) + 1 or count < 1:
             raise ConfigError(
                 f"a scale for {len(self.names)} layers needs a sum for each and at least one sample; got "
-                f"{len(sums) - 1} sums and {count:g} samples: harvest some batches before freezing"
+                f"{len(sums) - 1} sums and {count:g} samples: collect some batches before freezing"
             )
         rms = np.sqrt(np.asarray(sums[:-1], np.float64) / count)
         usable = np.isfinite(rms) & (rms > 0)
@@ -84,7 +84,7 @@ class LayerScale:
                 odd = sorted(set(saved) ^ set(self.names))
                 raise CheckpointError(
                     f"the checkpoint sketched other layers than this run ({len(odd)} differ, e.g. {odd[0]}); restore the "
-                    "old harvest.layers, or start without the old GRACE state"
+                    "old collect.layers, or start without the old GRACE state"
                 )
             sigma = np.array([saved[name] for name in self.names], np.float64)
             return sigma, frozen, np.array([by_name[name] for name in self.names] + [sums[-1]], np.float64)

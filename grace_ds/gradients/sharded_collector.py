@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from grace_ds.comm.base import Comm
-from grace_ds.config.schema import HarvestConfig
-from grace_ds.gradients.capture import Binding, Harvested, Plan, row_factor
-from grace_ds.gradients.collector import Harvest, Harvester
+from grace_ds.config.schema import CollectConfig
+from grace_ds.gradients.capture import CollectedRows, MicroBatchCapture, Plan, row_factor
+from grace_ds.gradients.collector import CollectedInterval, GradientCollector
 from grace_ds.gradients.hooks import Sketcher
-from grace_ds.records import HIDDEN, IntArray, Losses, Rows
+from grace_ds.records import HIDDEN, IntArray, Losses, SampleRecords
 
 _BESIDE = 3  # columns between the sketch and the hidden state: inner product, sum of losses, tokens
 
@@ -43,26 +43,26 @@ class Part:
     grad_scale: float
 
 
-class SharedHarvester(Harvester):
-    """A harvester on each rank that holds a part of the model.
+class ShardedGradientCollector(GradientCollector):
+    """A collector on each rank that holds a part of the model.
 
     Args:
         sketcher: over all layers of the model, those of other ranks included.
-        config: of the harvest.
+        config: of the collect.
         peers: the ranks that hold one model together; they commit the same micro-batches in the same order.
         leader: whether this rank feeds the rows on, which one of the peers does.
     """
 
-    def __init__(self, sketcher: Sketcher, config: HarvestConfig, peers: Comm, leader: bool) -> None:
+    def __init__(self, sketcher: Sketcher, config: CollectConfig, peers: Comm, leader: bool) -> None:
         super().__init__(sketcher, config)
         self.peers, self.leader = peers, leader
         self.summed_bytes = 0  # handed to all-reduces over the peers so far, on this rank
         self._parts: list[Part] = []
 
-    def commit(self, bindings: Sequence[Binding], step: int, grad_scale: float, comm: Comm | None) -> None:
+    def commit(self, captures: Sequence[MicroBatchCapture], step: int, grad_scale: float, comm: Comm | None) -> None:
         """Keeps this rank's parts of the rows of an optimizer step that was applied.
 
-        The first step that is harvested gives the layers' scale and no rows: it costs one sum of the unfolded sketches.
+        The first step that is collected gives the layers' scale and no rows: it costs one sum of the unfolded sketches.
 
         Args:
             bindings: of the step's micro-batches.
@@ -72,22 +72,22 @@ class SharedHarvester(Harvester):
         """
         started = time.perf_counter()
         if self.sketcher.scale.frozen:
-            self._parts += [self._part(b, step, grad_scale) for b in bindings]
+            self._parts += [self._part(b, step, grad_scale) for b in captures]
         else:
-            self._measure(bindings, grad_scale, comm)
-        self.discard(bindings)
+            self._measure(captures, grad_scale, comm)
+        self.discard(captures)
         self.seconds += time.perf_counter() - started
 
-    def pending(self, comm: Comm | None) -> Harvest:
-        """Like :meth:`Harvester.pending`; the rows are the leader's, and no other rank has any.  Collective over the peers."""
+    def pending(self, comm: Comm | None) -> CollectedInterval:
+        """Like :meth:`GradientCollector.pending`; the leader has all rows.  Collective over the peers."""
         found = self.collect()
         for step in sorted({step for step, _ in found}):
             self._keep([h for s, h in found if s == step], step)
         if comm is None:
-            return Harvest(Rows.empty(self.sketcher.dim), Losses.empty(), self.running_mean)
+            return CollectedInterval(SampleRecords.empty(self.sketcher.dim), Losses.empty(), self.running_mean)
         return super().pending(comm)
 
-    def collect(self) -> list[tuple[int, Harvested]]:
+    def collect(self) -> list[tuple[int, CollectedRows]]:
         """(step, rows) of every micro-batch committed since the last call; none but on the leader.  Collective over the peers."""
         parts, self._parts = self._parts, []
         if not parts:
@@ -100,24 +100,24 @@ class SharedHarvester(Harvester):
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
-    def _part(self, binding: Binding, step: int, grad_scale: float) -> Part:
-        losses, tokens = _losses(binding)
+    def _part(self, capture: MicroBatchCapture, step: int, grad_scale: float) -> Part:
+        losses, tokens = _losses(capture)
         try:
-            linear, hidden = binding.linear(self.sketcher.scale.sigma), binding.pooled()
+            linear, hidden = capture.linear(self.sketcher.scale.sigma), capture.pooled()
             values = np.concatenate([linear, losses[:, None], tokens[:, None], hidden], 1)
-            if not self._whole(binding):
+            if not self._whole(capture):
                 values = np.full_like(values, np.nan)
         except Exception:  # the peers will add up this micro-batch: it must be there, and be known to be no row
             self.sketcher.failures += 1
-            values = np.full((len(binding.ids), self.sketcher.dim + _BESIDE + HIDDEN), np.nan, np.float32)
-        return Part(binding.ids, step, values.astype(np.float32), binding.plan, grad_scale)
+            values = np.full((len(capture.ids), self.sketcher.dim + _BESIDE + HIDDEN), np.nan, np.float32)
+        return Part(capture.ids, step, values.astype(np.float32), capture.plan, grad_scale)
 
-    def _whole(self, binding: Binding) -> bool:
+    def _whole(self, capture: MicroBatchCapture) -> bool:
         """Whether every layer that is sketched here has got its gradient."""
         here = {i for i, layer in enumerate(self.sketcher.layers) if layer.here}
-        return not binding.spoiled and not binding.closed and here <= binding.seen
+        return not capture.spoiled and not capture.closed and here <= capture.seen
 
-    def _rows(self, part: Part, values: npt.NDArray[np.float32]) -> Harvested:
+    def _rows(self, part: Part, values: npt.NDArray[np.float32]) -> CollectedRows:
         dim = self.sketcher.dim
         tokens = values[:, dim + 2]
         known = np.isfinite(tokens).all() and (tokens > 0).any()
@@ -137,21 +137,21 @@ class SharedHarvester(Harvester):
 
     # -- the layers' scale ---------------------------------------------------------------------------------------------
 
-    def _measure(self, bindings: Sequence[Binding], grad_scale: float, comm: Comm | None) -> None:
+    def _measure(self, captures: Sequence[MicroBatchCapture], grad_scale: float, comm: Comm | None) -> None:
         """Freezes the scale of the layers from one step, on all ranks alike.  Collective over the peers, and over ``comm``."""
-        if not bindings:
+        if not captures:
             return
-        parts = [np.concatenate([self._coordinates(b), _losses(b)[1][:, None]], 1) for b in bindings]
+        parts = [np.concatenate([self._coordinates(b), _losses(b)[1][:, None]], 1) for b in captures]
         total, start = self._sum(np.concatenate(parts).astype(np.float32)), 0
-        for binding in bindings if self.leader else ():
-            mine = total[start : start + len(binding.ids)]
-            start += len(binding.ids)
+        for capture in captures if self.leader else ():
+            mine = total[start : start + len(capture.ids)]
+            start += len(capture.ids)
             self.rows_dropped += len(mine)
             tokens = mine[:, -1]
             counts = np.rint(tokens).astype(np.int64) if np.isfinite(tokens).all() and (tokens > 0).any() else None
             factor = row_factor(len(mine), grad_scale, self.config.reduction, counts)
             squares = np.square(mine[:, :-1].reshape(len(mine), len(self.sketcher.layers), -1), dtype=np.float64).sum(2)
-            self.sketcher.scale.add(squares * (factor[:, None] * binding.plan.unit) ** 2)
+            self.sketcher.scale.add(squares * (factor[:, None] * capture.plan.unit) ** 2)
         sums = self.sketcher.scale.sums()
         if comm is not None:
             sums = comm.allreduce(sums)
@@ -159,16 +159,16 @@ class SharedHarvester(Harvester):
         if everyone[-1] > 0:
             self.sketcher.scale.freeze(everyone)
 
-    def _coordinates(self, binding: Binding) -> npt.NDArray[np.float32]:
-        found = binding.coordinates().reshape(len(binding.ids), -1)
-        return found if self._whole(binding) else np.full_like(found, np.nan)
+    def _coordinates(self, capture: MicroBatchCapture) -> npt.NDArray[np.float32]:
+        found = capture.coordinates().reshape(len(capture.ids), -1)
+        return found if self._whole(capture) else np.full_like(found, np.nan)
 
 
-def _losses(binding: Binding) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+def _losses(capture: MicroBatchCapture) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """(n,) sum of the losses of each sample's tokens, and their number; 0 where this rank has seen none."""
-    n = len(binding.ids)
-    if binding.losses is None or binding.tokens is None:
+    n = len(capture.ids)
+    if capture.losses is None or capture.tokens is None:
         return np.zeros(n, np.float32), np.zeros(n, np.float32)
-    tokens = binding.tokens.cpu().numpy().astype(np.float32)
-    mean = binding.losses.float().cpu().numpy()
+    tokens = capture.tokens.cpu().numpy().astype(np.float32)
+    mean = capture.losses.float().cpu().numpy()
     return np.where(tokens > 0, mean * tokens, 0.0).astype(np.float32), tokens

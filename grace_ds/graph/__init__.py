@@ -1,1 +1,1 @@
-"""The k-NN graph that carries scores from harvested samples to the others."""
+"""The k-NN graph that carries scores from collected samples to the others."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from grace_ds.comm.base import Comm
 from grace_ds.config.schema import GraphConfig
-from grace_ds.graph import backends as leaves
+from grace_ds.graph import backends as backends
 from grace_ds.graph import clustered, ring
 from grace_ds.graph.merge import finished
 from grace_ds.graph.placement import Placement, centroids_of, place
@@ -49,14 +49,14 @@ def knn(
         Q: (n, d) float32, unit norm or zero, this rank.
         ids: (m,) int64, below 2**40, of the index rows, this rank; each on one rank only.
         X: (m, d) float32.  Where ``X is Q`` the rows are held and sent once.
-        config: k, recall, leaf, tier, clusters, overlap, executor.
+        config: k, recall, backend, tier, clusters, overlap, executor.
         exclude_self: whether a query's own id is no neighbour of it.
 
     Returns:
         (n, k) ids and cosines, nearest first, ties by the lower id; None where no rank has an index row.
 
     Raises:
-        ConfigError: the leaf is unknown, or it or the executor is not installed.
+        ConfigError: the backend is unknown, or it or the executor is not installed.
         ExecutorError: the Dask executor could not finish; this rank must call ``comm.abort()``.
         DataError: rows are malformed.
     """
@@ -70,7 +70,7 @@ def search_all(comm: Comm, asked: Request, config: GraphConfig, spare: int = 0, 
     """The nearest rows of this rank's queries, ``spare`` more than asked for.  Collective; errors as :func:`knn`.
 
     Args:
-        device: of the job's model; ``graph.leaf: auto`` is cuVS where it is a GPU and every rank can use it.
+        device: of the job's model; ``graph.backend: auto`` is cuVS where it is a GPU and every rank can use it.
 
     Returns:
         None where no rank has an index row.
@@ -80,25 +80,25 @@ def search_all(comm: Comm, asked: Request, config: GraphConfig, spare: int = 0, 
     if n_index == 0:
         return None
     over = _executor(config.executor)
-    joined = None if over else comm  # another executor joins the leaves of its own workers
-    name = leaves.agreed(comm, config.leaf, device)
+    joined = None if over else comm  # another executor joins the backends of its own workers
+    name = backends.agreed(comm, config.backend, device)
     plan = plan_graph(config, n_queries, n_index, asked.X.shape[1], comm.size, asked.alike)
     wide = asked.with_spare(spare)
     if plan.tier == "clustered":
         centroids = centroids_of(comm, asked.ids, asked.X, clusters_for(config, n_index))
         placement = place(comm, asked, centroids, config.recall, config.overlap)
         if _worth(plan, placement, config, n_queries * n_index):
-            leaf = leaves.exact(name)
-            with leaves.opened(joined, leaf):
-                keys = (over.clustered_keys if over else clustered.nearest_keys)(comm, wide, leaf, placement)
+            backend = backends.exact(name)
+            with backends.opened(joined, backend):
+                keys = (over.clustered_keys if over else clustered.nearest_keys)(comm, wide, backend, placement)
             return Found(keys, placement, centroids, exact=False)
     else:
         log.info("graph: exact tier (%s)", plan.why)
     largest = max(int(size[1]) for size in sizes)
-    leaf = leaves.choose(name, largest, config.recall)
-    with leaves.opened(joined, leaf):
-        keys = ring.nearest_keys(comm, wide, leaf, over.exact_keys if over else None)
-    return Found(keys, None, None, leaf.is_exact(largest))
+    backend = backends.choose(name, largest, config.recall)
+    with backends.opened(joined, backend):
+        keys = ring.nearest_keys(comm, wide, backend, over.exact_keys if over else None)
+    return Found(keys, None, None, backend.is_exact(largest))
 
 
 def _executor(name: str) -> Any:

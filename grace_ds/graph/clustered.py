@@ -17,7 +17,7 @@ import numpy as np
 
 from grace_ds.comm.base import Comm
 from grace_ds.comm.buckets import splitmix64
-from grace_ds.graph.backends import Leaf
+from grace_ds.graph.backends import Backend
 from grace_ds.graph.merge import PAD, finished, merge
 from grace_ds.graph.placement import Placement
 from grace_ds.graph.rows import Request, both, collapse, distinct
@@ -29,7 +29,7 @@ WAVE_SHARE = 32  # and a thirty-second of the index rows that it holds
 GIANT = 4  # parts of the whole work for each rank: a dearer cluster's queries are divided
 
 
-Executor = Callable[[Comm, Request, Leaf, Placement], IntArray]
+Executor = Callable[[Comm, Request, Backend, Placement], IntArray]
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,19 @@ class Task:
     owner: int
 
 
-def waves(p: Placement, ranks: int, width: int, alike: bool, limit: int) -> list[list[Task]]:
+def waves(placement: Placement, ranks: int, width: int, alike: bool, limit: int) -> list[list[Task]]:
     """The work of all ranks, in waves; a pure function, so that every rank makes the same.
 
     Longest first to the rank with the least to do (Graham 1969).
 
     Args:
-        p: sizes of the clusters over all ranks.
+        placement: sizes of the clusters over all ranks.
         ranks: how many.
         width: of the rows.
         alike: queries are the index rows, which then travel once.
         limit: bytes of rows that one rank is sent in a wave; a single task may exceed it.
     """
-    cost = p.n_queries * p.n_index
+    cost = placement.n_queries * placement.n_index
     share = max(1, int(cost.sum()) // (GIANT * ranks))
     pieces: list[tuple[float, int, int, int]] = []
     for c in map(int, np.flatnonzero(cost)):
@@ -71,8 +71,8 @@ def waves(p: Placement, ranks: int, width: int, alike: bool, limit: int) -> list
     for tasks in mine:
         wave, held = 0, 0
         for task in tasks:
-            queries = 0 if alike else int(p.n_queries[task.cluster]) // task.parts
-            size = 4 * width * (int(p.n_index[task.cluster]) + queries)
+            queries = 0 if alike else int(placement.n_queries[task.cluster]) // task.parts
+            size = 4 * width * (int(placement.n_index[task.cluster]) + queries)
             if held and held + size > limit:
                 wave, held = wave + 1, 0
             held += size
@@ -87,27 +87,29 @@ def wave_bytes(n_index: int, width: int, ranks: int) -> int:
     return max(LEAST_WAVE, 4 * width * n_index // (ranks * WAVE_SHARE))
 
 
-def nearest_clustered(comm: Comm, asked: Request, leaf: Leaf, placement: Placement, over: Executor | None = None) -> Neighbours:
+def nearest_clustered(
+    comm: Comm, asked: Request, backend: Backend, placement: Placement, over: Executor | None = None
+) -> Neighbours:
     """As :func:`grace_ds.graph.ring.nearest`, among rows that share a cluster only.  Collective.
 
     Args:
         asked: of this rank.
-        leaf: an exact one.
+        backend: an exact one.
         placement: of these very rows.
         over: another executor than the ring: what :func:`nearest_keys` does.
     """
-    keys = (over or nearest_keys)(comm, asked, leaf, placement)
+    keys = (over or nearest_keys)(comm, asked, backend, placement)
     return finished(keys, asked.q_ids, asked.k, asked.exclude_self)
 
 
-def nearest_keys(comm: Comm, asked: Request, leaf: Leaf, placement: Placement) -> IntArray:
+def nearest_keys(comm: Comm, asked: Request, backend: Backend, placement: Placement) -> IntArray:
     """The same as (n, wanted) keys of :mod:`grace_ds.graph.merge`, a query's own among them.  Collective."""
     local = LocalRows(asked, placement, comm.size)
     for wave in local.waves:
         packs = [local.pack(wave, rank) for rank in range(comm.size)]
         columns = [comm.exchange(list(column)) for column in zip(*(p.arrays() for p in packs), strict=True)]
         got = [Packed.of(list(arrays)) for arrays in zip(*columns, strict=True)]
-        answers = comm.exchange(work([t for t in wave if t.owner == comm.rank], got, asked.wanted, leaf))
+        answers = comm.exchange(work([t for t in wave if t.owner == comm.rank], got, asked.wanted, backend))
         local.take(wave, answers)
     return local.keys
 
@@ -145,12 +147,14 @@ class LocalRows:
         keys: (n, wanted) int64, of this rank's queries.
     """
 
-    def __init__(self, asked: Request, p: Placement, ranks: int) -> None:
+    def __init__(self, asked: Request, placement: Placement, ranks: int) -> None:
         self.alike = asked.alike
-        self._index = _Members(asked.ids, asked.X, p.index, p.clusters)
-        self._queries = self._index if self.alike else _Members(asked.q_ids, asked.Q, p.queries, p.clusters)
+        self._index = _Members(asked.ids, asked.X, placement.index, placement.clusters)
+        self._queries = self._index if self.alike else _Members(asked.q_ids, asked.Q, placement.queries, placement.clusters)
         width = asked.X.shape[1]
-        self.waves = waves(p, ranks, width, self.alike, wave_bytes(int(p.n_index.sum()) // p.overlap, width, ranks))
+        self.waves = waves(
+            placement, ranks, width, self.alike, wave_bytes(int(placement.n_index.sum()) // placement.overlap, width, ranks)
+        )
         self.keys = np.full((len(asked.q_ids), asked.wanted), PAD)
 
     def pack(self, wave: list[Task], owner: int) -> Packed:
@@ -169,7 +173,7 @@ class LocalRows:
             self.keys[rows] = merge(self.keys[rows], found, self.keys.shape[1])
 
 
-def work(tasks: list[Task], packs: list[Packed], wanted: int, leaf: Leaf) -> list[IntArray]:
+def work(tasks: list[Task], packs: list[Packed], wanted: int, backend: Backend) -> list[IntArray]:
     """What an owner finds: for every rank the keys of its queries in ``tasks``, one after another.
 
     Args:
@@ -182,7 +186,7 @@ def work(tasks: list[Task], packs: list[Packed], wanted: int, leaf: Leaf) -> lis
     others = [p.queries for p in packs if p.queries is not None]
     queries: Iterator[_Held | None] = _by_task(others) if others else iter([None] * len(tasks))
     for task, held, asking in zip(tasks, index, queries, strict=True):
-        for parts, keys in zip(found, _search(task, held, asking, wanted, leaf), strict=True):
+        for parts, keys in zip(found, _search(task, held, asking, wanted, backend), strict=True):
             parts.append(keys)
     return [np.concatenate(parts) for parts in found]
 
@@ -231,17 +235,17 @@ def _by_task(sent: list[tuple[IntArray, FloatArray, IntArray]]) -> Iterator[_Hel
         yield _Held(ids, X, table[:, t])
 
 
-def _search(task: Task, held: _Held, asking: _Held | None, k: int, leaf: Leaf) -> list[IntArray]:
+def _search(task: Task, held: _Held, asking: _Held | None, k: int, backend: Backend) -> list[IntArray]:
     """Keys of the task's queries, (queries of rank p, k) for every rank; ``asking`` None: the index rows ask."""
     if asking is not None:
         queries, which = distinct(asking.ids, asking.X)
-        keys = search(queries, collapse(held.ids, held.X, k), k, leaf)[which]
+        keys = search(queries, collapse(held.ids, held.X, k), k, backend)[which]
         return np.split(keys, np.cumsum(asking.counts)[:-1])
     shard, which = both(held.ids, held.X, k)
     if task.parts == 1:
-        return np.split(search(shard.X, shard, k, leaf)[which], np.cumsum(held.counts)[:-1])
+        return np.split(search(shard.X, shard, k, backend)[which], np.cumsum(held.counts)[:-1])
     asked = _in_part(held.ids, task)
     unique, place = np.unique(which[asked], return_inverse=True)
-    keys = search(shard.X[unique], shard, k, leaf)[place]
+    keys = search(shard.X[unique], shard, k, backend)[place]
     sizes = [int(part.sum()) for part in np.split(asked, np.cumsum(held.counts)[:-1])]
     return np.split(keys, np.cumsum(sizes)[:-1])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from grace_ds.comm.base import Comm
-from grace_ds.graph.backends.torch_backend import TorchLeaf
+from grace_ds.graph.backends.torch_backend import TorchBackend
 from grace_ds.graph.clusters import SAMPLE_ROWS, draw, fit, nearest_centroids
 from grace_ds.graph.merge import ID_BITS, PAD, unpack, without_self
 from grace_ds.graph.rows import Request, collapse, distinct
@@ -105,7 +105,7 @@ def _true(comm: Comm, sample: IntArray, rows: FloatArray, ids: IntArray, X: Floa
 
 def _true_here(sample: IntArray, rows: FloatArray, ids: IntArray, X: FloatArray, wanted: int) -> IntArray:
     unique, which = distinct(sample, rows)
-    return search(unique, collapse(ids, X, wanted), wanted, TorchLeaf())[which]
+    return search(unique, collapse(ids, X, wanted), wanted, TorchBackend())[which]
 
 
 def _measured(comm: Comm, asked: Request, queries: Array, index: Array) -> FloatArray:

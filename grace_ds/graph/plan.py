@@ -23,7 +23,7 @@ EXPECTED_OVERLAP = 3  # for the figures; the build measures what it needs
 IMBALANCE = 1.5  # of sum over clusters of m^2, measured 1.3 to 1.6 on the rows of benchmarks graph
 PAIR_SECONDS, VISIT_SECONDS = 2.5e-9, 8e-6  # one thread of a 2020s x86 core, k = 15, 128 columns: within a factor of two
 LARGEST = 4.0  # largest cluster, in means: measured 3 to 4
-FIXED_BYTES = 4 << 20  # scratch blocks of the leaf, of exact similarities and of the assignment
+FIXED_BYTES = 4 << 20  # scratch blocks of the backend, of exact similarities and of the assignment
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class GraphPlan:
         visits: queries times the shards or clusters that each is compared in.
         wire_bytes: sent.
         host_bytes: held at the peak, beyond the rows themselves and including the result.
-        device_bytes: on the GPU under ``leaf: cuvs``, rows and outputs of one block of queries; 0 otherwise.  Never measured.
+        device_bytes: on the GPU under ``backend: cuvs``, rows and outputs of one block of queries; 0 otherwise.  Never measured.
     """
 
     tier: str
@@ -89,14 +89,14 @@ def _exact(config: GraphConfig, n_q: int, n_x: int, d: int, ranks: int, alike: b
     q, x, row = n_q / ranks, n_x / ranks, 4 * d + 16
     keys = 8 * (config.k + 1)
     held = (2 * x * row if ranks > 1 else 0) + q * (3 * keys + 12 * config.k) + q * 8 * (config.k + 9)
-    leaf = int(4 * d * x) + (16 << 20)  # faiss keeps a copy of the rows
+    backend = int(4 * d * x) + (16 << 20)  # faiss keeps a copy of the rows
     wire = int((ranks - 1) * x * row)
     device = _device(config, x, d)
-    return GraphPlan("exact", why, 0, 0, 2.0 * q * n_x * d, q * n_x, q * ranks, wire, int(held) + leaf + FIXED_BYTES, device)
+    return GraphPlan("exact", why, 0, 0, 2.0 * q * n_x * d, q * n_x, q * ranks, wire, int(held) + backend + FIXED_BYTES, device)
 
 
 def _device(config: GraphConfig, rows: float, d: int) -> int:
-    return int(4 * d * rows + min(rows, QUERY_BLOCK) * (4 * d + 12 * (config.k + 9))) if config.leaf == "cuvs" else 0
+    return int(4 * d * rows + min(rows, QUERY_BLOCK) * (4 * d + 12 * (config.k + 9))) if config.backend == "cuvs" else 0
 
 
 def _clustered(config: GraphConfig, n_q: int, n_x: int, d: int, ranks: int, alike: bool, why: str) -> GraphPlan:

@@ -114,12 +114,12 @@ def priority(staleness: Array, disagreement: FloatArray) -> FloatRows:
     """Re-scoring priority = staleness x disagreement, for the rows of *all* ranks at once (it is relative to their top).
 
     Args:
-        staleness: (n,) float, optimizer steps since the harvest, 0 when just harvested; inf when never harvested, which
+        staleness: (n,) float, optimizer steps since the collection, 0 when just collected; inf when never collected, which
             counts as one step more than the stalest of the others.
         disagreement: (n,) float32, from :func:`propagate`; NaN, nothing known around, counts as the largest.
 
     Returns:
-        (n,) float64, finite, not negative; 0 for just harvested rows, and the higher the sooner to be re-scored.
+        (n,) float64, finite, not negative; 0 for just collected rows, and the higher the sooner to be re-scored.
     """
     xp = array_namespace(staleness, disagreement)
     age = _double(staleness)
@@ -137,7 +137,7 @@ def priority(staleness: Array, disagreement: FloatArray) -> FloatRows:
 def confidence(age: Array, decay: float) -> FloatRows:
     """(n,) or (n, s) float64, what a value is worth at its age in refreshes: decay ** age.
 
-    0 for a row that was never harvested, also where decay is 1.
+    0 for a row that was never collected, also where decay is 1.
     """
     xp = array_namespace(age)
     age = _double(age)

@@ -4,7 +4,7 @@ Kept are the k nearest of each row and :data:`SPARE` more.  Whatever is nearer t
 neighbour leaves, the next one is there already, and a row that has come or moved must only be compared with the last.  Rows
 that have come or moved are searched for anew, and so is a row whose list has run short of k.
 
-In the exact tier a repaired graph *is* the rebuilt one, bit for bit.  In the clustered tier, and over an approximate leaf,
+In the exact tier a repaired graph *is* the rebuilt one, bit for bit.  In the clustered tier, and over an approximate backend,
 it keeps to what it can find; where a sample's recall falls below the floor everything is built anew.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from grace_ds.comm.base import Comm
 from grace_ds.config.schema import GraphConfig
-from grace_ds.graph import backends as leaves
+from grace_ds.graph import backends as backends
 from grace_ds.graph import clustered, ring
 from grace_ds.graph.build import search_all
 from grace_ds.graph.clusters import nearest_centroids
@@ -75,7 +75,7 @@ def build_kept(comm: Comm, ids: IntArray, X: FloatArray, config: GraphConfig, de
     Args:
         ids: (n,) int64, sorted, each on one rank only.
         X: (n, d) float32, unit norm or zero.
-        config: k, recall, leaf, tier, clusters, overlap, executor.
+        config: k, recall, backend, tier, clusters, overlap, executor.
         device: of the job's model.
 
     Returns:
@@ -175,22 +175,24 @@ def _repaired(
     return _searched(comm, now, moved | ((keys[:, kept.k - 1] == PAD) & (depth != PAD)), config, device)
 
 
-def _searched(comm: Comm, g: KeptGraph, which: Array, config: GraphConfig, device: str) -> KeptGraph:
-    """``g`` with the lists of the rows ``which`` (n,) bool searched for among all rows.  Collective."""
+def _searched(comm: Comm, graph: KeptGraph, which: Array, config: GraphConfig, device: str) -> KeptGraph:
+    """``graph`` with the lists of the rows ``which`` (n,) bool searched for among all rows.  Collective."""
     total = int(comm.allreduce(np.array([which.sum()], np.int64))[0])
     if not total:
-        return replace(g, searched=0)
-    asked = Request(g.ids[which], np.ascontiguousarray(g.X[which]), g.ids, g.X, g.k + SPARE)
+        return replace(graph, searched=0)
+    asked = Request(graph.ids[which], np.ascontiguousarray(graph.X[which]), graph.ids, graph.X, graph.k + SPARE)
     # A few queries do not pay for an approximate index, and faiss multiplies a few hundred of them at a quarter of its speed.
-    leaf = leaves.exact(leaves.agreed(comm, config.leaf, device), device=device)
-    with leaves.opened(comm, leaf):
-        if g.where.shape[1]:
-            keys = clustered.nearest_keys(comm, asked, leaf, Placement.of(comm, g.where[which], g.where, len(g.centroids)))
+    backend = backends.exact(backends.agreed(comm, config.backend, device), device=device)
+    with backends.opened(comm, backend):
+        if graph.where.shape[1]:
+            keys = clustered.nearest_keys(
+                comm, asked, backend, Placement.of(comm, graph.where[which], graph.where, len(graph.centroids))
+            )
         else:
-            keys = ring.nearest_keys(comm, asked, leaf)
+            keys = ring.nearest_keys(comm, asked, backend)
     keys = without_self(keys, asked.q_ids, asked.k)
-    g.keys[which], g.depth[which] = keys, keys[:, -1]
-    return replace(g, searched=total)
+    graph.keys[which], graph.depth[which] = keys, keys[:, -1]
+    return replace(graph, searched=total)
 
 
 def _found_again(old: IntArray, new: IntArray) -> tuple[Array, IntArray]:

@@ -1,8 +1,8 @@
-"""One shard searched: a leaf proposes, exact arithmetic decides.
+"""One shard searched: a backend proposes, exact arithmetic decides.
 
-The leaf works in float32 and is asked for a few candidates more than wanted; their similarity is computed anew, exactly
+The backend works in float32 and is asked for a few candidates more than wanted; their similarity is computed anew, exactly
 (:mod:`grace_ds.utils.grid`), and ordered by similarity and then by id.  Equal rows are searched for once and counted by their
-ids, and where a leaf's last candidate might tie with the k-th neighbour more candidates are asked for: crowds of
+ids, and where a backend's last candidate might tie with the k-th neighbour more candidates are asked for: crowds of
 near-duplicates cannot push each other out at random.
 """
 
@@ -10,43 +10,43 @@ from __future__ import annotations
 
 import numpy as np
 
-from grace_ds.graph.backends import Leaf
+from grace_ds.graph.backends import Backend
 from grace_ds.graph.merge import GRID, PAD, merge, pack, unpack
 from grace_ds.graph.rows import Shard
 from grace_ds.records import Array, FloatArray, IntArray
 
-SLACK = 8  # candidates beyond k, so that float32 rounding in a leaf rarely matters at the boundary
+SLACK = 8  # candidates beyond k, so that float32 rounding in a backend rarely matters at the boundary
 BLOCK = 1 << 17  # float64 numbers of one block of exact similarities: 1 MiB, so that it stays in the cache
 SMALL = 1 << 19  # float64 numbers of a shard that is converted as a whole: 4 MiB
 WIDE = 1 << 24  # candidates held at once while searching more widely
 
 
-def search(Q: FloatArray, shard: Shard, k: int, leaf: Leaf) -> IntArray:
+def search(Q: FloatArray, shard: Shard, k: int, backend: Backend) -> IntArray:
     """(n, k) int64 keys (:mod:`grace_ds.graph.merge`) of the ids nearest to each query in one shard.
 
     Args:
         Q: (n, d) float32, distinct rows on the grid.
         shard: the index rows.
         k: ids wanted.
-        leaf: proposes candidates; with an exact one the result is that of an exact search, ties by the lower id.
+        backend: proposes candidates; with an exact one the result is that of an exact search, ties by the lower id.
     """
     m, d = shard.X.shape
     if not m or not len(Q):
         return np.full((len(Q), k), PAD)
-    index = leaf.build(shard.X, np.arange(m))
+    index = backend.build(shard.X, np.arange(m))
     start = np.searchsorted(shard.members[:, 0], np.arange(m + 1))
     margin = rounding(d)
-    if not leaf.is_exact(m):  # it has left out more than rounding could: looking further would not mend that
-        position, _ = leaf.search(index, Q, min(k, m))
+    if not backend.is_exact(m):  # it has left out more than rounding could: looking further would not mend that
+        position, _ = backend.search(index, Q, min(k, m))
         return _exact(Q, shard, start, position, k)
     width = min(k + SLACK, m)
-    position, approximate = leaf.search(index, Q, width)
+    position, approximate = backend.search(index, Q, width)
     keys = _exact(Q, shard, start, position, k)
     todo = np.flatnonzero(_undecided(keys, approximate[:, -1], margin)) if width < m else np.empty(0, np.int64)
     while len(todo):
         width, again = min(4 * width, m), []
         for part in np.array_split(todo, -(-len(todo) * width // WIDE)):
-            position, approximate = leaf.search(index, Q[part], width)
+            position, approximate = backend.search(index, Q[part], width)
             keys[part] = _exact(Q[part], shard, start, position, k)
             again.append(part[_undecided(keys[part], approximate[:, -1], margin)])
         todo = np.concatenate(again) if width < m else todo[:0]
@@ -59,7 +59,7 @@ def rounding(width: int) -> float:
 
 
 def _undecided(keys: IntArray, last: Array, margin: float) -> Array:
-    """(n,) bool: whether a row below the leaf's last candidate could still be among the nearest."""
+    """(n,) bool: whether a row below the backend's last candidate could still be among the nearest."""
     kth = unpack(keys[:, -1:]).similarity[:, 0].astype(np.float64)
     return np.isfinite(last) & (last >= kth - margin)
 

@@ -1,7 +1,7 @@
 """Our part of a checkpoint: files of our own beside the engine's, written before it, read after it.
 
 ``TAG/grace_ds/`` holds the bucket files of the tables and of the window (each rank its own), the published schedules, the
-ledger, the trusted basis and gradient, and ``manifest.json`` with every scalar and the digest of every file.  The manifest's own
+visit counts, the trusted basis and gradient, and ``manifest.json`` with every scalar and every file's digest.  The manifest's own
 digest goes into the engine's client state, so a checkpoint and a foreign or torn folder cannot be taken for one another.
 """
 
@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save as save_arrays
 
-from grace_ds.comm.all_ranks import together
+from grace_ds.comm.all_ranks import run_on_all_ranks
 from grace_ds.data.schedule import save_schedule
 from grace_ds.errors import CheckpointError, DamagedState, TransportError
 from grace_ds.gradients.basis import TrustedBasis
-from grace_ds.integrations.checkpoint_state import BASIS, GRADIENT, LEDGER, MANIFEST, SCHEMA, SHARED, Saved, read_saved
+from grace_ds.integrations.checkpoint_state import BASIS, GRADIENT, MANIFEST, SCHEMA, SHARED, VISITS, CheckpointState, read_saved
 from grace_ds.integrations.controller import Controller
 from grace_ds.records import Array
 from grace_ds.refresh.choice import uniform_forever
@@ -62,9 +62,9 @@ def _written(controller: Controller, folder: Path, tag: str) -> dict[str, Any] |
         log.warning("GRACE is frozen (its transport has failed): checkpoint %s goes without its state", tag)
         return None
     try:
-        return together(controller.comm, lambda: write(controller, folder, tag))
+        return run_on_all_ranks(controller.comm, lambda: write(controller, folder, tag))
     except TransportError as error:
-        controller.lookout.check(error, f"at the checkpoint of step {controller.step}")
+        controller.peer_failures.check(error, f"at the checkpoint of step {controller.step}")
         controller.retire(str(error))
     except Exception as error:
         if controller.config.checkpoint.on_failed_save == "error":
@@ -82,7 +82,7 @@ def load(controller: Controller, engine: Any, original: Callable[..., Any], *arg
         Exception: the engine's own part cannot be loaded; an error on every rank.
     """
     comm, config, live = controller.comm, controller.config.checkpoint, controller.all_live()
-    result = together(comm, lambda: original(*args, **kwargs)) if live else original(*args, **kwargs)
+    result = run_on_all_ranks(comm, lambda: original(*args, **kwargs)) if live else original(*args, **kwargs)
     path, client_state = result
     bound = inspect.signature(original).bind(*args, **kwargs)
     if path is None or bound.arguments.get("load_module_only", False):
@@ -90,7 +90,7 @@ def load(controller: Controller, engine: Any, original: Callable[..., Any], *arg
     state, step = (client_state or {}).get(FOLDER), engine.global_steps
     folder = _folder(Path(path), state)
 
-    def read() -> Saved | None:
+    def read() -> CheckpointState | None:
         if state is None:
             if (folder / MANIFEST).exists():
                 raise DamagedState(
@@ -98,7 +98,7 @@ def load(controller: Controller, engine: Any, original: Callable[..., Any], *arg
                     "use an older checkpoint"
                 )
             return None
-        saved = read_saved(folder, state, comm.rank, comm.size, controller.config.harvest.dim)
+        saved = read_saved(folder, state, comm.rank, comm.size, controller.config.collect.dim)
         check(controller, saved, state, step)
         return saved
 
@@ -106,7 +106,7 @@ def load(controller: Controller, engine: Any, original: Callable[..., Any], *arg
         _load_frozen(controller, read, step)
         return result
     try:
-        saved = together(comm, read)
+        saved = run_on_all_ranks(comm, read)
         why = f"checkpoint {path} holds no GRACE state"
         missing = config.on_missing_state
     except DamagedState as error:
@@ -123,63 +123,67 @@ def load(controller: Controller, engine: Any, original: Callable[..., Any], *arg
     return result
 
 
-def _load_frozen(c: Controller, read: Callable[[], Saved | None], step: int) -> None:
+def _load_frozen(controller: Controller, read: Callable[[], CheckpointState | None], step: int) -> None:
     """Takes a frozen run up at a checkpoint: no collective of ours, and yet the same order of samples on every rank."""
-    saved: Saved | None = None
+    saved: CheckpointState | None = None
     try:
         saved = read()
     except CheckpointError as error:
         log.warning("GRACE is frozen, and the checkpoint's state cannot be read: %s", error)
-    whole = saved is not None and bool(saved.schedules) and c.config.replay is None
+    whole = saved is not None and bool(saved.schedules) and controller.config.replay is None
     # Schedules count where every rank has read them; the table and the rest are not needed any more.
-    if c.agreement.all_agree(whole) and saved is not None:
-        c.book.replace(saved.schedules)
-        c.counted, c.lead, c.ledger = saved.numbers["counted"], saved.numbers["lead"], saved.ledger
-        c.stand_at(step, saved.numbers["cursor"])
+    if controller.agreement.all_agree(whole) and saved is not None:
+        controller.book.replace(saved.schedules)
+        controller.counted, controller.lead, controller.visits = saved.numbers["counted"], saved.numbers["lead"], saved.visits
+        controller.stand_at(step, saved.numbers["cursor"])
         log.warning("step %d: GRACE is frozen: training goes on with the checkpoint's schedule", step)
         return
-    cursor = step * c.geometry.batch
-    if c.config.replay is None:
-        c.book.replace([uniform_forever(c.pipeline, c.metrics.version + 1, step, cursor)])
+    cursor = step * controller.geometry.batch
+    if controller.config.replay is None:
+        controller.book.replace([uniform_forever(controller.pipeline, controller.metrics.version + 1, step, cursor)])
         log.warning("step %d: GRACE is frozen and has no schedule of this step: training goes on in the job's own order", step)
-    c.stand_at(step, cursor)
+    controller.stand_at(step, cursor)
 
 
-def write(c: Controller, folder: Path, tag: str) -> dict[str, Any]:
+def write(controller: Controller, folder: Path, tag: str) -> dict[str, Any]:
     """Writes our files into ``folder``; returns the client state, the same on all ranks.  Collective."""
-    if c.harvester is not None:
+    if controller.collector is not None:
         # The table at the next refresh must not depend on whether somebody saved in between, nor on the number of
         # ranks that load: what is still on its way to its owner is delivered now.
-        harvest = c.harvester.pending(c.comm)
-        received, _ = gather_rows(c.comm, harvest.rows, c.pipeline.pool.n)
-        losses, _ = gather_rows(c.comm, harvest.losses, c.pipeline.pool.n)
-        c.table, c.seen = c.table.merge(received), c.seen.merge(losses)
-        c.harvester.drained(harvest.running_mean)
+        collect = controller.collector.pending(controller.comm)
+        received, _ = gather_rows(controller.comm, collect.rows, controller.pipeline.pool.n)
+        losses, _ = gather_rows(controller.comm, collect.losses, controller.pipeline.pool.n)
+        controller.table, controller.seen = controller.table.merge(received), controller.seen.merge(losses)
+        controller.collector.drained(collect.running_mean)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        mine = c.table.save(folder, c.comm.rank, c.comm.size) | c.seen.save(folder, c.comm.rank, c.comm.size)
-        window, shared = c.kept.save(folder, bool(c.pipeline.pool.advance), c.comm.rank, c.comm.size)
+        mine = controller.table.save(folder, controller.comm.rank, controller.comm.size) | controller.seen.save(
+            folder, controller.comm.rank, controller.comm.size
+        )
+        window, shared = controller.kept.save(
+            folder, bool(controller.pipeline.pool.advance), controller.comm.rank, controller.comm.size
+        )
         mine |= window
-        if c.comm.rank == 0:
-            mine |= _write_shared(c, folder, shared)
+        if controller.comm.rank == 0:
+            mine |= _write_shared(controller, folder, shared)
     except OSError as error:
         raise CheckpointError(f"GRACE state cannot be written to {folder} ({error}); free space or mend the path") from error
-    c.lead = int(c.comm.allreduce(np.array([c.lead], np.int64), "max")[0])
-    parts = c.comm.allgather(np.frombuffer(json.dumps(mine).encode(), np.uint8))
+    controller.lead = int(controller.comm.allreduce(np.array([controller.lead], np.int64), "max")[0])
+    parts = controller.comm.allgather(np.frombuffer(json.dumps(mine).encode(), np.uint8))
     files = {name: named for part in parts for name, named in json.loads(part.tobytes()).items()}
-    manifest = json.dumps({"schema": SCHEMA, "files": files, **scalars(c)}, indent=1, sort_keys=True).encode()
-    if c.comm.rank == 0:
+    manifest = json.dumps({"schema": SCHEMA, "files": files, **scalars(controller)}, indent=1, sort_keys=True).encode()
+    if controller.comm.rank == 0:
         write_atomic(folder / MANIFEST, manifest)
-    return {"schema": SCHEMA, "manifest": digest(manifest), "step": c.step, "tag": tag}
+    return {"schema": SCHEMA, "manifest": digest(manifest), "step": controller.step, "tag": tag}
 
 
-def check(c: Controller, saved: Saved, state: dict[str, Any], step: int) -> None:
+def check(controller: Controller, saved: CheckpointState, state: dict[str, Any], step: int) -> None:
     """Whether a state can be taken over by this run, at the engine's step.
 
     Raises:
         CheckpointError: it is of another step, dataset, batch geometry or other layers.
     """
-    folder, at, n = saved.folder, saved.numbers, c.pipeline.pool.n
+    folder, at, n = saved.folder, saved.numbers, controller.pipeline.pool.n
     if at["samples"] != n:
         raise CheckpointError(f"{folder} was made with a dataset of {at['samples']} samples, this one has {n}; use the same data")
     if not at["step"] == step == state.get("step"):
@@ -187,78 +191,78 @@ def check(c: Controller, saved: Saved, state: dict[str, Any], step: int) -> None
             f"{folder} is of step {at['step']}, the engine's checkpoint of step {step} (client state: {state.get('step')!r}): "
             "they do not belong together; use an older checkpoint"
         )
-    if at["cursor"] % c.geometry.micro:
+    if at["cursor"] % controller.geometry.micro:
         raise CheckpointError(
-            f"{folder} stands at sample {at['cursor']}, which is no multiple of ranks × micro-batch = {c.geometry.micro}; "
+            f"{folder} stands at sample {at['cursor']}, no multiple of ranks × micro-batch = {controller.geometry.micro}; "
             f"choose a micro-batch that divides it"
         )
-    if c.harvester is None:
+    if controller.collector is None:
         return
     try:
-        if saved.harvest is not None:
-            c.harvester.check_state(saved.harvest)
+        if saved.collect is not None:
+            controller.collector.check_state(saved.collect)
         for basis in (saved.basis, saved.gradient):
             if basis is not None:
-                basis.check(c.harvester.sketcher.layers)
+                basis.check(controller.collector.sketcher.layers)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
 
 
-def take_over(c: Controller, saved: Saved, step: int) -> None:
+def take_over(controller: Controller, saved: CheckpointState, step: int) -> None:
     """Makes a state that all ranks have read and checked this run's, at any number of ranks.  Collective."""
     at = saved.numbers
-    if c.harvester is not None and saved.harvest is not None:
-        c.harvester.load_state_dict(saved.harvest)
-    if c.config.replay is None:
-        c.book.replace(saved.schedules)
-        c.next_refresh = at["next_refresh"]
-    c.table, c.seen, c.kept = saved.table, saved.seen, saved.kept
-    c.ledger, c.reference = saved.ledger, dict(saved.reference)
-    if c.harvester is not None:
-        c.take_basis(saved.basis)
-    if c.trust is not None:
-        c.trust.gradient = saved.gradient
-    c.counted, c.lead = at["counted"], at["lead"]
-    c.metrics.version, c.metrics.refreshes = at["version"], at["refreshes"]
-    c.stand_at(step, at["cursor"])
-    if c.config.replay is None and not saved.schedules:
+    if controller.collector is not None and saved.collect is not None:
+        controller.collector.load_state_dict(saved.collect)
+    if controller.config.replay is None:
+        controller.book.replace(saved.schedules)
+        controller.next_refresh = at["next_refresh"]
+    controller.table, controller.seen, controller.kept = saved.table, saved.seen, saved.kept
+    controller.visits, controller.reference = saved.visits, dict(saved.reference)
+    if controller.collector is not None:
+        controller.take_basis(saved.basis)
+    if controller.trust is not None:
+        controller.trust.gradient = saved.gradient
+    controller.counted, controller.lead = at["counted"], at["lead"]
+    controller.metrics.version, controller.metrics.refreshes = at["version"], at["refreshes"]
+    controller.stand_at(step, at["cursor"])
+    if controller.config.replay is None and not saved.schedules:
         log.info("%s was saved under replay and holds no schedule: a coreset is started at step %d", saved.folder, step)
-        c.begin_at(step, at["cursor"])
+        controller.begin_at(step, at["cursor"])
 
 
-def scalars(c: Controller) -> dict[str, Any]:
+def scalars(controller: Controller) -> dict[str, Any]:
     """Everything that is equal on all ranks and fits into JSON."""
     return {
-        "samples": c.pipeline.pool.n,
-        "batch": c.geometry.batch,
-        "step": c.step,
-        "cursor": c.cursor,
-        "counted": c.counted,
-        "next_refresh": c.next_refresh,
-        "lead": c.lead,
-        "version": c.metrics.version,
-        "refreshes": c.metrics.refreshes,
-        "reference": {str(k): v for k, v in c.reference.items()},
-        "basis": None if c.basis is None else c.basis.version,
-        "gradient": None if (gradient := _gradient(c)) is None else gradient.version,
-        "harvest": None if c.harvester is None else c.harvester.state_dict(),
+        "samples": controller.pipeline.pool.n,
+        "batch": controller.geometry.batch,
+        "step": controller.step,
+        "cursor": controller.cursor,
+        "counted": controller.counted,
+        "next_refresh": controller.next_refresh,
+        "lead": controller.lead,
+        "version": controller.metrics.version,
+        "refreshes": controller.metrics.refreshes,
+        "reference": {str(k): v for k, v in controller.reference.items()},
+        "basis": None if controller.basis is None else controller.basis.version,
+        "gradient": None if (gradient := _gradient(controller)) is None else gradient.version,
+        "collect": None if controller.collector is None else controller.collector.state_dict(),
     }
 
 
-def _gradient(c: Controller) -> TrustedBasis | None:
-    return c.trust.gradient if c.trust is not None else None
+def _gradient(controller: Controller) -> TrustedBasis | None:
+    return controller.trust.gradient if controller.trust is not None else None
 
 
-def _write_shared(c: Controller, folder: Path, window: dict[str, Array]) -> dict[str, str]:
+def _write_shared(controller: Controller, folder: Path, window: dict[str, Array]) -> dict[str, str]:
     """The files that are the same on every rank; rank 0 writes them."""
     digests = {}
-    for schedule in c.book.schedules if c.config.replay is None else []:
+    for schedule in controller.book.schedules if controller.config.replay is None else []:
         path = save_schedule(schedule, folder)
         digests[path.name] = digest(path.read_bytes())
-    groups: dict[str, dict[str, Array]] = {LEDGER: {"ids": c.ledger.ids, "counts": c.ledger.counts}}
-    if c.basis is not None:
-        groups[BASIS] = dict(c.basis.to_arrays())
-    if (gradient := _gradient(c)) is not None:
+    groups: dict[str, dict[str, Array]] = {VISITS: {"ids": controller.visits.ids, "counts": controller.visits.counts}}
+    if controller.basis is not None:
+        groups[BASIS] = dict(controller.basis.to_arrays())
+    if (gradient := _gradient(controller)) is not None:
         groups[GRADIENT] = dict(gradient.to_arrays())
     if window:
         groups[SHARED] = window

@@ -18,18 +18,18 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 
-from grace_ds.data.schedule import Ledger, parse_schedule
+from grace_ds.data.schedule import VisitCounts, parse_schedule
 from grace_ds.errors import CheckpointError, DamagedState
 from grace_ds.gradients.basis import TrustedBasis
-from grace_ds.records import Array, Losses, Rows, Schedule
-from grace_ds.refresh.state import Kept
+from grace_ds.records import Array, Losses, SampleRecords, Schedule
+from grace_ds.refresh.state import RefreshState
 from grace_ds.refresh.table import Table
 from grace_ds.utils.files import digest
 
 SCHEMA = 3
-MANIFEST, LEDGER, SHARED = "manifest.json", "ledger.safetensors", "window.safetensors"
+MANIFEST, VISITS, SHARED = "manifest.json", "visits.safetensors", "window.safetensors"
 BASIS, GRADIENT = "basis.safetensors", "gradient.safetensors"
-_SCHEDULE, _ROWS, _LOSSES, _WINDOW = "schedule-", f"{Rows.name}-", f"{Losses.name}-", "window-"
+_SCHEDULE, _ROWS, _LOSSES, _WINDOW = "schedule-", f"{SampleRecords.name}-", f"{Losses.name}-", "window-"
 # A name is joined to the folder, so nothing else may stand in it.
 _PARTS = re.compile(rf"schedule-\d+\.safetensors|({_ROWS}|{_LOSSES}|{_WINDOW})b\d+-b\d+\.safetensors")
 # The manifest's numbers, which every rank has alike.
@@ -37,7 +37,7 @@ SCALARS = ("samples", "batch", "step", "cursor", "counted", "next_refresh", "lea
 
 
 @dataclass(frozen=True)
-class Saved:
+class CheckpointState:
     """The state of a run, as one rank of a new run takes it over.
 
     Attributes:
@@ -45,9 +45,9 @@ class Saved:
         numbers: one for each of :data:`SCALARS`; all ranks.
         reference: unit of the trusted basis of each version; all ranks.
         schedules: published ones, in order; all ranks.
-        ledger: all ranks.
+        visit counts: all ranks.
         basis, gradient: the trusted basis in force, and what the next one goes on from; None without; all ranks.
-        harvest: the harvester's, None where nothing was harvested; all ranks.
+        collect: the collector's, None where nothing was collected; all ranks.
         table, seen: the latest rows and losses of the samples that this rank owns.
         kept: of the last refresh, of the samples that this rank owns.
     """
@@ -56,16 +56,16 @@ class Saved:
     numbers: Mapping[str, int]
     reference: Mapping[int, float]
     schedules: list[Schedule]
-    ledger: Ledger
+    visits: VisitCounts
     basis: TrustedBasis | None
     gradient: TrustedBasis | None
-    harvest: dict[str, Any] | None
-    table: Table[Rows]
+    collect: dict[str, Any] | None
+    table: Table[SampleRecords]
     seen: Table[Losses]
-    kept: Kept
+    kept: RefreshState
 
 
-def read_saved(folder: Path, state: Any, rank: int, world: int, dim: int) -> Saved:
+def read_saved(folder: Path, state: Any, rank: int, world: int, dim: int) -> CheckpointState:
     """Reads what ``rank`` of ``world`` needs, whatever the number of ranks that wrote it.  Not collective.
 
     Args:
@@ -100,34 +100,34 @@ def read_saved(folder: Path, state: Any, rank: int, world: int, dim: int) -> Sav
         ) from error
 
 
-def _parse(folder: Path, manifest: dict[str, Any], rank: int, world: int, dim: int) -> Saved:
+def _parse(folder: Path, manifest: dict[str, Any], rank: int, world: int, dim: int) -> CheckpointState:
     files: dict[str, str] = manifest["files"]
-    ours = (LEDGER, BASIS, GRADIENT, SHARED)
+    ours = (VISITS, BASIS, GRADIENT, SHARED)
     odd = [name for name in files if not _PARTS.fullmatch(name) and name not in ours]
     if odd:
         raise ValueError(f"unknown file {odd[0]!r}")
     numbers = {key: _whole(manifest, key) for key in SCALARS}
     names = [name for name in sorted(files) if name.startswith(_SCHEDULE)]
-    ledger = _arrays(folder / LEDGER, files[LEDGER])
-    if ledger["ids"].dtype != np.int64 or ledger["ids"].shape != ledger["counts"].shape:
-        raise ValueError("a ledger whose columns do not fit together")
+    visits = _arrays(folder / VISITS, files[VISITS])
+    if visits["ids"].dtype != np.int64 or visits["ids"].shape != visits["counts"].shape:
+        raise ValueError("a visit counts whose columns do not fit together")
     rows, losses, windows = (_named(files, prefix) for prefix in (_ROWS, _LOSSES, _WINDOW))
     shared = _arrays(folder / SHARED, files[SHARED]) if SHARED in files else {}
-    harvest = manifest["harvest"]
-    if not isinstance(harvest, dict | None):
-        raise TypeError("harvest is no object")
-    return Saved(
+    collect = manifest["collect"]
+    if not isinstance(collect, dict | None):
+        raise TypeError("collect is no object")
+    return CheckpointState(
         folder,
         numbers,
         {int(version): float(unit) for version, unit in manifest["reference"].items()},
         [parse_schedule(_read_checked(folder / name, files[name]), folder / name) for name in names],
-        Ledger(ledger["ids"], ledger["counts"]),
+        VisitCounts(visits["ids"], visits["counts"]),
         _basis(folder, manifest, "basis", BASIS),
         _basis(folder, manifest, "gradient", GRADIENT),
-        harvest,
-        Table.load(folder, rows, rank, world, Rows.empty(dim)),
+        collect,
+        Table.load(folder, rows, rank, world, SampleRecords.empty(dim)),
         Table.load(folder, losses, rank, world, Losses.empty()),
-        Kept.load(folder, windows, shared, rank, world),
+        RefreshState.load(folder, windows, shared, rank, world),
     )
 
 

@@ -14,32 +14,34 @@ from typing import Any
 
 from grace_ds.comm.agreement import Agreement
 from grace_ds.comm.base import Comm
-from grace_ds.comm.liveness import RollCall
-from grace_ds.comm.peer_failure import Lookout
+from grace_ds.comm.liveness import LivenessProbe
+from grace_ds.comm.peer_failure import PeerFailureHandler
 from grace_ds.config.schema import GraceConfig
-from grace_ds.data.sampler import Geometry, IssuedBatch, Outstanding, Stream
-from grace_ds.data.schedule import Ledger, ScheduleBook, load_book
+from grace_ds.data.sampler import Geometry, InFlightBatches, IssuedBatch, Stream
+from grace_ds.data.schedule import ScheduleBook, VisitCounts, load_book
 from grace_ds.errors import ConfigError, GraceError, TransportError
 from grace_ds.gradients.basis import TrustedBasis
-from grace_ds.gradients.capture import Binding, Reading
-from grace_ds.gradients.collector import Harvester
-from grace_ds.gradients.influence_probe import TrustedProbe
+from grace_ds.gradients.capture import LossCapture, MicroBatchCapture
+from grace_ds.gradients.collector import GradientCollector
+from grace_ds.gradients.influence_probe import InfluenceProbe
 from grace_ds.gradients.job_call import refuse
 from grace_ds.integrations.step_watch import StepWatch
 from grace_ds.monitor.metrics import EventWriter, Metrics, Preview, Recorder, keep_config
-from grace_ds.records import Losses, Rows
+from grace_ds.records import Losses, SampleRecords
 from grace_ds.refresh import trigger as cadence
 from grace_ds.refresh.choice import slack
-from grace_ds.refresh.decision import by_role, collect_every, decision_of, worth_harvesting, worth_reading
-from grace_ds.refresh.runner import Fresh, Refresher
-from grace_ds.refresh.signals import Inputs, Pipeline
-from grace_ds.refresh.state import Kept
+from grace_ds.refresh.decision import by_role, collect_every, decision_of, worth_collecting, worth_reading
+from grace_ds.refresh.runner import Fresh, RefreshRunner
+from grace_ds.refresh.signals import Inputs, RefreshContext
+from grace_ds.refresh.state import RefreshState
 from grace_ds.refresh.table import Table
 from grace_ds.utils.rng import undisturbed_rng
 
 log = logging.getLogger("grace_ds")
 
-Seen = tuple[IssuedBatch, Binding | Reading | None]  # a training forward's batch, and what its backward is to be read into
+Seen = tuple[
+    IssuedBatch, MicroBatchCapture | LossCapture | None
+]  # a training forward's batch, and what its backward is to be read into
 
 
 class Controller:
@@ -49,7 +51,7 @@ class Controller:
         config: resolved and checked.
         geometry: of the job's batches.
         pipeline: of the refresh; its ``comm`` is the transport.
-        harvester: with an attached sketcher; None where nothing is harvested (``replay``, uniform objectives).
+        collector: with an attached sketcher; None where nothing is collected (``replay``, uniform objectives).
         agreement: what all ranks decide alike where the transport cannot tell them.
         call: who can be asked whether he is still there.
         trust: fits the trusted basis at a refresh; None without a trusted set.
@@ -62,33 +64,33 @@ class Controller:
         self,
         config: GraceConfig,
         geometry: Geometry,
-        pipeline: Pipeline,
-        harvester: Harvester | None,
+        pipeline: RefreshContext,
+        collector: GradientCollector | None,
         agreement: Agreement,
-        call: RollCall,
-        trust: TrustedProbe | None,
+        call: LivenessProbe,
+        trust: InfluenceProbe | None,
         write_events: EventWriter,
         preview: Preview | None = None,
         fallback: str | None = None,
     ) -> None:
         self.config, self.geometry, self.pipeline = config, geometry, pipeline
-        self.harvester, self.trust, self.fallback = harvester, trust, fallback
+        self.collector, self.trust, self.fallback = collector, trust, fallback
         self.comm: Comm = pipeline.comm
-        self.lookout = Lookout(call, self.comm, lambda: f"in training step {self.step + 1}")
+        self.peer_failures = PeerFailureHandler(call, self.comm, lambda: f"in training step {self.step + 1}")
         self.agreement = agreement
-        self.refresher = Refresher(pipeline, harvester, trust, agreement, self.lookout)
+        self.runner = RefreshRunner(pipeline, collector, trust, agreement, self.peer_failures)
         self.recorder = Recorder(config.run_dir, write_events, preview) if self.comm.rank == 0 else Recorder(None, None)
         self.run = uuid.uuid4().hex  # of this process; see _take_over
         self.book = ScheduleBook()
-        self.outstanding = Outstanding(geometry)
+        self.in_flight = InFlightBatches(geometry)
         self.watch = StepWatch()
         self.sampler: Stream | None = None  # None in shadow mode: the job's own sampler feeds it
-        self.table = Table(Rows.empty(config.harvest.dim))
+        self.table = Table(SampleRecords.empty(config.collect.dim))
         self.seen = Table(Losses.empty())
-        self.kept = Kept()
-        self.ledger = Ledger()
+        self.kept = RefreshState()
+        self.visits = VisitCounts()
         self.reference: dict[int, float] = {}
-        self.counted = 0  # position up to which the ledger has counted
+        self.counted = 0  # position up to which the visits are counted
         self.cursor = 0  # position of the first sample not yet trained on
         self.lead = 0  # samples by which the loaders have run ahead of the cursor at most
         self.step = 0
@@ -123,7 +125,7 @@ class Controller:
     def begin_at(self, step: int, cursor: int) -> None:
         """Makes a first schedule at a step and a position, after a checkpoint that holds none.  Collective."""
         self.stand_at(step, cursor)
-        self.counted, self.lead, self.kept = cursor, 0, Kept()
+        self.counted, self.lead, self.kept = cursor, 0, RefreshState()
         if self.config.replay is None:
             self.book.replace([])
             self.refresh()
@@ -131,7 +133,7 @@ class Controller:
     def stand_at(self, step: int, cursor: int) -> None:
         """Moves to a step and a position; batches that are out are forgotten."""
         self.step, self.cursor = step, cursor
-        self.outstanding.clear()
+        self.in_flight.clear()
         self._current, self._trained, self._unwatched = None, [], []
         self.recorder.forget()
         self._clock = time.perf_counter()
@@ -143,13 +145,13 @@ class Controller:
     def snapshot(self) -> dict[str, Any]:
         """The metrics as a plain dict, with the clocks read now."""
         m = self.metrics
-        if self.harvester is not None:
-            m.harvest_seconds = self.harvester.total_seconds
+        if self.collector is not None:
+            m.collect_seconds = self.collector.total_seconds
         now = m.train_seconds + time.perf_counter() - self._clock
         return {
             **dataclasses.asdict(m),
             **self.watch.counts(),
-            "unrecognised": self.outstanding.unrecognised,
+            "unrecognised": self.in_flight.unrecognised,
             "transport": self.comm.name,
             "probe_samples": self.trust.probed if self.trust is not None else 0,
             "train_seconds": now,
@@ -165,29 +167,29 @@ class Controller:
             together: whether the other ranks do so too, now.
         """
         self._closed = True
-        if self.harvester is not None:
-            self.harvester.sketcher.detach()
-        self.lookout.close()
+        if self.collector is not None:
+            self.collector.sketcher.detach()
+        self.peer_failures.close()
         self.comm.close(together)
 
     # -- the micro-batch -----------------------------------------------------------------------------------------------
 
     def before_forward(self, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
         """At the start of a grad-enabled training forward: recognises the batch and opens the hooks for it."""
-        issued = self.outstanding.match(inputs)
+        issued = self.in_flight.match(inputs)
         if issued is None:
             return
         self.weighed = issued
         if self.trust is not None:
             self.trust.saw(*inputs, issued)
-        binding: Binding | Reading | None = None
-        if self.harvester is not None and len(issued.ids) and issued.ids.min() >= 0:
-            sketcher = self.harvester.sketcher
-            if self.harvesting:
-                binding = sketcher.begin(issued.ids)
+        capture: MicroBatchCapture | LossCapture | None = None
+        if self.collector is not None and len(issued.ids) and issued.ids.min() >= 0:
+            sketcher = self.collector.sketcher
+            if self.collecting:
+                capture = sketcher.begin(issued.ids)
             elif self.reading:
-                binding = sketcher.read(issued.ids)
-        self._current = (issued, binding)
+                capture = sketcher.read(issued.ids)
+        self._current = (issued, capture)
 
     def after_forward(self, output: Any) -> Seen | None:
         """At its end: reads per-sample losses where the output holds the loss; returns what to pass to :meth:`on_backward`."""
@@ -195,9 +197,9 @@ class Controller:
         if current is not None and self.trust is not None:
             self.trust.returned(output)
         if current is not None and current[1] is not None:
-            assert self.harvester is not None
-            self.harvester.sketcher.end()
-            self.harvester.sketcher.observe_loss(output)
+            assert self.collector is not None
+            self.collector.sketcher.end()
+            self.collector.sketcher.observe_loss(output)
         return current
 
     def leave_unwatched(self, current: Seen) -> None:
@@ -209,14 +211,14 @@ class Controller:
         for current in self._unwatched:
             self.on_backward(current)
         self._unwatched = []
-        if self.harvester is not None and (self.harvesting or self.reading):
-            self.harvester.sketcher.observe_loss(loss)
+        if self.collector is not None and (self.collecting or self.reading):
+            self.collector.sketcher.observe_loss(loss)
 
     def on_backward(self, current: Seen) -> None:
         """When the gradient of a bound forward arrives: from here on its batch counts as trained on."""
         if any(issued is current[0] for issued, _ in self._trained):
             return
-        self.outstanding.trained(current[0])
+        self.in_flight.trained(current[0])
         self.watch.trained(current[0], self.geometry)
         self._trained.append(current)
         if self.sampler is not None:
@@ -225,26 +227,26 @@ class Controller:
     @property
     def capturing(self) -> bool:
         """Whether the forward that has begun is one whose gradients are collected."""
-        return self._current is not None and isinstance(self._current[1], Binding)
+        return self._current is not None and isinstance(self._current[1], MicroBatchCapture)
 
     @property
-    def harvesting(self) -> bool:
+    def collecting(self) -> bool:
         """Whether the gradients of the optimizer step in progress are collected."""
-        h = self.harvester
+        h = self.collector
         if h is None or self.frozen:
             return False
         frozen, trusted = h.sketcher.scale.frozen, self.trust is not None
-        if not worth_harvesting(self.config, decision_of(self.book), frozen, trusted, self.basis, self.reference):
+        if not worth_collecting(self.config, decision_of(self.book), frozen, trusted, self.basis, self.reference):
             return False
         due = (self.step + 1) % collect_every(self.config, self.book) == 0
-        return due and cadence.harvested(self.config, self.step, self.next_refresh)
+        return due and cadence.collected(self.config, self.step, self.next_refresh)
 
     @property
     def reading(self) -> bool:
         """Whether the losses of the optimizer step in progress are read, where its gradients are not collected."""
-        if self.harvester is None or self.frozen or not worth_reading(self.config, decision_of(self.book)):
+        if self.collector is None or self.frozen or not worth_reading(self.config, decision_of(self.book)):
             return False
-        return cadence.harvested(self.config, self.step, self.next_refresh)
+        return cadence.collected(self.config, self.step, self.next_refresh)
 
     def follow(self, geometry: Geometry) -> None:
         """Takes over the batch size of the step that has just been made, where the job ramps it up; the same on all ranks.
@@ -264,10 +266,10 @@ class Controller:
                 "accumulation (engine.set_train_batch_size), or load a checkpoint into a new engine"
             )
         log.info("step %d: a step is %d samples from here on, it was %d", self.step, geometry.batch, old.batch)
-        self.geometry = self.outstanding.geometry = geometry
+        self.geometry = self.in_flight.geometry = geometry
         self._ramped = True
         self.pipeline = dataclasses.replace(self.pipeline, batch=geometry.batch)
-        self.refresher.pipeline = self.pipeline
+        self.runner.pipeline = self.pipeline
         if self.book.schedules and self.config.replay is None:  # the schedule is through sooner, or later
             last = self.book.schedules[-1]
             left = (last.start + len(last) - self.cursor) // geometry.batch - slack(
@@ -285,24 +287,24 @@ class Controller:
             applied: False where the step was skipped for an overflow: the cursor moves on, no row is kept.
             grad_scale: accumulation steps divided by the loss scale of the step.
         """
-        harvested = self.harvesting
+        collected = self.collecting
         for current in self._unwatched:
             self.on_backward(current)
         trained, self._trained, self._unwatched = self._trained, [], []
-        bindings = [binding for _, binding in trained if isinstance(binding, Binding)]
-        if self.harvester is not None and applied:
-            self.harvester.read([reading for _, reading in trained if isinstance(reading, Reading)], step)
-        if harvested:
-            assert self.harvester is not None
+        captures = [capture for _, capture in trained if isinstance(capture, MicroBatchCapture)]
+        if self.collector is not None and applied:
+            self.collector.read([reading for _, reading in trained if isinstance(reading, LossCapture)], step)
+        if collected:
+            assert self.collector is not None
             try:
                 if applied:
-                    known, before = self.harvester.sketcher.scale.frozen, self.harvester.rows_kept
-                    self.harvester.commit(bindings, step, grad_scale, self.comm)
-                    self.watch.collected(self.harvester.rows_kept - before, expected=known and bool(bindings))
+                    known, before = self.collector.sketcher.scale.frozen, self.collector.rows_kept
+                    self.collector.commit(captures, step, grad_scale, self.comm)
+                    self.watch.collected(self.collector.rows_kept - before, expected=known and bool(captures))
                 else:
-                    self.harvester.discard(bindings)
+                    self.collector.discard(captures)
             except TransportError as error:
-                self.lookout.check(error, f"after training step {step}, stage scale")
+                self.peer_failures.check(error, f"after training step {step}, stage scale")
                 self.retire(str(error))
                 self.recorder.events({"frozen": 1.0}, self.cursor)
         g = self.geometry
@@ -311,7 +313,7 @@ class Controller:
         if self.sampler is not None:
             moved = self.sampler.frontier - self._stood
             if not self._ramped:  # the step that changes its own length
-                self.sampler.frontier += self.watch.advance(moved, g, self.outstanding)
+                self.sampler.frontier += self.watch.advance(moved, g, self.in_flight)
             self._ramped = False
             self._stood = self.sampler.frontier
             self.cursor = self.sampler.frontier * g.micro
@@ -326,7 +328,7 @@ class Controller:
             if due and not self.frozen:
                 self.refresh()
 
-    def _settle(self, trust: TrustedProbe) -> None:
+    def _settle(self, trust: InfluenceProbe) -> None:
         """Goes on without gradients, or ends the run, where a probe cannot repeat the job's call.  Collective.
 
         Raises:
@@ -335,7 +337,7 @@ class Controller:
         try:
             why = trust.settle()
         except TransportError as error:
-            self.lookout.check(error, f"after training step {self.step}, stage call")
+            self.peer_failures.check(error, f"after training step {self.step}, stage call")
             self.retire(str(error))
             return
         if not why:
@@ -353,14 +355,14 @@ class Controller:
 
     def _fall_back(self, to: str) -> None:
         """Goes on under a recipe that reads nothing from the backward; what was read so far is dropped."""
-        assert self.harvester is not None
-        self.harvester.sketcher.detach()
+        assert self.collector is not None
+        self.collector.sketcher.detach()
         self.config = dataclasses.replace(self.config, recipe=to, ablate=[])
         self.pipeline = dataclasses.replace(self.pipeline, config=self.config)
-        self.harvester = self.trust = self.basis = None
-        self.refresher.change(self.pipeline)
-        self.table, self.seen = Table(Rows.empty(self.config.harvest.dim)), Table(Losses.empty())
-        self.kept, self.reference = Kept(self.kept.content), {}
+        self.collector = self.trust = self.basis = None
+        self.runner.change(self.pipeline)
+        self.table, self.seen = Table(SampleRecords.empty(self.config.collect.dim)), Table(Losses.empty())
+        self.kept, self.reference = RefreshState(self.kept.content), {}
         if self.config.run_dir is not None and self.comm.rank == 0:
             keep_config(self.config)
 
@@ -374,7 +376,7 @@ class Controller:
             return
         started, m = time.perf_counter(), self.metrics
         m.train_seconds += started - self._clock
-        result = self.refresher.attempt(self.step, m.version + 1, self._stand)
+        result = self.runner.attempt(self.step, m.version + 1, self._stand)
         if result.lost is not None:
             self.retire(str(result.lost))
         if result.fresh is not None:
@@ -388,13 +390,13 @@ class Controller:
                 )
         self._last_seconds = time.perf_counter() - started
         m.refresh_seconds += self._last_seconds
-        m.report(self._last_seconds, result.fresh.outcome if result.fresh is not None else None, self.harvester)
+        m.report(self._last_seconds, result.fresh.outcome if result.fresh is not None else None, self.collector)
         m.events["frozen"] = float(self.frozen)
         self.recorder.events(m.events, self.cursor)
         self._clock = time.perf_counter()
 
     def _stand(self) -> Inputs:
-        """What this rank knows at the start of a refresh; the rows are still with the harvester.  Collective."""
+        """What this rank knows at the start of a refresh; the rows are still with the collector.  Collective."""
         c, m = self.config, self.metrics
         # The first refresh reads the whole window's content, later ones do not: its cost says nothing about theirs.
         a_step = m.train_seconds / max(self._steps_timed, 1) if m.refreshes > 1 else None
@@ -402,11 +404,11 @@ class Controller:
         core, audit = by_role(last, c.mode == "shadow")
         self.watch.compare(self.comm, self.book, self.geometry, self.cursor)
         return Inputs(
-            rows=Rows.empty(c.harvest.dim),
+            rows=SampleRecords.empty(c.collect.dim),
             losses=Losses.empty(),
             table=self.table,
             seen=self.seen,
-            ledger=self.counted_ledger(),
+            visits=self.visits_now(),
             step=self.step,
             version=m.version + 1,
             issued=self.issued(),
@@ -428,9 +430,9 @@ class Controller:
         schedule = dataclasses.replace(fresh.outcome.schedule, run=(last.run if last is not None else "") or self.run)
         outcome = dataclasses.replace(fresh.outcome, schedule=schedule)
         self.table, self.seen, self.kept = outcome.table, outcome.seen, outcome.kept
-        self.ledger, self.counted = fresh.inputs.ledger, self.cursor
-        if self.harvester is not None:
-            self.harvester.drained(fresh.running_mean)
+        self.visits, self.counted = fresh.inputs.visits, self.cursor
+        if self.collector is not None:
+            self.collector.drained(fresh.running_mean)
         self.reference = dict(fresh.inputs.reference)
         if self.trust is not None:
             self.take_basis(fresh.fitted.basis if fresh.fitted is not None else None)
@@ -444,7 +446,7 @@ class Controller:
         told = {
             "train_seconds": self.metrics.train_seconds,
             "refresh_seconds": self.metrics.refresh_seconds,
-            "harvest_seconds": self.harvester.total_seconds if self.harvester is not None else 0.0,
+            "collect_seconds": self.collector.total_seconds if self.collector is not None else 0.0,
             "failures": float(self.metrics.refresh_failures),
         }
         self.recorder.made(outcome, told)
@@ -468,14 +470,14 @@ class Controller:
     def retire(self, why: str) -> None:
         """The transport is finished, training is not: no further refresh, nothing more to pay.  The other ranks are told."""
         self.agreement.freeze(why)
-        if self.harvester is not None:
-            self.harvester.sketcher.detach()
+        if self.collector is not None:
+            self.collector.sketcher.detach()
         log.error("step %d: %s; GRACE is frozen: training goes on with the schedule at hand", self.step, why)
 
     def take_basis(self, basis: TrustedBasis | None) -> None:
         """Alignments are measured against ``basis`` from here on (None: not at all); their unit is found at the next refresh."""
-        assert self.harvester is not None
-        self.harvester.sketcher.set_basis(basis)
+        assert self.collector is not None
+        self.collector.sketcher.set_basis(basis)
         self.basis = basis
 
     def issued(self) -> int:
@@ -489,9 +491,9 @@ class Controller:
         pending = self.book.schedules[-1].start if self.book.schedules else 0
         return max(self.sampler.issued * self.geometry.micro, self.cursor + self.lead, pending)
 
-    def counted_ledger(self) -> Ledger:
-        """The ledger with everything up to the cursor counted; the old one is left as it was."""
-        ledger = Ledger(self.ledger.ids, self.ledger.counts)
+    def visits_now(self) -> VisitCounts:
+        """The visit counts with everything up to the cursor counted; the old one is left as it was."""
+        visits = VisitCounts(self.visits.ids, self.visits.counts)
         if self.book.schedules and self.cursor > self.counted and self.config.mode == "train":
-            ledger.add(self.book.slots(self.counted, self.cursor - self.counted).ids)
-        return ledger
+            visits.add(self.book.slots(self.counted, self.cursor - self.counted).ids)
+        return visits

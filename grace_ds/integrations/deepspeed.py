@@ -17,7 +17,7 @@ from grace_ds.gradients.probe import LossFn
 from grace_ds.integrations import preemption as preempt
 from grace_ds.integrations.engine import config_of, is_pipeline
 from grace_ds.integrations.handle import Grace
-from grace_ds.integrations.trusted_set import Extras
+from grace_ds.integrations.trusted_set import UserInputs
 from grace_ds.monitor import progress
 
 # Kept before anybody (``grace_ds.run``) puts our function in the place of DeepSpeed's.
@@ -76,8 +76,8 @@ def initialize(
     if isinstance(bound.arguments.get("config"), dict):
         bound.arguments["config"] = copy.deepcopy(bound.arguments["config"])  # DeepSpeed writes into it
     engine, optimizer, _, scheduler = original(*bound.args, **bound.kwargs)
-    extras = Extras(trusted_data, validation_data, tokenize, loss_fn)
-    handle = _handle_class(engine)(engine, data, grace, bound.arguments.get("collate_fn"), extras)
+    user_inputs = UserInputs(trusted_data, validation_data, tokenize, loss_fn)
+    handle = _handle_class(engine)(engine, data, grace, bound.arguments.get("collate_fn"), user_inputs)
     engine.training_data = data
     engine.training_dataloader = handle.feed()
     preempt.from_environment(engine)
@@ -153,8 +153,8 @@ def attach(
             f"the order of a {type(sampler).__name__} cannot be told from a position: give attach a DistributedSampler or a "
             "SequentialSampler, or leave sampler out for the order of a DistributedSampler with seed 0"
         )
-    extras = Extras(trusted_data, validation_data, tokenize, loss_fn, order)
-    handle = _handle_class(engine)(engine, dataset, grace, collate_fn, extras)
+    user_inputs = UserInputs(trusted_data, validation_data, tokenize, loss_fn, order)
+    handle = _handle_class(engine)(engine, dataset, grace, collate_fn, user_inputs)
     handle.job_sampler = sampler
     return handle
 

@@ -29,8 +29,8 @@ from grace_ds.integrations import sample_weights as weights
 from grace_ds.integrations.controller import Controller
 from grace_ds.integrations.engine import dp_rank, geometry_of, is_compiled, outputs
 from grace_ds.integrations.setup import build_controller
-from grace_ds.integrations.trusted_set import Extras
-from grace_ds.integrations.world import refuse_lonely
+from grace_ds.integrations.trusted_set import UserInputs
+from grace_ds.integrations.world import check_world_size
 from grace_ds.monitor import progress
 from grace_ds.monitor.metrics import keep_config
 from grace_ds.utils.methods import replace_method
@@ -57,21 +57,21 @@ class Grace:
         dataset: Any,
         config: GraceConfig,
         collate_fn: Callable[[list[Any]], Any] | None,
-        extras: Extras,
+        user_inputs: UserInputs,
     ) -> None:
         self.engine = engine
         self._restore: list[Callable[[], None]] = []
         _speak_up()
-        refuse_lonely(dist.get_world_size() if dist.is_initialized() else 1, os.environ)
+        check_world_size(dist.get_world_size() if dist.is_initialized() else 1, os.environ)
         adopt_job_limit()
         self.dataset = TicketedDataset(dataset)
         self._job_collate = collate_fn or getattr(engine, "collate_fn", None)
         self.collate = TicketedCollate(self._job_collate)
         geometry = geometry_of(engine)
-        if extras.order is None:
-            extras = dataclasses.replace(extras, order=self._engine_order(len(dataset), config.seed))
+        if user_inputs.order is None:
+            user_inputs = dataclasses.replace(user_inputs, order=self._engine_order(len(dataset), config.seed))
         with undisturbed_rng():  # reading the dataset must not move what the job draws from
-            self.controller: Controller = build_controller(engine, dataset, config, geometry, self.collate.collate, extras)
+            self.controller: Controller = build_controller(engine, dataset, config, geometry, self.collate.collate, user_inputs)
             try:
                 self._begin(geometry, len(dataset))
             except BaseException:
@@ -114,7 +114,7 @@ class Grace:
         inner = self.engine.deepspeed_io(
             self.dataset, data_sampler=sampler, collate_fn=self.collate, num_local_io_workers=num_local_io_workers
         )
-        return TicketedLoader(inner, self.controller.outstanding)
+        return TicketedLoader(inner, self.controller.in_flight)
 
     def loader(self, **options: Any) -> TicketedLoader:
         """A torch ``DataLoader`` of micro-batches for a job that builds its own.
@@ -130,7 +130,7 @@ class Grace:
         stream: Any = self.controller.sampler or self.job_sampler or self._job_sampler()
         rows = self.engine.train_micro_batch_size_per_gpu()
         inner: Any = DataLoader(self.dataset, batch_size=rows, sampler=stream, collate_fn=self.collate, **options)
-        return TicketedLoader(inner, self.controller.outstanding)
+        return TicketedLoader(inner, self.controller.in_flight)
 
     def _job_sampler(self) -> DistributedSampler[Any]:
         g = self.controller.geometry
@@ -140,10 +140,10 @@ class Grace:
         """Of the sampler that DeepSpeed makes where it is given none."""
         return shuffled(n, 0, seed) if self.job_shuffles else SamplerOrder(n, shuffle=False)
 
-    def _stream_sampler(self, g: Geometry, samples: int) -> StreamSampler:
-        length = -(-samples // g.ranks)
-        micro = length // g.rows if self.engine.dataloader_drop_last() else -(-length // g.rows)
-        return StreamSampler(self.controller.book, g, micro, length)
+    def _stream_sampler(self, geometry: Geometry, samples: int) -> StreamSampler:
+        length = -(-samples // geometry.ranks)
+        micro = length // geometry.rows if self.engine.dataloader_drop_last() else -(-length // geometry.rows)
+        return StreamSampler(self.controller.book, geometry, micro, length)
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
 

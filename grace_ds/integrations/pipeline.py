@@ -59,23 +59,23 @@ class PipelineGrace(Grace):
         self.engine.set_dataloader(self._fed)
         return self.engine.training_dataloader
 
-    def _stream_sampler(self, g: Geometry, samples: int) -> StreamSampler:
-        return EndlessSampler(self.controller.book, g, 0, -(-samples // g.ranks))
+    def _stream_sampler(self, geometry: Geometry, samples: int) -> StreamSampler:
+        return EndlessSampler(self.controller.book, geometry, 0, -(-samples // geometry.ranks))
 
     def _train_batch(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         c, accumulation = self.controller, self.controller.geometry.accumulation
-        c.outstanding.clear()
+        c.in_flight.clear()
         result = original(*args, **kwargs)
         loads = self.engine.is_first_stage() or self.engine.is_last_stage()
-        if loads and len(c.outstanding) != min(accumulation, c.outstanding.most):
+        if loads and len(c.in_flight) != min(accumulation, c.in_flight.most):
             raise ConfigError(
-                f"train_batch took {len(c.outstanding)} micro-batches of the schedule and {accumulation} make a step: it was "
+                f"train_batch took {len(c.in_flight)} micro-batches of the schedule and {accumulation} make a step: it was "
                 "given data of its own; pass iter(engine.grace_ds.loader()), or nothing"
             )
         if isinstance(c.sampler, StreamSampler):
             c.sampler.frontier += accumulation
             c.sampler.issued = max(c.sampler.issued, c.sampler.frontier)
-        c.outstanding.clear()
+        c.in_flight.clear()
         c.after_step(self.engine.global_steps, self.engine.was_step_applied(), 1.0)
         return result
 

@@ -50,14 +50,14 @@ def _latest() -> Controller | None:
     return living[-1] if living else None
 
 
-def _of_last_batch(c: Controller) -> FloatArray:
-    issued = c.weighed
+def _of_last_batch(controller: Controller) -> FloatArray:
+    issued = controller.weighed
     if issued is None:
         raise ConfigError("sample_weights() was called before the first training forward; call it inside or after one")
     ones = np.ones(len(issued.ids), np.float32)
-    if c.config.weights == "none" or c.sampler is None or not issued.end:
+    if controller.config.weights == "none" or controller.sampler is None or not issued.end:
         return ones
-    g = c.geometry
-    slots = c.book.slots((issued.end - 1) * g.micro + g.rank * g.rows, g.rows)
+    g = controller.geometry
+    slots = controller.book.slots((issued.end - 1) * g.micro + g.rank * g.rows, g.rows)
     known = dict(zip(slots.ids.tolist(), slots.weights.tolist(), strict=True))
     return np.array([known.get(i, 1.0) for i in issued.ids.tolist()], np.float32)

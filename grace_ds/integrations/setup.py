@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from grace_ds.comm.agreement import agreement_of
-from grace_ds.comm.all_ranks import together
+from grace_ds.comm.all_ranks import run_on_all_ranks
 from grace_ds.comm.base import Comm
 from grace_ds.comm.choose import choose
-from grace_ds.comm.liveness import RollCall
+from grace_ds.comm.liveness import LivenessProbe
 from grace_ds.comm.time_limits import within_job_limit
 from grace_ds.config.schema import GraceConfig
 from grace_ds.data.order import Order, SeededOrder
@@ -25,20 +25,20 @@ from grace_ds.data.trusted import split_trusted
 from grace_ds.errors import ConfigError
 from grace_ds.features.content import ContentFeatures, TokenReader, content_features, follow_window
 from grace_ds.features.duplicates import COPIES
-from grace_ds.features.quality import BigramPrior
-from grace_ds.gradients.collector import Harvester
+from grace_ds.features.quality import QualityModel
+from grace_ds.gradients.collector import GradientCollector
 from grace_ds.gradients.hooks import Sketcher
-from grace_ds.gradients.influence_probe import Probes, TrustedProbe
+from grace_ds.gradients.influence_probe import InfluenceProbe, Probes
 from grace_ds.gradients.layers import select_layers
 from grace_ds.gradients.probe_items import Form
 from grace_ds.integrations.controller import Controller
 from grace_ds.integrations.engine import is_pipeline, shares_model
-from grace_ds.integrations.trusted_set import Extras, trusted_set
+from grace_ds.integrations.trusted_set import UserInputs, trusted_set
 from grace_ds.monitor.metrics import monitor_of, preview_of
 from grace_ds.recipes import AUTO, recipe
 from grace_ds.records import IntArray, Schedule
-from grace_ds.refresh.projection import Chart
-from grace_ds.refresh.signals import Pipeline
+from grace_ds.refresh.projection import PCAProjection
+from grace_ds.refresh.signals import RefreshContext
 
 log = logging.getLogger("grace_ds")
 
@@ -51,7 +51,7 @@ def build_controller(
     config: GraceConfig,
     geometry: Geometry,
     collate: Callable[[list[Any]], Any],
-    extras: Extras,
+    user_inputs: UserInputs,
 ) -> Controller:
     """The controller of an engine; nothing of the engine is changed yet.  Collective.
 
@@ -75,8 +75,8 @@ def build_controller(
     probed = sketcher is not None and "gradients" in config.parts
     whole = not (shares_model(engine) or is_pipeline(engine))
 
-    def read() -> tuple[Parts, Form]:
-        parts = prepare(dataset, config, geometry, extras)
+    def read() -> tuple[Components, Form]:
+        parts = prepare(dataset, config, geometry, user_inputs)
         form = Form.of(engine.module, dataset, config.features.tokens_key) if whole and parts.trusted is not None else Form()
         if parts.trusted is not None:
             form.check_all(parts.trusted, collate if probed else None)
@@ -84,31 +84,31 @@ def build_controller(
 
     undo: list[Callable[[], None]] = [comm.close]
     try:
-        parts, form = together(comm, read)
+        parts, form = run_on_all_ranks(comm, read)
         pipeline = pipeline_of(comm, config, geometry, parts, device=str(engine.device))
-        harvester = Harvester(sketcher.attach(), config.harvest) if sketcher is not None else None
-        if harvester is not None:
-            undo.append(harvester.sketcher.detach)
+        collector = GradientCollector(sketcher.attach(), config.collect) if sketcher is not None else None
+        if collector is not None:
+            undo.append(collector.sketcher.detach)
         trust = None
-        if harvester is not None and parts.trusted is not None and probed:
-            trust = TrustedProbe(
+        if collector is not None and parts.trusted is not None and probed:
+            trust = InfluenceProbe(
                 engine.module,
-                harvester.sketcher,
+                collector.sketcher,
                 parts.trusted,
                 split_trusted(len(parts.trusted), config.seed),
                 dataset,
                 collate,
                 geometry.rows,
                 torch.device(engine.device),
-                extras.loss_fn,
+                user_inputs.loss_fn,
                 comm,
                 config.seed,
                 Probes.of(config.refresh.probe_share, config.refresh.interval_steps, geometry.batch),
                 form,
             )
         show = preview_of(dataset, config.features.tokens_key)
-        agreement, call = agreement_of(comm), RollCall.open(os.environ)
-        return Controller(config, geometry, pipeline, harvester, agreement, call, trust, monitor_of(engine), show, fallback)
+        agreement, call = agreement_of(comm), LivenessProbe.open(os.environ)
+        return Controller(config, geometry, pipeline, collector, agreement, call, trust, monitor_of(engine), show, fallback)
     except BaseException:
         while undo:
             undo.pop()()
@@ -141,7 +141,7 @@ def settled(config: GraceConfig, engine: Any) -> tuple[GraceConfig, Sketcher | N
 
 def _fallback(config: GraceConfig) -> str | None:
     """What ``recipe: auto`` becomes where gradients cannot be used; None where they are asked for by name."""
-    auto = config.recipe == AUTO and list(config.harvest.layers) == ["auto"]
+    auto = config.recipe == AUTO and list(config.collect.layers) == ["auto"]
     return recipe(config.recipe).fallback if auto else None
 
 
@@ -156,13 +156,13 @@ def sketcher_of(config: GraceConfig, engine: Any) -> Sketcher:
             f"recipe: {config.recipe} fits its trusted basis to layers that a rank sees whole; with tensor, sequence or pipeline "
             f"parallelism set recipe: {recipe(config.recipe).fallback}, which needs no gradient"
         )
-    layers = select_layers(engine.module, config.harvest.layers, config.harvest.exclude)
+    layers = select_layers(engine.module, config.collect.layers, config.collect.exclude)
     log.info("sketching %d layers: %s … %s", len(layers), layers[0].name, layers[-1].name)
-    return Sketcher(layers, config.seed, config.harvest.dim, config.harvest.rank)
+    return Sketcher(layers, config.seed, config.collect.dim, config.collect.rank)
 
 
 @dataclass(frozen=True)
-class Parts:
+class Components:
     """What can be read before any collective.
 
     Attributes:
@@ -179,13 +179,13 @@ class Parts:
     order: Order
     reader: TokenReader | None
     trusted: Any
-    prior: BigramPrior | None
+    quality_model: QualityModel | None
     include: IntArray
     exclude: IntArray
     sources: IntArray | None = None
 
 
-def prepare(dataset: Any, config: GraceConfig, geometry: Geometry, extras: Extras) -> Parts:
+def prepare(dataset: Any, config: GraceConfig, geometry: Geometry, user_inputs: UserInputs) -> Components:
     """Opens and checks everything that the config names."""
     n = len(dataset)
     pool = Pool(n, config.window, config.budget, config.refresh.interval_steps, geometry.batch, config.seed)
@@ -197,27 +197,27 @@ def prepare(dataset: Any, config: GraceConfig, geometry: Geometry, extras: Extra
     reader = None
     if config.features.enabled and config.replay is None and recipe(config.recipe).content:
         reader = TokenReader(dataset, config.features.tokens_key, config.features.max_tokens)
-    trusted = trusted_set(dataset, reader, config, extras) if recipe(config.recipe).trusted else None
-    prior = None
+    trusted = trusted_set(dataset, reader, config, user_inputs) if recipe(config.recipe).trusted else None
+    quality_model = None
     if trusted is not None and reader is not None:
         tokens = TokenReader(trusted, config.features.tokens_key, config.features.max_tokens).all()
-        prior = BigramPrior.fit(tokens.flat, tokens.offsets)
+        quality_model = QualityModel.fit(tokens.flat, tokens.offsets)
     sources = read_sources(c.sources, n) if c.sources is not None else None
-    order = extras.order or SeededOrder(n, config.seed)
-    return Parts(pool, order, reader, trusted, prior, include, exclude, sources)
+    order = user_inputs.order or SeededOrder(n, config.seed)
+    return Components(pool, order, reader, trusted, quality_model, include, exclude, sources)
 
 
 def pipeline_of(
     comm: Comm,
     config: GraceConfig,
     geometry: Geometry,
-    parts: Parts,
+    parts: Components,
     arrange: Callable[[Schedule], Schedule] | None = None,
     device: str = "cpu",
-) -> Pipeline:
+) -> RefreshContext:
     """What a refresh works on."""
     labels = parts.sources
-    return Pipeline(
+    return RefreshContext(
         comm=comm,
         config=config,
         pool=parts.pool,
@@ -226,7 +226,7 @@ def pipeline_of(
         contents=Contents(comm, config, parts),
         include=parts.include,
         exclude=parts.exclude,
-        trusted=parts.prior.held_out if parts.prior is not None else None,
+        trusted=parts.quality_model.held_out if parts.quality_model is not None else None,
         sources=(lambda ids: np.asarray(labels[ids])) if labels is not None else None,
         arrange=arrange,
         chart=_chart(config, parts) if config.run_dir is not None and comm.rank == 0 else None,
@@ -234,16 +234,16 @@ def pipeline_of(
     )
 
 
-def _chart(config: GraceConfig, parts: Parts) -> Chart | None:
+def _chart(config: GraceConfig, parts: Components) -> PCAProjection | None:
     """Of the samples' tokens; None where they are not read."""
     f = config.features
-    return None if parts.reader is None else Chart(parts.reader.dataset, f.tokens_key, f.dim, config.seed)
+    return None if parts.reader is None else PCAProjection(parts.reader.dataset, f.tokens_key, f.dim, config.seed)
 
 
 class Contents:
     """Content features of the window's samples: those that stay are kept, those that enter are read."""
 
-    def __init__(self, comm: Comm, config: GraceConfig, parts: Parts) -> None:
+    def __init__(self, comm: Comm, config: GraceConfig, parts: Components) -> None:
         self.comm, self.config, self.parts = comm, config, parts
         self._warned = False
 
@@ -258,7 +258,7 @@ class Contents:
             return ContentFeatures(ids, np.zeros(len(ids), np.float32), None, None, None)
         if kept is not None and not rolls:
             return kept
-        common: dict[str, Any] = {"dim": c.features.dim, "seed": c.seed, "trusted": self.parts.prior}
+        common: dict[str, Any] = {"dim": c.features.dim, "seed": c.seed, "trusted": self.parts.quality_model}
         common["allreduce"] = self.comm.allreduce
         if kept is not None:
             found = follow_window(kept, reader, ids, **common)

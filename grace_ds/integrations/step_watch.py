@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from grace_ds.comm.base import Comm
-from grace_ds.data.sampler import Geometry, IssuedBatch, Outstanding
+from grace_ds.data.sampler import Geometry, InFlightBatches, IssuedBatch
 from grace_ds.data.schedule import ScheduleBook
 from grace_ds.records import Array, IntArray
 
@@ -51,18 +51,18 @@ class StepWatch:
         if issued.end:
             self._trail.add(issued, geometry)
 
-    def advance(self, moved: int, geometry: Geometry, outstanding: Outstanding) -> int:
+    def advance(self, moved: int, geometry: Geometry, in_flight: InFlightBatches) -> int:
         """After an optimizer step: by how many micro-batches the position has to be moved on where batches are not recognised.
 
         Args:
             moved: micro-batches that the step's own batches have moved it by.
         """
         wanted = geometry.accumulation
-        if moved == wanted or (moved == 0 and not len(outstanding)):  # a step on data of another source moves nothing
+        if moved == wanted or (moved == 0 and not len(in_flight)):  # a step on data of another source moves nothing
             self._still = 0
             return 0
-        if moved == 0 and not outstanding.recognised:
-            return self._count(wanted, outstanding)
+        if moved == 0 and not in_flight.recognised:
+            return self._count(wanted, in_flight)
         self.slips += moved != 0
         if moved and self.slips == 1:
             log.warning(
@@ -73,7 +73,7 @@ class StepWatch:
             )
         return 0
 
-    def _count(self, wanted: int, outstanding: Outstanding) -> int:
+    def _count(self, wanted: int, in_flight: InFlightBatches) -> int:
         self._still += 1
         if not self.counting and self._still < PATIENCE:
             return 0
@@ -86,7 +86,7 @@ class StepWatch:
                 "and no gradients or losses are collected; change them in collate_fn instead, or set recipe: content",
                 wanted,
             )
-        return outstanding.pass_over(steps * wanted)
+        return in_flight.pass_over(steps * wanted)
 
     def collected(self, rows: int, expected: bool) -> None:
         """A step whose gradients were collected has given so many rows.
@@ -100,8 +100,8 @@ class StepWatch:
         if self.empty_steps == 1:
             log.warning(
                 "a step whose gradients were to be collected gave no rows: the hooks on the layers have not fired, or gave no "
-                "finite number. Influences stay unknown like this; see the messages above, check harvest.layers and "
-                "harvest.exclude, or set recipe: content"
+                "finite number. Influences stay unknown like this; see the messages above, check collect.layers and "
+                "collect.exclude, or set recipe: content"
             )
 
     def compare(self, comm: Comm, book: ScheduleBook, geometry: Geometry, cursor: int) -> None:
@@ -137,7 +137,7 @@ class StepWatch:
         if "gradients" not in meta.get("parts", ()):
             self._blind = 0
             return
-        self._blind = 0 if meta.get("known_align") else self._blind + 1
+        self._blind = 0 if meta.get("known_influence") else self._blind + 1
         if self._blind == PATIENCE + 1:
             log.warning(
                 "%d schedules in a row were made with gradients collected and no influence known of any sample: see the messages "
@@ -174,28 +174,28 @@ class Trail:
         self._firsts: list[int] = []
         self._ids: list[IntArray] = []
 
-    def add(self, issued: IssuedBatch, g: Geometry) -> None:
+    def add(self, issued: IssuedBatch, geometry: Geometry) -> None:
         """Adds a batch of the schedule."""
-        self._firsts.append((issued.end - 1) * g.micro + g.rank * g.rows)
+        self._firsts.append((issued.end - 1) * geometry.micro + geometry.rank * geometry.rows)
         self._ids.append(issued.ids)
         if len(self._ids) == _FOLDED:
-            self._fold(g)
+            self._fold(geometry)
 
-    def digest(self, g: Geometry) -> Any:
+    def digest(self, geometry: Geometry) -> Any:
         """uint64, a sum of hashes, so that the order of the batches does not matter."""
-        self._fold(g)
+        self._fold(geometry)
         return self._sum
 
-    def _fold(self, g: Geometry) -> None:
+    def _fold(self, geometry: Geometry) -> None:
         """Sums up what has been added: hashing batch by batch would cost a hundred times as much a step."""
-        whole = [len(ids) == g.rows and not bool((ids < 0).any()) for ids in self._ids]
+        whole = [len(ids) == geometry.rows and not bool((ids < 0).any()) for ids in self._ids]
         self.unknown += whole.count(False)
         self.batches += whole.count(True)
         known = [(first, ids) for first, ids, good in zip(self._firsts, self._ids, whole, strict=True) if good]
         if known:
             firsts, ids = np.array([first for first, _ in known]), np.stack([ids for _, ids in known])
             with np.errstate(over="ignore"):
-                self._sum = np.add(self._sum, _digest((firsts[:, None] + np.arange(g.rows)).reshape(-1), ids.reshape(-1)))
+                self._sum = np.add(self._sum, _digest((firsts[:, None] + np.arange(geometry.rows)).reshape(-1), ids.reshape(-1)))
         self._firsts, self._ids = [], []
 
 

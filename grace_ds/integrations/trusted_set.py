@@ -24,7 +24,7 @@ _LEAST = 4  # two halves of two
 
 
 @dataclass(frozen=True)
-class Extras:
+class UserInputs:
     """What a job hands over beside its config; None where it does not.
 
     Attributes:
@@ -42,24 +42,24 @@ class Extras:
     order: Order | None = None
 
 
-def trusted_set(dataset: Any, reader: TokenReader | None, config: GraceConfig, extras: Extras) -> Any:
+def trusted_set(dataset: Any, reader: TokenReader | None, config: GraceConfig, user_inputs: UserInputs) -> Any:
     """The trusted samples, map-style, items like those of ``dataset``; None where there are none and none are to be made.
 
     Raises:
         DataError: it is too small, cannot be read, or shares a sample with the validation set.
     """
-    trusted = extras.trusted_data
+    trusted = user_inputs.trusted_data
     if trusted is None and config.trusted is not None:
         probed = config.replay is None and config.collects and "gradients" in config.parts
         with undisturbed_rng():
             like = dataset[0]
-        trusted = load_trusted(config.trusted, like, extras.tokenize, key=_key(like, config), probed=probed)
+        trusted = load_trusted(config.trusted, like, user_inputs.tokenize, key=_key(like, config), probed=probed)
     if trusted is None:
         return _typical_of(dataset, reader, config.seed) if reader is not None and config.pseudo_trusted else None
     if len(trusted) < _LEAST:
         raise DataError(f"the trusted set holds {len(trusted)} samples; give at least {_LEAST} (64 or more to be of use)")
-    if extras.validation_data is not None:
-        refuse_overlap(trusted, extras.validation_data, lambda item: tokens_of(item, config.features.tokens_key))
+    if user_inputs.validation_data is not None:
+        refuse_overlap(trusted, user_inputs.validation_data, lambda item: tokens_of(item, config.features.tokens_key))
     return trusted
 
 

@@ -19,7 +19,7 @@ _STARTED = (
 )
 
 
-def refuse_lonely(world: int, environ: Mapping[str, str]) -> None:
+def check_world_size(world: int, environ: Mapping[str, str]) -> None:
     """Refuses to go on where a launcher has started more tasks than torch's world has ranks.
 
     Such tasks would each train alone, on all of the data, and nobody would be told.

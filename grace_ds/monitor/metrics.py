@@ -22,10 +22,10 @@ from grace_ds.config.schema import GraceConfig
 from grace_ds.data.schedule import put_aside, save_schedule
 from grace_ds.data.tokens import tokens_of
 from grace_ds.errors import DataError
-from grace_ds.gradients.collector import Harvester
+from grace_ds.gradients.collector import GradientCollector
 from grace_ds.recipes import depth
 from grace_ds.records import IntArray, Role, Schedule
-from grace_ds.refresh.line import Outcome
+from grace_ds.refresh.line import RefreshResult
 from grace_ds.utils.files import write_atomic
 from grace_ds.utils.rng import undisturbed_rng
 
@@ -54,7 +54,7 @@ class Metrics:
     refreshes: int = 0
     refresh_failures: int = 0
     refresh_seconds: float = 0.0
-    harvest_seconds: float = 0.0
+    collect_seconds: float = 0.0
     train_seconds: float = 0.0
     coreset_size: int = 0
     churn: list[float] = field(default_factory=list)
@@ -75,7 +75,7 @@ class Metrics:
         if previous is not None:
             self.churn.append(1.0 - float(np.isin(_core(schedule), _core(previous)).mean()))
 
-    def report(self, seconds: float, outcome: Outcome | None, harvester: Harvester | None) -> None:
+    def report(self, seconds: float, outcome: RefreshResult | None, collector: GradientCollector | None) -> None:
         """Makes the events of the refresh that took ``seconds``; ``outcome`` is None where it was given up."""
         events = {
             "version": float(self.version),
@@ -84,10 +84,10 @@ class Metrics:
             "coreset_size": float(self.coreset_size),
             "churn": self.churn[-1] if self.churn else 1.0,
         }
-        if harvester is not None:
-            self.harvest_seconds = harvester.total_seconds
-            events["harvest_seconds"] = self.harvest_seconds
-            events["harvest_peak_bytes"] = float(harvester.sketcher.peak_bytes)
+        if collector is not None:
+            self.collect_seconds = collector.total_seconds
+            events["collect_seconds"] = self.collect_seconds
+            events["collect_peak_bytes"] = float(collector.sketcher.peak_bytes)
         if outcome is not None:
             self._add_up(outcome)
             events |= {f"stage_seconds/{name}": value for name, value in outcome.seconds.items()}
@@ -97,16 +97,18 @@ class Metrics:
                 events["effective_share"] = float(share)
                 events["effective_samples"] = float(share) * int(outcome.schedule.meta["window"])
             if "labels" in outcome.schedule.meta:
-                events["unknown_influence"] = 1 - int(outcome.schedule.meta["known_align"]) / int(outcome.schedule.meta["window"])
+                events["unknown_influence"] = 1 - int(outcome.schedule.meta["known_influence"]) / int(
+                    outcome.schedule.meta["window"]
+                )
             guard = outcome.schedule.meta.get("guard", {})
             if guard:
                 # 0 is uniform, so that a curve that falls to the floor is a guard that has stopped paying.
                 events["guard/level"] = float(depth(guard["level"]))
-            keys = ("loss_share", "core_minus_audit", "low", "high", "foretold")
+            keys = ("loss_share", "core_minus_audit", "low", "high", "prediction_skill")
             events |= {f"guard/{k}": float(guard[k]) for k in keys if k in guard}
         self.events = events
 
-    def _add_up(self, outcome: Outcome) -> None:
+    def _add_up(self, outcome: RefreshResult) -> None:
         """Adds a refresh that counts to the totals."""
         counts, seconds, graph = outcome.counts, outcome.seconds.get("graph", 0.0), outcome.kept.graph
         self.collected_rows += int(counts["received"])
@@ -141,7 +143,7 @@ class Recorder:
 
     def __init__(self, run_dir: str | None, write_events: EventWriter | None, preview: Preview | None = None) -> None:
         self.run_dir, self.write_events, self.preview = run_dir, write_events, preview
-        self._waiting: tuple[Outcome, dict[str, float]] | None = None
+        self._waiting: tuple[RefreshResult, dict[str, float]] | None = None
         self._mapped: dict[int, dict[str, Any]] = {}
 
     def events(self, events: dict[str, float], samples: int) -> None:
@@ -149,7 +151,7 @@ class Recorder:
         if self.write_events is not None:
             self.write_events(events, samples)
 
-    def made(self, outcome: Outcome, totals: dict[str, float] | None = None) -> None:
+    def made(self, outcome: RefreshResult, totals: dict[str, float] | None = None) -> None:
         """A refresh counts; it is kept, with the run's ``totals`` before it, once :meth:`settle` says that training goes on."""
         self._waiting = outcome, totals or {}
 
@@ -187,8 +189,8 @@ class Recorder:
                 f.write(json.dumps(line) + "\n")
         except OSError as error:
             log.warning("schedule %d could not be kept in %s (%s); training goes on", schedule.version, self.run_dir, error)
-        if outcome.portrait is not None:
-            keep_portrait(outcome.portrait, folder.parent / "reports", self.preview, self._mapped)
+        if outcome.explanation is not None:
+            keep_explanation(outcome.explanation, folder.parent / "reports", self.preview, self._mapped)
 
 
 def _set_aside(path: Path) -> None:
@@ -198,14 +200,16 @@ def _set_aside(path: Path) -> None:
         path.rename(next(to for name in names if not (to := path.with_name(f"{name}.abandoned")).exists()))
 
 
-def keep_portrait(portrait: dict[str, Any], folder: Path, preview: Preview | None, known: dict[int, dict[str, Any]]) -> None:
+def keep_explanation(
+    explanation: dict[str, Any], folder: Path, preview: Preview | None, known: dict[int, dict[str, Any]]
+) -> None:
     """Writes ``report-VERSION.json`` and ``map.json`` with what the dataset shows of their samples.
 
     Args:
         preview: None shows nothing.  It is asked for :data:`PREVIEW_SECONDS`; samples after that stand there by their ids alone.
         known: by id, what the dataset has shown of the samples of the last map; they tend to be the same ones.
     """
-    version, ends, unread = portrait["version"], time.monotonic() + PREVIEW_SECONDS, 0
+    version, ends, unread = explanation["version"], time.monotonic() + PREVIEW_SECONDS, 0
 
     def show(sample: int) -> dict[str, Any]:
         nonlocal unread
@@ -217,7 +221,7 @@ def keep_portrait(portrait: dict[str, Any], folder: Path, preview: Preview | Non
         return {}
 
     try:
-        samples, chart = portrait["samples"], portrait.get("map")
+        samples, chart = explanation["samples"], explanation.get("map")
         with undisturbed_rng():
             samples = [{**sample, **show(sample["id"])} for sample in samples]
             if chart is not None:
@@ -232,10 +236,11 @@ def keep_portrait(portrait: dict[str, Any], folder: Path, preview: Preview | Non
                 PREVIEW_SECONDS,
             )
         write_atomic(
-            folder / f"report-{version:06d}.json", json.dumps({**portrait, "samples": samples, "map": chart is not None}).encode()
+            folder / f"report-{version:06d}.json",
+            json.dumps({**explanation, "samples": samples, "map": chart is not None}).encode(),
         )
-        if chart is not None and (portrait["used"] or not _holds_a_used_map(folder, version)):
-            facts = {key: portrait[key] for key in ("version", "step", "level", "used", "window")}
+        if chart is not None and (explanation["used"] or not _holds_a_used_map(folder, version)):
+            facts = {key: explanation[key] for key in ("version", "step", "level", "used", "window")}
             write_atomic(folder / MAP, json.dumps({**facts, **chart, "shown": list(mapped.values())}).encode())
     except Exception as error:  # the dataset's own code runs here
         log.warning("no account of refresh %d is kept (%s: %s); training goes on", version, type(error).__name__, error)

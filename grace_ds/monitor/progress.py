@@ -28,12 +28,12 @@ Facts = dict[str, Any]
 Say = Callable[[Facts], None]
 
 
-def follow(handle: Any) -> Teller | None:
+def follow(handle: Any) -> ProgressReporter | None:
     """Tells of the job behind the handle ``engine.grace_ds``, where ``--progress`` asks for it; on rank 0, None elsewhere."""
     where = os.environ.get(VARIABLE)
     if not where or handle.controller.comm.rank != 0:
         return None
-    teller = Teller(handle.controller, *_speaker(where))
+    teller = ProgressReporter(handle.controller, *_speaker(where))
     _tellers.add(teller)
     teller.tell()
     return teller
@@ -53,33 +53,39 @@ def line(facts: Facts) -> str:
     return "grace: " + "; ".join(part for part in (where_it_is(facts), schedule(facts), cost(facts), guard(facts)) if part)
 
 
-def where_it_is(f: Facts) -> str:
+def where_it_is(facts: Facts) -> str:
     """Step, loss, pace."""
-    parts = [f"step {f['step']:,}" + (f"/{f['steps']:,}" if f["steps"] else "")]
-    parts += [f"loss {f['loss']:.4f}"] if f["loss"] is not None else []
-    parts += [f"{f['step_seconds']:.3g} s/step"] if f["step_seconds"] else []
+    parts = [f"step {facts['step']:,}" + (f"/{facts['steps']:,}" if facts["steps"] else "")]
+    parts += [f"loss {facts['loss']:.4f}"] if facts["loss"] is not None else []
+    parts += [f"{facts['step_seconds']:.3g} s/step"] if facts["step_seconds"] else []
     return "  ".join(parts)
 
 
-def schedule(f: Facts) -> str:
+def schedule(facts: Facts) -> str:
     """The schedule in force, and when the next one comes."""
-    chosen = f"{f['coreset']:,} of {f['window']:,} samples" if f["chosen"] else "the whole pool, uniform order"
-    due = "no further refresh" if f["next"] is None else f"next refresh in {_steps(f['next'])}" if f["next"] else "refreshing now"
-    failed = f", {f['failures']} given up" if f["failures"] else ""
-    return f"schedule {f['version']}: {chosen}, {_steps(f['age'])} old; {due}{failed}"
+    chosen = f"{facts['coreset']:,} of {facts['window']:,} samples" if facts["chosen"] else "the whole pool, uniform order"
+    due = (
+        "no further refresh"
+        if facts["next"] is None
+        else f"next refresh in {_steps(facts['next'])}"
+        if facts["next"]
+        else "refreshing now"
+    )
+    failed = f", {facts['failures']} given up" if facts["failures"] else ""
+    return f"schedule {facts['version']}: {chosen}, {_steps(facts['age'])} old; {due}{failed}"
 
 
-def cost(f: Facts) -> str:
+def cost(facts: Facts) -> str:
     """GRACE's share of the time so far."""
-    both = f["refresh_share"] + f["harvest_share"]
-    return f"overhead {both:.1%} (refreshes {f['refresh_share']:.1%}, harvest {f['harvest_share']:.1%})"
+    both = facts["refresh_share"] + facts["collect_share"]
+    return f"overhead {both:.1%} (refreshes {facts['refresh_share']:.1%}, collect {facts['collect_share']:.1%})"
 
 
-def guard(f: Facts) -> str:
+def guard(facts: Facts) -> str:
     """The guard's last decision, and states that change what all of it means."""
-    parts = ["frozen: no refresh any more"] if f["frozen"] else []
-    parts += ["shadow mode: the job's own order is trained on"] if f["shadow"] else []
-    parts += [f"guard {f['level']}: {f['reason']}"] if f["level"] else []
+    parts = ["frozen: no refresh any more"] if facts["frozen"] else []
+    parts += ["shadow mode: the job's own order is trained on"] if facts["shadow"] else []
+    parts += [f"guard {facts['level']}: {facts['reason']}"] if facts["level"] else []
     return "; ".join(parts)
 
 
@@ -87,7 +93,7 @@ def _steps(count: int) -> str:
     return f"{count:,} step" + ("" if count == 1 else "s")
 
 
-class Teller:
+class ProgressReporter:
     """Reads a controller between its steps, until :meth:`close`; the controller keeps it alive.
 
     Args:
@@ -164,7 +170,7 @@ class Teller:
             "next": None if over else max(0, c.next_refresh - at),
             "failures": m["refresh_failures"],
             "refresh_share": m["refresh_seconds"] / total,
-            "harvest_share": m["harvest_seconds"] / total,
+            "collect_share": m["collect_seconds"] / total,
             "level": str(told.get("level", "")),
             "reason": str(told.get("reason", "")),
             "frozen": c.frozen,
@@ -231,7 +237,7 @@ def _nobody(facts: Facts) -> None:
     pass
 
 
-_tellers: weakref.WeakSet[Teller] = weakref.WeakSet()
+_tellers: weakref.WeakSet[ProgressReporter] = weakref.WeakSet()
 
 
 @atexit.register

@@ -9,8 +9,8 @@ from grace_ds.records import Signals
 
 
 def factors(signals: Signals, parts: frozenset[str]) -> Factors:
-    """``keep``, the pass of the trusted filter where there is one, and ``copies``."""
-    filtered = {"keep": signals.keep} if any_known(signals.keep) else {}
+    """``quality``, the pass of the trusted filter where there is one, and ``copies``."""
+    filtered = {"quality": signals.quality} if any_known(signals.quality) else {}
     return {**filtered, **copies(signals, parts)}
 
 

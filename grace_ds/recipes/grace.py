@@ -20,8 +20,8 @@ LOSS_BASE = 0.3  # where no trusted losses are known, a sample of the lowest los
 def factors(signals: Signals, parts: frozenset[str]) -> Factors:
     """Those of ``content``, and ``influence``, ``loss`` and ``crowding`` where they are in force and anything is known."""
     found = dict(content(signals, parts))
-    if "gradients" in parts and any_known(signals.align):
-        found["influence"] = soft_pass(signals.align, INFLUENCE_CUT, INFLUENCE_SOFTNESS)
+    if "gradients" in parts and any_known(signals.influence):
+        found["influence"] = soft_pass(signals.influence, INFLUENCE_CUT, INFLUENCE_SOFTNESS)
     if "loss" in parts and any_known(signals.loss_pass):
         found["loss"] = signals.loss_pass
     elif "loss" in parts and any_known(signals.loss):

@@ -38,7 +38,7 @@ def by_role(last: Schedule | None, shadow: bool) -> tuple[IntArray, IntArray | N
     return core, None if shadow else np.unique(last.ids[last.roles == Role.AUDIT])
 
 
-def worth_harvesting(
+def worth_collecting(
     config: GraceConfig,
     decision: Decision | None,
     scale_frozen: bool,
@@ -50,7 +50,7 @@ def worth_harvesting(
 
     Args:
         decision: of the guard.
-        scale_frozen: the layers' scale is known; the first harvested step gives it.
+        scale_frozen: the layers' scale is known; the first collected step gives it.
         trusted: there is a trusted set.
         basis: in force.
         reference: basis version → unit of influences along it, 0 where they cannot be judged by.

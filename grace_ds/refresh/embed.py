@@ -22,7 +22,7 @@ from grace_ds.comm.base import Comm
 from grace_ds.gradients.projection import signs
 from grace_ds.graph.propagate import closeness
 from grace_ds.graph.repair import KeptGraph
-from grace_ds.records import HIDDEN, Array, FloatArray, IntArray, Rows
+from grace_ds.records import HIDDEN, Array, FloatArray, IntArray, SampleRecords
 from grace_ds.refresh.gather import Route
 from grace_ds.refresh.table import Table
 
@@ -52,7 +52,7 @@ class Learned:
         return Learned(np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, SKETCHED + HIDDEN), np.float32))
 
 
-def learn(comm: Comm, before: Learned, own: IntArray, table: Table[Rows], graph: KeptGraph | None, seed: int) -> Learned:
+def learn(comm: Comm, before: Learned, own: IntArray, table: Table[SampleRecords], graph: KeptGraph | None, seed: int) -> Learned:
     """The learned parts of the samples ``own``, from what has been collected since.  Collective.
 
     Args:
@@ -105,7 +105,7 @@ def embed(content: FloatArray, learned: FloatArray, sketch_share: float, hidden_
     return out
 
 
-def _collected(rows: Rows, at: IntArray, seed: int) -> Array:
+def _collected(rows: SampleRecords, at: IntArray, seed: int) -> Array:
     """(m, SKETCHED + HIDDEN) float64 of the rows ``at`` (m,): the sketch, projected, and the hidden state."""
     project = _projection(seed, rows.sketch.shape[1])
     out = np.empty((len(at), SKETCHED + HIDDEN))

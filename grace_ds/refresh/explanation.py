@@ -13,8 +13,8 @@ import numpy as np
 from grace_ds.recipes import Factors, log_importance, recipe
 from grace_ds.records import Array, Role, Schedule, Signals
 from grace_ds.refresh.choice import content_of
-from grace_ds.refresh.projection import Places
-from grace_ds.refresh.signals import Pipeline
+from grace_ds.refresh.projection import ProjectedSamples
+from grace_ds.refresh.signals import RefreshContext
 
 log = logging.getLogger("grace_ds")
 
@@ -23,7 +23,7 @@ GROUP = 40  # samples of each group
 _SALT = 0x9027
 
 
-def portrait(p: Pipeline, s: Signals, schedule: Schedule) -> dict[str, Any] | None:
+def explanation(context: RefreshContext, signals: Signals, schedule: Schedule) -> dict[str, Any] | None:
     """A JSON-able account of how ``schedule`` came about; on root.  At most some hundred kilobytes, whatever the window.
 
     Nothing of the schedule depends on it: what goes wrong here is said in the log, and None is returned.
@@ -32,32 +32,32 @@ def portrait(p: Pipeline, s: Signals, schedule: Schedule) -> dict[str, Any] | No
         ``version``, ``step``, ``level`` (whose probabilities these are), ``used`` (False where the order is uniform all the
         same), ``window`` (samples), ``histograms`` (name → ``edges``, ``window`` and ``core`` counts, ``unknown``) and
         ``samples``: ``id``, ``group`` (most, least, chosen, passed_over), ``chance`` relative to the most likely sample,
-        ``factors`` whose product it is, ``signals`` (null where unknown), ``role``.  With ``p.chart`` also ``map``: where some
+        ``factors`` whose product it is, ``signals`` (null where unknown), ``role``.  With ``context.chart`` ``map``: where some
         of the window's samples lie, ``ids``, ``x``, ``y``, ``explained``, ``chance``, ``influence``, ``loss``, ``crowding``,
         ``chosen``.
     """
     try:
-        return _portrait(p, s, schedule)
+        return _explanation(context, signals, schedule)
     except Exception as error:  # the account must not cost a refresh
         log.warning("refresh %d: no account of it can be kept (%s: %s)", schedule.version, type(error).__name__, error)
         return None
 
 
-def _portrait(p: Pipeline, s: Signals, schedule: Schedule) -> dict[str, Any]:
+def _explanation(context: RefreshContext, signals: Signals, schedule: Schedule) -> dict[str, Any]:
     used = schedule.meta["objective"] != "uniform"
     level = recipe(str(schedule.meta.get("drawn_by") or schedule.meta["guard"]["level"]))
     if not level.content:  # a pause: what the guard looked at
-        level = content_of(p.recipe)
-    factors = level.factors(s, frozenset(schedule.meta.get("parts", ())))
-    log_p = log_importance(level, s, frozenset(schedule.meta.get("parts", ())))
-    core = np.isin(s.ids, schedule.ids[schedule.roles == Role.CORE])
+        level = content_of(context.recipe)
+    factors = level.factors(signals, frozenset(schedule.meta.get("parts", ())))
+    log_p = log_importance(level, signals, frozenset(schedule.meta.get("parts", ())))
+    core = np.isin(signals.ids, schedule.ids[schedule.roles == Role.CORE])
     values = {
-        "keep": s.keep,
-        "density": np.log2(1 + s.density),
+        "quality": signals.quality,
+        "density": np.log2(1 + signals.density),
         "chance": log_p / np.log(10),
-        "loss": s.loss,
-        "influence": s.align,
-        "crowding": s.crowding,
+        "loss": signals.loss,
+        "influence": signals.influence,
+        "crowding": signals.crowding,
     }
     histograms = {name: _histogram(v, core) for name, v in values.items() if np.isfinite(v).any()}
     told = {
@@ -65,26 +65,26 @@ def _portrait(p: Pipeline, s: Signals, schedule: Schedule) -> dict[str, Any]:
         "step": schedule.meta["decided_at_step"],
         "level": level.name,
         "used": used,
-        "window": len(s.ids),
+        "window": len(signals.ids),
         "core": int(core.sum()),
         "histograms": histograms,
-        "samples": _samples(p.config.seed, s, factors, log_p, core, schedule),
+        "samples": _samples(context.config.seed, signals, factors, log_p, core, schedule),
     }
-    return told if p.chart is None else {**told, "map": _map(p.chart(s.ids), s, log_p, core)}
+    return told if context.chart is None else {**told, "map": _map(context.chart(signals.ids), signals, log_p, core)}
 
 
-def _map(places: Places, s: Signals, log_p: Array, core: Array) -> dict[str, Any]:
+def _map(places: ProjectedSamples, signals: Signals, log_p: Array, core: Array) -> dict[str, Any]:
     """The places with what is known of each sample; ``chance`` is the decadic logarithm, 0 for the likeliest of the window."""
-    at = np.searchsorted(s.ids, places.ids)
+    at = np.searchsorted(signals.ids, places.ids)
     return {
         "ids": places.ids.tolist(),
         "x": [_number(v) for v in places.xy[:, 0]],
         "y": [_number(v) for v in places.xy[:, 1]],
         "explained": [_number(v) for v in places.explained],
         "chance": [_number(v) for v in (log_p[at] - log_p.max()) / np.log(10)],
-        "influence": [_number(v) for v in s.align[at]],
-        "loss": [_number(v) for v in s.loss[at]],
-        "crowding": [_number(v) for v in s.crowding[at]],
+        "influence": [_number(v) for v in signals.influence[at]],
+        "loss": [_number(v) for v in signals.loss[at]],
+        "crowding": [_number(v) for v in signals.crowding[at]],
         "chosen": core[at].tolist(),
     }
 
@@ -103,7 +103,7 @@ def _histogram(values: Array, core: Array) -> dict[str, Any]:
     }
 
 
-def _samples(seed: int, s: Signals, parts: Factors, log_p: Array, core: Array, schedule: Schedule) -> list[dict[str, Any]]:
+def _samples(seed: int, signals: Signals, parts: Factors, log_p: Array, core: Array, schedule: Schedule) -> list[dict[str, Any]]:
     """The likeliest, the least likely, and draws from those that are in the schedule and those that are not."""
     rng = np.random.Generator(np.random.Philox(key=[seed ^ _SALT, schedule.version]))
     # Many samples share the highest or the lowest chance: which of them are shown must not follow their ids.
@@ -116,21 +116,24 @@ def _samples(seed: int, s: Signals, parts: Factors, log_p: Array, core: Array, s
         "passed_over": _draw(rng, np.flatnonzero(~core)),
     }
     best, out, met = float(log_p.max()), [], set()
-    here = np.isin(schedule.ids, s.ids[np.unique(np.concatenate(list(groups.values())))])
+    here = np.isin(schedule.ids, signals.ids[np.unique(np.concatenate(list(groups.values())))])
     roles = dict(zip(schedule.ids[here].tolist(), schedule.roles[here].tolist(), strict=True))
     for group, at in groups.items():
         for i in at.tolist():
             if i in met:
                 continue
             met.add(i)
-            role = roles.get(int(s.ids[i]))
+            role = roles.get(int(signals.ids[i]))
             out.append(
                 {
-                    "id": int(s.ids[i]),
+                    "id": int(signals.ids[i]),
                     "group": group,
                     "chance": _number(np.exp(log_p[i] - best)),
                     "factors": {name: _number(v[i]) for name, v in parts.items()},
-                    "signals": {name: _number(getattr(s, name)[i]) for name in ("keep", "density", "loss", "align", "crowding")},
+                    "signals": {
+                        name: _number(getattr(signals, name)[i])
+                        for name in ("quality", "density", "loss", "influence", "crowding")
+                    },
                     "role": Role(role).name.lower() if role is not None else None,
                 }
             )

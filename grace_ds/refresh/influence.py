@@ -1,4 +1,4 @@
-"""What harvested alignments say of every sample of the window, in the trusted set's own measure.
+"""What collected alignments say of every sample of the window, in the trusted set's own measure.
 
 An alignment, times its gradient's length, is the sample's influence: by how much a step on it would lower the trusted
 loss, to first order.  A single one is mostly noise, and all of a window drift together as the model moves.  So they are
@@ -20,7 +20,7 @@ from grace_ds.comm.buckets import splitmix64
 from grace_ds.features.content import ContentFeatures
 from grace_ds.features.limits import tail_location
 from grace_ds.features.quality import STATISTICS
-from grace_ds.records import Array, FloatArray, IntArray, Rows
+from grace_ds.records import Array, FloatArray, IntArray, SampleRecords
 from grace_ds.refresh.table import Table
 from grace_ds.selection.ridge import TARGET_CLIP, Ridge, columns, design, normal_equations, weight_of
 
@@ -63,13 +63,13 @@ class Influence:
         return np.asarray((value - self.centre) / self.deviation, np.float32)
 
 
-def labels(rows: Rows, reference: Mapping[int, float]) -> FloatArray:
+def labels(rows: SampleRecords, reference: Mapping[int, float]) -> FloatArray:
     """(n,) float32 influence of each row in units of its basis' trusted median; NaN where that is unknown or not positive."""
     out = np.full(len(rows), np.nan, np.float32)
     for version, unit in reference.items():
         if unit > 0:
             mine = rows.basis == version
-            out[mine] = rows.align[mine] * rows.norm[mine] / np.float32(unit)
+            out[mine] = rows.influence[mine] * rows.norm[mine] / np.float32(unit)
     return out
 
 
@@ -110,7 +110,7 @@ def fit_content(comm: Comm, content: ContentFeatures, label: FloatArray, confide
     return ContentFit(ridge, ridge.predict(rows), weight_of(sums[0] + sums[1]), explained)
 
 
-def influence(
+def predict_influence(
     comm: Comm, content: ContentFeatures, trusted: FloatArray | None, label: FloatArray, confidence: Array
 ) -> Influence | None:
     """Predicts the influence of this rank's samples, and where trusted samples stand.  Collective, as :func:`fit_content`.
@@ -126,7 +126,9 @@ def influence(
     return Influence(fit, *tail_location(among, least=LEAST_DEVIATION))
 
 
-def forecast(comm: Comm, content: ContentFeatures, table: Table[Rows], old: Array, reference: Mapping[int, float]) -> FloatArray:
+def forecast(
+    comm: Comm, content: ContentFeatures, table: Table[SampleRecords], old: Array, reference: Mapping[int, float]
+) -> FloatArray:
     """(n,) float32: what the rows ``old`` (n,) bool of this rank's table say of the influence of each; NaN: nothing.
 
     Collective, as :func:`fit_content`; from content alone, since what goes along the graph has heard of the new rows.

@@ -20,20 +20,20 @@ import numpy as np
 from grace_ds.errors import during
 from grace_ds.features.content import ContentFeatures
 from grace_ds.graph.repair import KeptGraph, follow
-from grace_ds.records import FloatArray, IntArray, Losses, Neighbours, Rows, Schedule
+from grace_ds.records import FloatArray, IntArray, Losses, Neighbours, SampleRecords, Schedule
 from grace_ds.refresh.broadcast import activation, broadcast_schedule
 from grace_ds.refresh.choice import Seen, choose, uniform_schedule
 from grace_ds.refresh.embed import Learned, embed, learn
-from grace_ds.refresh.explanation import portrait
+from grace_ds.refresh.explanation import explanation
 from grace_ds.refresh.gather import gather_rows
 from grace_ds.refresh.influence import forecast, labels
-from grace_ds.refresh.signals import Inputs, Pipeline, active_parts, collect, estimate
-from grace_ds.refresh.state import Kept
+from grace_ds.refresh.signals import Inputs, RefreshContext, active_parts, estimate, gather_on_root
+from grace_ds.refresh.state import RefreshState
 from grace_ds.refresh.table import Table, owner_of
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RefreshResult:
     """What a refresh made.
 
     Attributes:
@@ -42,16 +42,16 @@ class Outcome:
         kept: this rank's, for the next refresh.
         seconds: by stage.
         counts: of this rank.
-        portrait: how the schedule came about, for ``run_dir``; on root only, None without one or where nothing was weighed.
+        explanation: how the schedule came about, for ``run_dir``; on root only, None without one or where nothing was weighed.
     """
 
     schedule: Schedule
-    table: Table[Rows]
+    table: Table[SampleRecords]
     seen: Table[Losses]
-    kept: Kept
+    kept: RefreshState
     seconds: dict[str, float]
     counts: dict[str, float]
-    portrait: dict[str, Any] | None = None
+    explanation: dict[str, Any] | None = None
 
 
 class Stopwatch:
@@ -71,7 +71,7 @@ class Stopwatch:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def refresh(p: Pipeline, x: Inputs) -> Outcome:
+def refresh(context: RefreshContext, inputs: Inputs) -> RefreshResult:
     """Chooses and publishes the next schedule.  Collective.
 
     Raises:
@@ -81,43 +81,43 @@ def refresh(p: Pipeline, x: Inputs) -> Outcome:
     """
     clock = Stopwatch()
     with clock("gather"):
-        start = activation(p.comm, x.issued, p.batch)
-        received, sent = gather_rows(p.comm, x.rows, p.pool.n)
-        read, sent_losses = gather_rows(p.comm, x.losses, p.pool.n)
+        start = activation(context.comm, inputs.issued, context.batch)
+        received, sent = gather_rows(context.comm, inputs.rows, context.pool.n)
+        read, sent_losses = gather_rows(context.comm, inputs.losses, context.pool.n)
     with clock("table"):
-        window = p.pool.window_at(x.version)
-        own = window[owner_of(window, p.comm.size) == p.comm.rank]
-        table, latest = x.table.merge(received).keep(window), x.seen.merge(read).keep(window)
-    kept, picture, counts = x.kept, None, {}
-    if x.uniform:
+        window = context.pool.window_at(inputs.version)
+        own = window[owner_of(window, context.comm.size) == context.comm.rank]
+        table, latest = inputs.table.merge(received).keep(window), inputs.seen.merge(read).keep(window)
+    kept, picture, counts = inputs.kept, None, {}
+    if inputs.uniform:
         with clock("select"):
-            schedule = uniform_schedule(p, x, start) if p.comm.rank == 0 else None
+            schedule = uniform_schedule(context, inputs, start) if context.comm.rank == 0 else None
     else:
         with clock("content"):
-            content = p.contents(x.kept.content, own)
+            content = context.contents(inputs.kept.content, own)
         with clock("embed"):
-            learned, rows = rows_of(p, x, own, content, table)
+            learned, rows = rows_of(context, inputs, own, content, table)
         with clock("graph"):
-            graph = graph_of(p, x, own, rows)
+            graph = graph_of(context, inputs, own, rows)
         with clock("propagate"):
-            local = estimate(p, x, own, content, table, latest, graph)
+            local = estimate(context, inputs, own, content, table, latest, graph)
         with clock("select"):
-            signals = collect(p.comm, local.signals)
-            edges = edges_on_root(p, own, graph)
-            seen = by_role(p, x, table, content)
-            schedule = choose(p, x, start, local, signals, edges, seen) if signals is not None else None
-        with clock("portrait"):
-            if signals is not None and schedule is not None and p.config.run_dir is not None:
-                picture = portrait(p, signals, schedule)
-        kept, counts = Kept(content, learned, graph), {"propagated": float(local.reached), "graph_searched": 0.0}
-        if graph is not None and p.comm.rank == 0:  # the same number on all ranks: counted once
+            signals = gather_on_root(context.comm, local.signals)
+            edges = edges_on_root(context, own, graph)
+            seen = by_role(context, inputs, table, content)
+            schedule = choose(context, inputs, start, local, signals, edges, seen) if signals is not None else None
+        with clock("explanation"):
+            if signals is not None and schedule is not None and context.config.run_dir is not None:
+                picture = explanation(context, signals, schedule)
+        kept, counts = RefreshState(content, learned, graph), {"propagated": float(local.reached), "graph_searched": 0.0}
+        if graph is not None and context.comm.rank == 0:  # the same number on all ranks: counted once
             counts["graph_searched"] = float(graph.searched)
         if not math.isnan(content.density_ratio):
-            counts["density_ratio"] = content.density_ratio if p.comm.rank == 0 else 0.0
-    if p.arrange is not None and schedule is not None:
-        schedule = p.arrange(schedule)
+            counts["density_ratio"] = content.density_ratio if context.comm.rank == 0 else 0.0
+    if context.arrange is not None and schedule is not None:
+        schedule = context.arrange(schedule)
     with clock("broadcast"):
-        schedule = broadcast_schedule(p.comm, schedule)
+        schedule = broadcast_schedule(context.comm, schedule)
     counts |= {
         "anchors": float(len(table)),
         "received": float(len(received)),
@@ -126,64 +126,66 @@ def refresh(p: Pipeline, x: Inputs) -> Outcome:
         "padding_dropped": float(sent.out_of_range),
         "nonfinite_dropped": float(sent.not_finite),
     }
-    return Outcome(schedule, table, latest, kept, clock.seconds, counts, picture)
+    return RefreshResult(schedule, table, latest, kept, clock.seconds, counts, picture)
 
 
 def rows_of(
-    p: Pipeline, x: Inputs, own: IntArray, content: ContentFeatures, table: Table[Rows]
+    context: RefreshContext, inputs: Inputs, own: IntArray, content: ContentFeatures, table: Table[SampleRecords]
 ) -> tuple[Learned | None, FloatArray | None]:
     """What the model says of this rank's samples, and the rows of the one k-NN graph, for all that needs one.  Collective.
 
     Both are None where nothing needs a graph; the first where its rows are content alone.
     """
-    wanted = "graph" in active_parts(p, x) or p.config.selection.objective == "facility_location"
-    if not (wanted and p.config.builds_graph) or x.step < p.config.opening:  # while a run opens nothing is chosen
-        return x.kept.learned, None
+    wanted = "graph" in active_parts(context, inputs) or context.config.selection.objective == "facility_location"
+    if (
+        not (wanted and context.config.builds_graph) or inputs.step < context.config.warmup_steps
+    ):  # while a run opens nothing is chosen
+        return inputs.kept.learned, None
     assert content.vectors is not None  # the same parts ask for them
-    shares = p.config.learned_shares
+    shares = context.config.learned_shares
     if not any(shares):
         return None, content.vectors
-    learned = learn(p.comm, x.kept.learned or Learned.empty(), own, table, x.kept.graph, p.config.seed)
+    learned = learn(context.comm, inputs.kept.learned or Learned.empty(), own, table, inputs.kept.graph, context.config.seed)
     return learned, embed(content.vectors, learned.values, *shares)
 
 
-def graph_of(p: Pipeline, x: Inputs, own: IntArray, rows: FloatArray | None) -> KeptGraph | None:
+def graph_of(context: RefreshContext, inputs: Inputs, own: IntArray, rows: FloatArray | None) -> KeptGraph | None:
     """The one k-NN graph of the window over ``rows`` (n, d), for all that needs one; None without rows.  Collective."""
     if rows is None:
         return None
-    return follow(p.comm, x.kept.graph, own, rows, p.config.graph, p.config.graph.drift, p.device)
+    return follow(context.comm, inputs.kept.graph, own, rows, context.config.graph, context.config.graph.drift, context.device)
 
 
-def edges_on_root(p: Pipeline, own: IntArray, graph: KeptGraph | None) -> Neighbours | None:
+def edges_on_root(context: RefreshContext, own: IntArray, graph: KeptGraph | None) -> Neighbours | None:
     """The graph over all samples of the window, rows in order of id, for facility location; on root only, None elsewhere."""
-    if graph is None or p.config.selection.objective != "facility_location":
+    if graph is None or context.config.selection.objective != "facility_location":
         return None
     local = graph.neighbours()
-    parts = [p.comm.gather(a) for a in (own, local.ids, local.similarity)]
-    if p.comm.rank != 0:
+    parts = [context.comm.gather(a) for a in (own, local.ids, local.similarity)]
+    if context.comm.rank != 0:
         return None
     ids, neighbours, similarity = (np.concatenate(part) for part in parts if part is not None)
     order = np.argsort(ids, kind="stable")
     return Neighbours(neighbours[order], similarity[order])
 
 
-def by_role(p: Pipeline, x: Inputs, table: Table[Rows], content: ContentFeatures) -> Seen | None:
-    """Influences collected since the last schedule, core and audit apart, and as foretold; None but on root.  Collective.
+def by_role(context: RefreshContext, inputs: Inputs, table: Table[SampleRecords], content: ContentFeatures) -> Seen | None:
+    """Influences collected since the last schedule, core and audit apart, and as predicted; None but on root.  Collective.
 
     From the table, not from what has just come: a checkpoint in between must not change what is seen.
     """
-    new = (table.last > x.since) & bool(len(x.core))
+    new = (table.last > inputs.since) & bool(len(inputs.core))
     expected = np.full(len(table), np.nan, np.float32)
     # Labels of a model's first steps mislead: the guard does not judge by what they predict.
-    if p.config.guard.enabled and x.since >= p.config.learning and "gradients" in active_parts(p, x):
-        expected = forecast(p.comm, content, table, ~new, x.reference)
+    if context.config.guard.enabled and inputs.since >= context.config.learning and "gradients" in active_parts(context, inputs):
+        expected = forecast(context.comm, content, table, ~new, inputs.reference)
     rows = table.rows.take(new)
-    parts = [p.comm.gather(a) for a in (rows.ids, labels(rows, x.reference), expected[new])]
+    parts = [context.comm.gather(a) for a in (rows.ids, labels(rows, inputs.reference), expected[new])]
     if any(part is None for part in parts):
         return None
     ids, label, expected = (np.concatenate(part) for part in parts if part is not None)
     order = np.argsort(ids, kind="stable")  # the bootstrap must draw the same for any number of ranks
     ids, label, expected = ids[order], label[order], expected[order]
-    core = np.isin(ids, x.core)
-    audit = ~core if x.audit is None else np.isin(ids, x.audit)
+    core = np.isin(ids, inputs.core)
+    audit = ~core if inputs.audit is None else np.isin(ids, inputs.audit)
     return Seen(label[core & ~audit], label[audit], expected, label)

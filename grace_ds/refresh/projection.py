@@ -24,7 +24,7 @@ _PURPOSE = 0x3A9
 
 
 @dataclass(frozen=True)
-class Places:
+class ProjectedSamples:
     """Where samples lie.
 
     Attributes:
@@ -38,7 +38,7 @@ class Places:
     explained: tuple[float, float]
 
 
-class Chart:
+class PCAProjection:
     """Places of a uniform draw of the window's samples; read once for as long as the draw is the same.  Local, on root.
 
     Args:
@@ -50,9 +50,9 @@ class Chart:
 
     def __init__(self, dataset: Any, key: str, dim: int, seed: int) -> None:
         self.reader, self.dim, self.seed = TokenReader(dataset, key, TOKENS), dim, seed
-        self._last: Places | None = None
+        self._last: ProjectedSamples | None = None
 
-    def __call__(self, window: IntArray) -> Places:
+    def __call__(self, window: IntArray) -> ProjectedSamples:
         """Of at most ``POINTS`` of ``window`` (n,) int64, sorted: those that a hash of their ids picks, in any version."""
         ids = window
         if len(window) > POINTS:
@@ -63,7 +63,7 @@ class Chart:
                 self.reader, ids, dim=self.dim, seed=self.seed, allreduce=lambda counts: counts, want_density=False
             )
             assert found.vectors is not None  # they are wanted by default
-            self._last = Places(ids, *principal(found.vectors))
+            self._last = ProjectedSamples(ids, *principal(found.vectors))
         return self._last
 
 

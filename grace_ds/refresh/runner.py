@@ -1,6 +1,6 @@
 """One attempt at a refresh: it counts on every rank, or on none.
 
-Whatever goes wrong on whatever rank, all ranks come out of :meth:`Refresher.attempt` with the same answer, and nothing
+Whatever goes wrong on whatever rank, all ranks come out of :meth:`RefreshRunner.attempt` with the same answer, and nothing
 of this rank's state has been touched: taking the result over is the caller's.
 """
 
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from grace_ds.comm.agreement import Agreement
-from grace_ds.comm.peer_failure import Lookout
+from grace_ds.comm.peer_failure import PeerFailureHandler
 from grace_ds.errors import GraceError, PeerFailed, PeerLost, ProbeFailed, TransportError, TransportTimeout, during
 from grace_ds.features.limits import Limits
-from grace_ds.gradients.collector import Harvester
-from grace_ds.gradients.influence_probe import Fitted, TrustedProbe
+from grace_ds.gradients.collector import GradientCollector
+from grace_ds.gradients.influence_probe import Fitted, InfluenceProbe
 from grace_ds.refresh import trigger as cadence
-from grace_ds.refresh.line import Outcome, refresh
-from grace_ds.refresh.signals import Inputs, Pipeline, active_parts, weighed_parts
+from grace_ds.refresh.line import RefreshResult, refresh
+from grace_ds.refresh.signals import Inputs, RefreshContext, active_parts, weighed_parts
 
 log = logging.getLogger("grace_ds")
 
@@ -33,12 +33,12 @@ class Fresh:
     Attributes:
         inputs: what it was made from; its rows now stand in the outcome's table.
         outcome: the schedule and the table; its counts are of all ranks.
-        running_mean: of the loss, for :meth:`~grace_ds.gradients.collector.Harvester.drained`.
+        running_mean: of the loss, for :meth:`~grace_ds.gradients.collector.GradientCollector.drained`.
         fitted: the trusted basis fitted on the way; None where none was.
     """
 
     inputs: Inputs
-    outcome: Outcome
+    outcome: RefreshResult
     running_mean: float | None
     fitted: Fitted | None
 
@@ -56,33 +56,33 @@ class Result:
     lost: TransportError | None
 
 
-class Refresher:
+class RefreshRunner:
     """Attempts refreshes.
 
     Args:
         pipeline: of the refresh; its ``comm`` is the transport.
-        harvester: None where nothing is harvested.
+        collector: None where nothing is collected.
         trust: fits the trusted basis; None without a trusted set.
         agreement: of last resort.
-        lookout: tells a rank that is late from one that is lost.
+        peer-failure handler: tells a rank that is late from one that is lost.
     """
 
     def __init__(
         self,
-        pipeline: Pipeline,
-        harvester: Harvester | None,
-        trust: TrustedProbe | None,
+        pipeline: RefreshContext,
+        collector: GradientCollector | None,
+        trust: InfluenceProbe | None,
         agreement: Agreement,
-        lookout: Lookout,
+        peer_failures: PeerFailureHandler,
     ) -> None:
-        self.pipeline, self.harvester, self.trust, self.agreement = pipeline, harvester, trust, agreement
-        self.lookout = lookout
+        self.pipeline, self.collector, self.trust, self.agreement = pipeline, collector, trust, agreement
+        self.peer_failures = peer_failures
         self.comm = pipeline.comm
         self._attempts = 0
 
-    def change(self, pipeline: Pipeline) -> None:
+    def change(self, pipeline: RefreshContext) -> None:
         """Goes on with ``pipeline``, without anything that is read from the backward."""
-        self.pipeline, self.harvester, self.trust = pipeline, None, None
+        self.pipeline, self.collector, self.trust = pipeline, None, None
 
     def attempt(self, step: int, version: int, stand: Callable[[], Inputs]) -> Result:
         """Makes schedule ``version`` after ``step`` optimizer steps.  Collective; no exception leaves another rank waiting.
@@ -106,7 +106,7 @@ class Refresher:
             log.warning("step %d: %s; schedule %d stays", step, error, version - 1)
             return Result(None, None)
         except TransportError as error:
-            self.lookout.check(error, where)
+            self.peer_failures.check(error, where)
             return Result(None, error)
         except Exception as error:
             trace = self.pipeline.config.debug or not isinstance(error, GraceError)
@@ -125,10 +125,10 @@ class Refresher:
                 fitted = self.trust.fit(x.version, self.pipeline.pool.window_at(x.version))
             reference = {**reference, x.version: fitted.unit}
         x, mean = dataclasses.replace(x, interval=interval, reference=reference), None
-        if self.harvester is not None:
-            with during("harvest"):
-                harvest = self.harvester.pending(self.comm)
-            x, mean = dataclasses.replace(x, rows=harvest.rows, losses=harvest.losses), harvest.running_mean
+        if self.collector is not None:
+            with during("collect"):
+                collect = self.collector.pending(self.comm)
+            x, mean = dataclasses.replace(x, rows=collect.rows, losses=collect.losses), collect.running_mean
         weighed = mean is not None and not x.uniform and "loss" in weighed_parts(self.pipeline, x)
         if self.trust is not None and self.trust.ready and mean is not None and weighed:
             with during("trusted losses"):
@@ -138,21 +138,21 @@ class Refresher:
         return Fresh(x, outcome, mean, fitted)
 
     def _of_all_ranks(self, counts: dict[str, float]) -> dict[str, float]:
-        """Counts added up over the ranks, with those of the harvest: rank 0 writes them down for everybody."""
-        if self.harvester is not None:
+        """Counts added up over the ranks, with those of the collection: rank 0 writes them down for everybody."""
+        if self.collector is not None:
             counts = counts | {
-                "rows_dropped": float(self.harvester.rows_dropped),
-                "hook_failures": float(self.harvester.sketcher.failures),
+                "rows_dropped": float(self.collector.rows_dropped),
+                "hook_failures": float(self.collector.sketcher.failures),
             }
         total = self.comm.allreduce(np.array(list(counts.values()), np.float64))
         return dict(zip(counts, total.tolist(), strict=True))
 
-    def _wants_basis(self, x: Inputs, interval: int) -> bool:
+    def _wants_basis(self, inputs: Inputs, interval: int) -> bool:
         """Whether a trusted basis can be fitted now, and will be used: not while the guard has stepped down."""
-        if self.harvester is None or not self.harvester.sketcher.scale.frozen:
+        if self.collector is None or not self.collector.sketcher.scale.frozen:
             return False
-        looked_at = "gradients" in active_parts(self.pipeline, x)
-        return looked_at and cadence.wants_basis(self.pipeline.config, x.step, interval)
+        looked_at = "gradients" in active_parts(self.pipeline, inputs)
+        return looked_at and cadence.wants_basis(self.pipeline.config, inputs.step, interval)
 
     def _agree(self, where: str) -> TransportError | None:
         """Returns when the refresh counts on every rank, with what has befallen the transport; raises when it does not."""
@@ -162,7 +162,7 @@ class Refresher:
         except PeerFailed:
             raise
         except TransportError as error:
-            self.lookout.check(error, where)  # the store may lie on the host that is lost
+            self.peer_failures.check(error, where)  # the store may lie on the host that is lost
             # Every rank may have come and only the answer been lost: then the others have published, and so must we.
             if not self.agreement.abort(self._attempts):
                 raise
@@ -175,6 +175,6 @@ class Refresher:
         try:
             self.comm.abort()
         except TransportError as error:
-            self.lookout.check(error, where)
+            self.peer_failures.check(error, where)
             return error
         return None

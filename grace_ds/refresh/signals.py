@@ -16,24 +16,24 @@ from grace_ds.comm.base import Comm
 from grace_ds.config.schema import GraceConfig
 from grace_ds.data.order import Order
 from grace_ds.data.pool import Pool
-from grace_ds.data.schedule import Ledger
+from grace_ds.data.schedule import VisitCounts
 from grace_ds.features.content import ContentFeatures
 from grace_ds.features.limits import Limits
 from grace_ds.graph.propagate import Propagated, confidence, crowding, propagate
 from grace_ds.graph.repair import KeptGraph
 from grace_ds.recipes import Recipe, recipe
-from grace_ds.records import Array, C, FloatArray, IntArray, Losses, Rows, Schedule, Signals
+from grace_ds.records import Array, C, FloatArray, IntArray, Losses, SampleRecords, Schedule, Signals
 from grace_ds.refresh.gather import Route
-from grace_ds.refresh.influence import influence, labels
-from grace_ds.refresh.projection import Places
-from grace_ds.refresh.state import Kept
+from grace_ds.refresh.influence import labels, predict_influence
+from grace_ds.refresh.projection import ProjectedSamples
+from grace_ds.refresh.state import RefreshState
 from grace_ds.refresh.table import Table
 from grace_ds.selection.guard import Decision
 from grace_ds.utils.arrays import device_memory, to_device, to_host
 
 
 @dataclass(frozen=True)
-class Pipeline:
+class RefreshContext:
     """What stays the same from one refresh of a run to the next.
 
     Attributes:
@@ -63,7 +63,7 @@ class Pipeline:
     trusted: FloatArray | None = None
     sources: Callable[[IntArray], IntArray] | None = None
     arrange: Callable[[Schedule], Schedule] | None = None
-    chart: Callable[[IntArray], Places] | None = None
+    chart: Callable[[IntArray], ProjectedSamples] | None = None
     device: str = "cpu"
 
     @property
@@ -79,7 +79,7 @@ class Inputs:
     Attributes:
         rows, losses: collected, and read, since the last refresh, in the order of the steps.
         table, seen: the latest rows and losses of earlier refreshes, of the samples that this rank owns.
-        ledger: uses of each sample so far (all ranks alike).
+        visit counts: uses of each sample so far (all ranks alike).
         step: optimizer steps done.
         version: of the schedule to be made.
         issued: samples over all ranks that this rank's loader has been given.
@@ -95,11 +95,11 @@ class Inputs:
         collect_every: each how many optimizer steps one was collected since.
     """
 
-    rows: Rows
+    rows: SampleRecords
     losses: Losses
-    table: Table[Rows]
+    table: Table[SampleRecords]
     seen: Table[Losses]
-    ledger: Ledger
+    visits: VisitCounts
     step: int
     version: int
     issued: int
@@ -111,27 +111,27 @@ class Inputs:
     core: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
     audit: IntArray | None = field(default_factory=lambda: np.empty(0, np.int64))
     uniform: bool = False
-    kept: Kept = field(default_factory=Kept)
+    kept: RefreshState = field(default_factory=RefreshState)
     collect_every: int = 1
 
 
-def active_parts(p: Pipeline, x: Inputs) -> frozenset[str]:
+def active_parts(context: RefreshContext, inputs: Inputs) -> frozenset[str]:
     """The parts of the recipe that this refresh pays for: those of the schedule in force, all where the guard looks again."""
-    return p.config.parts - (x.decision.unpaid(x.version) if x.decision is not None else frozenset())
+    return context.config.parts - (inputs.decision.unpaid(inputs.version) if inputs.decision is not None else frozenset())
 
 
-def weighed_parts(p: Pipeline, x: Inputs) -> frozenset[str]:
+def weighed_parts(context: RefreshContext, inputs: Inputs) -> frozenset[str]:
     """The active parts that a sample may be weighed by: the few influences and losses of a fresh model's first steps mislead."""
-    early = {"gradients", "loss"} if x.step < p.config.learning else set()
-    return active_parts(p, x) - early
+    early = {"gradients", "loss"} if inputs.step < context.config.learning else set()
+    return active_parts(context, inputs) - early
 
 
 def estimate(
-    p: Pipeline,
-    x: Inputs,
+    context: RefreshContext,
+    inputs: Inputs,
     own: IntArray,
     content: ContentFeatures,
-    table: Table[Rows],
+    table: Table[SampleRecords],
     seen: Table[Losses],
     graph: KeptGraph | None,
 ) -> Estimate:
@@ -142,40 +142,40 @@ def estimate(
     Args:
         table, seen: the latest row and loss of each sample, those of this refresh among them.
     """
-    n, nan, g = len(own), np.float32(np.nan), p.config.graph
+    n, nan, g = len(own), np.float32(np.nan), context.config.graph
     loss, label = np.full((2, n), nan, np.float32)
-    at, stale = found_in(table, own, x.step)
-    if "gradients" in p.config.parts:  # of what is switched off nothing is known
-        label[at >= 0] = labels(table.rows, x.reference)[at[at >= 0]]
-    seen_at, unread = found_in(seen if "loss" in p.config.parts else Table(Losses.empty()), own, x.step)
+    at, stale = found_in(table, own, inputs.step)
+    if "gradients" in context.config.parts:  # of what is switched off nothing is known
+        label[at >= 0] = labels(table.rows, inputs.reference)[at[at >= 0]]
+    seen_at, unread = found_in(seen if "loss" in context.config.parts else Table(Losses.empty()), own, inputs.step)
     loss[seen_at >= 0] = seen.rows.loss[seen_at[seen_at >= 0]]
-    ages = np.floor(np.stack([unread, stale], 1) / p.config.refresh.interval_steps)  # in refreshes
-    centre = _exact_mean(p.comm, loss)
-    found = influence(p.comm, content, p.trusted, label, confidence(ages[:, 1], g.decay))
+    ages = np.floor(np.stack([unread, stale], 1) / context.config.refresh.interval_steps)  # in refreshes
+    centre = _exact_mean(context.comm, loss)
+    found = predict_influence(context.comm, content, context.trusted, label, confidence(ages[:, 1], g.decay))
     # What goes along the edges is centred: the loss by its mean, the influence by what content tells of it already.
     rest = label - found.fit.predicted if found is not None else np.full(n, nan, np.float32)
     values, crowded, disagreement = np.stack([loss - centre, rest], 1), np.full(n, nan, np.float32), np.full(n, nan, np.float32)
     reached = 0
     if graph is not None:
         edges = graph.neighbours()
-        similarity, route = edges.similarity, Route.of(p.comm, edges.ids.reshape(-1), own)
+        similarity, route = edges.similarity, Route.of(context.comm, edges.ids.reshape(-1), own)
         del edges  # the route has taken the place of its ids
-        result = _along(p, route, values, ages, similarity)
+        result = _along(context, route, values, ages, similarity)
         # A signal that nobody was measured with stays unknown: shrinking it to a mean of nothing would invent it.
-        unseen = p.comm.allreduce(np.isfinite(values).sum(0).astype(np.int64)) == 0
+        unseen = context.comm.allreduce(np.isfinite(values).sum(0).astype(np.int64)) == 0
         values, disagreement = to_host(result.values), to_host(result.disagreement)
         values[:, unseen] = np.nan
         crowded, reached = crowding(similarity), int((to_host(result.reached) & (at < 0) & (seen_at < 0)).sum())
-    align = np.full(n, nan, np.float32)
+    influence = np.full(n, nan, np.float32)
     if found is not None:
-        align = found.standard(found.fit.predicted + (np.nan_to_num(values[:, 1]) if graph is not None else 0))
-    keep = content.keep if content.keep is not None else np.full(n, nan, np.float32)
+        influence = found.standard(found.fit.predicted + (np.nan_to_num(values[:, 1]) if graph is not None else 0))
+    quality = content.quality if content.quality is not None else np.full(n, nan, np.float32)
     spread_loss = np.asarray(values[:, 0] + centre, np.float32)
     loss_pass = np.full(n, nan, np.float32)
-    if x.loss_limits is not None:
-        loss_pass = x.loss_limits.keep(spread_loss[:, None].astype(np.float64)).astype(np.float32)
+    if inputs.loss_limits is not None:
+        loss_pass = inputs.loss_limits.quality(spread_loss[:, None].astype(np.float64)).astype(np.float32)
     since = np.minimum(stale, unread)
-    signals = Signals(own, spread_loss, align, content.density, keep, loss_pass, crowded, since, disagreement)
+    signals = Signals(own, spread_loss, influence, content.density, quality, loss_pass, crowded, since, disagreement)
     if found is None:
         return Estimate(signals, reached)
     return Estimate(signals, reached, found.fit.labels, found.fit.explained)
@@ -189,16 +189,16 @@ def found_in(table: Table[C], own: IntArray, step: int) -> tuple[IntArray, Float
     return at, since
 
 
-def _along(p: Pipeline, route: Route, values: FloatArray, ages: Array, similarity: FloatArray) -> Propagated:
+def _along(context: RefreshContext, route: Route, values: FloatArray, ages: Array, similarity: FloatArray) -> Propagated:
     """``values`` (n, s), of those ages, spread along the graph; arrays of the device that the run computes on.  Collective."""
-    g = p.config.graph
+    g = context.config.graph
 
     def exchange(facts: Array) -> Any:
-        return to_device(route.exchange(to_host(facts)), p.device)
+        return to_device(route.exchange(to_host(facts)), context.device)
 
     arrays = (values, ages, route.place.reshape(similarity.shape), similarity)
-    with device_memory(p.device):
-        own_values, own_ages, place, close = (to_device(array, p.device) for array in arrays)
+    with device_memory(context.device):
+        own_values, own_ages, place, close = (to_device(array, context.device) for array in arrays)
         return propagate(own_values, own_ages, place, close, exchange, hops=g.hops, shrink=g.shrink, decay=g.decay)
 
 
@@ -219,11 +219,11 @@ class Estimate:
     explained: float = 0.0
 
 
-def collect(comm: Comm, s: Signals) -> Signals | None:
+def gather_on_root(comm: Comm, signals: Signals) -> Signals | None:
     """All ranks' signals on root, sorted by id; None on the other ranks."""
     names = [f.name for f in fields(Signals) if f.name != "ids"]
-    ids = comm.gather(s.ids)
-    columns = comm.gather(np.stack([getattr(s, name) for name in names], 1).astype(np.float32))
+    ids = comm.gather(signals.ids)
+    columns = comm.gather(np.stack([getattr(signals, name) for name in names], 1).astype(np.float32))
     if ids is None or columns is None:
         return None
     order = np.argsort(np.concatenate(ids), kind="stable")

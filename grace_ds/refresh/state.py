@@ -28,7 +28,7 @@ _GRAPH, _LEARNED = ("X", "where", "keys", "depth"), ("step", "values")
 
 
 @dataclass(frozen=True)
-class Kept:
+class RefreshState:
     """What one refresh leaves to the next, of this rank's samples of the window; None where there is nothing.
 
     Attributes:
@@ -69,7 +69,7 @@ class Kept:
     @staticmethod
     def load(
         directory: str | os.PathLike[str], files: Mapping[str, str], shared: Mapping[str, Array], rank: int, world: int
-    ) -> Kept:
+    ) -> RefreshState:
         """What ``rank`` of ``world`` owns of what any number of ranks has written.
 
         Args:
@@ -80,17 +80,17 @@ class Kept:
             CheckpointError: a file is missing, changed, or of another form.
         """
         if not files:
-            return Kept()
+            return RefreshState()
         parts = load_columns(directory, PREFIX, SCHEMA, files, rank, world)
         if not parts:  # this rank owns no bucket
-            return Kept()
+            return RefreshState()
         if len({frozenset(columns) for _, columns in parts}) > 1:
             raise CheckpointError(f"{Path(directory)} mixes window files of different columns: load another checkpoint")
         joined = {name: np.concatenate([columns[name] for _, columns in parts]) for name in parts[0][1]}
         order = np.argsort(joined["ids"])
         joined = {name: column[order] for name, column in joined.items()}
         try:
-            return Kept(_content(joined, shared), _learned(joined), _graph(joined, shared))
+            return RefreshState(_content(joined, shared), _learned(joined), _graph(joined, shared))
         except (KeyError, IndexError, TypeError) as error:
             raise CheckpointError(f"{parts[0][0]} lacks {error}: load another checkpoint") from error
 

@@ -128,7 +128,7 @@ def _parsed(path: Path, columns: dict[str, Array], empty: C) -> C:
         raise CheckpointError(f"{path} has columns of another type or length: {', '.join(odd)}; load another checkpoint")
     for name, found in columns.items():
         if found.shape[1:] != usual[name].shape[1:]:
-            key = "harvest.dim" if name == "sketch" else name
+            key = "collect.dim" if name == "sketch" else name
             raise CheckpointError(
                 f"{path} has {name} of width {found.shape[1]}, this run {key}={usual[name].shape[1]}; use the same in both"
             )

@@ -1,4 +1,4 @@
-"""When: the steps that are harvested, the steps between two refreshes, the steps that a coreset is asked for.
+"""When: the steps that are collected, the steps between two refreshes, the steps that a coreset is asked for.
 
 Pure functions of the config and of the number of optimizer steps done.
 """
@@ -11,24 +11,24 @@ from collections.abc import Mapping
 from grace_ds.config.schema import GraceConfig
 
 
-def is_due(c: GraceConfig, step: int, next_refresh: int) -> bool:
+def is_due(config: GraceConfig, step: int, next_refresh: int) -> bool:
     """Whether a refresh is made after ``step`` steps; not after the last one, whose schedule nobody would train on."""
-    return next_refresh <= step != c.total_steps
+    return next_refresh <= step != config.total_steps
 
 
-def harvested(c: GraceConfig, step: int, next_refresh: int) -> bool:
+def collected(config: GraceConfig, step: int, next_refresh: int) -> bool:
     """Whether rows of the optimizer step after ``step`` can still be of use to a coreset."""
-    return step >= c.start_step - c.refresh.interval_steps and not _ends(c, step, next_refresh)
+    return step >= config.start_step - config.refresh.interval_steps and not _ends(config, step, next_refresh)
 
 
-def is_uniform(c: GraceConfig, step: int) -> bool:
+def is_uniform(config: GraceConfig, step: int) -> bool:
     """Whether the schedule made at ``step`` is the corpus in uniform order: before ``start_step``, from ``stop_step`` on."""
-    return step < c.start_step or _stopped(c, step)
+    return step < config.start_step or _stopped(config, step)
 
 
-def wants_basis(c: GraceConfig, step: int, interval: int) -> bool:
-    """Whether rows will be harvested with a trusted basis fitted at ``step``, before the refresh ``interval`` steps later."""
-    return step + interval > c.start_step - c.refresh.interval_steps and not _ends(c, step, step + interval)
+def wants_basis(config: GraceConfig, step: int, interval: int) -> bool:
+    """Whether rows will be collected with a trusted basis fitted at ``step``, before the refresh ``interval`` steps later."""
+    return step + interval > config.start_step - config.refresh.interval_steps and not _ends(config, step, step + interval)
 
 
 def basis_due(units: Mapping[int, float], version: int) -> bool:
@@ -45,37 +45,37 @@ def basis_due(units: Mapping[int, float], version: int) -> bool:
     return not misses or version >= judged[-1] + 2**misses
 
 
-def configured_interval(c: GraceConfig, step: int) -> int:
+def configured_interval(config: GraceConfig, step: int) -> int:
     """Optimizer steps from ``step`` to the next refresh, as the config has it.
 
-    The first coreset comes when the opening is over.  A run that uses gradients opens in two halves: the first gives the model
+    The first coreset comes when the warm-up is over.  A run that uses gradients opens in two halves: the first gives the model
     and the layers' scale that a trusted basis is fitted to, the second the first influences.
     """
-    if step < c.start_step:
-        return c.start_step - step
-    interval = c.refresh.interval_steps
-    first = c.opening or (interval if c.collects else 0)
-    half = first // 2 if c.collects else 0
+    if step < config.start_step:
+        return config.start_step - step
+    interval = config.refresh.interval_steps
+    first = config.warmup_steps or (interval if config.collects else 0)
+    half = first // 2 if config.collects else 0
     return next((end - step for end in (half, first) if step < end), interval)
 
 
-def stretched_interval(c: GraceConfig, step: int, refresh_seconds: float, step_seconds: float | None) -> int:
+def stretched_interval(config: GraceConfig, step: int, refresh_seconds: float, step_seconds: float | None) -> int:
     """The configured interval, stretched under ``cadence: adaptive`` so that refreshes stay below ``max_overhead``.
 
     Args:
         refresh_seconds: that the last refresh took on this rank.
         step_seconds: of an optimizer step on this rank, refreshes left out; None while nothing can be said.
     """
-    steps = configured_interval(c, step)
-    if c.refresh.cadence == "fixed" or step < max(c.start_step, c.opening) or not step_seconds:
+    steps = configured_interval(config, step)
+    if config.refresh.cadence == "fixed" or step < max(config.start_step, config.warmup_steps) or not step_seconds:
         return steps
-    return max(steps, math.ceil(refresh_seconds / (c.refresh.max_overhead * step_seconds)))
+    return max(steps, math.ceil(refresh_seconds / (config.refresh.max_overhead * step_seconds)))
 
 
-def _ends(c: GraceConfig, step: int, next_refresh: int) -> bool:
-    """Whether no refresh of this run will choose by what is harvested after ``step``."""
-    return _stopped(c, step) or step < c.total_steps <= next_refresh
+def _ends(config: GraceConfig, step: int, next_refresh: int) -> bool:
+    """Whether no refresh of this run will choose by what is collected after ``step``."""
+    return _stopped(config, step) or step < config.total_steps <= next_refresh
 
 
-def _stopped(c: GraceConfig, step: int) -> bool:
-    return 0 < c.stop_step <= step
+def _stopped(config: GraceConfig, step: int) -> bool:
+    return 0 < config.stop_step <= step

@@ -79,7 +79,7 @@ def _why_not(run: Run) -> str:
     recipe, features = run.config.get("recipe"), run.config.get("features") or {}
     if recipe == "uniform" or features.get("enabled") is False:
         return "There is no map: samples are placed by their content, and this configuration does not read it."
-    if not run.portraits:
+    if not run.explanations:
         return "There is no map: no refresh of this run has weighed a sample yet."
     return (
         "There is no map: reports/map.json is missing or cannot be read. The run was made by an older version, or the map could "

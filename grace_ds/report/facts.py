@@ -46,14 +46,14 @@ class Cost:
 
     Attributes:
         training: up to the last refresh, or to the end where that is known; None where the record says nothing.
-        refreshes, harvest: of the same time.
+        refreshes, collect: of the same time.
         whole: whether it is the whole run.
         failures: refreshes that were given up.
     """
 
     training: float | None
     refreshes: float
-    harvest: float
+    collect: float
     whole: bool
     failures: int
 
@@ -135,11 +135,11 @@ def _cost(run: Run) -> Cost:
     if told:
         training = float(run.results["grace"]["train_seconds"])
         failures = int(told.get("refresh_failures", 0))
-        return Cost(training, float(told["refresh_seconds"]), float(told["harvest_seconds"]), True, failures)
+        return Cost(training, float(told["refresh_seconds"]), float(told["collect_seconds"]), True, failures)
     before = [line["before"] for line in run.refreshes.values() if line.get("before")]
     if before and before[-1]["train_seconds"] > 0:
         b = before[-1]
-        return Cost(b["train_seconds"], b["refresh_seconds"], b["harvest_seconds"], False, int(b["failures"]))
+        return Cost(b["train_seconds"], b["refresh_seconds"], b["collect_seconds"], False, int(b["failures"]))
     total = sum(sum(line.get("seconds", {}).values()) for line in run.refreshes.values())
     return Cost(None, float(total), 0.0, False, 0)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float64]
 COLOURS = {"uniform": "#6b7280", "grace": "#1d4ed8"}
-STAGES = ("gather", "table", "content", "embed", "graph", "propagate", "select", "portrait", "broadcast")
+STAGES = ("gather", "table", "content", "embed", "graph", "propagate", "select", "explanation", "broadcast")
 MAPPED = {
     "chance": "colour: log10 of the chance, 0 for the likeliest of the window",
     "influence": "colour: influence, robust deviations from trusted samples",
@@ -28,7 +28,7 @@ MAPPED = {
 PANELS = 6  # refreshes whose histograms are shown: the first, the last, and some between
 BARS = 24  # refreshes that are drawn as bars; more as a band
 LABELS = {
-    "keep": "keep: pass of the trusted filter",
+    "quality": "keep: pass of the trusted filter",
     "density": "near-duplicates of a sample, log2(1 + copies)",
     "chance": "log10 of the unnormalised chance",
     "loss": "loss above the running mean (nats per token)",
@@ -106,19 +106,19 @@ def panels(versions: list[int]) -> list[int]:
 
 def histograms(run: Run, name: str) -> str | None:
     """A signal's histogram at several refreshes, one above the other: window (grey) and scheduled core (blue)."""
-    shown = [p for v in panels(list(run.portraits)) if name in (p := run.portraits[v]).get("histograms", {})]
+    shown = [p for v in panels(list(run.explanations)) if name in (p := run.explanations[v]).get("histograms", {})]
     if not shown:
         return None
     figure = _figure(0.9 + 0.85 * len(shown))
     parts: Any = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, portrait in zip(parts, shown, strict=True):
-        h = portrait["histograms"][name]
+    for axes, explanation in zip(parts, shown, strict=True):
+        h = explanation["histograms"][name]
         edges = np.asarray(h["edges"], float)
         for part, colour in (("window", COLOURS["uniform"]), ("core", COLOURS["grace"])):
             counts = np.asarray(h[part], float)
             if counts.sum():
                 axes.stairs(counts / counts.sum(), edges, fill=True, alpha=0.45, color=colour)
-        axes.set_ylabel(f"step {portrait['step']}", fontsize=8)
+        axes.set_ylabel(f"step {explanation['step']}", fontsize=8)
         axes.set_yticks([])
         axes.spines[["top", "right", "left"]].set_visible(False)
     parts[-1].set_xlabel(LABELS[name])

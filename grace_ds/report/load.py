@@ -47,7 +47,7 @@ class Run:
         config: resolved; empty where it is missing.
         refreshes: lines of ``refreshes.jsonl``, by version.
         schedules: by version.
-        portraits: ``reports/report-*.json``, by version.
+        explanations: ``reports/report-*.json``, by version.
         chart: ``reports/map.json``, checked; None without one.
         results: the quickstart's ``result.json`` by arm.
         curves: loss by arm.
@@ -60,7 +60,7 @@ class Run:
     config: dict[str, Any]
     refreshes: dict[int, dict[str, Any]]
     schedules: dict[int, Schedule]
-    portraits: dict[int, dict[str, Any]]
+    explanations: dict[int, dict[str, Any]]
     chart: dict[str, Any] | None
     results: dict[str, dict[str, Any]]
     curves: dict[str, Curve]
@@ -87,7 +87,7 @@ def load_run(where: str | Path, options: Options | None = None) -> Run:
         config,
         _refreshes(folder, notes),
         _schedules(folder, notes),
-        _portraits(folder, notes),
+        _explanations(folder, notes),
         _chart(folder, notes),
         results,
         _curves(options, results, notes),
@@ -147,14 +147,14 @@ def _schedules(folder: Path, notes: list[str]) -> dict[int, Schedule]:
     return found
 
 
-def _portraits(folder: Path, notes: list[str]) -> dict[int, dict[str, Any]]:
+def _explanations(folder: Path, notes: list[str]) -> dict[int, dict[str, Any]]:
     found = {}
     for path in sorted((folder / "reports").glob("report-*.json")):
         try:
-            portrait = json.loads(path.read_text("utf-8"))
-            if not portrait.keys() >= {"step", "histograms", "samples"}:
+            explanation = json.loads(path.read_text("utf-8"))
+            if not explanation.keys() >= {"step", "histograms", "samples"}:
                 raise ValueError("entries are missing")
-            found[int(portrait["version"])] = portrait
+            found[int(explanation["version"])] = explanation
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             notes.append(f"{path.name} cannot be read ({type(error).__name__}) and is left out.")
     if not found:

@@ -104,8 +104,8 @@ def _cost(found: Facts) -> str:
     table = _table(("stage", "seconds", "slowest", "share", ""), lines)
     picture = _figure(figures.overhead(found), "seconds of each refresh by stage", "The first refresh reads the whole window.")
     note = (
-        '<p class="dim">Seconds of rank 0, refreshes that count. The harvest happens in the training steps, the trusted basis '
-        "before the first stage: both are in the totals above, not in the stages. “portrait” is what is kept for this page, "
+        '<p class="dim">Seconds of rank 0, refreshes that count. The collection happens in the training steps, the trusted basis '
+        "before the first stage: both are in the totals above, not in the stages. “explanation” is what is kept for this page, "
         "but for reading the samples' texts.</p>"
     )
     return _section("What it cost", f'<div class="figures">{picture}<div>{table}</div></div>{note}')
@@ -128,11 +128,19 @@ def _coreset(found: Facts) -> str:
     return _section("Coreset", f'<div class="figures">{picture}<div>{none}{table}{gap}</div></div>{said}')
 
 
-def _generation(g: Generation) -> tuple[str, ...]:
-    churn = "–" if g.churn is None else f"{g.churn:.0%}"
-    age = "–" if g.age is None else f"{g.age.mean():.2f}"
-    share = f"{g.size / g.window:.0%}" if g.window else "–"
-    return str(g.version), str(g.step), f"{g.size:,}", share, churn, age, "uniform order" if g.uniform else g.level or "–"
+def _generation(generation: Generation) -> tuple[str, ...]:
+    churn = "–" if generation.churn is None else f"{generation.churn:.0%}"
+    age = "–" if generation.age is None else f"{generation.age.mean():.2f}"
+    share = f"{generation.size / generation.window:.0%}" if generation.window else "–"
+    return (
+        str(generation.version),
+        str(generation.step),
+        f"{generation.size:,}",
+        share,
+        churn,
+        age,
+        "uniform order" if generation.uniform else generation.level or "–",
+    )
 
 
 def _signals(run: Run) -> str:
@@ -143,10 +151,10 @@ def _signals(run: Run) -> str:
             pictures.append(_figure(uri, f"histograms by refresh: {label}"))
     if not pictures:
         return _section("Signals", "<p>No histogram was kept: no refresh of this run has weighed a sample.</p>")
-    idle = [p for p in run.portraits.values() if not p.get("used")]
-    note = f" {len(idle)} of {len(run.portraits)} weighed the window but trained on it uniformly." if idle else ""
-    more = f" {figures.PANELS} refreshes of {len(run.portraits)} are drawn." if len(run.portraits) > figures.PANELS else ""
-    absent = [name for name in figures.LABELS if not any(name in p["histograms"] for p in run.portraits.values())]
+    idle = [p for p in run.explanations.values() if not p.get("used")]
+    note = f" {len(idle)} of {len(run.explanations)} weighed the window but trained on it uniformly." if idle else ""
+    more = f" {figures.PANELS} refreshes of {len(run.explanations)} are drawn." if len(run.explanations) > figures.PANELS else ""
+    absent = [name for name in figures.LABELS if not any(name in p["histograms"] for p in run.explanations.values())]
     unknown = f" Not known in this run: {', '.join(absent)}." if absent else ""
     said = f"<p>Grey: the window. Blue: what the schedule took from it. Each sums to one.{note}{more}{unknown}</p>"
     return _section("Signals", f'{said}<div class="figures">{"".join(pictures)}</div>')
@@ -157,8 +165,8 @@ def _guard(found: Facts) -> str:
     if not told:
         return _section("The guard", "<p>No decision is recorded: no refresh of this run has weighed a sample.</p>")
 
-    def number(g: Generation, key: str, form: str) -> str:
-        return format(g.guard[key], form) if key in g.guard else "–"
+    def number(generation: Generation, key: str, form: str) -> str:
+        return format(generation.guard[key], form) if key in generation.guard else "–"
 
     head = ("schedule", "step", "effective share", "losses' share", "core − audit", "low", "high", "level: reason")
     lines = [
@@ -193,20 +201,20 @@ def _sources(run: Run, found: Facts) -> str:
 
 
 def _samples(run: Run) -> str:
-    portrait = shown(run)
-    if portrait is None:
+    explanation = shown(run)
+    if explanation is None:
         return _section("Samples", "<p>No sample was kept to be shown.</p>")
-    table = rows(run, portrait)
+    table = rows(run, explanation)
     head = "".join(f"<th>{label}</th>" for label in ("Sample", "Group", "Chance", "Why", "Text"))
     body = "".join(map(_sample, table))
     options = "".join(f"<option>{escape(label)}</option>" for label in GROUPS.values())
     bare = "" if any(r.text for r in table) else " The dataset shows neither text nor token ids."
     ids = any(r.text.startswith("token ids ") for r in table)
     bare += " Give --tokenizer tokenizer.json to read them as text." if ids else ""
-    used = "" if portrait.get("used") else " That schedule was uniform all the same: this is what the filter says."
+    used = "" if explanation.get("used") else " That schedule was uniform all the same: this is what the filter says."
     return _section(
         "Samples",
-        f"<p>From schedule {int(portrait['version'])} at step {int(portrait['step'])}.{used}{bare} "
+        f"<p>From schedule {int(explanation['version'])} at step {int(explanation['step'])}.{used}{bare} "
         "Chance is relative to the likeliest sample; the factors multiply to it, but for one constant.</p>"
         '<p><label>Search <input id="search" type="search" placeholder="words, an id, a reason"></label> '
         f'<label>Group <select id="group"><option value="">all</option>{options}</select></label> '
@@ -215,14 +223,14 @@ def _samples(run: Run) -> str:
     )
 
 
-def _sample(r: Row) -> str:
-    """A line of the table; only ``r.id`` is known to be harmless."""
-    place = f"in the schedule as {r.role}" if r.role else "not in the schedule"
-    chance = "–" if r.chance is None else f"{r.chance:.3g}"
+def _sample(row: Row) -> str:
+    """A line of the table; only ``row.id`` is known to be harmless."""
+    place = f"in the schedule as {row.role}" if row.role else "not in the schedule"
+    chance = "–" if row.chance is None else f"{row.chance:.3g}"
     return (
-        f'<tr data-group="{escape(r.group)}"><td data-label="Sample">{r.id}</td>'
-        f'<td data-label="Group">{escape(r.group)}; {escape(place)}</td><td data-label="Chance">{chance}</td>'
-        f'<td data-label="Why">{escape(r.reason)}</td><td data-label="Text"><pre>{escape(r.text)}</pre></td></tr>'
+        f'<tr data-group="{escape(row.group)}"><td data-label="Sample">{row.id}</td>'
+        f'<td data-label="Group">{escape(row.group)}; {escape(place)}</td><td data-label="Chance">{chance}</td>'
+        f'<td data-label="Why">{escape(row.reason)}</td><td data-label="Text"><pre>{escape(row.text)}</pre></td></tr>'
     )
 
 

@@ -34,17 +34,17 @@ class Row:
 
 
 def shown(run: Run) -> dict[str, Any] | None:
-    """The portrait whose samples are shown: the last one that a coreset was drawn by, else the last one."""
-    used = [p for p in run.portraits.values() if p.get("used")]
-    kept = used or list(run.portraits.values())
+    """The explanation whose samples are shown: the last one that a coreset was drawn by, else the last one."""
+    used = [p for p in run.explanations.values() if p.get("used")]
+    kept = used or list(run.explanations.values())
     return kept[-1] if kept else None
 
 
-def rows(run: Run, portrait: dict[str, Any]) -> list[Row]:
-    """The portrait's samples, with text where it can be had."""
+def rows(run: Run, explanation: dict[str, Any]) -> list[Row]:
+    """The explanation's samples, with text where it can be had."""
     return [
         Row(int(s["id"]), GROUPS.get(s["group"], str(s["group"])), s["chance"], s["role"], reason(s), text_of(run, s))
-        for s in portrait["samples"]
+        for s in explanation["samples"]
     ]
 
 
@@ -52,8 +52,8 @@ def reason(sample: dict[str, Any]) -> str:
     """Signal by signal: each factor of the chance, and what it rests on."""
     f, s = sample["factors"], sample["signals"]
     parts = []
-    if "keep" in f:
-        parts.append(f"keep {f['keep']:.2f} ({_judged(f['keep'])})")
+    if "quality" in f:
+        parts.append(f"keep {f['quality']:.2f} ({_judged(f['quality'])})")
     if "copies" in f:
         copies = s["density"] or 0
         parts.append(f"× {f['copies']:.2f} " + (f"({copies:.0f} near-duplicates)" if copies >= 0.5 else "(no near-duplicate)"))
@@ -61,7 +61,9 @@ def reason(sample: dict[str, Any]) -> str:
         loss = "loss unknown" if s["loss"] is None else f"loss {s['loss']:+.2f} to the mean"
         parts.append(f"× {f['loss']:.2f} ({loss})")
     if "influence" in f:
-        influence = "influence unknown" if s["align"] is None else f"influence {s['align']:+.1f} deviations from the trusted"
+        influence = (
+            "influence unknown" if s["influence"] is None else f"influence {s['influence']:+.1f} deviations from the trusted"
+        )
         parts.append(f"× {f['influence']:.2f} ({influence})")
     if "crowding" in f:
         crowded = "no neighbours" if s.get("crowding") is None else f"density of the graph {s['crowding']:.2f}"
@@ -69,10 +71,10 @@ def reason(sample: dict[str, Any]) -> str:
     return " ".join(parts).removeprefix("× ") or "all samples alike"
 
 
-def _judged(keep: float) -> str:
-    if 0.2 <= keep <= 0.8:
+def _judged(quality: float) -> str:
+    if 0.2 <= quality <= 0.8:
         return "at the filter's edge"
-    return "like the trusted set" if keep > 0.8 else "unlike the trusted set"
+    return "like the trusted set" if quality > 0.8 else "unlike the trusted set"
 
 
 def text_of(run: Run, sample: dict[str, Any]) -> str:

@@ -16,8 +16,8 @@ def cards(run: Run, found: Facts) -> list[tuple[str, str, str]]:
     cost = found.cost
     if cost.training:
         until = "whole run" if cost.whole else "up to the last refresh"
-        share = (cost.refreshes + cost.harvest) / cost.training
-        spent = f"refreshes {cost.refreshes:.2f} s, harvest {cost.harvest:.2f} s of {cost.training:.1f} s, {until}"
+        share = (cost.refreshes + cost.collect) / cost.training
+        spent = f"refreshes {cost.refreshes:.2f} s, collect {cost.collect:.2f} s of {cost.training:.1f} s, {until}"
         out.append(("added time", f"{share:.1%}", spent))
     else:
         out.append(("added time", f"{cost.refreshes:.2f} s", "in refreshes; the training time is not recorded"))
@@ -43,7 +43,7 @@ def chosen_by(run: Run, found: Facts) -> str:
         words.append("Shadow mode: the job trained on its own order, and on none of these schedules.")
     if opened:
         many = f"{len(opened)} of {len(found.generations)} schedules"
-        words.append(f"{many} were the whole pool in uniform order (the opening, or the guard).")
+        words.append(f"{many} were the whole pool in uniform order (the warm-up, or the guard).")
     told = [g for g in found.generations if g.level]
     if told:
         words.append(f"The guard's last word, at step {told[-1].step}: {told[-1].level} ({told[-1].reason}).")

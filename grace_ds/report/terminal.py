@@ -36,10 +36,10 @@ def terminal(run: Run, width: int | None = None, colour: bool = False) -> str:
         level = "uniform order" if g.uniform else g.level
         table.add_row(*map(Text, (str(g.version), str(g.step), f"{g.size:,}", churn, f"{sum(g.seconds.values()):.3f}", level)))
     console.print(table)
-    portrait = shown(run)
-    if portrait is not None:
+    explanation = shown(run)
+    if explanation is not None:
         samples, taken = Table("group", "sample", "why", "text", title="samples"), dict[str, int]()
-        for row in rows(run, portrait):
+        for row in rows(run, explanation):
             taken[row.group] = taken.get(row.group, 0) + 1
             if taken[row.group] <= _SAMPLES:
                 samples.add_row(*map(Text, (row.group, str(row.id), row.reason, _plain(row.text)[:120])))

@@ -66,26 +66,26 @@ def coverage(ids: IntArray, neighbours: Neighbours) -> Coverage:
     return Coverage(start, key & ((1 << bits) - 1), value.astype(np.float64))
 
 
-def objective(c: Coverage, weights: Array, chosen: IntArray) -> float:
+def objective(coverage: Coverage, weights: Array, chosen: IntArray) -> float:
     """F of the candidates ``chosen`` (positions)."""
     best = np.zeros(len(weights))
-    rows, sim, _ = _edges(c, np.asarray(chosen, np.int64))
+    rows, sim, _ = _edges(coverage, np.asarray(chosen, np.int64))
     np.maximum.at(best, rows, sim)
     return float((best * weights).sum())
 
 
-def lazy_greedy(c: Coverage, weights: Array, k: int, candidates: Array, first: IntArray) -> IntArray:
+def lazy_greedy(coverage: Coverage, weights: Array, k: int, candidates: Array, first: IntArray) -> IntArray:
     """Positions of k candidates in the order in which greedy takes them; of equal gains the lower position first.
 
     Args:
-        c: of n rows.
+        coverage: of n rows.
         weights: (n,) float64, not negative.
         k: how many, those of ``first`` included.
         candidates: (n,) bool, who may be taken.
         first: positions that are taken before all others.
     """
     first = np.asarray(first, np.int64)
-    state = _State.of(c, np.asarray(weights, np.float64), candidates, first)
+    state = _State.of(coverage, np.asarray(weights, np.float64), candidates, first)
     wanted = k - len(first)
     left = int(np.isfinite(state.bound).sum())
     while state.count < min(wanted, left):
@@ -131,17 +131,17 @@ class _State:
     count: int = 0
 
     @staticmethod
-    def of(c: Coverage, weights: Floats, candidates: Array, first: IntArray) -> _State:
+    def of(coverage: Coverage, weights: Floats, candidates: Array, first: IntArray) -> _State:
         """After ``first`` were taken."""
         n = len(weights)
         best = np.zeros(n)
-        rows, sim, _ = _edges(c, first)
+        rows, sim, _ = _edges(coverage, first)
         np.maximum.at(best, rows, sim)
-        candidate = np.repeat(np.arange(n, dtype=np.int64), np.diff(c.start))
-        gains = np.bincount(candidate, np.maximum(c.sim - best[c.rows], 0.0) * weights[c.rows], n)
+        candidate = np.repeat(np.arange(n, dtype=np.int64), np.diff(coverage.start))
+        gains = np.bincount(candidate, np.maximum(coverage.sim - best[coverage.rows], 0.0) * weights[coverage.rows], n)
         bound = np.where(candidates, gains, -np.inf)
         bound[first] = -np.inf
-        return _State(c, weights, best, bound, np.empty(n), np.empty(n, np.int64))
+        return _State(coverage, weights, best, bound, np.empty(n), np.empty(n, np.int64))
 
     def take(self, positions: IntArray, gains: Floats) -> None:
         """Notes who was taken; the caller has raised ``best``."""
@@ -151,68 +151,68 @@ class _State:
         self.bound[positions] = -np.inf
 
 
-def _edges(c: Coverage, positions: IntArray) -> tuple[IntArray, Floats, IntArray]:
+def _edges(coverage: Coverage, positions: IntArray) -> tuple[IntArray, Floats, IntArray]:
     """Row, similarity and index into ``positions`` of every edge of these candidates, in order."""
-    begin = c.start[positions]
-    size = c.start[positions + 1] - begin
+    begin = coverage.start[positions]
+    size = coverage.start[positions + 1] - begin
     at = np.repeat(begin - (np.cumsum(size) - size), size)
     at += np.arange(len(at))
-    return c.rows[at], c.sim[at], np.repeat(np.arange(len(positions), dtype=np.int64), size)
+    return coverage.rows[at], coverage.sim[at], np.repeat(np.arange(len(positions), dtype=np.int64), size)
 
 
-def _band(s: _State, members: IntArray, bar: float) -> None:
+def _band(state: _State, members: IntArray, bar: float) -> None:
     """Takes all that greedy takes of ``members`` (everybody whose bound reaches ``bar``) before gains fall below ``bar``."""
-    rows, sim, who = _edges(s.c, members)
+    rows, sim, who = _edges(state.c, members)
     open_ = np.ones(len(members), bool)
     while True:
-        rise = np.maximum(sim - s.best[rows], 0.0)
-        gains = np.bincount(who, rise * s.weights[rows], len(members)).astype(np.float64, copy=False)
+        rise = np.maximum(sim - state.best[rows], 0.0)
+        gains = np.bincount(who, rise * state.weights[rows], len(members)).astype(np.float64, copy=False)
         below = open_ & (gains < bar)
-        s.bound[members[below]] = gains[below]
+        state.bound[members[below]] = gains[below]
         open_ &= ~below
         if not open_.any():
             return
         here = np.flatnonzero((rise > 0) & open_[who])  # most candidates have fallen below by now
         rows, sim, who = rows[here], sim[here], who[here]
-        leads = _leaders(s, rows, who, gains, open_)
+        leads = _leaders(state, rows, who, gains, open_)
         mine = leads[who]
-        s.best[rows[mine]] = sim[mine]  # no row has two leaders
-        s.take(members[leads], gains[leads])
+        state.best[rows[mine]] = sim[mine]  # no row has two leaders
+        state.take(members[leads], gains[leads])
         open_ &= ~leads
         if np.count_nonzero(leads) * CHAIN < len(rows):
-            return _one_by_one(s, members[open_], gains[open_], bar)
+            return _one_by_one(state, members[open_], gains[open_], bar)
         rows, sim, who = rows[~mine], sim[~mine], who[~mine]
 
 
-def _leaders(s: _State, rows: IntArray, who: IntArray, gains: Floats, open_: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+def _leaders(state: _State, rows: IntArray, who: IntArray, gains: Floats, open_: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """Who of the ``open_`` comes first, by gain and then position, on each of its live rows."""
     mine = gains[who]
-    s.top[rows] = -1.0
-    np.maximum.at(s.top, rows, mine)
-    level = np.flatnonzero(mine == s.top[rows])[::-1]
-    s.owner[rows[level]] = who[level]  # of several values for a row the last one stays: that of the lowest position
+    state.top[rows] = -1.0
+    np.maximum.at(state.top, rows, mine)
+    level = np.flatnonzero(mine == state.top[rows])[::-1]
+    state.owner[rows[level]] = who[level]  # of several values for a row the last one stays: that of the lowest position
     leads: npt.NDArray[np.bool_] = open_.copy()
-    leads[who[s.owner[rows] != who]] = False
+    leads[who[state.owner[rows] != who]] = False
     return leads
 
 
-def _one_by_one(s: _State, members: IntArray, bounds: Floats, bar: float) -> None:
+def _one_by_one(state: _State, members: IntArray, bounds: Floats, bar: float) -> None:
     """The same with a heap, for what depends on one another in long chains (equal gains along a path, say)."""
     heap = list(zip((-bounds).tolist(), members.tolist(), strict=True))
     heapq.heapify(heap)
     while heap:
         j = heap[0][1]
-        part = slice(s.c.start[j], s.c.start[j + 1])
-        rows, sim = s.c.rows[part], s.c.sim[part]
-        best = s.best[rows]
-        gain = float(np.cumsum(np.maximum(sim - best, 0.0) * s.weights[rows])[-1])  # in order, as bincount adds
+        part = slice(state.c.start[j], state.c.start[j + 1])
+        rows, sim = state.c.rows[part], state.c.sim[part]
+        best = state.best[rows]
+        gain = float(np.cumsum(np.maximum(sim - best, 0.0) * state.weights[rows])[-1])  # in order, as bincount adds
         fresh = (-gain, j)
         if gain < bar:
             heapq.heappop(heap)
-            s.bound[j] = gain
+            state.bound[j] = gain
         elif len(heap) == 1 or fresh <= min(heap[1:3]):
             heapq.heappop(heap)
-            s.best[rows] = np.maximum(best, sim)
-            s.take(np.array([j]), np.array([gain]))
+            state.best[rows] = np.maximum(best, sim)
+            state.take(np.array([j]), np.array([gain]))
         else:
             heapq.heapreplace(heap, fresh)

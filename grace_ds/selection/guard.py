@@ -5,7 +5,7 @@ Three questions, answered before the money is spent twice.  Is there anything to
 leave nearly all of it, since text that reads like the trusted samples may still be known to the model by heart.  Do core
 samples, which were chosen, lower the trusted loss more than audit samples, which were not?  The bootstrap interval of the
 difference of their mean influence says so; the trusted half that gives it its unit chooses nothing.  And do influences
-foretell the next ones?  Those measured since the last schedule are compared by rank with what older ones predicted of the
+predict the next ones?  Those measured since the last schedule are compared by rank with what older ones predicted of the
 same samples: where no such correlation can be shown, influences are noise, and gradients are not collected until the next
 look.
 """
@@ -24,11 +24,11 @@ from grace_ds.records import Array
 
 RESAMPLES = 1000
 LEAST = 8  # samples drawn uniformly below which nothing is concluded
-ENOUGH = 1000  # foretold influences from which on they are judged
+ENOUGH = 1000  # predicted influences from which on they are judged
 MEMORY = 0.75  # of what was found, from one refresh to the next
 LOOK = 40  # losses whose own sampling error is as large as that of the limits fitted to the trusted ones
 ONE_SIDED = 1.645  # standard errors of a correlation that chance exceeds once in twenty
-BLIND = frozenset({"gradients", "sketches"})  # parts that are not paid for while influences foretell nothing
+BLIND = frozenset({"gradients", "sketches"})  # parts that are not paid for while influences predict nothing
 DOWN = frozenset(recipes.PARTS)  # parts that are not paid for after a step down
 CLEAN = frozenset(recipes.PARTS) - {"loss"}  # parts that are not paid for while the window is clean: losses go on being read
 
@@ -74,25 +74,25 @@ class Blindness:
 
     Attributes:
         on: they are neither collected nor used.
-        misses: looks in a row that could not show that influences foretell anything; each doubles the time to the next.
+        misses: looks in a row that could not show that influences predict anything; each doubles the time to the next.
         look: version of the schedule from which on they are collected again.
-        foretold: rank correlation of influences with those that older ones predicted, since the last look; by samples.
+        predicted: rank correlation of influences with those that older ones predicted, since the last look; by samples.
     """
 
     on: bool = False
     misses: int = 0
     look: int = 0
-    foretold: Remembered = field(default_factory=Remembered)
+    prediction_skill: Remembered = field(default_factory=Remembered)
 
     def at(self, version: int, found: Remembered) -> Blindness:
         """How it stands for schedule ``version``, by what was ``found`` at its refresh."""
         if self.on:
             return replace(self, on=version < self.look)
-        known = found.after(self.foretold)
+        known = found.after(self.prediction_skill)
         if known.weight < ENOUGH:
-            return replace(self, foretold=known)
+            return replace(self, prediction_skill=known)
         if known.value * np.sqrt(known.weight) >= ONE_SIDED:
-            return Blindness(foretold=known)
+            return Blindness(prediction_skill=known)
         return Blindness(True, self.misses + 1, version + 2 ** (self.misses + 1))
 
 
@@ -139,7 +139,7 @@ def from_meta(meta: Mapping[str, Any] | None) -> Decision | None:
         return None
     blind = dict(meta.get("blind") or {})
     if blind:
-        blind["foretold"] = Remembered(**blind["foretold"])
+        blind["prediction_skill"] = Remembered(**blind["prediction_skill"])
     return Decision(
         str(meta["level"]),
         str(meta["reason"]),
@@ -171,7 +171,7 @@ def contrast(core: Array, audit: Array, confidence: float, seed: int) -> Contras
     return Contrast(difference, float(low), float(high), len(core), len(audit))
 
 
-def foretold(predicted: Array, measured: Array) -> Remembered:
+def prediction_skill(predicted: Array, measured: Array) -> Remembered:
     """Spearman's correlation of influences (n,) that were predicted and then measured; those that are not finite left out."""
     both = np.isfinite(predicted) & np.isfinite(measured)
     if both.sum() < LEAST:
@@ -222,9 +222,9 @@ def decide(
     Args:
         recipe: the most that may be used.
         window: what it is made from.
-        found: core against audit of the samples harvested since the last schedule; None where nothing was.
+        found: core against audit of the samples collected since the last schedule; None where nothing was.
         previous: decision of the schedule before; None for the first.
-        seen: :func:`foretold` of the influences measured since; None where nothing was.
+        seen: :func:`prediction_skill` of the influences measured since; None where nothing was.
     """
     before = previous if previous is not None else Decision(recipe, "")
     losses = window.losses.after(before.losses) if window.losses.weight else before.losses  # no look, nothing forgotten
@@ -237,10 +237,10 @@ def decide(
     if level.level != recipe or blind == Blindness():
         return level
     if blind.on:
-        reason = f"{level.reason}; influences foretell nothing: no gradients until schedule {blind.look}"
+        reason = f"{level.reason}; influences predict nothing: no gradients until schedule {blind.look}"
         return replace(level, reason=reason, off=BLIND)
-    known = blind.foretold
-    return replace(level, numbers={**numbers, "foretold": known.value, "foretold_samples": known.weight})
+    known = blind.prediction_skill
+    return replace(level, numbers={**numbers, "prediction_skill": known.value, "prediction_skill_samples": known.weight})
 
 
 def _clean(recipe: str, window: Window, losses: Remembered) -> Decision | None:

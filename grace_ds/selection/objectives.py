@@ -135,52 +135,52 @@ def _flat(ids: IntArray) -> Coreset:
 
 
 @register("sample")
-def _sample(r: Request) -> Coreset:
+def _sample(request: Request) -> Coreset:
     """Gumbel top-k: without replacement, in proportion to p; inverse-probability weights."""
-    return sample_without_replacement(r.ids, r.log_p, r.k, r.seed, r.version).coreset
+    return sample_without_replacement(request.ids, request.log_p, request.k, request.seed, request.version).coreset
 
 
 @register("uniform")
-def _uniform(r: Request) -> Coreset:
+def _uniform(request: Request) -> Coreset:
     """Every sample alike, drawn anew for each version."""
-    return sample_without_replacement(r.ids, np.zeros(len(r.ids)), r.k, r.seed, r.version).coreset
+    return sample_without_replacement(request.ids, np.zeros(len(request.ids)), request.k, request.seed, request.version).coreset
 
 
 @register("topk")
-def _topk(r: Request) -> Coreset:
+def _topk(request: Request) -> Coreset:
     """The most probable ones; of equals the lower ids."""
-    return _flat(r.ids[largest(np.asarray(r.log_p), r.k)])
+    return _flat(request.ids[largest(np.asarray(request.log_p), request.k)])
 
 
 @register("rs2")
-def _rs2(r: Request) -> Coreset:
+def _rs2(request: Request) -> Coreset:
     """Repeated random subsets (arXiv 2305.18424): a seeded order walked k at a time, a new order once it is used up."""
-    n = len(r.ids)
-    k = min(r.k, n)
+    n = len(request.ids)
+    k = min(request.k, n)
     chosen = np.empty(0, np.int64)
-    lap, offset = divmod(r.version * k, n) if n else (0, 0)
+    lap, offset = divmod(request.version * k, n) if n else (0, 0)
     while len(chosen) < k:
-        order = np.argsort(random_words(r.seed, lap, _RS2, r.ids), kind="stable")
+        order = np.argsort(random_words(request.seed, lap, _RS2, request.ids), kind="stable")
         rest = order[~np.isin(order, chosen)] if len(chosen) else order[offset:]
         chosen = np.concatenate([chosen, rest[: k - len(chosen)]])
         lap += 1
-    return _flat(r.ids[chosen])
+    return _flat(request.ids[chosen])
 
 
 @register("facility_location")
-def _facility_location(r: Request) -> Coreset:
+def _facility_location(request: Request) -> Coreset:
     """Greedy cover of the window's importance along the graph; a member's weight is the importance that it stands for."""
-    if r.neighbours is None:
+    if request.neighbours is None:
         raise ConfigError("selection.objective = 'facility_location' needs the content graph; set features.enabled: true")
-    graph = coverage(r.window, r.neighbours)
-    candidates = np.isin(r.window, r.ids)
-    order = lazy_greedy(graph, r.weights, r.k, candidates, np.searchsorted(r.window, r.first))
-    best, owner = np.zeros(len(r.window)), np.full(len(r.window), -1, np.int64)
+    graph = coverage(request.window, request.neighbours)
+    candidates = np.isin(request.window, request.ids)
+    order = lazy_greedy(graph, request.weights, request.k, candidates, np.searchsorted(request.window, request.first))
+    best, owner = np.zeros(len(request.window)), np.full(len(request.window), -1, np.int64)
     for j in order:
         part = slice(graph.start[j], graph.start[j + 1])
         rows, sim = graph.rows[part], graph.sim[part]
         better = sim > best[rows]
         best[rows[better]], owner[rows[better]] = sim[better], j
-    share = np.bincount(owner[owner >= 0], r.weights[owner >= 0], len(r.window))[order]
+    share = np.bincount(owner[owner >= 0], request.weights[owner >= 0], len(request.window))[order]
     by_id = np.argsort(order)
-    return Coreset(r.window[order][by_id], mean_one(share[by_id]))
+    return Coreset(request.window[order][by_id], mean_one(share[by_id]))

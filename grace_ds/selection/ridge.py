@@ -1,7 +1,7 @@
-"""A signal that few samples were harvested with, predicted for all from content statistics: closed-form ridge.
+"""A signal that few samples were collected with, predicted for all from content statistics: closed-form ridge.
 
 A single sample's alignment is mostly noise; what kind of text it is tells most of what is not.  The statistics and their
-products go into a weighted ridge regression, whose normal equations are sums over the harvested samples.  They are added
+products go into a weighted ridge regression, whose normal equations are sums over the collected samples.  They are added
 up as integers, so the result has the same bits however the samples are spread over ranks.
 """
 
@@ -86,7 +86,7 @@ class Ridge:
 
     @staticmethod
     def solve(equations: Integers) -> Ridge | None:
-        """From :func:`normal_equations` of all ranks; None where nothing was harvested."""
+        """From :func:`normal_equations` of all ranks; None where nothing was collected."""
         c = int((np.sqrt(1 + 4 * len(equations)) - 1) / 2)
         gram = equations[: c * c].reshape(c, c) / 2.0 ** (2 * _ROW_BITS + _WEIGHT_BITS)
         right = equations[c * c :] / 2.0 ** (_ROW_BITS + _WEIGHT_BITS + _TARGET_BITS)

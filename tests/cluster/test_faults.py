@@ -25,7 +25,7 @@ import pytest
 from tests.cluster.fault_job import FAULT_STEP
 from tests.cluster.hosts import ADDRESSES, NAMES, Hosts, missing
 from tests.cluster.zygote import Zygote, session
-from tests.multirank.launch import HARVESTING, environment, free_port
+from tests.multirank.launch import COLLECTING, environment, free_port
 from tests.multirank.test_entries import wait_until
 from tests.multirank.toy import Corpus
 
@@ -37,7 +37,7 @@ LIMIT, MARGIN = 20.0, 10.0
 
 # Where, and what the survivor says of it: in its last line, or where GRACE alone is given up, in a warning before.
 PLACES: dict[str, tuple[Any, str]] = {
-    "harvest": (["grace_ds.gradients.collector", "Harvester.pending"], "stage harvest"),
+    "collect": (["grace_ds.gradients.collector", "Harvester.pending"], "stage collect"),
     "basis": (["grace_ds.gradients.basis", "BasisAccumulator.pack"], "stage trusted basis"),
     "gather": (["grace_ds.refresh.line", "activation"], "stage gather"),
     "table": (["grace_ds.refresh.line", "owner_of"], "in refresh"),
@@ -75,7 +75,7 @@ class Played:
 
 def config_of(folder: Path) -> dict[str, Any]:
     grace = {
-        **HARVESTING,
+        **COLLECTING,
         "window": 150,  # one that moves has features to read at every refresh
         "trusted": str(folder.parent / "trusted.jsonl"),
         "refresh": {"interval_steps": 4, "cadence": "fixed", "timeout_seconds": LIMIT},

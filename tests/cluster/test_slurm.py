@@ -12,7 +12,7 @@ import pytest
 
 from grace_ds.data.schedule import load_book
 from tests.cluster.slurm import Slurm, missing
-from tests.multirank.launch import HARVESTING, environment, free_port, stream
+from tests.multirank.launch import COLLECTING, environment, free_port, stream
 from tests.multirank.test_entries import living, write_config
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300), pytest.mark.skipif(bool(missing()), reason=missing() or "-")]
@@ -42,7 +42,7 @@ def variables(folder: Path, way: str) -> dict[str, str]:
 
 def config_of(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
-    return write_config(folder / "on.json", {**HARVESTING, "run_dir": str(folder / "run")})
+    return write_config(folder / "on.json", {**COLLECTING, "run_dir": str(folder / "run")})
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_a_cancelled_job_ends_within_the_kill_wait_and_its_last_checkpoint_goes_
     slurm: Slurm, tmp_path: Path, preempt: bool
 ) -> None:
     saved, out = tmp_path / "saved", tmp_path / "out"
-    grace = {**HARVESTING, "run_dir": str(tmp_path / "run")}
+    grace = {**COLLECTING, "run_dir": str(tmp_path / "run")}
     config = json.loads(write_config(tmp_path / "ds.json", grace).read_text())
     spec = {"config": config, "folder": str(tmp_path), "limit": 60, "save": str(saved)}
     first, second = tmp_path / "first.json", tmp_path / "second.json"

@@ -17,7 +17,7 @@ import pytest
 from grace_ds.data.schedule import load_book
 from tests.cluster.hosts import ADDRESSES, PATH, Hosts, missing
 from tests.cluster.test_faults import LIMIT, MARGIN, PLACES, write_spec, write_trusted
-from tests.multirank.launch import HARVESTING, environment, stream
+from tests.multirank.launch import COLLECTING, environment, stream
 from tests.multirank.test_entries import living, wait_until, write_config
 
 WHY = missing("sshd", "ssh-keygen", "pdsh")
@@ -64,7 +64,7 @@ def start(hosts: Hosts, folder: Path, way: str, script: list[str]) -> tuple[subp
 
 
 def script(folder: Path, *more: str) -> list[str]:
-    config = write_config(folder / "on.json", {**HARVESTING, "run_dir": str(folder / "run")})
+    config = write_config(folder / "on.json", {**COLLECTING, "run_dir": str(folder / "run")})
     return ["--module", "grace_ds.run", JOB, "--deepspeed_config", str(config), "--out", str(folder), *more]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from grace_ds.errors import ConfigError
-from grace_ds.graph import backends as leaves
+from grace_ds.graph import backends as backends
 from tests.contract.rapids_calls import LIBRARIES, array_sources, calls, signature, sources
 
 WANTED = os.environ.get("GRACE_TEST_GPU_WHEELS") == "1"
@@ -178,4 +178,4 @@ def test_the_leaf_says_that_there_is_no_gpu() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(ConfigError, match="sees no GPU"):
-        leaves.choose("cuvs", 1000)
+        backends.choose("cuvs", 1000)

@@ -12,7 +12,7 @@ import pytest
 
 from grace_ds.monitor.metrics import Metrics
 from tests.docs.blocks import ROOT
-from tests.multirank.launch import HARVESTING, Records, run_jobs
+from tests.multirank.launch import COLLECTING, Records, run_jobs
 
 # Where names of events are written down.
 SOURCES = (
@@ -45,14 +45,14 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Records:
     folder = tmp_path_factory.mktemp("metrics")
     # Plenty of audit slots, a guard that does not call the toy clean, and a run_dir: whatever is told is told by one of them.
     grace = {
-        **HARVESTING,
+        **COLLECTING,
         "guard": {"clean_share": 1.0},
         "selection": {"audit": 0.3},
         "run_dir": str(folder / "a"),
     }
     jobs: dict[str, Any] = {
         "grace": {"steps": 14, "grace": grace},
-        "content": {"steps": 6, "grace": {**HARVESTING, "recipe": "content", "pseudo_trusted": True}},
+        "content": {"steps": 6, "grace": {**COLLECTING, "recipe": "content", "pseudo_trusted": True}},
     }
     return run_jobs(folder, jobs, timeout=200)[0]
 

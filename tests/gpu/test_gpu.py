@@ -17,9 +17,9 @@ import torch
 from grace_ds.cli import doctor
 from grace_ds.comm.local import LocalComm
 from grace_ds.config.schema import GraphConfig
-from grace_ds.graph import backends as leaves
+from grace_ds.graph import backends as backends
 from grace_ds.graph import gpu
-from grace_ds.graph.backends.torch_backend import TorchLeaf
+from grace_ds.graph.backends.torch_backend import TorchBackend
 from grace_ds.graph.build import knn
 from grace_ds.graph.propagate import crowding, priority, propagate
 from grace_ds.graph.ring import nearest
@@ -39,10 +39,10 @@ needs_cuvs, needs_cupy = (
 K = 15
 
 
-def leaf_of(recall: float = 0.99, half: bool = False):  # type: ignore[no-untyped-def]
-    from grace_ds.graph.backends.cuvs_backend import CuvsLeaf
+def backend_of(recall: float = 0.99, half: bool = False):  # type: ignore[no-untyped-def]
+    from grace_ds.graph.backends.cuvs_backend import CuvsBackend
 
-    return CuvsLeaf(recall, half)
+    return CuvsBackend(recall, half)
 
 
 def dense(x: np.ndarray, q: np.ndarray, k: int) -> np.ndarray:
@@ -52,18 +52,18 @@ def dense(x: np.ndarray, q: np.ndarray, k: int) -> np.ndarray:
 @needs_cuvs
 def test_brute_force_gives_the_graph_of_the_cpu_bit_for_bit() -> None:
     x, ids = clustered(3000, 64), np.arange(3000) * 7
-    leaf = leaf_of(1.0)
-    with leaves.opened(LocalComm(60.0), leaf):
-        found = nearest(LocalComm(60.0), Request.of(ids, x, K), leaf)
-    wanted = nearest(LocalComm(60.0), Request.of(ids, x, K), TorchLeaf())
+    backend = backend_of(1.0)
+    with backends.opened(LocalComm(60.0), backend):
+        found = nearest(LocalComm(60.0), Request.of(ids, x, K), backend)
+    wanted = nearest(LocalComm(60.0), Request.of(ids, x, K), TorchBackend())
     assert found.ids.tobytes() == wanted.ids.tobytes()
 
 
 @needs_cuvs
 def test_ids_are_int64_and_padded() -> None:
-    x, leaf = rows_of("clustered", 10, 32), leaf_of(1.0)
-    with leaves.opened(LocalComm(60.0), leaf):
-        ids, similarity = leaf.search(leaf.build(x, np.arange(10) + (1 << 35)), x, 20)
+    x, backend = rows_of("clustered", 10, 32), backend_of(1.0)
+    with backends.opened(LocalComm(60.0), backend):
+        ids, similarity = backend.search(backend.build(x, np.arange(10) + (1 << 35)), x, 20)
     assert ids.dtype == np.int64 and (ids[:, 10:] == -1).all() and ids[:, :10].min() >= 1 << 35
     assert np.isneginf(similarity[:, 10:]).all()
 
@@ -77,9 +77,9 @@ def test_large_shards_reach_the_recall_by_descent_and_by_lists(
 
     monkeypatch.setattr(cuvs_leaf, "BRUTE_ROWS", 1000)
     x = rows_of("clustered", 60_000, 64)
-    queries, leaf = (x, leaf_of(0.98)) if itself else (x[::7].copy(), leaf_of(0.98))
-    with leaves.opened(LocalComm(60.0), leaf), caplog.at_level(logging.INFO, "grace_ds.graph.backends.cuvs_backend"):
-        _, similarity = leaf.search(leaf.build(x, np.arange(len(x))), queries, K)
+    queries, backend = (x, backend_of(0.98)) if itself else (x[::7].copy(), backend_of(0.98))
+    with backends.opened(LocalComm(60.0), backend), caplog.at_level(logging.INFO, "grace_ds.graph.backends.cuvs_backend"):
+        _, similarity = backend.search(backend.build(x, np.arange(len(x))), queries, K)
     assert ("nn_descent" if itself else "ivf_pq") in caplog.messages[-1]  # the last effort that was measured is the one taken
     sample = np.arange(0, len(queries), 97)
     assert np.mean(similarity[sample] >= dense(x, queries[sample], K)[:, -1:] - 1e-5) > 0.97
@@ -87,9 +87,9 @@ def test_large_shards_reach_the_recall_by_descent_and_by_lists(
 
 @needs_cuvs
 def test_half_precision_rows_keep_the_recall() -> None:
-    x, leaf = rows_of("clustered", 20_000, 128), leaf_of(0.99, half=True)
-    with leaves.opened(LocalComm(60.0), leaf):
-        found = nearest(LocalComm(60.0), Request.of(np.arange(len(x)), x, K), leaf)
+    x, backend = rows_of("clustered", 20_000, 128), backend_of(0.99, half=True)
+    with backends.opened(LocalComm(60.0), backend):
+        found = nearest(LocalComm(60.0), Request.of(np.arange(len(x)), x, K), backend)
     sample = np.arange(0, len(x), 61)
     bar = dense(x, x[sample], K + 1)[:, -1:]
     assert np.mean(found.similarity[sample] >= bar - 1e-5) > 0.99
@@ -130,7 +130,8 @@ def test_a_clique_of_one_comes_up_and_its_handle_runs_cuvs() -> None:
 def test_the_graph_of_a_refresh_is_the_cpus(tier: str) -> None:
     x, ids = rows_of("clustered", 5000, 64), np.arange(5000)
     made = [
-        knn(LocalComm(60.0), ids, x, ids, x, GraphConfig(tier=tier, leaf=leaf, k=K, recall=1.0)) for leaf in ("cuvs", "torch")
+        knn(LocalComm(60.0), ids, x, ids, x, GraphConfig(tier=tier, backend=backend, k=K, recall=1.0))
+        for backend in ("cuvs", "torch")
     ]
     assert made[0] is not None and made[1] is not None
     assert made[0].ids.tobytes() == made[1].ids.tobytes()
@@ -146,7 +147,7 @@ def test_edges_are_those_of_an_exact_search(descends: bool, monkeypatch: pytest.
         monkeypatch.setattr(cuvs_leaf, "BRUTE_ROWS", 1000)
     x, ids = rows_of("clustered", 20_000, 64), np.arange(20_000)
     found, wanted = (
-        knn(LocalComm(60.0), ids, x, ids, x, GraphConfig(tier="exact", leaf=leaf, k=K)) for leaf in ("cuvs", "torch")
+        knn(LocalComm(60.0), ids, x, ids, x, GraphConfig(tier="exact", backend=backend, k=K)) for backend in ("cuvs", "torch")
     )
     assert found is not None and wanted is not None
     same = np.mean([len(np.intersect1d(a, b)) for a, b in zip(found.ids, wanted.ids, strict=True)]) / K
@@ -158,8 +159,8 @@ def test_edges_are_those_of_an_exact_search(descends: bool, monkeypatch: pytest.
 def test_auto_is_cuvs_here_and_a_cpu_leaf_for_a_cpu_engine() -> None:
     assert gpu.obstacle("cuda") == ""
     for device in ("cuda", f"cuda:{torch.cuda.current_device()}"):
-        assert leaves.choose("auto", 5000, device=device).name == leaves.exact("auto", device=device).name == "cuvs"
-    assert leaves.choose("auto", 5000, device="cpu").name != "cuvs"
+        assert backends.choose("auto", 5000, device=device).name == backends.exact("auto", device=device).name == "cuvs"
+    assert backends.choose("auto", 5000, device="cpu").name != "cuvs"
 
 
 @needs_cuvs
@@ -167,8 +168,8 @@ def test_auto_is_cuvs_here_and_a_cpu_leaf_for_a_cpu_engine() -> None:
 def test_the_doctor_says_what_would_compute() -> None:
     found = {f.what: f for f in doctor.gpu({})}
     assert found["device"].said == "cuda"
-    assert found["graph.leaf auto"].said.startswith("cuvs") and found["propagation rows"].said.startswith("cupy")
-    assert {found[name].status for name in ("graph.leaf auto", "propagation rows", *doctor._RAPIDS)} == {doctor.OK}
+    assert found["graph.backend auto"].said.startswith("cuvs") and found["propagation rows"].said.startswith("cupy")
+    assert {found[name].status for name in ("graph.backend auto", "propagation rows", *doctor._RAPIDS)} == {doctor.OK}
 
 
 def inputs(n: int = 5000) -> dict[str, Any]:

@@ -231,7 +231,7 @@ class Job:
             "unbound": self.unbound,
             "cursor": c.cursor,
             "expected": c.step * g.batch,
-            "rows": c.harvester.rows_kept if c.harvester is not None else 0,
+            "rows": c.collector.rows_kept if c.collector is not None else 0,
             "mismatches": c.watch.mismatches,
             "slips": c.watch.slips,
             "failures": c.metrics.refresh_failures,
@@ -916,7 +916,7 @@ def _spoil(job: Job, rank: int, late: float = 0.0) -> None:
         return original(kept, ids)
 
     changed = dataclasses.replace(pipeline, contents=contents)
-    job.controller.pipeline = job.controller.refresher.pipeline = changed
+    job.controller.pipeline = job.controller.runner.pipeline = changed
 
 
 @form(FAILURES, "a loss that is not finite on one rank")
@@ -932,7 +932,7 @@ def failure_nan() -> dict[str, Any]:
 
 
 @dataclass
-class Outcome:
+class RefreshResult:
     """What a form came to on this rank."""
 
     found: dict[str, Any] = field(default_factory=dict)
@@ -962,7 +962,7 @@ def main() -> None:
         if wanted and one.name not in wanted:
             continue
         lines.clear()
-        outcome = Outcome()
+        outcome = RefreshResult()
         try:
             outcome.found = one.run()
         except GraceError as error:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from tests.multirank.harness import World
-from tests.multirank.launch import HARVESTING
+from tests.multirank.launch import COLLECTING
 
 EARLIER, LATER = 4, 6
 MODEL = "mp_rank_00_model_states.pt"
@@ -59,7 +59,7 @@ def make_engine(folder: Path) -> tuple[Any, Any]:
         "zero_optimization": {"stage": 2},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
         "steps_per_print": 10**9,
-        "grace_ds": {**HARVESTING, "trusted": str(trusted), "harvest": {"dim": 32}},
+        "grace_ds": {**COLLECTING, "trusted": str(trusted), "collect": {"dim": 32}},
     }
     torch.manual_seed(0)
     model = Model()
@@ -74,7 +74,7 @@ def fingerprint(c: Any) -> str:
     h = hashlib.blake2b(json.dumps(scalars(c), sort_keys=True).encode())
     for schedule in c.book.schedules:
         h.update(f"{schedule.digest()} {json.dumps(dict(schedule.meta), sort_keys=True)}".encode())
-    arrays = [getattr(t.rows, f.name) for t in (c.table, c.seen) for f in fields(t.rows)] + [c.ledger.ids, c.ledger.counts]
+    arrays = [getattr(t.rows, f.name) for t in (c.table, c.seen) for f in fields(t.rows)] + [c.visits.ids, c.visits.counts]
     arrays += [array for _, array in sorted(c.basis.to_arrays().items())] if c.basis is not None else []
     for array in arrays:
         h.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
@@ -103,7 +103,7 @@ class Damage:
             self.forged_schema,
             self.forged_manifest,
             self.forged_manifest,
-            self.forged_harvest,
+            self.forged_collect,
             self.forged_table,
             self.forged_swap,
             self.client_state,
@@ -189,7 +189,7 @@ class Damage:
         value = self.pick(ODD_VALUES)
 
         def edit(manifest: dict[str, Any]) -> None:
-            right = isinstance(value, type(manifest[key])) or (key in ("basis", "harvest") and value is None)
+            right = isinstance(value, type(manifest[key])) or (key in ("basis", "collect") and value is None)
             if right or self.rng.random() < 0.5:
                 del manifest[key]
             else:
@@ -198,19 +198,19 @@ class Damage:
         self.forge(edit)
         return f"{key} of the manifest dropped or {value!r}"
 
-    def forged_harvest(self) -> str:
+    def forged_collect(self) -> str:
         key = self.pick(["seed", "dim", "rank", "scale", "sigma", "sums", "frozen", "running_mean"])
         value = self.pick([v for v in ODD_VALUES if v is not None and not isinstance(v, bool)])
 
         def edit(manifest: dict[str, Any]) -> None:
-            harvest = manifest["harvest"]
-            holder = next(h for h in (harvest, harvest["sketcher"], harvest["sketcher"]["scale"]) if key in h)
+            collect = manifest["collect"]
+            holder = next(h for h in (collect, collect["sketcher"], collect["sketcher"]["scale"]) if key in h)
             right = isinstance(value, type(holder.pop(key))) or key == "frozen"
             if not right and self.rng.random() < 0.5:
                 holder[key] = value
 
         self.forge(edit)
-        return f"{key} of the harvest dropped or {value!r}"
+        return f"{key} of the collection dropped or {value!r}"
 
     def forged_table(self) -> str:
         from safetensors.numpy import load, save

@@ -10,9 +10,9 @@ from typing import Any
 
 from tests.multirank.harness import mpirun, run_command
 
-# Harvested and chosen from the first steps on: with no trusted set no opening waits for influences, so the losses and the
+# Collected and chosen from the first steps on: with no trusted set no warm-up waits for influences, so the losses and the
 # copies tell samples apart; and the guard, which is not what most jobs here are about, finds toy corpora clean.
-HARVESTING: dict[str, Any] = {
+COLLECTING: dict[str, Any] = {
     "recipe": "grace",
     "budget": 0.3,
     "start_step": 0,

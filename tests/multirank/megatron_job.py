@@ -13,7 +13,7 @@ import torch.distributed as dist
 from grace_ds.comm.base import Comm
 from grace_ds.comm.local import LocalComm
 from grace_ds.comm.torch_dist import TorchComm
-from grace_ds.config.schema import HarvestConfig
+from grace_ds.config.schema import CollectConfig
 from grace_ds.errors import ConfigError
 from grace_ds.gradients.basis import TrustedBasis
 from grace_ds.gradients.hooks import Sketcher
@@ -21,7 +21,7 @@ from grace_ds.gradients.layers import Layer
 from grace_ds.gradients.megatron_layers import select_parallel
 from grace_ds.gradients.pipeline_batches import MicroBatches
 from grace_ds.gradients.projection import bases, fold_table
-from grace_ds.gradients.sharded_collector import SharedHarvester
+from grace_ds.gradients.sharded_collector import ShardedGradientCollector
 from tests.multirank.harness import World
 from tests.multirank.megatron_shims import on_cpu
 from tests.oracles import sketch_of
@@ -163,10 +163,10 @@ def share(value: Any) -> list[Any]:
     return got
 
 
-def harvest(model: Any, sketcher: Sketcher, case: Case, peers: Comm, leader: bool, rerun: bool = False) -> tuple[Any, int]:
+def collect(model: Any, sketcher: Sketcher, case: Case, peers: Comm, leader: bool, rerun: bool = False) -> tuple[Any, int]:
     """(ids, rows, losses, inner products) of one step, summed over ``peers``, after one that freezes the scale."""
-    config = HarvestConfig(dim=DIM, rank=RANK)
-    harvester = SharedHarvester(sketcher, config, peers, leader)
+    config = CollectConfig(dim=DIM, rank=RANK)
+    collector = ShardedGradientCollector(sketcher, config, peers, leader)
     ids = [np.arange(case.rows) + 100 * k for k in range(case.micro)]
     rank = dist.get_rank()
     micro = MicroBatches([model], sketcher, case.micro, ids.__getitem__, counts_losses=case.tp == 1 or rank == 0)
@@ -174,13 +174,13 @@ def harvest(model: Any, sketcher: Sketcher, case: Case, peers: Comm, leader: boo
         for _ in range(2 if rerun else 1):
             forward_backward(model, batches(case))
             model.zero_grad()
-        harvester.commit(micro.take(), step, float(case.micro), LocalComm() if leader else None)
+        collector.commit(micro.take(), step, float(case.micro), LocalComm() if leader else None)
     micro.detach()
-    found = [h for _, h in harvester.collect()]
+    found = [h for _, h in collector.collect()]
     if not found:
-        return None, harvester.summed_bytes
-    columns = [np.concatenate([getattr(h, f) for h in found]) for f in ("ids", "sketch", "loss", "align", "norm")]
-    return columns, harvester.summed_bytes
+        return None, collector.summed_bytes
+    columns = [np.concatenate([getattr(h, f) for h in found]) for f in ("ids", "sketch", "loss", "influence", "norm")]
+    return columns, collector.summed_bytes
 
 
 def work(world: World, cases: list[Case]) -> list[dict[str, Any]]:
@@ -210,9 +210,9 @@ def measure(case: Case, world: World) -> dict[str, Any]:
     peers = TorchComm([list(range(world.size))], 30)
     leader = world.rank == 0
     with sketcher:
-        found, nbytes = harvest(model, sketcher, case, peers, leader)
-        again, _ = harvest(model, sketcher, case, peers, leader, rerun=True)
-        alone, _ = harvest(model, sketcher, case, LocalComm(), True)
+        found, nbytes = collect(model, sketcher, case, peers, leader)
+        again, _ = collect(model, sketcher, case, peers, leader, rerun=True)
+        alone, _ = collect(model, sketcher, case, LocalComm(), True)
         failures = sketcher.failures
     watch.remove()
     result: dict[str, Any] = {

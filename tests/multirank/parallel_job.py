@@ -27,14 +27,14 @@ import grace_ds
 from grace_ds.comm.base import Comm
 from grace_ds.comm.local import LocalComm
 from grace_ds.comm.torch_dist import TorchComm
-from grace_ds.config.schema import HarvestConfig
+from grace_ds.config.schema import CollectConfig
 from grace_ds.errors import ConfigError
 from grace_ds.gradients.hooks import Sketcher
 from grace_ds.gradients.layers import Layer, select_layers
 from grace_ds.gradients.megatron_layers import select_parallel
 from grace_ds.gradients.pipeline_batches import MicroBatches
 from grace_ds.gradients.projection import bases, fold_table
-from grace_ds.gradients.sharded_collector import SharedHarvester
+from grace_ds.gradients.sharded_collector import ShardedGradientCollector
 from tests.multirank.toy import VOCAB, Corpus
 from tests.oracles import batch_of_one_gradients, sketch_of
 
@@ -223,14 +223,14 @@ def sketches(kind: str, peers: Comm) -> dict[str, Any]:
     )
     found = {}
     with Sketcher(layers, SEED, DIM, RANK, pipelined=kind == "pipeline") as sketcher:
-        together = SharedHarvester(sketcher, HarvestConfig(dim=DIM, rank=RANK), peers, dist.get_rank() == 0)
-        alone = SharedHarvester(sketcher, HarvestConfig(dim=DIM, rank=RANK), LocalComm(), True)
-        for step, harvester in ((1, together), (2, together), (3, alone)):
-            bindings = one_step(kind, engine, sketcher, batches)
-            harvester.commit(bindings, step, float(GAS), LocalComm() if harvester.leader else None)
+        run_on_all_ranks = ShardedGradientCollector(sketcher, CollectConfig(dim=DIM, rank=RANK), peers, dist.get_rank() == 0)
+        alone = ShardedGradientCollector(sketcher, CollectConfig(dim=DIM, rank=RANK), LocalComm(), True)
+        for step, collector in ((1, run_on_all_ranks), (2, run_on_all_ranks), (3, alone)):
+            captures = one_step(kind, engine, sketcher, batches)
+            collector.commit(captures, step, float(GAS), LocalComm() if collector.leader else None)
         wanted = truth(layers, batches, sketcher)
         found["alone"] = error_of([h for _, h in alone.collect()], wanted[0])
-        rows = [h for _, h in together.collect()]
+        rows = [h for _, h in run_on_all_ranks.collect()]
         if rows:
             found["error"] = error_of(rows, wanted[0])
             found["loss_error"] = float(np.abs(np.concatenate([h.loss for h in rows]) - wanted[1]).max())
@@ -249,12 +249,12 @@ def one_step(kind: str, engine: Any, sketcher: Sketcher, batches: list[Batch]) -
         micro = MicroBatches([engine.module], sketcher, GAS, ids.__getitem__)
         micro.follow_loss(engine.module, "loss_fn")
         engine.train_batch(iter(batches))
-        bindings = micro.take()
+        captures = micro.take()
         micro.detach()
     else:
-        bindings = []
+        captures = []
         for k, (tokens, targets) in enumerate(batches):
-            bindings.append(sketcher.begin(ids[k]))
+            captures.append(sketcher.begin(ids[k]))
             loss = engine(tokens, targets)
             sketcher.end()
             sketcher.observe_loss(loss)
@@ -262,7 +262,7 @@ def one_step(kind: str, engine: Any, sketcher: Sketcher, batches: list[Batch]) -
             engine.step()
     for group, rate in zip(engine.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    return bindings
+    return captures
 
 
 def truth(layers: list[Layer], batches: list[Batch], sketcher: Sketcher) -> tuple[np.ndarray, np.ndarray]:

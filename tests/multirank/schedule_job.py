@@ -1,7 +1,7 @@
 """What the ranks of the same-schedule test do: one world goes through every case, two refreshes each.
 
-A case is the same whatever the number of ranks: its corpus, its windows and its list of harvested rows do not depend on
-it.  What does is where a row was harvested, for which each world has a rule of its own.
+A case is the same whatever the number of ranks: its corpus, its windows and its list of collected rows do not depend on
+it.  What does is where a row was collected, for which each world has a rule of its own.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from grace_ds.comm.choose import choose
 from grace_ds.config.schema import FeaturesConfig, GraceConfig, GuardConfig, RefreshConfig, SelectionConfig
 from grace_ds.data.order import SamplerOrder
 from grace_ds.data.pool import Pool
-from grace_ds.data.schedule import Ledger
+from grace_ds.data.schedule import VisitCounts
 from grace_ds.features.content import ContentFeatures, TokenReader
-from grace_ds.features.quality import BigramPrior
+from grace_ds.features.quality import QualityModel
 from grace_ds.graph.repair import KeptGraph
-from grace_ds.integrations.setup import Contents, Parts
-from grace_ds.records import HIDDEN, C, IntArray, Losses, Role, Rows, Schedule
+from grace_ds.integrations.setup import Components, Contents
+from grace_ds.records import HIDDEN, C, IntArray, Losses, Role, SampleRecords, Schedule
 from grace_ds.refresh.line import refresh
-from grace_ds.refresh.signals import Inputs, Pipeline
-from grace_ds.refresh.state import Kept
+from grace_ds.refresh.signals import Inputs, RefreshContext
+from grace_ds.refresh.state import RefreshState
 from grace_ds.refresh.table import Table
 from grace_ds.selection.guard import from_meta
 from tests.multirank.harness import World
@@ -55,15 +55,15 @@ class Case:
         ablate: parts that the recipe does without.
         trusted: whether there is a trusted set, for the filter and for the influences.
         features: whether the token ids are looked at.
-        harvest: rows from two windows ("all"), none at all, rows whose losses are equal and alignments unknown ("tied"), or
+        collect: rows from two windows ("all"), none at all, rows whose losses are equal and alignments unknown ("tied"), or
             more rows, all along a basis with a unit ("judged"), which in the second interval turn against what the first
             has chosen ("harmful").
-        unmeasured: a column of the harvested rows of which nothing is known.
+        unmeasured: a column of the collected rows of which nothing is known.
         added_loss: to what was measured, for samples of even ids.
-        last_rank_idle: whether the last of several ranks harvests nothing.
+        last_rank_idle: whether the last of several ranks collects nothing.
         forced: whether ids are included and excluded.
         uniform: whether the second refresh is one after ``stop_step``.
-        still: the second refresh is of the same window, and nothing was harvested before it.
+        still: the second refresh is of the same window, and nothing was collected before it.
         clean_share: of the guard; None turns it off, where it would find a window without copies, or of three, clean.
         audit: share of the audit slots.
         shadow: whether the job trains on samples of its own, so that all that are not chosen are there to compare with.
@@ -76,7 +76,7 @@ class Case:
     window: int = WINDOW
     trusted: bool = True
     features: bool = True
-    harvest: str = "all"
+    collect: str = "all"
     unmeasured: str = ""
     added_loss: float = 0.0
     last_rank_idle: bool = False
@@ -94,25 +94,25 @@ OBJECTIVES = ("sample", "facility_location", "topk", "rs2", "uniform")
 CASES: dict[str, Case] = {
     **{name: Case(name) for name in OBJECTIVES},
     **{f"forced {name}": Case(name, forced=True, last_rank_idle=True) for name in OBJECTIVES},
-    **{f"tied {name}": Case(name, ablate=("graph",), trusted=False, harvest="tied", clean_share=None) for name in OBJECTIVES[:3]},
+    **{f"tied {name}": Case(name, ablate=("graph",), trusted=False, collect="tied", clean_share=None) for name in OBJECTIVES[:3]},
     **{f"tiny {name}": Case(name, window=TINY, clean_share=None) for name in OBJECTIVES[:2]},
-    "nothing harvested": Case(harvest="none"),
-    "content": Case(recipe="content", harvest="none"),
-    "density": Case(recipe="density", trusted=False, harvest="none"),
+    "nothing collected": Case(collect="none"),
+    "content": Case(recipe="content", collect="none"),
+    "density": Case(recipe="density", trusted=False, collect="none"),
     "no features": Case(recipe="uniform", features=False),
     "stopped": Case(uniform=True),
     **{f"without {part}": Case(ablate=(part,)) for part in PARTS},
     "neither graph nor trusted set": Case(ablate=("graph",), trusted=False),
     "losses unknown": Case(unmeasured="loss"),
-    "influences unknown": Case(unmeasured="align"),
+    "influences unknown": Case(unmeasured="influence"),
     "losses raised": Case(added_loss=4.0),
     "losses lowered": Case(added_loss=-4.0),
-    "without any part": Case(ablate=PARTS, harvest="none"),
+    "without any part": Case(ablate=PARTS, collect="none"),
     "still": Case(ablate=("sketches",), window=N, still=True),
     "clean": Case(clean_share=0.05),
     **{f"blend {name}": Case(name, blend=True) for name in OBJECTIVES[:2]},
-    "judged": Case(harvest="judged", audit=0.4),
-    "harmful": Case(harvest="harmful", shadow=True),
+    "judged": Case(collect="judged", audit=0.4),
+    "harmful": Case(collect="harmful", shadow=True),
 }
 
 
@@ -126,7 +126,7 @@ class Made:
     """
 
     schedule: Schedule
-    table: Table[Rows]
+    table: Table[SampleRecords]
     seen: Table[Losses]
     counts: Mapping[str, float]
     graph: KeptGraph | None
@@ -173,11 +173,11 @@ def corpus() -> list[IntArray]:
 
 
 @cache
-def prior() -> BigramPrior:
+def quality_model() -> QualityModel:
     """The model of 80 trusted chains."""
     draw = np.random.default_rng(2)
     rows = [walk(draw, 30) for _ in range(80)]
-    return BigramPrior.fit(np.concatenate(rows), np.arange(0, 30 * 80 + 1, 30))
+    return QualityModel.fit(np.concatenate(rows), np.arange(0, 30 * 80 + 1, 30))
 
 
 def pool_of(case: Case) -> Pool:
@@ -190,7 +190,7 @@ def config_of(case: Case) -> GraceConfig:
     return GraceConfig(
         recipe=case.recipe,
         ablate=list(case.ablate),
-        budget=0.34 if case.window == TINY else 0.1 if case.forced or case.harvest == "tied" else 0.15,
+        budget=0.34 if case.window == TINY else 0.1 if case.forced or case.collect == "tied" else 0.15,
         window=case.window,
         seed=SEED,
         refresh=RefreshConfig(interval_steps=INTERVAL, cadence="fixed", slack_steps=SLACK),
@@ -200,16 +200,16 @@ def config_of(case: Case) -> GraceConfig:
     )
 
 
-def harvested(case: Case, version: int) -> Rows:
-    """All rows of an interval in the order of their steps, whoever harvested them.
+def collected(case: Case, version: int) -> SampleRecords:
+    """All rows of an interval in the order of their steps, whoever collected them.
 
     Samples come again in later steps, and within a step: with the same row, or with one that differs, as under dropout.
     There are ids of padding, outside of the dataset and outside of the window; unknown losses and alignments; rows that
     are not finite.
     """
-    n = {"none": 0, "judged": 700, "harmful": 700}.get(case.harvest, 40 if case.window == TINY else 260)
+    n = {"none": 0, "judged": 700, "harmful": 700}.get(case.collect, 40 if case.window == TINY else 260)
     if not n or (case.still and version):
-        return Rows.empty(DIM)
+        return SampleRecords.empty(DIM)
     draw = np.random.default_rng([3, version])
     kind = np.random.default_rng([5, version])  # of the hidden states alone
     window = pool_of(case).window_at(version)
@@ -217,41 +217,41 @@ def harvested(case: Case, version: int) -> Rows:
     ids[::29] = -1
     step = np.sort(draw.integers(STEPS[version - 1] + 1 if version else 1, STEPS[version] + 1, n))
     step[1::4], ids[1::4] = step[::4], ids[::4]  # again in the same step
-    rows = Rows(
+    rows = SampleRecords(
         ids=ids.astype(np.int64),
         sketch=draw.standard_normal((n, DIM)).astype(np.float16),
         norm=(0.5 + draw.random(n)).astype(np.float32),
         loss=(is_junk(ids) + draw.standard_normal(n)).astype(np.float32),
-        align=(0.5 - 0.6 * is_junk(ids) + 0.2 * draw.standard_normal(n)).astype(np.float32),
+        influence=(0.5 - 0.6 * is_junk(ids) + 0.2 * draw.standard_normal(n)).astype(np.float32),
         step=step.astype(np.int64),
         basis=draw.integers(-1, 3, n).astype(np.int32),
         hidden=(3 * is_junk(ids)[:, None] + kind.standard_normal((n, HIDDEN))).astype(np.float16),
     )
-    for column in (rows.sketch, rows.norm, rows.loss, rows.align, rows.basis, rows.hidden):
+    for column in (rows.sketch, rows.norm, rows.loss, rows.influence, rows.basis, rows.hidden):
         column[1::8] = column[::8]  # every other repeat is the very same row
     rows.loss[2::7] = np.nan  # some of those repeats included
-    rows.align[rows.basis < 0] = np.nan
+    rows.influence[rows.basis < 0] = np.nan
     rows.norm[6::31], rows.sketch[11::37, 2] = np.nan, np.inf
     if case.unmeasured:
         getattr(rows, case.unmeasured)[:] = np.nan
     rows.loss[:] += np.float32(case.added_loss) * (ids % 2 == 0)
-    if case.harvest == "tied":
-        rows.loss[:], rows.align[:] = 0.25, np.nan
-    elif case.harvest in ("judged", "harmful"):
+    if case.collect == "tied":
+        rows.loss[:], rows.influence[:] = 0.25, np.nan
+    elif case.collect in ("judged", "harmful"):
         rows.basis[:] %= 2
-        rows.align[:] = 0.5 - 0.6 * is_junk(ids)
-        if case.harvest == "harmful" and version:
-            rows.align[:] *= -1
+        rows.influence[:] = 0.5 - 0.6 * is_junk(ids)
+        if case.collect == "harmful" and version:
+            rows.influence[:] *= -1
     return rows
 
 
 def read(case: Case, version: int) -> Losses:
     """The losses of an interval: those of the collected steps, and of some samples in other steps."""
-    rows = harvested(case, version)
+    rows = collected(case, version)
     draw = np.random.default_rng([6, version])
     extra = rows.losses.take(draw.random(len(rows)) < 0.5)
     later = np.minimum(extra.step + draw.integers(0, 2, len(extra)), STEPS[version])
-    loss = extra.loss if case.harvest == "tied" else extra.loss * np.float32(0.75)
+    loss = extra.loss if case.collect == "tied" else extra.loss * np.float32(0.75)
     return Losses.concat([rows.losses, Losses(extra.ids, later, loss)])
 
 
@@ -267,9 +267,9 @@ class CachedContents:
 
     def __init__(self, comm: Comm, cache: Cache, case: Case) -> None:
         nobody, reader = np.empty(0, np.int64), TokenReader(corpus()) if case.features else None
-        model = prior() if case.trusted else None
-        self.config, self.tied = config_of(case), case.harvest == "tied"
-        self.job = Contents(comm, self.config, Parts(pool_of(case), SamplerOrder(N), reader, None, model, nobody, nobody))
+        model = quality_model() if case.trusted else None
+        self.config, self.tied = config_of(case), case.collect == "tied"
+        self.job = Contents(comm, self.config, Components(pool_of(case), SamplerOrder(N), reader, None, model, nobody, nobody))
         self.cache, self.case = cache, case
         self.windows: tuple[bytes, ...] = ()
 
@@ -293,19 +293,19 @@ def two_refreshes(world: World, comm: Comm, case: Case, cache: Cache) -> list[Ma
     contents = CachedContents(comm, cache, case)
     nobody = np.empty(0, np.int64)
     include, exclude = (INCLUDE, np.setdiff1d(EXCLUDE, INCLUDE)) if case.forced else (nobody, nobody)
-    trusted = prior().held_out if case.trusted else None
-    p = Pipeline(comm, config_of(case), pool_of(case), SamplerOrder(N), BATCH, contents, include, exclude, trusted)
+    trusted = quality_model().held_out if case.trusted else None
+    p = RefreshContext(comm, config_of(case), pool_of(case), SamplerOrder(N), BATCH, contents, include, exclude, trusted)
     p = dataclasses.replace(p, sources=source_of) if case.blend else p
     made: list[Made] = []
-    table, seen, ledger, kept = Table(Rows.empty(DIM)), Table(Losses.empty()), Ledger(), Kept()
+    table, seen, visits, kept = Table(SampleRecords.empty(DIM)), Table(Losses.empty()), VisitCounts(), RefreshState()
     decision, since, core, audit = None, -1, nobody, None if case.shadow else nobody
     for version, step in enumerate(STEPS):
         x = Inputs(
-            rows=share_of(harvested(case, version), case, version, world),
+            rows=share_of(collected(case, version), case, version, world),
             losses=share_of(read(case, version), case, version, world),
             table=table,
             seen=seen,
-            ledger=ledger,
+            visits=visits,
             step=step,
             version=version,
             issued=step * BATCH + 3 * (world.rank + 1) // world.size,  # prefetch runs further ahead on some ranks
@@ -322,8 +322,8 @@ def two_refreshes(world: World, comm: Comm, case: Case, cache: Cache) -> list[Ma
         learned = out.kept.learned
         parts = None if learned is None else (learned.ids, learned.values)
         made.append(Made(out.schedule, out.table, out.seen, out.counts, out.kept.graph, parts))
-        table, seen, kept, ledger = out.table, out.seen, out.kept, Ledger(ledger.ids, ledger.counts)
-        ledger.add(out.schedule.ids[: INTERVAL * BATCH])
+        table, seen, kept, visits = out.table, out.seen, out.kept, VisitCounts(visits.ids, visits.counts)
+        visits.add(out.schedule.ids[: INTERVAL * BATCH])
         decision, since = from_meta(out.schedule.meta.get("guard")), step
         core = np.unique(out.schedule.ids[out.schedule.roles == Role.CORE])
         audit = None if case.shadow else np.unique(out.schedule.ids[out.schedule.roles == Role.AUDIT])

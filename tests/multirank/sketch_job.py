@@ -87,11 +87,11 @@ def train(engine: Any, gas: int, sketcher: Sketcher | None) -> list[Any]:
     """Returns the rows of the first step, a record a micro-batch, and those of the last step."""
     kept = []
     for step in range(STEPS):
-        bindings = []
+        captures = []
         for micro in range(gas):
             batch = micro_batch(step, micro)
             if sketcher is not None:
-                bindings.append(sketcher.begin(np.arange(len(batch))))
+                captures.append(sketcher.begin(np.arange(len(batch))))
             loss = engine(batch)
             if sketcher is not None:
                 sketcher.end()
@@ -100,7 +100,7 @@ def train(engine: Any, gas: int, sketcher: Sketcher | None) -> list[Any]:
             engine.step()
         if sketcher is not None:
             scale = gas / float(engine._get_optimizer_loss_scale() or 1.0)
-            rows = [sketcher.finish(binding, grad_scale=scale) for binding in bindings]
+            rows = [sketcher.finish(capture, grad_scale=scale) for capture in captures]
             kept += rows if step in (0, STEPS - 1) else []
             if step == 2:
                 probe(engine, sketcher)
@@ -118,7 +118,7 @@ def probe(engine: Any, sketcher: Sketcher) -> None:
     sketcher.set_basis(whiten(target.fit(target.pack(), version=1), second, dict.fromkeys(sketcher.names, 1.0)))
     target.close()
     found = probe_rows(engine.module, trusted, loss_of, sketcher)
-    assert found[0].align.mean() > 0, found[0].align  # the trusted samples point their own way
+    assert found[0].influence.mean() > 0, found[0].influence  # the trusted samples point their own way
 
 
 def without_hooks(stage: int, gas: int) -> str:
@@ -145,7 +145,7 @@ def with_hooks(stage: int, recompute: str, gas: int, truth: np.ndarray, without:
         "identical": digest(hooked) == without,
         "cosine": float(cosine.min()),
         "length": [float((lengths[0] / lengths[1]).min()), float((lengths[0] / lengths[1]).max())],
-        "align": bool(np.isfinite([r.align for r in rows[gas:]]).all()),
+        "influence": bool(np.isfinite([r.influence for r in rows[gas:]]).all()),
         "hooks_left": after - before,
         "failures": failures,
     }

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from tests.multirank.launch import HARVESTING, Records, run_jobs, stream
+from tests.multirank.launch import COLLECTING, Records, run_jobs, stream
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(400)]
 
-GRACE: dict[str, Any] = HARVESTING
+GRACE: dict[str, Any] = COLLECTING
 BASE: dict[str, Any] = {"steps": 9, "bf16": False, "grace": GRACE}
 STEP = 6
 OURS = f"global_step{STEP}/grace_ds"
@@ -25,7 +25,7 @@ DAMAGES = {
     "rows of rank 1 torn": ("tear", f"{OURS}/rows-b2*", ("rows-b2", "torn", "load another checkpoint")),
     "rows of rank 0 missing": ("remove", f"{OURS}/rows-b0*", ("rows-b0", "No such file", "load another checkpoint")),
     "schedule torn": ("tear", f"{OURS}/schedule-000001*", ("schedule-000001", "torn", "use an older one")),
-    "ledger missing": ("remove", f"{OURS}/ledger*", ("ledger.safetensors", "missing", "use an older checkpoint")),
+    "visit counts missing": ("remove", f"{OURS}/visit counts*", ("visits.safetensors", "missing", "use an older checkpoint")),
     "manifest torn": ("tear", f"{OURS}/manifest.json", ("manifest.json", "torn", "use an older one")),
     "manifest missing": ("remove", f"{OURS}/manifest.json", ("manifest.json", "missing", "use an older checkpoint")),
     "newer schema": ("future", MODEL, (OURS, "schema 4", "install a newer grace_ds")),

@@ -1,4 +1,4 @@
-"""The clustered tier over real ranks: the same edges however rows are spread, and the recall that was foretold."""
+"""The clustered tier over real ranks: the same edges however rows are spread, and the recall that was predicted."""
 
 from __future__ import annotations
 

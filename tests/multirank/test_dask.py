@@ -17,7 +17,7 @@ from grace_ds.comm.choose import choose
 from grace_ds.config.schema import GraphConfig
 from grace_ds.errors import ExecutorError, GraceError, PeerFailed
 from grace_ds.graph.backends import _FACTORIES
-from grace_ds.graph.backends.torch_backend import TorchLeaf
+from grace_ds.graph.backends.torch_backend import TorchBackend
 from grace_ds.graph.build import knn
 from grace_ds.graph.dask import cluster as dask_cluster
 from tests.multirank.harness import World, run_ranks
@@ -29,8 +29,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.multirank]
 LIMIT = 20.0  # seconds of every wait
 
 
-def config(tier: str, executor: str, leaf: str = "torch") -> GraphConfig:
-    return GraphConfig(tier=tier, executor=executor, leaf=leaf, clusters=9, overlap=2, k=K)
+def config(tier: str, executor: str, backend: str = "torch") -> GraphConfig:
+    return GraphConfig(tier=tier, executor=executor, backend=backend, clusters=9, overlap=2, k=K)
 
 
 def mine(world: World) -> tuple[np.ndarray, np.ndarray]:
@@ -60,7 +60,7 @@ def test_dask_finds_the_edges_of_the_ring(size: int) -> None:
             assert len(ring) > 0
 
 
-class Stuck(TorchLeaf):
+class Stuck(TorchBackend):
     """Hangs, raises, or lets something be killed while it waits, on the last rank."""
 
     what = ""
@@ -69,7 +69,7 @@ class Stuck(TorchLeaf):
     def search(self, index, Q, k):  # type: ignore[no-untyped-def]
         Stuck.entered.set()
         if Stuck.what == "raise":
-            raise MemoryError("the leaf is out of memory")
+            raise MemoryError("the backend is out of memory")
         if Stuck.what:
             time.sleep(3600 if Stuck.what == "hang" else 4)
         return super().search(index, Q, k)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.multirank.harness import ROOT, run_command
-from tests.multirank.launch import HARVESTING, Records, environment, run_jobs, stream
+from tests.multirank.launch import COLLECTING, Records, environment, run_jobs, stream
 from tests.multirank.universal import SUFFIX
 
 pytestmark = [pytest.mark.multirank, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -21,8 +21,8 @@ STAGES = (1, 2, 3)
 # What the gradients decide depends on where a sample was trained on, so the recorded schedules are replayed; what content
 # decides does not, and the run chooses for itself.
 RECIPES: dict[str, dict[str, Any]] = {
-    "replay": HARVESTING,
-    "content": {**HARVESTING, "recipe": "content", "pseudo_trusted": True},
+    "replay": COLLECTING,
+    "content": {**COLLECTING, "recipe": "content", "pseudo_trusted": True},
 }
 NAMES = [f"{recipe}-{stage}" for recipe in RECIPES for stage in STAGES]
 

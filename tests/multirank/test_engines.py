@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.multirank.harness import World, run_ranks
-from tests.multirank.launch import HARVESTING
+from tests.multirank.launch import COLLECTING
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(300)]
 
@@ -64,7 +64,7 @@ def one_engine(refs: list[weakref.ref[Any]], folder: str, grace: bool, end: str,
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
     refs += [weakref.ref(model), weakref.ref(engine)]
     if grace:
-        handle = grace_ds.attach(engine, data, {**HARVESTING, "enabled": True}, trusted_data=Corpus(64, salt=3))
+        handle = grace_ds.attach(engine, data, {**COLLECTING, "enabled": True}, trusted_data=Corpus(64, salt=3))
         grace_ds.watch_preemption(engine, folder, signals=["SIGTERM"])
         refs += [weakref.ref(handle), weakref.ref(handle.controller)]
         loader: Any = handle.loader()

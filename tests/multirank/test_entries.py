@@ -17,12 +17,12 @@ import pytest
 
 from grace_ds.data.schedule import load_book
 from tests.multirank.harness import RanksFailed, run_command
-from tests.multirank.launch import HARVESTING, Records, environment, free_port, refreshes, run_jobs, stream
+from tests.multirank.launch import COLLECTING, Records, environment, free_port, refreshes, run_jobs, stream
 from tests.processes import living, wait_until
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(200)]
 
-GRACE: dict[str, Any] = HARVESTING
+GRACE: dict[str, Any] = COLLECTING
 BASE: dict[str, Any] = {"steps": 10, "bf16": False, "grace": GRACE}
 SHADOW: dict[str, Any] = {**BASE, "grace": {**GRACE, "mode": "shadow"}}
 # A schedule that outlasts what two workers read ahead: one that runs out is gone through again.
@@ -144,7 +144,7 @@ def test_csv_monitor_has_an_event_of_every_refresh_and_counts_the_failure(record
         (96, 1.0),
     ]  # samples trained on, failures so far
     assert [value for _, value in rows["version"]] == [0.0, 0.0, 1.0, 2.0, 3.0]
-    assert {"coreset_size", "refresh_seconds", "harvest_seconds", "churn", "stage_seconds_gather", "anchors"} <= set(rows)
+    assert {"coreset_size", "refresh_seconds", "collect_seconds", "churn", "stage_seconds_gather", "anchors"} <= set(rows)
     assert all(math.isfinite(v) and v >= 0 for values in rows.values() for _, v in values)
     seen = sum(len(r["table"]) for r in records["monitored"])
     assert rows["anchors"][-1][1] == seen  # of all ranks, not of the one that writes

@@ -1,4 +1,4 @@
-"""One rank that hangs, fails or harvests nonsense inside a refresh: training goes on, and all ranks agree on what is left."""
+"""One rank that hangs, fails or collects nonsense inside a refresh: training goes on, and all ranks agree on what is left."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.multirank.launch import HARVESTING, Records, refreshes, run_jobs, stream
+from tests.multirank.launch import COLLECTING, Records, refreshes, run_jobs, stream
 from tests.multirank.toy import Corpus
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(300)]
@@ -16,9 +16,9 @@ pytestmark = [pytest.mark.multirank, pytest.mark.timeout(300)]
 LIMIT, HANG = 2.0, 3.0
 LAYERS = 4  # two in each block
 GRACE: dict[str, Any] = {
-    **HARVESTING,
-    "harvest": {"layers": ["blocks.2.*", "blocks.3.*"]},
-    "refresh": {**HARVESTING["refresh"], "timeout_seconds": LIMIT},
+    **COLLECTING,
+    "collect": {"layers": ["blocks.2.*", "blocks.3.*"]},
+    "refresh": {**COLLECTING["refresh"], "timeout_seconds": LIMIT},
 }
 BASE: dict[str, Any] = {"steps": 9, "bf16": False, "workers": 0, "grace": GRACE}
 

@@ -10,7 +10,7 @@ import pytest
 
 from grace_ds.comm.choose import choose
 from grace_ds.errors import DataError, PeerFailed
-from grace_ds.records import HIDDEN, Rows
+from grace_ds.records import HIDDEN, SampleRecords
 from grace_ds.refresh.gather import Route, Sent, gather_rows
 from grace_ds.refresh.table import Table, owner_of
 from tests.multirank.harness import World, run_ranks
@@ -18,7 +18,7 @@ from tests.multirank.harness import World, run_ranks
 N, DIM = 500, 6
 
 
-def harvest(rank: int, n: int) -> Rows:
+def collect(rank: int, n: int) -> SampleRecords:
     """Rows with repeats, padding and a few that are not finite."""
     draw = np.random.default_rng(100 + rank)
     ids = draw.integers(-2, N + 3, n)
@@ -29,21 +29,21 @@ def harvest(rank: int, n: int) -> Rows:
     norm[5::23] = np.nan
     loss = draw.standard_normal(n).astype(np.float32)
     loss[::3] = np.nan  # not seen: no reason to drop the row
-    return Rows(
+    return SampleRecords(
         ids=ids,
         sketch=sketch,
         norm=norm,
         loss=loss,
-        align=draw.standard_normal(n).astype(np.float32),
+        influence=draw.standard_normal(n).astype(np.float32),
         step=draw.integers(0, 9, n),
         basis=draw.integers(-1, 3, n).astype(np.int32),
         hidden=draw.standard_normal((n, HIDDEN)).astype(np.float16),
     )
 
 
-def gather_and_fetch(world: World, lengths: list[int], folder: str) -> tuple[Rows, Sent, dict[str, Any], dict[str, str]]:
+def gather_and_fetch(world: World, lengths: list[int], folder: str) -> tuple[SampleRecords, Sent, dict[str, Any], dict[str, str]]:
     comm = choose("torch", timeout=10.0)
-    rows, sent = gather_rows(comm, harvest(world.rank, lengths[world.rank]), N)
+    rows, sent = gather_rows(comm, collect(world.rank, lengths[world.rank]), N)
 
     ids = np.unique(rows.ids)
     draw = np.random.default_rng(world.rank)
@@ -57,7 +57,7 @@ def gather_and_fetch(world: World, lengths: list[int], folder: str) -> tuple[Row
         "zero": route.exchange(ids + 1)[route.place],
         "carried": len(route.exchange(ids)),
     }
-    table = Table(Rows.empty(DIM)).merge(rows)
+    table = Table(SampleRecords.empty(DIM)).merge(rows)
     files = table.save(folder, world.rank, world.size)
 
     # Ids of another owner are a bug of this rank alone; the others leave with it, and the transport goes on.
@@ -72,18 +72,18 @@ def gather_and_fetch(world: World, lengths: list[int], folder: str) -> tuple[Row
         else:
             with pytest.raises(PeerFailed):
                 Route.of(comm, wanted, ids)
-        again, _ = gather_rows(comm, harvest(world.rank, lengths[world.rank]), N)
+        again, _ = gather_rows(comm, collect(world.rank, lengths[world.rank]), N)
         assert np.array_equal(again.ids, rows.ids)
     return rows, sent, answers, files
 
 
-def as_records(rows: Rows) -> list[bytes]:
+def as_records(rows: SampleRecords) -> list[bytes]:
     """Each row's bytes, id first."""
-    columns = [getattr(rows, f.name) for f in fields(Rows)]
+    columns = [getattr(rows, f.name) for f in fields(SampleRecords)]
     return [b"".join(np.ascontiguousarray(c[i]).tobytes() for c in columns) for i in range(len(rows))]
 
 
-def usable(rows: Rows, i: int) -> bool:
+def usable(rows: SampleRecords, i: int) -> bool:
     return bool(0 <= rows.ids[i] < N and np.isfinite(rows.sketch[i]).all() and np.isfinite(rows.norm[i]))
 
 
@@ -91,12 +91,12 @@ def usable(rows: Rows, i: int) -> bool:
 def test_union_and_values(lengths: list[int], tmp_path: Any) -> None:
     size = len(lengths)
     results = run_ranks(gather_and_fetch, size, lengths, str(tmp_path), timeout=30)
-    sent = [harvest(r, n) for r, n in enumerate(lengths)]
+    sent = [collect(r, n) for r, n in enumerate(lengths)]
 
     # Nothing lost, nothing made up, nothing changed; repeats in the order of their steps.
     wanted = [(int(rows.ids[i]), record) for rows in sent for i, record in enumerate(as_records(rows)) if usable(rows, i)]
     arrived: dict[bytes, list[int]] = {}
-    one_row = next(sum(getattr(rows, f.name)[:1].nbytes for f in fields(Rows)) for rows in sent if len(rows))
+    one_row = next(sum(getattr(rows, f.name)[:1].nbytes for f in fields(SampleRecords)) for rows in sent if len(rows))
     for rank, (rows, told, _, _) in enumerate(results):
         places = list(zip(rows.ids.tolist(), rows.step.tolist(), strict=True))
         assert places == sorted(places)
@@ -125,6 +125,6 @@ def test_union_and_values(lengths: list[int], tmp_path: Any) -> None:
     files = {name: digest for result in results for name, digest in result[3].items()}
     assert len(files) == size
     for other in (1, 2, 3, 5):
-        parts = [Table.load(tmp_path, files, r, other, Rows.empty(DIM)) for r in range(other)]
+        parts = [Table.load(tmp_path, files, r, other, SampleRecords.empty(DIM)) for r in range(other)]
         assert all((owner_of(p.ids, other) == r).all() for r, p in enumerate(parts))
         assert {int(i) for p in parts for i in p.ids} == everything

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from grace_ds.data.schedule import load_book
-from tests.multirank.launch import HARVESTING, Records, refreshes, run_jobs, stream
+from tests.multirank.launch import COLLECTING, Records, refreshes, run_jobs, stream
 from tests.multirank.toy import LENGTH, SAMPLES, Corpus
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(440)]
 
 STEPS = 20
-GRACE: dict[str, Any] = HARVESTING
+GRACE: dict[str, Any] = COLLECTING
 SAVES = [2, 4, 5, 7, 8, 12]
 
 FAULTS = {
@@ -69,12 +69,12 @@ def jobs(folder: Path) -> dict[str, Any]:
         "trusted": {**base, "grace": grace(trusted=str(trusted))},
         "replay_source": {**base, "grace": grace(run_dir=str(folder / "source"))},
         "replay": {**base, "grace": grace(replay=str(folder / "source" / "schedules"))},
-        "wrong_layers": {"grace": grace(harvest={"layers": ["nowhere.*"]})},
+        "wrong_layers": {"grace": grace(collect={"layers": ["nowhere.*"]})},
         "uniform_recipe": {"steps": 10, "grace": grace(recipe="uniform")},
         "clean_uniform": {"steps": 10, "clean": True, "workers": 0, "grace": grace(recipe="uniform")},
         "overlap": {"grace": grace(trusted=str(trusted)), "validation": {"n": 160, "salt": 3}},
     }
-    seldom = {"refresh": {**GRACE["refresh"], "interval_steps": 16}, "harvest": {"share": 0.5}}
+    seldom = {"refresh": {**GRACE["refresh"], "interval_steps": 16}, "collect": {"share": 0.5}}
     out["seldom"] = {**base, "steps": 18, "grace": grace(**seldom)}
     content = grace(recipe="content", trusted=str(trusted))
     out["content"] = {"steps": 10, "grace": content, "validation": {"n": 32, "salt": 7}}  # shares nothing with the trusted set
@@ -235,7 +235,7 @@ def test_replay_feeds_the_recorded_stream(records: Records) -> None:
 
 def test_trusted_set_gives_alignments_and_a_unit(records: Records) -> None:
     for rank in records["trusted"]:
-        assert rank["align"] > 0.1
+        assert rank["influence"] > 0.1
         assert len(rank["reference"]) >= 2  # one for each basis
         assert min(map(int, rank["reference"])) == 1  # fitted at step 2, when the layers' scale is known
         assert max(map(int, rank["reference"])) <= rank["metrics"]["version"]
@@ -253,7 +253,7 @@ def test_a_pattern_without_layers_is_an_error_on_every_rank(records: Records) ->
 def test_every_objective_trains(records: Records, objective: str) -> None:
     metrics = records[objective][0]["metrics"]
     assert metrics["refresh_failures"] == 0
-    # Those that ask for no gradients have no opening in two halves.
+    # Those that ask for no gradients have no warm-up in two halves.
     assert metrics["refreshes"] == refreshes(10) - (objective in ("uniform", "rs2"))
 
 
@@ -278,10 +278,10 @@ def test_recipe_content_hooks_and_harvests_nothing(records: Records) -> None:
         assert rank["layer_hooks"] == plain["layer_hooks"] < records["base"][0]["layer_hooks"]
         assert rank["table"] == rank["reference"] == rank["scale"] == {}
         m = rank["metrics"]
-        assert (m["harvest_seconds"], m["probe_samples"], m["events"]["anchors"], m["events"]["received"]) == (0, 0, 0, 0)
-        assert not {"harvest_seconds", "rows_dropped", "hook_failures"} & set(m["events"])
+        assert (m["collect_seconds"], m["probe_samples"], m["events"]["anchors"], m["events"]["received"]) == (0, 0, 0, 0)
+        assert not {"collect_seconds", "rows_dropped", "hook_failures"} & set(m["events"])
         assert m["events"]["guard/level"] == 2
-        assert (m["refreshes"], m["refresh_failures"]) == (3, 0)  # at steps 0, 4 and 8: it has no opening
+        assert (m["refreshes"], m["refresh_failures"]) == (3, 0)  # at steps 0, 4 and 8: it has no warm-up
         assert {level for _, level in rank["levels"]} == {"content"}
     assert stream(records["content"]) != stream(records["uniform_recipe"])
     assert records["uniform_recipe"][0]["layer_hooks"] == records["plain"][0]["layer_hooks"]

@@ -60,8 +60,8 @@ def test_megatron_step_that_is_run_again_and_evaluation_count_once(ranks):
 def test_megatron_pool_is_one_epoch_whatever_the_length_of_the_run(ranks):
     assert ranks[0]["longer"]["samples"] == ranks[0]["none"]["samples"]
     assert stream(ranks, "longer") == stream(ranks, "none")[:5]
-    opening = [i for step in stream(ranks, "none")[:INTERVAL] for i in step]
-    assert len(set(opening)) == len(opening)  # uniform, without replacement
+    warmup_steps = [i for step in stream(ranks, "none")[:INTERVAL] for i in step]
+    assert len(set(warmup_steps)) == len(warmup_steps)  # uniform, without replacement
 
 
 def test_megatron_selects_once_the_opening_is_over(ranks):
@@ -74,7 +74,7 @@ def test_megatron_blend_keeps_its_weights(ranks):
     parts = [int(i >= ranks[0]["blend"]["first"]) for i in found]
     assert parts == ranks[0]["blend"]["wanted"]
     assert 0.2 < np.mean(parts) < 0.3
-    assert max(Counter(found[: INTERVAL * BATCH]).values()) == 1  # the opening repeats nothing
+    assert max(Counter(found[: INTERVAL * BATCH]).values()) == 1  # the warm-up repeats nothing
 
 
 def test_megatron_shadow_leaves_the_dataset_alone(ranks):

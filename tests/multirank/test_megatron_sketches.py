@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed (pip install grace_ds[megatron])")
 
-from grace_ds.config.schema import HarvestConfig
+from grace_ds.config.schema import CollectConfig
 from grace_ds.records import HIDDEN
 from tests.multirank.harness import ROOT, run_ranks
 from tests.multirank.megatron_job import DIM, LENGTH, VOCAB, Case, refusals, work
@@ -89,10 +89,10 @@ def test_megatron_sums_are_a_thousandth_of_the_gradients():
     parts = c.parallel.tensor * c.parallel.pipeline
     gradients = 12 * c.model.layers * c.model.hidden**2 / parts * 2
     samples = c.train.batch / (c.processes / parts)
-    dim = HarvestConfig().dim
+    dim = CollectConfig().dim
     assert dim == DIM  # what the test above has counted
     assert 0.0005 < samples * (dim + 3 + HIDDEN) * 4 / gradients < 0.001
-    once = samples * (c.model.layers // 2 * 4 * HarvestConfig().rank ** 2 + 1) * 4
+    once = samples * (c.model.layers // 2 * 4 * CollectConfig().rank ** 2 + 1) * 4
     assert once / (gradients * c.grace.refresh.interval_steps) < 0.0001  # the layers' scale, in a run's first window only
 
 

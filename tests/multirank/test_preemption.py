@@ -16,7 +16,7 @@ import pytest
 from grace_ds.errors import ConfigError
 from grace_ds.integrations.preemption import RESUME_ME, VARIABLE, PreemptionWatch
 from tests.multirank.harness import run_command
-from tests.multirank.launch import HARVESTING, environment, stream
+from tests.multirank.launch import COLLECTING, environment, stream
 from tests.multirank.test_entries import command_of, living, wait_until, write_config
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(240)]
@@ -64,7 +64,7 @@ def ids_of(folder: Path) -> list[list[int]]:
 
 @pytest.mark.parametrize(("way", "tell"), [("cli", terminate), ("module", warn_one_rank)], ids=["launcher", "one rank"])
 def test_a_preempted_job_saves_together_and_goes_on_as_if_nothing_had_been(tmp_path: Path, way: str, tell: Any) -> None:
-    config = write_config(tmp_path / "on.json", HARVESTING)
+    config = write_config(tmp_path / "on.json", COLLECTING)
     status, said = preempted(way, tmp_path, config, tell)
     assert status == RESUME_ME, said
     step = int((tmp_path / "saved" / "latest").read_text().removeprefix("global_step"))

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from tests.multirank.harness import run_command
-from tests.multirank.launch import HARVESTING, environment
+from tests.multirank.launch import COLLECTING, environment
 from tests.multirank.test_entries import command_of, living, write_config
 from tests.terminal import on_terminal
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(240)]
 
 STEPS = 20
-GRACE = {**HARVESTING, "total_steps": STEPS, "max_repeats": 100.0}
+GRACE = {**COLLECTING, "total_steps": STEPS, "max_repeats": 100.0}
 
 
 def watched(way: str, folder: Path, *more: str, grace: dict[str, Any] | None = GRACE) -> list[str]:

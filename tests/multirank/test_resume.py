@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from grace_ds.data.schedule import load_book
-from tests.multirank.launch import HARVESTING, Records, run_jobs, stream
+from tests.multirank.launch import COLLECTING, Records, run_jobs, stream
 from tests.multirank.toy import Corpus
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(280)]
 
-GRACE: dict[str, Any] = HARVESTING
+GRACE: dict[str, Any] = COLLECTING
 EVERY_STEP: dict[str, Any] = {**GRACE, "refresh": {**GRACE["refresh"], "interval_steps": 1}}
 EPOCH = 24  # steps of 8 in the corpus of 192
 LONG = {"steps": EPOCH + 8, "bf16": False}

@@ -8,14 +8,14 @@ from itertools import product
 import numpy as np
 
 from grace_ds.comm.choose import choose
-from grace_ds.graph import backends as leaves
+from grace_ds.graph import backends as backends
 from grace_ds.graph.ring import nearest
 from grace_ds.graph.rows import Request
 from grace_ds.records import Neighbours
 from tests.multirank.harness import World, run_ranks
 
 D = 24
-LEAVES = ("torch", *(["faiss"] if importlib.util.find_spec("faiss") else []))
+BACKENDS = ("torch", *(["faiss"] if importlib.util.find_spec("faiss") else []))
 SPLITS = ("even", "uneven", "one empty", "index on one")
 CLOSE = 1e-6  # cosines are given in steps of 2**-20
 CASES = {"all": (1, 7), "few anchors": (3, 7), "fewer than k": (60, 12)}  # every n-th row is in the index; k
@@ -45,18 +45,18 @@ def owners(split: str, n: int, size: int) -> np.ndarray:
 
 
 def search_all(world: World) -> dict[tuple[str, str, str], tuple[np.ndarray, Neighbours]]:
-    """(case, split, leaf) → this rank's query ids and what it found."""
+    """(case, split, backend) → this rank's query ids and what it found."""
     comm = choose("torch", timeout=20.0)
     ids, x = corpus()
     found = {}
-    for case, split, name in product(CASES, SPLITS, LEAVES):
+    for case, split, name in product(CASES, SPLITS, BACKENDS):
         every, k = CASES[case]
         queries = owners(split, len(ids), world.size) == world.rank
         index = np.arange(len(ids)) % every == 0
         index &= (world.rank == 0) if split == "index on one" else queries
-        leaf = leaves.choose(name, len(ids))
+        backend = backends.choose(name, len(ids))
         asked = Request.of(ids[queries], x[queries], k, (ids[index], x[index]))
-        found[case, split, name] = asked.q_ids, nearest(comm, asked, leaf)
+        found[case, split, name] = asked.q_ids, nearest(comm, asked, backend)
     return found
 
 

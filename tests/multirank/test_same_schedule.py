@@ -32,7 +32,7 @@ from tests.multirank.schedule_job import (
     Case,
     Made,
     N,
-    harvested,
+    collected,
     is_junk,
     pool_of,
     read,
@@ -88,7 +88,7 @@ def records(rows: Columns) -> list[bytes]:
 
 def usable(case: Case, version: int) -> Iterator[tuple[int, int, bytes]]:
     """(id, step, bytes) of the rows that a table takes: of the window, and finite where they must be."""
-    rows, window = harvested(case, version), set(pool_of(case).window_at(version).tolist())
+    rows, window = collected(case, version), set(pool_of(case).window_at(version).tolist())
     for i, record in enumerate(records(rows)):
         if int(rows.ids[i]) in window and np.isfinite(rows.sketch[i]).all() and np.isfinite(rows.norm[i]):
             yield int(rows.ids[i]), int(rows.step[i]), record
@@ -175,7 +175,7 @@ def test_losses_are_kept_of_the_steps_that_are_not_collected_too(worlds: Worlds,
 @pytest.mark.parametrize("name", CASES)
 def test_every_harvested_row_is_accounted_for(worlds: Worlds, name: str) -> None:
     for version in VERSIONS:
-        rows = harvested(CASES[name], version)
+        rows = collected(CASES[name], version)
         for ranks in worlds.values():
             counts = [made[name][version].counts for made in ranks]
             parts = ("received", "padding_dropped", "nonfinite_dropped")
@@ -204,7 +204,7 @@ def test_schedules_hold_what_they_should(worlds: Worlds) -> None:
                 assert not (set(EXCLUDE) - set(INCLUDE)) & set(s.ids)
     for version in VERSIONS:
         assert len({schedule(worlds, name, version).digest() for name in OBJECTIVES}) == len(OBJECTIVES)
-        assert schedule(worlds, "sample", version).digest() != schedule(worlds, "nothing harvested", version).digest()
+        assert schedule(worlds, "sample", version).digest() != schedule(worlds, "nothing collected", version).digest()
 
 
 def test_a_level_of_its_own_for_each_recipe(worlds: Worlds) -> None:
@@ -291,7 +291,7 @@ def test_a_window_that_stands_still_is_not_searched_again(worlds: Worlds) -> Non
 
 def test_a_window_that_moves_on_has_its_graph_repaired(worlds: Worlds) -> None:
     for made in worlds[1]:
-        for name in ("without sketches", "nothing harvested"):
+        for name in ("without sketches", "nothing collected"):
             first, second = (made[name][version].graph for version in VERSIONS)
             assert first is not None and second is not None
             assert (first.change, second.change) == ("built", "repaired") and second.searched < WINDOW
@@ -330,12 +330,12 @@ def test_the_signals_reach_the_schedules(worlds: Worlds) -> None:
         chance = is_junk(core(worlds, "uniform", version)).mean()
         for name in ("sample", "facility_location", "topk"):
             assert is_junk(core(worlds, name, version)).mean() < chance / 2, name
-        # Content and neighbours pass on what was harvested: everything is known of everyone, without them of the harvested only.
+        # Content and neighbours pass on what was collected: everything is known of everyone, without them of the collected only.
         spread, alone = (schedule(worlds, name, version).meta for name in ("sample", bare))
-        assert spread["known_loss"] == spread["known_align"] == WINDOW
-        assert alone["known_align"] == 0 < alone["known_loss"] < len(worlds[1][0][bare][version].table)
-        assert schedule(worlds, "tied sample", version).meta["known_align"] == 0
-        assert schedule(worlds, "nothing harvested", version).meta["known_loss"] == 0
+        assert spread["known_loss"] == spread["known_influence"] == WINDOW
+        assert alone["known_influence"] == 0 < alone["known_loss"] < len(worlds[1][0][bare][version].table)
+        assert schedule(worlds, "tied sample", version).meta["known_influence"] == 0
+        assert schedule(worlds, "nothing collected", version).meta["known_loss"] == 0
 
 
 def test_ties_go_to_the_lower_ids(worlds: Worlds) -> None:

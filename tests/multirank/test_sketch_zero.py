@@ -23,4 +23,4 @@ def test_zero_job_is_bit_identical_and_its_rows_match_the_oracle(stage, tmp_path
         for result in results:
             assert result["identical"] and result["hooks_left"] == 0 and result["failures"] == 0, (result, said)
             assert result["cosine"] > 0.99 and 0.95 < result["length"][0] <= result["length"][1] < 1.05, (result, said)
-            assert result["align"], result
+            assert result["influence"], result

@@ -12,7 +12,7 @@ import pytest
 from grace_ds.data.schedule import load_book
 from tests.extras import needs
 from tests.multirank.harness import run_command
-from tests.multirank.launch import HARVESTING, Records, environment, free_port
+from tests.multirank.launch import COLLECTING, Records, environment, free_port
 
 needs("huggingface", "transformers", "accelerate", "datasets", "peft")
 
@@ -20,8 +20,8 @@ pytestmark = [pytest.mark.multirank, pytest.mark.timeout(600)]
 
 SCRIPT = Path(__file__).with_name("trainer_job.py")
 ROWS, GAS, STEPS = 2, 2, 12  # 60 samples: 15 micro-batches on each of two ranks, so that an epoch's last step is half a one
-CONTENT: dict[str, Any] = {**HARVESTING, "recipe": "content"}
-GRACE: dict[str, Any] = HARVESTING
+CONTENT: dict[str, Any] = {**COLLECTING, "recipe": "content"}
+GRACE: dict[str, Any] = COLLECTING
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 3}
 SAVING = {"save_strategy": "steps", "save_steps": 5}
 WORKERS = {"dataloader_num_workers": 2}
@@ -220,9 +220,9 @@ def test_adapters_are_sketched_and_what_they_stand_on_is_not(two: Records) -> No
         assert len(rank["layers"]) == 6  # A and B of three layers of the last block
         assert all(".lora_A." in name or ".lora_B." in name for name in rank["layers"])
     trained = {i for rank in two["lora"] for i in flat(rank)}
-    harvested = {int(i) for rank in two["lora"] for i in rank["table"]}
-    assert harvested
-    assert harvested <= trained
+    collected = {int(i) for rank in two["lora"] for i in rank["table"]}
+    assert collected
+    assert collected <= trained
     same_from(two["lora_from5"], two["lora"], 5)
 
 
@@ -231,8 +231,8 @@ def test_a_harvested_row_is_the_gradient_of_the_samples_own_mean_loss(two: Recor
     """However the Trainer has divided the loss: by the tokens of all ranks and micro-batches, or of this rank's."""
     pairs = [pair for rank in two[kind] for pair in rank["norms"]]
     assert len(pairs) >= 8
-    for harvested, alone in pairs:
-        assert harvested == pytest.approx(alone, rel=2e-3)
+    for collected, alone in pairs:
+        assert collected == pytest.approx(alone, rel=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests.multirank.launch import HARVESTING, refreshes, run_jobs, stream
+from tests.multirank.launch import COLLECTING, refreshes, run_jobs, stream
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(240)]
 
-GRACE: dict[str, Any] = HARVESTING
+GRACE: dict[str, Any] = COLLECTING
 CHECKPOINTING = ("none", "reentrant", "nonreentrant")
 
 

@@ -188,9 +188,9 @@ def run(spec: dict[str, Any], out: str) -> dict[str, Any]:
         record["metrics"] = {k: v for k, v in handle.metrics.items() if isinstance(v, (int, float, bool))}
         record["schedules"] = [[s.version, s.start, s.digest()] for s in c.book.schedules]
         record["table"] = {str(i): int(v) for i, v in zip(c.table.ids, c.table.last, strict=True)}
-        if c.harvester is not None:
-            record["layers"] = c.harvester.sketcher.names
-            record["failures"] = c.harvester.sketcher.failures
+        if c.collector is not None:
+            record["layers"] = c.collector.sketcher.names
+            record["failures"] = c.collector.sketcher.failures
         if spec.get("compare_norms"):
             record["norms"] = norms(trainer, handle)
         handle.detach()
@@ -198,13 +198,13 @@ def run(spec: dict[str, Any], out: str) -> dict[str, Any]:
 
 
 def norms(trainer: Any, handle: Any) -> list[list[float]]:
-    """Of the samples in the table: the harvested length, and that of the gradient of the sample's mean loss, taken alone."""
+    """Of the samples in the table: the collected length, and that of the gradient of the sample's mean loss, taken alone."""
     c, data = handle.controller, corpus()
     out = []
     for i, norm in zip(c.table.ids.tolist(), c.table.rows.norm.tolist(), strict=True):
         batch = {k: v for k, v in padded([data[i]]).items() if k != "sid"}
         alone = [(np.array([i]), batch)]
-        (found,) = probe_rows(handle.engine.module, alone, lambda m, b: m(**b).loss, c.harvester.sketcher)
+        (found,) = probe_rows(handle.engine.module, alone, lambda m, b: m(**b).loss, c.collector.sketcher)
         out.append([norm, float(found.norm[0])])
     return out
 

@@ -206,8 +206,8 @@ def run(spec: dict[str, Any], rank: int) -> dict[str, Any]:
             record["table"] = {str(i): int(v) for i, v in zip(c.table.ids, c.table.last, strict=True)}
             record["hooks"] = len(engine.module._forward_hooks) + len(engine.module._forward_pre_hooks)
             record["levels"] = [[s.version, s.meta.get("guard", {}).get("level")] for s in c.book.schedules]
-            record["align"] = np.isfinite(c.table.rows.align).mean().item() if len(c.table) else 0.0
-            record["scale"] = {} if c.harvester is None else c.harvester.sketcher.scale.by_name()
+            record["influence"] = np.isfinite(c.table.rows.influence).mean().item() if len(c.table) else 0.0
+            record["scale"] = {} if c.collector is None else c.collector.sketcher.scale.by_name()
             record["reference"] = {str(k): v for k, v in c.reference.items()}
     finally:
         undo()

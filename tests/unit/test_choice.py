@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 
 from grace_ds.comm.local import LocalComm
-from grace_ds.config.schema import GraceConfig, GuardConfig, HarvestConfig, RefreshConfig, SelectionConfig
+from grace_ds.config.schema import CollectConfig, GraceConfig, GuardConfig, RefreshConfig, SelectionConfig
 from grace_ds.data.order import SamplerOrder
 from grace_ds.data.pool import Pool
-from grace_ds.data.schedule import Ledger
+from grace_ds.data.schedule import VisitCounts
 from grace_ds.features.content import ContentFeatures
 from grace_ds.features.limits import Limits
-from grace_ds.features.quality import BigramPrior
-from grace_ds.records import IntArray, Losses, Neighbours, Role, Rows, Schedule, Signals
+from grace_ds.features.quality import QualityModel
+from grace_ds.records import IntArray, Losses, Neighbours, Role, SampleRecords, Schedule, Signals
 from grace_ds.refresh.choice import choose, judge
 from grace_ds.refresh.influence import enough_labels
-from grace_ds.refresh.signals import Estimate, Inputs, Pipeline
+from grace_ds.refresh.signals import Estimate, Inputs, RefreshContext
 from grace_ds.refresh.table import Table
 from grace_ds.selection.guard import DOWN, Decision
 
@@ -48,25 +48,25 @@ def made(
     x = dataclasses.replace(inputs(step), collect_every=collected, decision=decision)
     influence = np.where(HELPS, 0.0, -9.0).astype(np.float32)
     zero = np.zeros(N, np.float32)
-    known = {"loss": zero, "align": influence, "density": zero, "keep": np.where(READS_WELL, 1.0, 0.02).astype(np.float32)}
+    known = {"loss": zero, "influence": influence, "density": zero, "quality": np.where(READS_WELL, 1.0, 0.02).astype(np.float32)}
     known["loss_pass"] = np.full(N, np.nan, np.float32)
     known |= {"crowding": zero, "staleness": zero, "disagreement": zero, **(signals or {})}
     s = Signals(IDS, **{name: np.asarray(column, np.float32) for name, column in known.items()})
     return choose(p, x, step * BATCH, Estimate(s, 0, *estimate), s, edges, None)
 
 
-def pipeline(**config: Any) -> Pipeline:
+def pipeline(**config: Any) -> RefreshContext:
     refresh = RefreshConfig(interval_steps=INTERVAL, cadence="fixed")
     c = GraceConfig(**{"recipe": "grace", "total_steps": 100, "guard": GuardConfig(enabled=False), "refresh": refresh, **config})
     nobody = np.empty(0, np.int64)
     empty = ContentFeatures(nobody, np.empty(0, np.float32), None, None, None)
     pool = Pool(N, 0, 0.2, INTERVAL, BATCH, 1)
-    return Pipeline(LocalComm(5.0), c, pool, SamplerOrder(N), BATCH, lambda *_: empty, nobody, nobody)
+    return RefreshContext(LocalComm(5.0), c, pool, SamplerOrder(N), BATCH, lambda *_: empty, nobody, nobody)
 
 
 def inputs(step: int) -> Inputs:
-    rows, losses = Rows.empty(4), Losses.empty()
-    return Inputs(rows, losses, Table(rows), Table(losses), Ledger(), step, 1, step * BATCH, INTERVAL, {0: 0.3})
+    rows, losses = SampleRecords.empty(4), Losses.empty()
+    return Inputs(rows, losses, Table(rows), Table(losses), VisitCounts(), step, 1, step * BATCH, INTERVAL, {0: 0.3})
 
 
 def shares(schedule: Schedule) -> tuple[float, float]:
@@ -76,9 +76,9 @@ def shares(schedule: Schedule) -> tuple[float, float]:
 
 
 def test_a_run_opens_in_the_samplers_own_order_then_goes_by_content_and_after_an_interval_by_influence() -> None:
-    opening = made(4)
-    assert opening.meta["objective"] == "uniform"
-    assert opening.ids.tolist() == SamplerOrder(N)(np.arange(16, 16 + len(opening))).tolist()
+    warmup_steps = made(4)
+    assert warmup_steps.meta["objective"] == "uniform"
+    assert warmup_steps.ids.tolist() == SamplerOrder(N)(np.arange(16, 16 + len(warmup_steps))).tolist()
     learning = made(5)  # a twentieth of the run
     well, helps = shares(learning)
     assert well > 0.9 and helps == pytest.approx(0.5, abs=0.15)
@@ -113,7 +113,7 @@ def test_audits_are_drawn_where_anything_of_them_is_collected() -> None:
         assert bool((roles == Role.AUDIT).any()) == some
 
 
-@pytest.mark.parametrize(("part", "signal"), [("gradients", "align"), ("loss", "loss"), ("graph", "crowding")])
+@pytest.mark.parametrize(("part", "signal"), [("gradients", "influence"), ("loss", "loss"), ("graph", "crowding")])
 def test_a_part_that_is_switched_off_is_as_if_nothing_were_known_of_it(part: str, signal: str) -> None:
     rng = np.random.default_rng(0)
     known = {"loss": rng.normal(size=N), "crowding": rng.uniform(0, 3, N)}
@@ -125,7 +125,7 @@ def test_a_part_that_is_switched_off_is_as_if_nothing_were_known_of_it(part: str
 
 def test_the_loss_of_a_sample_and_the_crowd_around_it_weigh() -> None:
     """Of samples that are alike in everything else, those of higher loss come more often, those in a crowd less."""
-    high, alike = IDS % 8 < 4, {"align": np.zeros(N), "keep": np.ones(N)}
+    high, alike = IDS % 8 < 4, {"influence": np.zeros(N), "quality": np.ones(N)}
 
     def share(**known: Any) -> float:
         drawn = [made(20, {**alike, **known}, seed=seed) for seed in range(10)]
@@ -174,7 +174,7 @@ def every(labels: float, explained: float, collected: int = 4, step: int = 800, 
 
 def test_only_as_much_is_collected_as_the_estimates_need() -> None:
     enough = enough_labels(0.5)
-    assert every(enough, 0.5) == 4  # at the least each fourth step, by harvest.share
+    assert every(enough, 0.5) == 4  # at the least each fourth step, by collect.share
     assert [every(m * enough, 0.5) for m in (2, 5, 20)] == [8, 20, 80]
     assert every(1000 * enough, 0.5) == 100  # eight steps between two refreshes are always collected
     # Going on at the new pace the labels become fewer: then as many are collected as before.
@@ -186,8 +186,8 @@ def test_where_nothing_is_told_yet_as_much_is_collected_as_may_be() -> None:
     for labels, explained in ((0.0, 0.0), (1e6, 0.0)):
         assert every(labels, explained, collected=50) == 4
     assert every(1e6, 0.9, step=400) == 4  # the first interval: the model is learning
-    assert every(1e6, 0.9, collected=1, harvest=HarvestConfig(share=1.0)) == 100
-    assert every(0.0, 0.0, harvest=HarvestConfig(share=0.01)) == 100
+    assert every(1e6, 0.9, collected=1, collect=CollectConfig(share=1.0)) == 100
+    assert every(0.0, 0.0, collect=CollectConfig(share=0.01)) == 100
 
 
 def test_a_short_interval_is_not_left_with_a_step_or_two() -> None:
@@ -225,10 +225,10 @@ def test_by_default_the_guard_leaves_alone_what_is_like_the_trusted_set_and_no_q
     trusted, pool = texts(200), texts(N)
     for row in pool[: round(junk * N)]:
         rng.shuffle(row)
-    keep = BigramPrior.fit(*flat(trusted)).keep(*flat(pool)).astype(np.float32)
+    quality = QualityModel.fit(*flat(trusted)).quality(*flat(pool)).astype(np.float32)
     nothing, unknown = np.zeros(N, np.float32), np.full(N, np.nan, np.float32)
     p = pipeline(recipe=recipe, guard=GuardConfig())
-    s = Signals(IDS, unknown, unknown, nothing, keep, unknown, unknown, nothing, unknown)
+    s = Signals(IDS, unknown, unknown, nothing, quality, unknown, unknown, nothing, unknown)
     found = judge(p, inputs(0), s, None)
     assert found.level == (top if junk else "uniform"), found.reason
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 import os
 import pickle
 import stat
@@ -38,8 +39,8 @@ def test_only_the_uniform_recipe_does_without_content_features() -> None:
 def test_layers_override_in_order(tmp_path: Path) -> None:
     file = tmp_path / "g.yaml"
     file.write_text("budget: 0.1\nseed: 5\nharvest:\n  dim: 64\n")
-    config = load_config({"file": str(file), "seed": 6}, dotlist=["harvest.rank=4", "budget=0.4"])
-    assert (config.budget, config.seed, config.harvest.dim, config.harvest.rank) == (0.4, 6, 64, 4)
+    config = load_config({"file": str(file), "seed": 6}, dotlist=["collect.rank=4", "budget=0.4"])
+    assert (config.budget, config.seed, config.collect.dim, config.collect.rank) == (0.4, 6, 64, 4)
 
 
 @pytest.mark.parametrize(
@@ -51,22 +52,22 @@ def test_layers_override_in_order(tmp_path: Path) -> None:
         ({"budget": None}, ["budget", "None"]),
         ({"budget": 1.5}, ["budget", "1.5", "(0, 1]"]),
         ({"mode": "shadwo"}, ["mode", "shadwo", "'shadow'"]),
-        ({"harvest": 3}, ["harvest", "3", "layers"]),
-        ({"harvest": {"layers": []}}, ["harvest.layers", "auto"]),
+        ({"collect": 3}, ["collect", "3", "layers"]),
+        ({"collect": {"layers": []}}, ["collect.layers", "auto"]),
         ({"refresh": {"interval_steps": 0}}, ["interval_steps", "0", "1 or more"]),
         ({"start_step": 10, "stop_step": 10}, ["stop_step", "10"]),
         ({"selection": {"explore": 0.6, "audit": 0.5}}, ["explore + audit", "1.1"]),
         ({"recipe": "grase"}, ["recipe", "grase", "'grace'"]),
         ({"recipe": "content", "features": {"enabled": False}}, ["recipe", "'content'", "features.enabled: false", "uniform"]),
         ({"features": {"enabled": False}}, ["recipe", "'auto'", "features.enabled: false", "uniform"]),
-        ({"harvest": {"every": 2}}, [f"{HOME}.harvest.every", "gone", "harvest.share"]),
+        ({"collect": {"every": 2}}, [f"{HOME}.collect.every", "gone", "collect.share"]),
         ({"graph": {"residuals": True}}, [f"{HOME}.graph.residuals", "gone", "ablate: [graph]"]),
         ({"selection": {"loss_tilt": False}}, [f"{HOME}.selection.loss_tilt", "gone", "ablate: [loss]"]),
         ({"ablate": ["grph"]}, [f"{HOME}.ablate", "'grph'", "recipe 'auto'", "gradients, graph, loss, sketches", "'graph'"]),
         ({"recipe": "content", "ablate": ["loss"]}, ["ablate", "'loss'", "recipe 'content'", "no parts to leave out"]),
         ({"ablate": "loss"}, ["ablate", "'loss'", "a list of texts"]),
-        ({"harvest": {"share": 0}}, ["harvest.share", "0", "(0, 1]"]),
-        ({"harvest": {"share": 1.5}}, ["harvest.share", "1.5", "(0, 1]"]),
+        ({"collect": {"share": 0}}, ["collect.share", "0", "(0, 1]"]),
+        ({"collect": {"share": 1.5}}, ["collect.share", "1.5", "(0, 1]"]),
         ({"graph": {"hops": 0}}, ["graph.hops", "0", "between 1 and 64"]),
         (
             {"recipe": "uniform", "selection": {"objective": "facility_location"}, "features": {"enabled": False}},
@@ -115,6 +116,26 @@ def test_an_old_name_of_a_recipe_is_taken_with_a_warning(caplog: pytest.LogCaptu
     assert set(schema.RENAMED_RECIPES).isdisjoint(schema.RECIPES) and set(schema.RENAMED_RECIPES.values()) <= set(schema.RECIPES)
 
 
+def test_old_keys_are_taken_with_a_warning_and_never_beside_the_new_ones(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        config = load_config({"harvest": {"share": 0.125}, "graph": {"leaf": "torch", "k": 9}}, dotlist=["harvest.dim=64"])
+    assert (config.collect.share, config.collect.dim, config.graph.backend, config.graph.k) == (0.125, 64, "torch", 9)
+    for old, new in schema.RENAMED.items():
+        assert f"{HOME}.{old} is now called {new}" in caplog.text
+        assert _known(new) and not _known(old)
+    with pytest.raises(ConfigError, match=r"graph\.leaf is now called graph\.backend, and both are given"):
+        load_config({"graph": {"leaf": "torch", "backend": "torch"}})
+
+
+def _known(key: str) -> bool:
+    node: Any = schema.GraceConfig()
+    for part in key.split("."):
+        if not hasattr(node, part):
+            return False
+        node = getattr(node, part)
+    return True
+
+
 # -- what a run asks for ------------------------------------------------------------------------------------------------
 
 
@@ -148,7 +169,7 @@ def test_a_run_collects_and_builds_what_its_decisions_ask_for(block: dict[str, A
 
 @given(st.floats(0.001, 1), st.integers(1, 5000))
 def test_the_collected_share_is_kept_to_but_for_a_few_steps_of_each_interval(share: float, interval: int) -> None:
-    every = load_config({"harvest": {"share": share}, "refresh": {"interval_steps": interval}}).collect_every
+    every = load_config({"collect": {"share": share}, "refresh": {"interval_steps": interval}}).collect_every
     assert every >= 1 and interval // every >= min(interval, 8)
     if interval * share >= 16:  # with room for eight steps the share is what was asked for, at most
         assert 1 / every <= share * (1 + 1e-12)
@@ -207,7 +228,7 @@ def test_ds_config_from_a_file(tmp_path: Path) -> None:
 
 
 def test_resolved_config_loads_back(tmp_path: Path) -> None:
-    config = load_config({"budget": 0.33, "harvest": {"layers": ["a.*"]}})
+    config = load_config({"budget": 0.33, "collect": {"layers": ["a.*"]}})
     path = write_resolved(config, tmp_path / "run")
     assert load_config({"file": str(path)}) == config
 
@@ -222,11 +243,11 @@ def test_what_interpolations_stand_for_is_not_written(tmp_path: Path, monkeypatc
         "budget": 0.3,
         "run_dir": str(tmp_path / "run"),
         "features": {"cache_dir": "${oc.env:WHERE}/${oc.env:TOKEN}", "tokens_key": "${.cache_dir}"},
-        "harvest": {"layers": ["a.*", "${oc.env:TOKEN}"], "exclude": "${.layers}"},
+        "collect": {"layers": ["a.*", "${oc.env:TOKEN}"], "exclude": "${.layers}"},
     }
     config = load_config(block)
     assert config.features.cache_dir == f"/data/{SECRET}" == config.features.tokens_key
-    assert config.harvest.layers == config.harvest.exclude == ["a.*", SECRET]
+    assert config.collect.layers == config.collect.exclude == ["a.*", SECRET]
     for kept in (
         config,
         copy.deepcopy(config),
@@ -239,7 +260,7 @@ def test_what_interpolations_stand_for_is_not_written(tmp_path: Path, monkeypatc
         assert load_config({"file": str(path)}) == kept
     assert "s3cr3t" not in repr(config)
     monkeypatch.setenv("TOKEN", "another")
-    assert load_config({"file": str(path)}).harvest.exclude == ["a.*", "another"]
+    assert load_config({"file": str(path)}).collect.exclude == ["a.*", "another"]
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
@@ -259,7 +280,7 @@ def test_the_resolved_config_is_for_its_owner_alone(tmp_path: Path, mask: int) -
         {"seed": "${oc.env:TOKEN}"},  # not a number
         {"budget": "${oc.decode:${oc.env:TOKEN}}"},
         {"graph": {"k": "${seed}"}, "seed": "${oc.env:TOKEN}"},
-        {"harvest": {"layers": "${oc.env:TOKEN}"}},
+        {"collect": {"layers": "${oc.env:TOKEN}"}},
         {"ablate": ["${oc.env:TOKEN}"]},
         {"features": {"tokens_key": "${oc.env:TOKEN}"}, "mode": "${features.tokens_key}"},
     ],

@@ -32,7 +32,7 @@ BLOCK: dict[str, Any] = {
     "trusted": "trusted.jsonl",
     "run_dir": "runs/a",
     "refresh": {"interval_steps": 20, "cadence": "fixed", "timeout_seconds": 30.0},
-    "harvest": {"layers": ["blocks.*"], "exclude": [], "share": 0.5, "dim": 64},
+    "collect": {"layers": ["blocks.*"], "exclude": [], "share": 0.5, "dim": 64},
     "features": {"enabled": True, "dim": 32},
     "graph": {"k": 9, "recall": 0.9, "hops": 3},
     "selection": {"objective": "sample", "explore": 0.1, "audit": 0.05},

@@ -14,7 +14,7 @@ import pytest
 from grace_ds.comm import connect, listener
 from grace_ds.comm.connect import failures
 from grace_ds.comm.listener import Listener
-from grace_ds.comm.liveness import ENDED, RollCall, address_of
+from grace_ds.comm.liveness import ENDED, LivenessProbe, address_of
 from tests.unit.sockets import full_queue
 
 pytestmark = pytest.mark.timeout(60)
@@ -60,11 +60,11 @@ def test_one_rank_asks_a_thousand() -> None:
         others = [Listener("127.0.0.1") for _ in range(128)]
         for other in others:
             stack.callback(other.close)
-        call = RollCall(0, [others[rank % 128].address for rank in range(MANY)], ["h"] * MANY)
+        call = LivenessProbe(0, [others[rank % 128].address for rank in range(MANY)], ["h"] * MANY)
         assert call.absent(patience=1.0) == {}
         # All of them at the same time, as when a collective has broken.
         found: dict[int, dict[int, str]] = {}
-        calls = [RollCall(rank, call.addresses[:128], ["h"] * 128) for rank in range(0, 128, 16)]
+        calls = [LivenessProbe(rank, call.addresses[:128], ["h"] * 128) for rank in range(0, 128, 16)]
         asking = [threading.Thread(target=lambda c=c: found.update({c.rank: c.absent()})) for c in calls]
         for thread in asking:
             thread.start()

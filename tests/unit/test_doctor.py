@@ -102,7 +102,7 @@ def test_memory_is_compared_with_what_the_ranks_of_a_job_hold(tmp_path: Path) ->
     # The figures of the ZeRO paper's first illustration: 7.5 billion parameters on 64 ranks.
     assert [round(model / 1e9, 1) for model, _ in found.values()] == [120.0, 31.4, 16.6, 1.9]
     assert {ours for _, ours in found.values()} == {0}
-    sizes = {"harvest": {"dim": 256}, "features": {"dim": 128}, "graph": {"k": 15}, "window": 6400}
+    sizes = {"collect": {"dim": 256}, "features": {"dim": 128}, "graph": {"k": 15}, "window": 6400}
     config.write_text(json.dumps({"grace_ds": {"recipe": "grace", **sizes}}))
     eight = needs(Job(config, parameters=1e6, samples=1e6, ranks=64, here=8))
     row, vector, lists = 512 + 36, 4 * 128, 8 * (15 + 8 + 1)  # the table's, and the kept graph's
@@ -135,9 +135,9 @@ def on_a_card(monkeypatch: pytest.MonkeyPatch, **values: object) -> None:
 def test_what_would_compute_on_a_cpu() -> None:
     found = module.gpu({"DS_ACCELERATOR": "cpu"})
     assert finding(found, "device").said == "cpu (DS_ACCELERATOR)"
-    leaf, rows = finding(found, "graph.leaf auto"), finding(found, "propagation rows")
-    assert leaf.status == rows.status == module.OK and not leaf.cure and not rows.cure
-    assert leaf.said.startswith(("faiss (exact below", "torch (faiss is not installed"))
+    backend, rows = finding(found, "graph.backend auto"), finding(found, "propagation rows")
+    assert backend.status == rows.status == module.OK and not backend.cure and not rows.cure
+    assert backend.said.startswith(("faiss (exact below", "torch (faiss is not installed"))
     assert rows.said == "numpy (the device is cpu)"
 
 
@@ -148,7 +148,7 @@ def test_what_would_compute_on_a_gpu_with_rapids(monkeypatch: pytest.MonkeyPatch
     found = module.gpu({})
     assert finding(found, "gpu").said == "1 × NVIDIA Pretended, CUDA 13.0"
     assert finding(found, "device").said == "cuda"
-    assert finding(found, "graph.leaf auto").said == "cuvs (the device is cuda)"
+    assert finding(found, "graph.backend auto").said == "cuvs (the device is cuda)"
     assert finding(found, "propagation rows").said == "cupy (the device is cuda)"
     assert {f.what: f.said for f in found if f.what in module._RAPIDS} == {
         "cupy": "cupy-cuda13x 14.2.0",
@@ -164,9 +164,9 @@ def test_what_is_missing_on_a_gpu_comes_with_the_pip_line(monkeypatch: pytest.Mo
     on_a_card(monkeypatch, obstacle=f"cuvs is not installed ({line})", cupy="cupy does not work here: no compiler")
     monkeypatch.setattr(module, "_version", {"cupy-cuda13x": "14.2.0"}.get)
     found = module.gpu({})
-    leaf, rows, cuvs = (finding(found, what) for what in ("graph.leaf auto", "propagation rows", "cuvs"))
-    assert leaf.status == rows.status == cuvs.status == module.NOTE
-    assert f"not cuvs: cuvs is not installed ({line})" in leaf.said and leaf.cure == cuvs.cure == line
+    backend, rows, cuvs = (finding(found, what) for what in ("graph.backend auto", "propagation rows", "cuvs"))
+    assert backend.status == rows.status == cuvs.status == module.NOTE
+    assert f"not cuvs: cuvs is not installed ({line})" in backend.said and backend.cure == cuvs.cure == line
     assert rows.said == "torch (cupy does not work here: no compiler)" and not rows.cure
     assert finding(found, "cupy").said == "cupy-cuda13x 14.2.0"
     kept_off = module.gpu({"DS_ACCELERATOR": "cpu"})

@@ -13,7 +13,7 @@ from grace_ds.data import tokens
 from grace_ds.errors import DataError
 from grace_ds.features import cache as feature_cache
 from grace_ds.features.content import TokenReader, content_features
-from grace_ds.features.quality import BigramPrior
+from grace_ds.features.quality import QualityModel
 from grace_ds.features.tfidf import Terms
 
 N = 90
@@ -55,9 +55,9 @@ class Ranks:
         return allreduce
 
 
-def prior():
+def quality_model():
     block = TokenReader(corpus(seed=5)).all()
-    return BigramPrior.fit(block.flat, block.offsets, 120)
+    return QualityModel.fit(block.flat, block.offsets, 120)
 
 
 def run(rows, shares, trusted=None, **options):
@@ -91,7 +91,7 @@ def run(rows, shares, trusted=None, **options):
 
 def by_id(parts):
     order = np.argsort(np.concatenate([p.ids for p in parts]))
-    names = [name for name in ("density", "keep", "vectors", "statistics") if getattr(parts[0], name) is not None]
+    names = [name for name in ("density", "quality", "vectors", "statistics") if getattr(parts[0], name) is not None]
     return [np.concatenate([getattr(p, name) for p in parts])[order] for name in names]
 
 
@@ -100,7 +100,7 @@ def same_bits(a, b):
 
 
 def test_bit_identical_however_sharded_and_blocked(monkeypatch):
-    rows, trusted = corpus(), prior()
+    rows, trusted = corpus(), quality_model()
     whole = by_id(run(rows, [np.arange(N)], trusted))
     assert whole[0].dtype == whole[1].dtype == whole[2].dtype == np.float32
     assert len(np.unique(whole[1])) > 10
@@ -136,7 +136,7 @@ def test_items_are_read_once_or_where_memory_is_short_twice(monkeypatch):
     run(data, [np.arange(N)], memory_bytes=2000)
     assert set(data.reads.values()) == {1, 2}
     data.reads.clear()
-    run(data, [np.arange(N)], trusted=prior(), want_density=False, want_tfidf=False, memory_bytes=0)
+    run(data, [np.arange(N)], trusted=quality_model(), want_density=False, want_tfidf=False, memory_bytes=0)
     assert set(data.reads.values()) == {1}
 
 
@@ -144,13 +144,13 @@ def test_large_and_negative_token_ids_survive_the_memory(monkeypatch):
     monkeypatch.setattr(tokens, "BLOCK_TOKENS", 50)
     rows = [(np.array(r, np.int64) * 10_007 - 90_000).tolist() for r in corpus()] + [[2**40] * 9]
     rows[:20] = [(np.array(r, np.int64) - 9).tolist() for r in corpus()[:20]]
-    once = by_id(run(rows, [np.arange(N + 1)], prior()))
-    assert same_bits(once, by_id(run(rows, [np.arange(N + 1)], prior(), memory_bytes=0)))
+    once = by_id(run(rows, [np.arange(N + 1)], quality_model()))
+    assert same_bits(once, by_id(run(rows, [np.arange(N + 1)], quality_model(), memory_bytes=0)))
 
 
 def test_parts_can_be_left_out():
     part = run(corpus(), [np.arange(N)], want_density=False, want_tfidf=False)[0]
-    assert part.keep is None
+    assert part.quality is None
     assert part.vectors is None
     assert part.density.tolist() == [0.0] * N
     part = run(corpus(), [np.arange(N)], want_density=False)[0]
@@ -158,7 +158,7 @@ def test_parts_can_be_left_out():
 
 
 def test_statistics_are_the_trusted_models_however_sharded(tmp_path, monkeypatch):
-    rows, trusted, shares = corpus(), prior(), [np.arange(0, N, 2), np.array([], np.int64), np.arange(1, N, 2)]
+    rows, trusted, shares = corpus(), quality_model(), [np.arange(0, N, 2), np.array([], np.int64), np.arange(1, N, 2)]
     block = TokenReader(rows).all()
     monkeypatch.setattr(tokens, "BLOCK_TOKENS", 200)  # several blocks a rank
     parts = run(rows, shares, trusted, want_statistics=True)
@@ -181,7 +181,7 @@ def test_density_looks_at_the_whole_pool():
 
 def test_cache_hit_reads_no_items(tmp_path):
     data, shares = Counted(corpus()), [np.arange(0, N, 2), np.arange(1, N, 2)]
-    options = {"trusted": prior(), "cache_dir": tmp_path, "fingerprint": "data"}
+    options = {"trusted": quality_model(), "cache_dir": tmp_path, "fingerprint": "data"}
     fresh = by_id(run(data, shares, **options))
     data.reads.clear()
     assert same_bits(fresh, by_id(run(data, shares, **options)))
@@ -195,7 +195,7 @@ def test_cache_hit_reads_no_items(tmp_path):
 )
 def test_cache_is_not_used_for_another_question(tmp_path, change):
     data = Counted(corpus())
-    options = {"trusted": prior(), "cache_dir": tmp_path, "fingerprint": "data"}
+    options = {"trusted": quality_model(), "cache_dir": tmp_path, "fingerprint": "data"}
     run(data, [np.arange(N)], **options)
     data.reads.clear()
     run(data, [np.arange(N)], **(options | change))
@@ -213,7 +213,7 @@ def test_cache_is_not_used_for_the_same_share_of_another_pool(tmp_path):
 @pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "other"])
 def test_a_damaged_cache_file_on_one_rank_is_computed_anew_on_all(tmp_path, damage, caplog):
     shares = [np.arange(0, N, 2), np.arange(1, N, 2)]
-    fresh = by_id(run(corpus(), shares, trusted=prior(), cache_dir=tmp_path))
+    fresh = by_id(run(corpus(), shares, trusted=quality_model(), cache_dir=tmp_path))
     file, other = sorted(tmp_path.iterdir())
     content = bytearray(file.read_bytes())
     if damage == "flipped":
@@ -221,17 +221,17 @@ def test_a_damaged_cache_file_on_one_rank_is_computed_anew_on_all(tmp_path, dama
     damaged = {"torn": content[:-40], "flipped": content, "empty": b"", "other": other.read_bytes()}[damage]
     file.write_bytes(damaged)
     with caplog.at_level(logging.WARNING):
-        assert same_bits(fresh, by_id(run(corpus(), shares, trusted=prior(), cache_dir=tmp_path)))
+        assert same_bits(fresh, by_id(run(corpus(), shares, trusted=quality_model(), cache_dir=tmp_path)))
     assert str(file) in caplog.text
     caplog.clear()
-    assert same_bits(fresh, by_id(run(corpus(), shares, trusted=prior(), cache_dir=tmp_path)))
+    assert same_bits(fresh, by_id(run(corpus(), shares, trusted=quality_model(), cache_dir=tmp_path)))
     assert not caplog.text  # it was repaired
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.filterwarnings("ignore")
 def test_whatever_byte_of_a_cache_file_is_flipped_it_is_not_read_as_something_else(tmp_path):
-    arrays = {"density": np.arange(7, dtype=np.float32), "keep": np.ones(3, np.float32)}
+    arrays = {"density": np.arange(7, dtype=np.float32), "quality": np.ones(3, np.float32)}
     feature_cache.store(tmp_path, "ab", arrays)
     path, read = feature_cache.path_of(tmp_path, "ab"), 0
     whole = path.read_bytes()

@@ -12,8 +12,8 @@ import pytest
 from grace_ds.data import tokens
 from grace_ds.features.content import COLUMNS, ContentFeatures, TokenReader, content_features, follow_window
 from grace_ds.features.tfidf import TfIdf
-from tests.unit.test_features_content import Counted, N, Ranks, by_id, corpus, prior, run, same_bits
-from tests.unit.test_features_density import exact_density
+from tests.unit.test_features_content import Counted, N, Ranks, by_id, corpus, quality_model, run, same_bits
+from tests.unit.test_duplicates import exact_density
 
 # By version the ids of the window: it rolls, jumps to others altogether, comes back, and stands still.
 ORDER = np.random.default_rng(4).permutation(N)
@@ -91,7 +91,7 @@ def test_what_enters_has_the_density_that_it_has_in_the_whole_new_window() -> No
 
 
 def test_what_stays_keeps_its_features_bit_for_bit_and_what_enters_reads_as_it_would_anew() -> None:
-    rows, trusted = texts(), prior()
+    rows, trusted = texts(), quality_model()
     made = rolled(rows, trusted=trusted, want_statistics=True)
     moved = False
     for version in range(1, len(WINDOWS)):
@@ -103,7 +103,7 @@ def test_what_stays_keeps_its_features_bit_for_bit_and_what_enters_reads_as_it_w
             assert getattr(a, name).tobytes() == getattr(b, name).tobytes(), name
             assert getattr(after, name).dtype == getattr(anew, name).dtype
             moved |= name == "density" and not np.array_equal(after.density, anew.density)
-        for name in ("keep", "statistics"):  # of a sample alone, whatever the window
+        for name in ("quality", "statistics"):  # of a sample alone, whatever the window
             assert getattr(after, name).tobytes() == getattr(anew, name).tobytes(), name
     assert moved  # of samples that have stayed the density in the new window would be another
 
@@ -128,7 +128,7 @@ def test_vectors_of_all_windows_are_in_the_space_of_the_first() -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_any_split_over_ranks_gives_the_same(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, trusted = texts(), prior()
+    rows, trusted = texts(), quality_model()
     options = {"trusted": trusted, "want_statistics": True}
     one = rolled(rows, **options)
     monkeypatch.setattr(tokens, "BLOCK_TOKENS", 100)
@@ -164,11 +164,11 @@ def test_of_a_moved_window_only_what_enters_and_what_leaves_is_read() -> None:
     "without", [{"want_density": False}, {"want_tfidf": False}, {"want_density": False, "want_tfidf": False}]
 )
 def test_parts_that_are_left_out_stay_out(without: dict[str, bool]) -> None:
-    rows, trusted = texts(), prior()
+    rows, trusted = texts(), quality_model()
     for version, (found,) in enumerate(rolled(rows, trusted=trusted, **without)):
         anew = run(rows, [WINDOWS[version]], trusted, **without)[0]
         assert (found.vectors is None) == (anew.vectors is None) and found.statistics is None
-        assert found.keep.tobytes() == anew.keep.tobytes()
+        assert found.quality.tobytes() == anew.quality.tobytes()
         assert without.get("want_density", True) or not found.density.any()
         assert len(found.counts.grams) == (0 if "want_density" in without else 1 << 22)
 
@@ -187,7 +187,7 @@ def test_a_window_goes_on_from_the_cache_as_it_would_without(tmp_path: Any) -> N
 
 
 def test_rows_are_taken_with_all_their_columns() -> None:
-    found = run(texts(), [np.arange(N)], prior(), want_statistics=True, keep_counts=True)[0]
+    found = run(texts(), [np.arange(N)], quality_model(), want_statistics=True, keep_counts=True)[0]
     part = found.take(np.array([4, 2, 9]))
     assert part.ids.tolist() == [4, 2, 9] and part.counts is found.counts
     for name in COLUMNS:

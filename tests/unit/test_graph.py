@@ -7,7 +7,7 @@ import pytest
 
 from grace_ds.comm.local import LocalComm
 from grace_ds.errors import ConfigError, DataError
-from grace_ds.graph import backends as leaves
+from grace_ds.graph import backends as backends
 from grace_ds.graph.backends import torch_backend as torch_leaf
 from grace_ds.graph.propagate import priority, propagate
 from grace_ds.graph.ring import nearest
@@ -26,7 +26,7 @@ def test_graph_equals_dense_search(name: str) -> None:
     if name == "faiss":
         pytest.importorskip("faiss")
     x, ids = clustered(600, 16), np.sort(np.random.default_rng(1).choice(5000, 600, replace=False)).astype(np.int64)
-    got = nearest(LocalComm(5.0), Request.of(ids, x, 7), leaves.choose(name, 600))
+    got = nearest(LocalComm(5.0), Request.of(ids, x, 7), backends.choose(name, 600))
     exact = x.astype(np.float64) @ x.T.astype(np.float64)
     np.fill_diagonal(exact, -np.inf)
     expected = -np.sort(-exact, axis=1)[:, :7]
@@ -40,11 +40,11 @@ def test_graph_equals_dense_search(name: str) -> None:
 @pytest.mark.parametrize("order", ["as they come", "nearer and nearer"])
 def test_an_exact_search_finds_the_nearest_wherever_they_lie(block: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_leaf, "INDEX_BLOCK", block)  # 5: less than is asked for
-    x, leaf = clustered(600, 16), torch_leaf.TorchLeaf()
+    x, backend = clustered(600, 16), torch_leaf.TorchBackend()
     if order == "nearer and nearer":  # to the first query: every block holds nearer ones than all before it
         x = x[np.argsort(x @ x[0])]
     queries = np.concatenate([x[-1:], x[::7]])
-    ids, similarity = leaf.search(leaf.build(x, np.arange(600) + 3), queries, 7)
+    ids, similarity = backend.search(backend.build(x, np.arange(600) + 3), queries, 7)
     exact = queries @ x.T
     np.testing.assert_allclose(similarity, -np.sort(-exact, axis=1)[:, :7], atol=1e-6)
     np.testing.assert_allclose(np.take_along_axis(exact, ids - 3, 1), similarity, atol=1e-6)
@@ -64,13 +64,13 @@ def rows_of(kind: str, n: int, d: int) -> np.ndarray:
 def test_a_large_shard_is_searched_to_the_asked_recall(kind: str, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("faiss")
     from grace_ds.graph.backends import faiss_backend as faiss_leaf
-    from grace_ds.graph.backends.faiss_backend import FaissLeaf
+    from grace_ds.graph.backends.faiss_backend import FaissBackend
 
     monkeypatch.setattr(faiss_leaf, "FLAT_ROWS", 30_000)
     x, k = rows_of(kind, 31_000, d), 10
-    queries, leaf = x[::37], FaissLeaf(0.95)
-    index = leaf.build(x, np.arange(len(x)) + 7)
-    ids, similarity = leaf.search(index, queries, k)
+    queries, backend = x[::37], FaissBackend(0.95)
+    index = backend.build(x, np.arange(len(x)) + 7)
+    ids, similarity = backend.search(index, queries, k)
     dense = queries @ x.T
     bar = -np.partition(-dense, k - 1, axis=1)[:, k - 1 : k]
     found = np.take_along_axis(dense, ids - 7, 1)
@@ -78,14 +78,14 @@ def test_a_large_shard_is_searched_to_the_asked_recall(kind: str, d: int, monkey
     assert np.abs(found - similarity).max() < 1e-5
     assert index.tuned is not None
     assert (index.tuned.nlist > 0) is (kind == "clustered")  # lists where there are clusters, a scan of all codes elsewhere
-    exact = FaissLeaf(1.0)
+    exact = FaissBackend(1.0)
     everything = exact.build(x, np.arange(len(x)))
     assert np.abs(np.sort(exact.search(everything, queries[:50], k)[1]) - np.sort(-np.sort(-dense[:50], 1)[:, :k])).max() < 1e-5
 
 
 def test_fewer_candidates_than_neighbours_are_padded() -> None:
     x, ids = clustered(4, 8), np.arange(4)
-    got = nearest(LocalComm(5.0), Request.of(ids, x, 3, (ids[:2], x[:2])), leaves.choose("torch", 2))
+    got = nearest(LocalComm(5.0), Request.of(ids, x, 3, (ids[:2], x[:2])), backends.choose("torch", 2))
     assert (got.ids[2:] >= 0).sum(1).tolist() == [2, 2]
     assert (got.ids[:2] >= 0).sum(1).tolist() == [1, 1]
     assert np.isneginf(got.similarity[got.ids < 0]).all()
@@ -93,7 +93,7 @@ def test_fewer_candidates_than_neighbours_are_padded() -> None:
 
 def test_an_unknown_leaf_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="faiss, torch"):
-        leaves.choose("annoy", 10)
+        backends.choose("annoy", 10)
 
 
 def alone(facts: np.ndarray) -> np.ndarray:

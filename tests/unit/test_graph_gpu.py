@@ -18,10 +18,10 @@ import torch
 
 from grace_ds.comm.local import LocalComm
 from grace_ds.errors import ConfigError, DataError
-from grace_ds.graph import backends as leaves
+from grace_ds.graph import backends as backends
 from grace_ds.graph import gpu
 from grace_ds.graph.backends.cuvs_backend import with_own
-from grace_ds.graph.backends.torch_backend import TorchLeaf
+from grace_ds.graph.backends.torch_backend import TorchBackend
 from grace_ds.graph.gpu.memory import LEAST, pool_bytes
 from tests.multirank.harness import run_command
 
@@ -57,7 +57,7 @@ def test_a_leaf_whose_libraries_are_missing_names_them_and_the_cure() -> None:
     if importlib.util.find_spec("cuvs") is not None:
         pytest.skip("cuvs is installed")
     with pytest.raises(ConfigError, match=r"cuvs is not installed: pip install grace_ds\[gpu-cu12\]"):
-        leaves.choose("cuvs", 1000)
+        backends.choose("cuvs", 1000)
 
 
 @pytest.mark.usefixtures("rapids")
@@ -65,11 +65,11 @@ def test_auto_is_a_cpu_leaf_on_a_cpu_whatever_is_installed(card: None, caplog: p
     for device in ("cpu", "xpu:0"):
         with caplog.at_level(logging.INFO, "grace_ds.graph.backends"):
             caplog.clear()
-            assert leaves.choose("auto", 1000, device=device).name in ("faiss", "torch")
+            assert backends.choose("auto", 1000, device=device).name in ("faiss", "torch")
         assert len(caplog.records) == 1
         assert "1000 index rows in the largest shard" in caplog.text and "cuvs" not in caplog.text
-        assert leaves.exact("auto", device=device).name == "torch"
-    assert leaves.choose("auto", 1000).name == leaves.choose("auto", 1000, device="cpu").name
+        assert backends.exact("auto", device=device).name == "torch"
+    assert backends.choose("auto", 1000).name == backends.choose("auto", 1000, device="cpu").name
 
 
 @pytest.mark.usefixtures("rapids")
@@ -77,22 +77,22 @@ def test_auto_is_a_cpu_leaf_on_a_cpu_whatever_is_installed(card: None, caplog: p
 def test_auto_is_cuvs_on_a_gpu_with_the_packages(card: None, device: str, caplog: pytest.LogCaptureFixture) -> None:
     assert gpu.obstacle(device) == ""
     with caplog.at_level(logging.INFO, "grace_ds.graph.backends"):
-        assert leaves.choose("auto", 1000, device=device).name == "cuvs"
-        exact = leaves.exact("auto", device=device)
-    assert [r.message for r in caplog.records] == [f"graph.leaf auto: cuvs (the device is {device})"] * 2
+        assert backends.choose("auto", 1000, device=device).name == "cuvs"
+        exact = backends.exact("auto", device=device)
+    assert [r.message for r in caplog.records] == [f"graph.backend auto: cuvs (the device is {device})"] * 2
     assert exact.name == "cuvs" and exact.is_exact(10**9)
-    assert leaves.choose("torch", 1000, device=device).name == "torch"
-    assert leaves.exact("torch", device=device).name == "torch"
+    assert backends.choose("torch", 1000, device=device).name == "torch"
+    assert backends.exact("torch", device=device).name == "torch"
 
 
 @pytest.mark.usefixtures("rapids")
 def test_without_a_gpu_auto_says_so_and_takes_a_cpu_leaf() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    name, why = leaves.automatic("cuda:0", 1000)
+    name, why = backends.automatic("cuda:0", 1000)
     assert name in ("faiss", "torch") and why.endswith(f"not cuvs: torch {torch.__version__} sees no NVIDIA GPU")
     with pytest.raises(ConfigError, match="sees no GPU on this rank"):
-        leaves.choose("cuvs", 1000)
+        backends.choose("cuvs", 1000)
 
 
 def test_what_auto_misses_it_names_with_the_pip_line(card: None, rapids: Path) -> None:
@@ -101,24 +101,24 @@ def test_what_auto_misses_it_names_with_the_pip_line(card: None, rapids: Path) -
         pytest.skip("rmm is installed")
     reason = "rmm is not installed (pip install grace_ds[gpu-cu13])"
     assert gpu.obstacle("cuda") == reason
-    assert leaves.automatic("cuda", 40_000)[1].endswith(f"not cuvs: {reason}")
-    assert leaves.exact("auto", device="cuda").name == "torch"
+    assert backends.automatic("cuda", 40_000)[1].endswith(f"not cuvs: {reason}")
+    assert backends.exact("auto", device="cuda").name == "torch"
 
 
 def test_packages_that_cannot_be_imported_are_a_reason_for_auto_and_an_error_for_cuvs(card: None, rapids: Path) -> None:
     (rapids / "cuvs.py").write_text("raise OSError('libcublas.so.12: cannot open shared object file')")
     reason = "cuvs cannot be imported: libcublas.so.12: cannot open shared object file"
     assert gpu.obstacle("cuda") == reason
-    assert leaves.choose("auto", 100, device="cuda").name != "cuvs"
-    with pytest.raises(ConfigError, match=rf"{reason}; install the extra .*gpu-cu13.*, or set graph.leaf to faiss or torch"):
-        leaves.choose("cuvs", 100)
+    assert backends.choose("auto", 100, device="cuda").name != "cuvs"
+    with pytest.raises(ConfigError, match=rf"{reason}; install the extra .*gpu-cu13.*, or set graph.backend to faiss or torch"):
+        backends.choose("cuvs", 100)
 
 
 @pytest.mark.usefixtures("rapids")
 def test_a_card_that_is_full_is_left_alone(card: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100 << 20, 16 << 30))
     assert gpu.obstacle("cuda") == "only 100 MiB are free on the GPU"
-    assert leaves.automatic("cuda", 100)[0] != "cuvs"
+    assert backends.automatic("cuda", 100)[0] != "cuvs"
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 4 << 30)  # torch's cache can be emptied
     assert gpu.obstacle("cuda") == ""
 
@@ -139,16 +139,16 @@ class Ranks(LocalComm):
 def test_ranks_take_cuvs_together_or_not_at_all(
     card: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert leaves.agreed(LocalComm(5.0), "auto", "cuda:1") == leaves.agreed(Ranks(True, True), "auto", "cuda:1") == "cuvs"
+    assert backends.agreed(LocalComm(5.0), "auto", "cuda:1") == backends.agreed(Ranks(True, True), "auto", "cuda:1") == "cuvs"
     with caplog.at_level(logging.INFO, "grace_ds.graph.backends"):
-        assert leaves.agreed(Ranks(True, False), "auto", "cuda") == "auto"
-        assert caplog.messages == ["graph.leaf auto: not cuvs, which rank(s) 2 cannot use"]
+        assert backends.agreed(Ranks(True, False), "auto", "cuda") == "auto"
+        assert caplog.messages == ["graph.backend auto: not cuvs, which rank(s) 2 cannot use"]
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100 << 20, 16 << 30))
-        assert leaves.agreed(Ranks(True, False), "auto", "cuda") == "auto"
+        assert backends.agreed(Ranks(True, False), "auto", "cuda") == "auto"
     assert caplog.messages[1].endswith("rank(s) 0, 2 cannot use; here: only 100 MiB are free on the GPU")
     for name, device in (("auto", "cpu"), ("torch", "cuda"), ("cuvs", "cuda")):
         comm = Ranks(False)
-        assert leaves.agreed(comm, name, device) == name and not comm.asked
+        assert backends.agreed(comm, name, device) == name and not comm.asked
 
 
 @pytest.mark.parametrize("listed", [False, True])
@@ -157,8 +157,8 @@ def test_a_row_is_put_at_the_head_of_its_own_list(listed: bool) -> None:
     draw, k, degree = np.random.default_rng(0), 6, 9
     x = draw.normal(size=(50, 8)).astype(np.float32)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
-    leaf = TorchLeaf()
-    ids, near = leaf.search(leaf.build(x, np.arange(50)), x, degree + 1)
+    backend = TorchBackend()
+    ids, near = backend.search(backend.build(x, np.arange(50)), x, degree + 1)
     first = 0 if listed else 1
     found, similarity = with_own(ids[:, first : first + degree].astype(np.uint32), near[:, first : first + degree], x, k)
     assert found.dtype == np.int64 and similarity.dtype == np.float32
@@ -184,11 +184,11 @@ def test_the_timing_of_the_gpu_check_runs_on_a_cpu(tmp_path: Path) -> None:
     run_command([sys.executable, "-m", "benchmarks", "gpu_check", *options], timeout=100)
     found = json.loads(target.read_text())
     stages = {row["stage"]: row for row in found["rows"]["stages"]}
-    assert list(stages) == ["rows", "leaf", "propagation", "refresh", "tiers"]
+    assert list(stages) == ["rows", "backend", "propagation", "refresh", "tiers"]
     assert not any(row["failed"] for row in stages.values()), stages
     claims = {claim["name"]: claim for claim in found["claims"]}
     assert all(claim["met"] is not False for claim in claims.values()), claims
-    assert claims["leaf_recall"]["value"] == claims["refresh_recall"]["value"] == 1.0  # exact leaves at this size
+    assert claims["leaf_recall"]["value"] == claims["refresh_recall"]["value"] == 1.0  # exact backends at this size
     assert found["rows"]["machine"][0]["device"] == "cpu" and found["rows"]["tiers"][0]["rows"] == 400
 
 
@@ -243,8 +243,8 @@ def test_what_a_leaf_holds_is_given_back() -> None:
 
             return held()
 
-    leaf = Held()
-    with pytest.raises(MemoryError), leaves.opened(None, leaf):
-        assert leaf.open_ == 1
-        leaf.search(None, None, 1)
-    assert leaf.open_ == 0
+    backend = Held()
+    with pytest.raises(MemoryError), backends.opened(None, backend):
+        assert backend.open_ == 1
+        backend.search(None, None, 1)
+    assert backend.open_ == 0

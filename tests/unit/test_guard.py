@@ -18,9 +18,9 @@ from grace_ds.selection.guard import (
     contrast,
     decide,
     effective_share,
-    foretold,
     from_meta,
     heard,
+    prediction_skill,
 )
 
 HELP, HARM, OPEN = (Contrast(d, d - 0.1, d + 0.1, 50, 20) for d in (0.5, -0.5, 0.02))
@@ -228,14 +228,14 @@ def rows_of(correlation: float, n: int, seed: int) -> tuple[np.ndarray, np.ndarr
 
 def test_what_was_foretold_is_compared_by_rank() -> None:
     predicted, measured = rows_of(0.5, 4000, 0)
-    found = foretold(predicted, measured)
+    found = prediction_skill(predicted, measured)
     assert found.weight == 4000 and found.value == pytest.approx(0.48, abs=0.03)  # 6/pi arcsin(r/2) of a normal pair
-    assert foretold(np.exp(predicted), measured**3) == found  # whatever keeps the order
-    assert foretold(predicted, -measured).value == pytest.approx(-found.value)
+    assert prediction_skill(np.exp(predicted), measured**3) == found  # whatever keeps the order
+    assert prediction_skill(predicted, -measured).value == pytest.approx(-found.value)
     holes = np.where(np.arange(4000) % 2, np.nan, predicted)
-    assert foretold(holes, measured) == foretold(predicted[::2], measured[::2])
-    assert foretold(np.full(99, np.nan), measured[:99]) == foretold(predicted[:7], measured[:7]) == Remembered()
-    assert foretold(np.ones(50), measured[:50]) == Remembered(0.0, 50)
+    assert prediction_skill(holes, measured) == prediction_skill(predicted[::2], measured[::2])
+    assert prediction_skill(np.full(99, np.nan), measured[:99]) == prediction_skill(predicted[:7], measured[:7]) == Remembered()
+    assert prediction_skill(np.ones(50), measured[:50]) == Remembered(0.0, 50)
 
 
 def blind_at(correlations: dict[int, float], versions: int, n: int = 640) -> list[Decision]:
@@ -244,7 +244,7 @@ def blind_at(correlations: dict[int, float], versions: int, n: int = 640) -> lis
     for version in range(versions):
         previous = made[-1] if made else None
         measured = previous is not None and not previous.blind.on
-        seen = foretold(*rows_of(correlations.get(version, 0.0), n, version)) if measured else None
+        seen = prediction_skill(*rows_of(correlations.get(version, 0.0), n, version)) if measured else None
         made.append(decide("grace", version, DIRTY, None, previous, seen))
     return made
 
@@ -264,7 +264,7 @@ def test_with_foresight_they_are_paid_for_and_what_was_missed_is_forgotten() -> 
     made = blind_at(dict.fromkeys(range(4, 40), 0.4), 40)
     assert made[2].off or made[3].off
     assert not any(d.off for d in made[12:]) and made[-1].blind.misses == 0
-    assert made[-1].numbers["foretold"] > 0.3
+    assert made[-1].numbers["prediction_skill"] > 0.3
 
 
 def test_chance_seldom_passes_for_foresight_and_foresight_seldom_for_chance() -> None:

@@ -11,8 +11,8 @@ import pytest
 from grace_ds.comm.local import LocalComm
 from grace_ds.features.content import ContentFeatures
 from grace_ds.features.quality import STATISTICS
-from grace_ds.records import HIDDEN, Rows
-from grace_ds.refresh.influence import TOLERANCE, Influence, enough_labels, influence, labels
+from grace_ds.records import HIDDEN, SampleRecords
+from grace_ds.refresh.influence import TOLERANCE, Influence, enough_labels, labels, predict_influence
 from grace_ds.selection.ridge import columns
 
 N, M = 4000, 200
@@ -46,7 +46,7 @@ class Window:
 
     def found(self, label: np.ndarray | None = None) -> Influence:
         label = self.label if label is None else label
-        found = influence(LocalComm(5.0), self.content(), self.trusted, label, self.confidence)
+        found = predict_influence(LocalComm(5.0), self.content(), self.trusted, label, self.confidence)
         assert found is not None
         return found
 
@@ -57,7 +57,7 @@ def test_predictions_tell_groups_apart_that_single_labels_do_not(seed: int) -> N
     known = np.isfinite(w.label)
     assert area(w.label[w.good & known], w.label[~w.good & known]) < 0.75
     found = w.found()
-    for some in (known, ~known):  # those never harvested too
+    for some in (known, ~known):  # those never collected too
         assert area(found.fit.predicted[w.good & some], found.fit.predicted[~w.good & some]) > 0.95
 
 
@@ -113,7 +113,7 @@ def test_the_same_bits_for_any_number_of_ranks() -> None:
     out: dict[int, Influence | None] = {}
 
     def one(rank: int, at: np.ndarray) -> None:
-        out[rank] = influence(comm, w.content(at), w.trusted, w.label[at], w.confidence[at])
+        out[rank] = predict_influence(comm, w.content(at), w.trusted, w.label[at], w.confidence[at])
 
     threads = [threading.Thread(target=one, args=pair) for pair in enumerate(shares)]
     for thread in threads:
@@ -146,7 +146,7 @@ def test_the_share_that_content_tells_is_the_true_one(noise: float | None, share
 
 
 def test_a_few_labels_of_noise_are_not_taken_for_what_content_tells() -> None:
-    """A fit to them would describe them well: what counts is how well it foretells others."""
+    """A fit to them would describe them well: what counts is how well it predicts others."""
     w, shares = Window(), []
     for seed in range(20):
         label = np.full(N, np.nan, np.float32)
@@ -185,19 +185,19 @@ def test_the_less_is_told_the_more_labels_are_needed() -> None:
 def test_nothing_to_learn_from_is_none() -> None:
     w, comm = Window(), LocalComm(5.0)
     bare = ContentFeatures(np.arange(N), w.density, None, None, None)
-    assert influence(comm, bare, w.trusted, w.label, w.confidence) is None
-    assert influence(comm, w.content(), None, w.label, w.confidence) is None
-    assert influence(comm, w.content(), w.trusted, np.full(N, np.nan, np.float32), w.confidence) is None
-    assert influence(comm, w.content(), w.trusted, w.label, np.zeros(N)) is None
+    assert predict_influence(comm, bare, w.trusted, w.label, w.confidence) is None
+    assert predict_influence(comm, w.content(), None, w.label, w.confidence) is None
+    assert predict_influence(comm, w.content(), w.trusted, np.full(N, np.nan, np.float32), w.confidence) is None
+    assert predict_influence(comm, w.content(), w.trusted, w.label, np.zeros(N)) is None
 
 
 def test_a_label_is_alignment_times_length_in_units_of_its_own_basis() -> None:
-    rows = Rows(
+    rows = SampleRecords(
         ids=np.arange(7),
         sketch=np.ones((7, 2), np.float16),
         norm=np.array([2, 2, 4, 1, 1, 1, 1], np.float32),
         loss=np.zeros(7, np.float32),
-        align=np.array([0.25, -0.5, 0.25, np.nan, 0.5, 0.5, 0.5], np.float32),
+        influence=np.array([0.25, -0.5, 0.25, np.nan, 0.5, 0.5, 0.5], np.float32),
         step=np.zeros(7, np.int64),
         basis=np.array([3, 3, 4, 3, 5, 6, -1], np.int32),
         hidden=np.zeros((7, HIDDEN), np.float16),
@@ -206,4 +206,4 @@ def test_a_label_is_alignment_times_length_in_units_of_its_own_basis() -> None:
     np.testing.assert_array_equal(found, np.array([1, -2, 0.5, np.nan, np.nan, np.nan, np.nan], np.float32))
     assert found.dtype == np.float32
     assert np.isnan(labels(rows, {})).all() and np.isnan(labels(rows, {3: -0.5})).all()
-    assert len(labels(Rows.empty(2), {3: 0.5})) == 0
+    assert len(labels(SampleRecords.empty(2), {3: 0.5})) == 0

@@ -30,7 +30,7 @@ FACTS: dict[str, Any] = {
     "next": 300,
     "failures": 0,
     "refresh_share": 0.012,
-    "harvest_share": 0.003,
+    "collect_share": 0.003,
     "level": "content",
     "reason": "the whole recipe",
     "frozen": False,
@@ -58,7 +58,7 @@ def test_the_view_says_what_was_told_and_the_jobs_lines_stay_above_it() -> None:
     assert end.count(" GRACE ") == 1 and "ended" in end
     for said in ("step 1,200/4,000", "loss 3.25", "schedule 2: 4,000 of 20,000 samples, 200 steps old", "in 300 steps"):
         assert said in end and any(said in picture for picture in pictures)
-    assert "overhead 1.5% (refreshes 1.2%, harvest 0.3%)" in end and "guard content: the whole recipe" in end
+    assert "overhead 1.5% (refreshes 1.2%, collect 0.3%)" in end and "guard content: the whole recipe" in end
 
 
 def test_colours_bars_and_torn_bytes_pass_through() -> None:

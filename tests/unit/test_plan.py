@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from grace_ds.cli.calibrate import calibrate
 from grace_ds.cli.main import main
 from grace_ds.cli.plan import Sizes, plan
-from grace_ds.cli.plan_model import BreakEven, Harvest, Model
+from grace_ds.cli.plan_model import BreakEven, CollectCost, Model
 from grace_ds.cli.plan_rates import MEASURED, Rates
 from grace_ds.comm.local import LocalComm
 from grace_ds.config.schema import GraceConfig, GraphConfig
@@ -51,7 +51,7 @@ def test_more_ranks_hold_and_compute_less_each(tier: str) -> None:
         assert many.flop < few.flop and many.seconds(50, 1e9) < few.seconds(50, 1e9)
     assert plans[3].host_bytes < plans[1].host_bytes
     assert plans[0].device_bytes == 0
-    gpu = [plan_graph(GraphConfig(tier=tier, leaf="cuvs"), n, n, 64, 8, True).device_bytes for n in (10**6, 10**7)]
+    gpu = [plan_graph(GraphConfig(tier=tier, backend="cuvs"), n, n, 64, 8, True).device_bytes for n in (10**6, 10**7)]
     assert 0 < gpu[0] < gpu[1] < 4 * 64 * 10**7
 
 
@@ -102,12 +102,12 @@ def counted(width: int, layers: int, tokens: int, sketched: bool) -> int:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         if sketched:
             sketcher.attach()
-            binding = sketcher.begin(np.arange(2))
+            capture = sketcher.begin(np.arange(2))
         loss = model(ids)
         sketcher.end()
         loss.backward()
         if sketched:
-            sketcher.finish(binding)
+            sketcher.finish(capture)
     sketcher.detach()
     return int(counter.get_total_flops())
 
@@ -117,7 +117,7 @@ def test_operations_of_a_step_and_of_its_harvest_are_those_of_a_real_one(width: 
     model = Model(layers, width, 512, False)
     bare, with_us = (counted(width, layers, tokens, sketched) for sketched in (False, True))
     assert model.flop(tokens) * 2 == pytest.approx(bare, rel=0.02)
-    added = Harvest.of(model, GraceConfig().harvest, tokens, basis=False).flop * 2
+    added = CollectCost.of(model, GraceConfig().collect, tokens, basis=False).flop * 2
     assert added == pytest.approx(with_us - bare, rel=0.04)  # torch does not count the products of both sides, made in place
 
 
@@ -129,10 +129,10 @@ def test_a_shape_made_up_from_parameters_has_them() -> None:
 
 
 def test_break_even_is_where_both_take_the_same_time() -> None:
-    step, harvest, first, later, interval = 0.5, 0.01, 9.0, 4.0, 50
-    even = BreakEven.of(step, harvest, first, later, interval, 10_000)
+    step, collect, first, later, interval = 0.5, 0.01, 9.0, 4.0, 50
+    even = BreakEven.of(step, collect, first, later, interval, 10_000)
     for steps, late in ((even.steps, False), (even.steps + 1, True)):
-        spent = steps * (step + harvest) + first + later * (steps / interval - 1)
+        spent = steps * (step + collect) + first + later * (steps / interval - 1)
         assert (spent > 10_000 * step) is late
     assert even.ratio == pytest.approx(10_000 / even.steps, rel=1e-3)
     assert BreakEven.of(step, 0.0, 0.0, 0.0, interval, 0).ratio == 1.0
@@ -146,14 +146,14 @@ def test_dearer_recipes_and_shorter_intervals_cost_more() -> None:
     for cheap, dear in pairwise(recipes):
         assert cheap.even is not None and dear.even is not None and cheap.even.overhead < dear.even.overhead
         assert cheap.peak_bytes <= dear.peak_bytes
-    assert recipes[0].feature_seconds == 0 and recipes[1].harvest_seconds == 0 < (recipes[2].harvest_seconds or 0)
+    assert recipes[0].feature_seconds == 0 and recipes[1].collect_seconds == 0 < (recipes[2].collect_seconds or 0)
     assert [r.builds for r in recipes] == [False, False, False, True]
     assert recipes[2].first_seconds < recipes[3].first_seconds and recipes[2].held_bytes < recipes[3].held_bytes
     blind = plan(sizes, GraceConfig(recipe="grace", ablate=["gradients", "loss"]))
-    assert blind.builds and blind.harvest_seconds == 0 and blind.table_bytes == 0
+    assert blind.builds and blind.collect_seconds == 0 and blind.table_bytes == 0
     seldom = GraceConfig()
-    seldom.harvest.share = 0.05
-    assert 0 < (plan(sizes, seldom).harvest_seconds or 0) < (recipes[3].harvest_seconds or 0)
+    seldom.collect.share = 0.05
+    assert 0 < (plan(sizes, seldom).collect_seconds or 0) < (recipes[3].collect_seconds or 0)
     often = plan(replace(sizes, interval=50, samples=10**6), GraceConfig())
     rare = plan(replace(sizes, interval=500, samples=10**6), GraceConfig())
     assert often.even is not None and rare.even is not None and often.even.overhead > rare.even.overhead

@@ -37,7 +37,7 @@ def result(loss: float, grace: dict | None = None) -> dict:
 
 
 GRACE = {
-    "harvest_seconds": 2.5,
+    "collect_seconds": 2.5,
     "refresh_seconds": 5.0,
     "refreshes": 4,
     "coreset_size": 4000,
@@ -66,13 +66,13 @@ def test_documented_keys():
     summary = both()
     assert summary["uniform"]["val_loss"] == 4.0 and summary["grace"]["val_loss"] == 3.75
     assert summary["delta"] == pytest.approx(-0.25)
-    assert summary["grace"]["harvest_overhead"] == pytest.approx(0.05)
+    assert summary["grace"]["collect_overhead"] == pytest.approx(0.05)
     assert summary["grace"]["refresh_overhead"] == pytest.approx(0.1)
     assert summary["grace"]["choosing_share"] == pytest.approx(0.15)
     assert (summary["grace"]["refreshes"], summary["seed"]) == (4, 5)
     assert summary["launcher"] == "openmpi" and summary["sources"] == SOURCES
     assert {"python", "torch", "deepspeed", "numpy"} <= summary["versions"].keys()
-    assert "harvest_overhead" not in summary["uniform"]
+    assert "collect_overhead" not in summary["uniform"]
 
 
 def test_the_way_of_the_rows_is_told_where_it_is_known():
@@ -93,7 +93,7 @@ def test_the_way_of_the_rows_is_told_where_it_is_known():
 
 
 def test_what_is_not_known_is_null_and_leaves_its_row_out():
-    summary = both(harvest_seconds=None)
+    summary = both(collect_seconds=None)
     grace = json.loads(json.dumps(summary))["grace"]
     unknown = ("transport", "collected_rows", "gathered_bytes", "propagated_rows", "choosing_share")
     assert all(grace[key] is None for key in unknown)

@@ -21,9 +21,9 @@ from grace_ds.records import Signals
 NAN = math.nan
 EVERY = frozenset(recipes.PARTS)
 # What a part of the recipe is read from: with the part switched off, and with these unknown, a run must choose alike.
-READS = {"gradients": "align", "loss": "loss", "graph": "crowding"}
+READS = {"gradients": "influence", "loss": "loss", "graph": "crowding"}
 # Better for a sample: a higher or a lower value.
-BETTER = {"keep": 1, "density": -1, "align": 1, "loss": 1, "crowding": -1}
+BETTER = {"quality": 1, "density": -1, "influence": 1, "loss": 1, "crowding": -1}
 
 
 def signals(n: int, **known: Iterable[float]) -> Signals:
@@ -43,9 +43,9 @@ def some(n: int, seed: int = 0) -> Signals:
     unknown = draw.random((3, n)) < 0.2
     return signals(
         n,
-        keep=draw.uniform(0.02, 1, n),
+        quality=draw.uniform(0.02, 1, n),
         density=draw.integers(0, 5, n),
-        align=np.where(unknown[0], np.nan, draw.normal(-1, 1, n)),
+        influence=np.where(unknown[0], np.nan, draw.normal(-1, 1, n)),
         loss=np.where(unknown[1], np.nan, draw.normal(0, 1, n)),
         crowding=np.where(unknown[2], np.nan, draw.uniform(0, 3, n)),
     )
@@ -79,8 +79,8 @@ def test_rank01_follows_a_permutation(values: list[float], rng: Any) -> None:
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8))
 def test_all_copies_of_a_text_together_are_as_likely_as_one_unique_text(crowds: list[int]) -> None:
     text = np.repeat(np.arange(len(crowds)), crowds)
-    together = np.bincount(text, weights=shared(np.repeat(np.array(crowds) - 1.0, crowds)))
-    np.testing.assert_allclose(together, 1, rtol=1e-12)
+    run_on_all_ranks = np.bincount(text, weights=shared(np.repeat(np.array(crowds) - 1.0, crowds)))
+    np.testing.assert_allclose(run_on_all_ranks, 1, rtol=1e-12)
 
 
 def test_a_crowd_thins_out_by_its_density_against_the_sparse_quarter_of_the_window() -> None:
@@ -110,17 +110,17 @@ def test_where_nothing_is_near_to_anything_nobody_is_crowded() -> None:
 
 
 def test_chances_multiply_what_is_known() -> None:
-    text = signals(2, keep=[0.5, 1.0], density=[3, 0])
+    text = signals(2, quality=[0.5, 1.0], density=[3, 0])
     for name in ("content", "grace"):
         np.testing.assert_allclose(chances(name, text), [0.5 / 4, 1])
     np.testing.assert_allclose(chances("density", text), [1 / 4, 1])
     assert chances("uniform", text).tolist() == [1, 1]
     # Of three losses: the lowest, one that is unknown, the highest.
     np.testing.assert_allclose(chances("grace", signals(3, loss=[-2, NAN, 7])), [0.3, 0.8, 1.3])
-    np.testing.assert_allclose(chances("grace", signals(3, align=[-1e3, 1e3, NAN])), [0.02, 1, 1], rtol=1e-6)
+    np.testing.assert_allclose(chances("grace", signals(3, influence=[-1e3, 1e3, NAN])), [0.02, 1, 1], rtol=1e-6)
     np.testing.assert_allclose(chances("grace", signals(4, crowding=[2, 2, 6, NAN])), [1 / 4, 1 / 4, 1 / 16, 1], rtol=1e-6)
     np.testing.assert_allclose(chances("grace", signals(2, loss_pass=[0.5, 1], loss=[9, 1])), [0.5, 1])  # in its place
-    all_of_it = signals(2, keep=[0.5, 1], density=[3, 0], loss=[4, 1], align=[-1e3, 1e3], crowding=[2, 6])
+    all_of_it = signals(2, quality=[0.5, 1], density=[3, 0], loss=[4, 1], influence=[-1e3, 1e3], crowding=[2, 6])
     np.testing.assert_allclose(chances("grace", all_of_it), [0.5 / 4 * 1.3 * 0.02 / 4, 0.3 / 16], rtol=1e-6)
 
 
@@ -144,7 +144,7 @@ def test_a_part_that_is_switched_off_is_as_if_its_signal_were_unknown(part: str,
 def test_without_all_its_parts_a_recipe_is_the_one_that_it_falls_back_to() -> None:
     s = some(50)
     assert np.array_equal(log_importance(recipe("grace"), s, frozenset()), log_importance(recipe("content"), s, EVERY))
-    bare = dataclasses.replace(s, keep=np.full(50, np.nan, np.float32))  # without a trusted set
+    bare = dataclasses.replace(s, quality=np.full(50, np.nan, np.float32))  # without a trusted set
     assert np.array_equal(log_importance(recipe("content"), bare, EVERY), log_importance(recipe("density"), s, EVERY))
 
 
@@ -173,7 +173,7 @@ def test_what_is_better_is_never_less_likely(signal: str) -> None:
         alike = signals(len(known), **{signal: known})
         found = BETTER[signal] * np.diff(log_importance(recipe(name), alike, EVERY))
         assert (found >= 0).all()
-        used = name == "grace" or signal == "density" or (signal == "keep" and name == "content")
+        used = name == "grace" or signal == "density" or (signal == "quality" and name == "content")
         assert (found > 0).any() == used
 
 

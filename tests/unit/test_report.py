@@ -17,16 +17,16 @@ from grace_ds.cli.main import main
 from grace_ds.comm.local import LocalComm
 from grace_ds.config.load import load_config, write_resolved
 from grace_ds.data.sampler import Geometry
-from grace_ds.data.schedule import Ledger
+from grace_ds.data.schedule import VisitCounts
 from grace_ds.integrations.setup import pipeline_of, prepare
-from grace_ds.integrations.trusted_set import Extras
+from grace_ds.integrations.trusted_set import UserInputs
 from grace_ds.monitor import metrics as record_module
-from grace_ds.monitor.metrics import Recorder, keep_portrait, preview_of
-from grace_ds.records import Losses, Role, Rows
+from grace_ds.monitor.metrics import Recorder, keep_explanation, preview_of
+from grace_ds.records import Losses, Role, SampleRecords
 from grace_ds.refresh.line import refresh
-from grace_ds.refresh.projection import POINTS, Chart, principal
+from grace_ds.refresh.projection import POINTS, PCAProjection, principal
 from grace_ds.refresh.signals import Inputs
-from grace_ds.refresh.state import Kept
+from grace_ds.refresh.state import RefreshState
 from grace_ds.refresh.table import Table
 from grace_ds.report.facts import facts
 from grace_ds.report.load import load_run
@@ -58,7 +58,7 @@ class Texts:
 
 
 def record(folder: Path, refreshes: int = 3, data: Any = None, preview: Any = None, **block: Any) -> Path:
-    """The run_dir of a job of so many refreshes on one rank, the first of them the opening."""
+    """The run_dir of a job of so many refreshes on one rank, the first of them the warm-up."""
     data = data if data is not None else Texts()
     config = load_config(
         {
@@ -71,18 +71,18 @@ def record(folder: Path, refreshes: int = 3, data: Any = None, preview: Any = No
     )
     geometry = Geometry(1, 0, BATCH, 1)
     trusted = Texts(96, seed=1, junk=False)
-    pipeline = pipeline_of(LocalComm(), config, geometry, prepare(data, config, geometry, Extras(trusted_data=trusted)))
+    pipeline = pipeline_of(LocalComm(), config, geometry, prepare(data, config, geometry, UserInputs(trusted_data=trusted)))
     write_resolved(config, folder)
     recorder = Recorder(str(folder), None, preview or preview_of(data, "auto"))
-    table, seen, step, kept = Table(Rows.empty(config.harvest.dim)), Table(Losses.empty()), 0, Kept()
+    table, seen, step, kept = Table(SampleRecords.empty(config.collect.dim)), Table(Losses.empty()), 0, RefreshState()
     for version in range(refreshes):
-        nothing, uniform = Rows.empty(config.harvest.dim), version == 0
+        nothing, uniform = SampleRecords.empty(config.collect.dim), version == 0
         x = Inputs(
-            nothing, Losses.empty(), table, seen, Ledger(), step, version, step * BATCH, INTERVAL, uniform=uniform, kept=kept
+            nothing, Losses.empty(), table, seen, VisitCounts(), step, version, step * BATCH, INTERVAL, uniform=uniform, kept=kept
         )
         outcome = refresh(pipeline, x)
         spent = 0.5 * version
-        told = {"train_seconds": 10.0 * version, "refresh_seconds": spent, "harvest_seconds": 0.0, "failures": 0.0}
+        told = {"train_seconds": 10.0 * version, "refresh_seconds": spent, "collect_seconds": 0.0, "failures": 0.0}
         recorder.made(outcome, told)
         recorder.settle()
         table, step, kept = outcome.table, step + INTERVAL, outcome.kept
@@ -160,25 +160,25 @@ def test_names_of_sources_and_settings_are_text_too(tmp_path: Path) -> None:
 
 def test_most_and_least_kept_are_what_the_filter_says(tmp_path: Path) -> None:
     run = load_run(record(tmp_path, recipe="content"))
-    portrait = shown(run)
-    assert portrait is not None and portrait["used"]
-    most = [s for s in portrait["samples"] if s["group"] == "most"]
-    least = [s for s in portrait["samples"] if s["group"] == "least"]
+    explanation = shown(run)
+    assert explanation is not None and explanation["used"]
+    most = [s for s in explanation["samples"] if s["group"] == "most"]
+    least = [s for s in explanation["samples"] if s["group"] == "least"]
     assert min(s["chance"] for s in most) > max(s["chance"] for s in least)
     assert np.mean([s["id"] % 2 for s in most]) > 0.8  # odd ids are clean
     assert np.mean([s["id"] % 2 for s in least]) < 0.2
-    core = set(run.schedules[portrait["version"]].ids[run.schedules[portrait["version"]].roles == Role.CORE].tolist())
-    assert all((s["id"] in core) == (s["role"] == "core") for s in portrait["samples"])
-    assert all(row.text.startswith(f"sample {row.id}: ") for row in rows(run, portrait))
+    core = set(run.schedules[explanation["version"]].ids[run.schedules[explanation["version"]].roles == Role.CORE].tolist())
+    assert all((s["id"] in core) == (s["role"] == "core") for s in explanation["samples"])
+    assert all(row.text.startswith(f"sample {row.id}: ") for row in rows(run, explanation))
 
 
 @pytest.mark.parametrize("recipe", ["grace", "content", "density"])
 def test_the_factors_explain_the_chance(tmp_path: Path, recipe: str) -> None:
-    portrait = shown(load_run(record(tmp_path, recipe=recipe)))
-    assert portrait is not None and portrait["level"] == recipe
-    best = max(portrait["samples"], key=lambda s: s["chance"])
-    named = {"grace": {"keep", "copies", "crowding"}, "content": {"keep", "copies"}, "density": {"copies"}}[recipe]
-    for s in portrait["samples"]:  # up to one constant
+    explanation = shown(load_run(record(tmp_path, recipe=recipe)))
+    assert explanation is not None and explanation["level"] == recipe
+    best = max(explanation["samples"], key=lambda s: s["chance"])
+    named = {"grace": {"quality", "copies", "crowding"}, "content": {"quality", "copies"}, "density": {"copies"}}[recipe]
+    for s in explanation["samples"]:  # up to one constant
         assert s["factors"].keys() == named
         product, reference = (np.prod(list(v["factors"].values())) for v in (s, best))
         assert product / reference == pytest.approx(s["chance"] / best["chance"], rel=1e-3)
@@ -187,13 +187,13 @@ def test_the_factors_explain_the_chance(tmp_path: Path, recipe: str) -> None:
 
 def test_histograms_count_every_sample_once(tmp_path: Path) -> None:
     run = load_run(record(tmp_path))
-    assert set(run.portraits) == {1, 2}  # the opening weighs nothing
-    for portrait in run.portraits.values():
-        assert {"keep", "density", "chance", "crowding"} <= portrait["histograms"].keys()
-        for h in portrait["histograms"].values():
+    assert set(run.explanations) == {1, 2}  # the warm-up weighs nothing
+    for explanation in run.explanations.values():
+        assert {"quality", "density", "chance", "crowding"} <= explanation["histograms"].keys()
+        for h in explanation["histograms"].values():
             assert sum(h["window"]) + h["unknown"] == N
-            assert sum(h["core"]) <= portrait["core"]
-        assert sum(portrait["histograms"]["chance"]["core"]) == portrait["core"]
+            assert sum(h["core"]) <= explanation["core"]
+        assert sum(explanation["histograms"]["chance"]["core"]) == explanation["core"]
 
 
 def test_ages_and_churn_are_counted_from_the_schedules(tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_a_dataset_that_raises_costs_its_account_and_not_the_run(tmp_path: Path,
         raise RuntimeError(f"sample {sample} is gone")
 
     run = load_run(record(tmp_path, preview=broken))
-    assert len(run.schedules) == 3 and not run.portraits
+    assert len(run.schedules) == 3 and not run.explanations
     assert "no account of refresh 1 is kept (RuntimeError" in caplog.text
 
 
@@ -283,8 +283,8 @@ def test_token_ids_are_read_by_the_tokenizer_that_is_given(tmp_path: Path) -> No
     out = tmp_path / "out.html"
     assert main(["report", str(folder), "--html", str(out), "--tokenizer", str(tmp_path / "tokenizer.json")]) == 0
     seen = Seen(out.read_text("utf-8"))
-    portrait = json.loads((folder / "reports" / "report-000002.json").read_text())
-    expected = " ".join(f"w{t}" for t in portrait["samples"][0]["tokens"])
+    explanation = json.loads((folder / "reports" / "report-000002.json").read_text())
+    expected = " ".join(f"w{t}" for t in explanation["samples"][0]["tokens"])
     assert expected in seen.text and "token ids " not in seen.text
 
 
@@ -300,11 +300,11 @@ def test_a_page_stays_small_however_large_and_long_the_run(tmp_path: Path) -> No
     """A window of 100,000 samples and records of 200 refreshes, each text longer than what is shown."""
     folder = record(tmp_path, refreshes=2, data=Texts(100_000, text=MARKUP * 100), window=100_000)
     line = json.loads((folder / "refreshes.jsonl").read_text().splitlines()[-1])
-    portrait = json.loads((folder / "reports" / "report-000001.json").read_text())
+    explanation = json.loads((folder / "reports" / "report-000001.json").read_text())
     with (folder / "refreshes.jsonl").open("a") as f:
         for version in range(2, 200):
             f.write(json.dumps({**line, "version": version, "step": version * INTERVAL}) + "\n")
-            (folder / "reports" / f"report-{version:06d}.json").write_text(json.dumps({**portrait, "version": version}))
+            (folder / "reports" / f"report-{version:06d}.json").write_text(json.dumps({**explanation, "version": version}))
     np.save(tmp_path / "sources.npy", np.arange(100_000) % 5000)
     assert main(["report", str(folder), "--sources", str(tmp_path / "sources.npy")]) == 0
     assert (folder / "report.html").stat().st_size < 3_000_000
@@ -326,7 +326,7 @@ def test_the_map_is_of_real_samples_with_what_is_known_of_them(tmp_path: Path) -
     xy, clean = np.array([chart["x"], chart["y"]]), np.arange(N) % 2 == 1
     centres = np.stack([xy[:, clean].mean(1), xy[:, ~clean].mean(1)])
     assert np.linalg.norm(centres[0] - centres[1]) > 0.05  # runs and noise share no 6-grams, and few words
-    known = {s["id"]: s["chance"] for s in run.portraits[2]["samples"]}
+    known = {s["id"]: s["chance"] for s in run.explanations[2]["samples"]}
     for i, log_chance in zip(chart["ids"], chart["chance"], strict=True):
         assert i not in known or 10**log_chance == pytest.approx(known[i], rel=1e-3)
     said = Seen(page(run)).text
@@ -335,18 +335,32 @@ def test_the_map_is_of_real_samples_with_what_is_known_of_them(tmp_path: Path) -
 
 
 def test_the_map_of_the_last_coreset_outlives_a_pause_but_not_a_new_run(tmp_path: Path) -> None:
-    def keep(version: int, used: bool) -> int:
-        portrait = {"version": version, "step": 0, "level": "content", "used": used, "window": 2, "samples": []}
-        keep_portrait({**portrait, "map": {"ids": [3, 5]}}, tmp_path, None, {})
+    def kept(version: int, used: bool) -> int:
+        explanation = {"version": version, "step": 0, "level": "content", "used": used, "window": 2, "samples": []}
+        keep_explanation({**explanation, "map": {"ids": [3, 5]}}, tmp_path, None, {})
         return int(json.loads((tmp_path / "map.json").read_text())["version"])
 
-    assert [keep(1, False), keep(2, False), keep(3, True), keep(4, False), keep(5, True), keep(5, False)] == [1, 2, 3, 3, 5, 5]
-    assert keep(2, False) == 2  # begun anew
+    assert [kept(1, False), kept(2, False), kept(3, True), kept(4, False), kept(5, True), kept(5, False)] == [
+        1,
+        2,
+        3,
+        3,
+        5,
+        5,
+    ]
+    assert kept(2, False) == 2  # begun anew
 
 
 def test_a_slow_dataset_is_read_for_a_limited_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record_module, "PREVIEW_SECONDS", 0.2)
-    portrait = {"version": 1, "step": 0, "level": "content", "used": True, "window": 2, "samples": [{"id": i} for i in range(50)]}
+    explanation = {
+        "version": 1,
+        "step": 0,
+        "level": "content",
+        "used": True,
+        "window": 2,
+        "samples": [{"id": i} for i in range(50)],
+    }
 
     def slow(sample: int) -> dict[str, Any]:
         time.sleep(0.05)
@@ -354,12 +368,14 @@ def test_a_slow_dataset_is_read_for_a_limited_time(tmp_path: Path, monkeypatch: 
 
     known: dict[int, dict[str, Any]] = {}
     started = time.monotonic()
-    keep_portrait({**portrait, "map": {"ids": list(range(500))}}, tmp_path, slow, known)
+    keep_explanation({**explanation, "map": {"ids": list(range(500))}}, tmp_path, slow, known)
     assert time.monotonic() - started < 2
     samples = json.loads((tmp_path / "report-000001.json").read_text())["samples"]
     assert samples[0] == {"id": 0, "text": "sample 0"} and samples[49] == {"id": 49}
     assert len(json.loads((tmp_path / "map.json").read_text())["ids"]) == 500
-    keep_portrait({**portrait, "samples": [], "map": {"ids": [3]}}, tmp_path, slow, known)  # asked again for what was not read
+    keep_explanation(
+        {**explanation, "samples": [], "map": {"ids": [3]}}, tmp_path, slow, known
+    )  # asked again for what was not read
     assert json.loads((tmp_path / "map.json").read_text())["shown"] == [{"text": "sample 3"}]
 
 
@@ -372,7 +388,7 @@ def test_samples_of_a_map_are_read_once(tmp_path: Path) -> None:
         return show(sample)
 
     run = load_run(record(tmp_path, refreshes=4, data=data, preview=counted))
-    assert run.chart is not None and len(asked) == N + sum(len(p["samples"]) for p in run.portraits.values())
+    assert run.chart is not None and len(asked) == N + sum(len(p["samples"]) for p in run.explanations.values())
     assert all(len(s["text"]) <= 160 for s in run.chart["shown"])
 
 
@@ -414,7 +430,7 @@ def test_axes_are_the_principal_ones_whatever_the_order() -> None:
 
 def test_a_large_window_is_drawn_from_uniformly_and_alike_while_it_rolls() -> None:
     data = Texts(9000)
-    chart = Chart(data, "auto", 32, 7)
+    chart = PCAProjection(data, "auto", 32, 7)
     state = np.random.get_state()[1].copy()  # type: ignore[union-attr]
     first, second = chart(np.arange(6000)), chart(np.arange(600, 6600))
     assert np.array_equal(np.random.get_state()[1], state)  # type: ignore[index]

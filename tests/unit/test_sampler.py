@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from grace_ds.data.sampler import Geometry, Outstanding, StreamSampler, TicketedCollate, TicketedDataset, TicketedLoader
+from grace_ds.data.sampler import Geometry, InFlightBatches, StreamSampler, TicketedCollate, TicketedDataset, TicketedLoader
 from grace_ds.data.schedule import ScheduleBook
 from grace_ds.errors import DataError
 from grace_ds.records import Role, Schedule
@@ -48,10 +48,10 @@ def book_of(n: int) -> ScheduleBook:
 
 def make_loader(
     rank: int = 0, ranks: int = 1, workers: int = 0, collate: Any = None, data: Any = None, rows: int = 4
-) -> tuple[TicketedLoader, StreamSampler, Outstanding]:
+) -> tuple[TicketedLoader, StreamSampler, InFlightBatches]:
     g = Geometry(ranks, rank, rows, 2)
     sampler = StreamSampler(book_of(100), g, 100 // g.micro, 100 // ranks)
-    out = Outstanding(g)
+    out = InFlightBatches(g)
     inner: Any = DataLoader(
         TicketedDataset(data or Numbers()),
         batch_size=rows,

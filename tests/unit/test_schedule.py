@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grace_ds.data.schedule import Ledger, ScheduleBook, compose, load_book, load_schedule, put_aside, save_schedule
+from grace_ds.data.schedule import ScheduleBook, VisitCounts, compose, load_book, load_schedule, put_aside, save_schedule
 from grace_ds.errors import CheckpointError
 from grace_ds.monitor.metrics import Recorder
-from grace_ds.records import Coreset, IntArray, Losses, Role, Rows, Schedule
-from grace_ds.refresh.line import Outcome
-from grace_ds.refresh.state import Kept
+from grace_ds.records import Coreset, IntArray, Losses, Role, SampleRecords, Schedule
+from grace_ds.refresh.line import RefreshResult
+from grace_ds.refresh.state import RefreshState
 from grace_ds.refresh.table import Table
 
 
@@ -136,12 +136,12 @@ def test_a_schedule_may_not_start_before_its_predecessor() -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.integers(-5, 20), max_size=10), max_size=5))
 def test_ledger_counts_like_a_dictionary(batches: list[list[int]]) -> None:
-    ledger, oracle = Ledger(), dict.fromkeys(range(-5, 25), 0)
+    visits, oracle = VisitCounts(), dict.fromkeys(range(-5, 25), 0)
     for batch in batches:
-        ledger.add(np.array(batch, np.int64))
+        visits.add(np.array(batch, np.int64))
         for i in batch:
             oracle[i] += 1
-    assert list(ledger.of(np.arange(-5, 25))) == list(oracle.values())
+    assert list(visits.of(np.arange(-5, 25))) == list(oracle.values())
 
 
 def test_files_round_trip(tmp_path: Path) -> None:
@@ -253,8 +253,10 @@ def test_a_second_run_over_a_run_dir_leaves_only_its_own(tmp_path: Path, caplog:
         for version in range(count):
             schedule = of_run(run, version, every * version)
             schedule = dataclasses.replace(schedule, meta={"decided_at_step": version})
-            portrait = {"version": version, "samples": []}
-            recorder.made(Outcome(schedule, Table(Rows.empty(8)), Table(Losses.empty()), Kept(), {}, {}, portrait))
+            explanation = {"version": version, "samples": []}
+            recorder.made(
+                RefreshResult(schedule, Table(SampleRecords.empty(8)), Table(Losses.empty()), RefreshState(), {}, {}, explanation)
+            )
             recorder.settle()
 
     for count, (run, length) in enumerate((("a", 5), ("b", 3), ("c", 2))):

@@ -18,9 +18,9 @@ from benchmarks.selection.arms.graph import d2_picks
 from benchmarks.selection.arms.simple import InfoBatch, TrustedUpsample
 from benchmarks.selection.arms.system import RECIPES, block
 from benchmarks.selection.job import rescale
-from benchmarks.selection.ledger import Ledger
 from benchmarks.selection.scoring import Scorer, head_gradient_norms, hidden_states, mean_loss
 from benchmarks.selection.sizes import SHAPES, forward_flops, head_norm_flops, model_config
+from benchmarks.selection.visits import VisitCounts
 from grace_ds.config.load import load_config
 from grace_ds.records import Neighbours
 
@@ -33,7 +33,7 @@ def view(n: int = 120, steps: int = 20, seed: int = 0, trusted: int = 16) -> Vie
     torch.manual_seed(0)
     rows = rng.integers(0, CONFIG.vocab, (n, CONFIG.context + 1)).astype(np.int32)
     kinds = np.where(np.arange(n) < n // 2, Kind.UNIQUE, Kind.JUNK).astype(np.uint8)
-    ledger = Ledger()
+    visits = VisitCounts()
     return View(
         rows=rows,
         trusted=rng.integers(0, CONFIG.vocab, (trusted, CONFIG.context + 1)).astype(np.int32),
@@ -41,8 +41,8 @@ def view(n: int = 120, steps: int = 20, seed: int = 0, trusted: int = 16) -> Vie
         folder=Path("pool"),
         vocab=CONFIG.vocab,
         plan=Plan(steps=steps, batch=8, budget=0.25, interval=steps // 5, lr=1e-3, seed=seed),
-        ledger=ledger,
-        scorer=Scorer(GPT(CONFIG), CONFIG, ledger),
+        visits=visits,
+        scorer=Scorer(GPT(CONFIG), CONFIG, visits),
         new_model=lambda: GPT(CONFIG),
         decode=lambda part: ["".join(chr(97 + t % 26) for t in row) for row in part],
     )
@@ -183,7 +183,7 @@ def test_scores_are_those_of_one_sample_at_a_time() -> None:
         assert float(head_gradient_norms(hidden, logits.detach(), row[:, 1:])) == pytest.approx(float(head.grad.norm()), rel=1e-4)
     assert mean_loss(model, v.rows) == pytest.approx(float(losses.mean()), rel=1e-5)
     assert model.training
-    assert v.ledger.flops_selection == 70 * (2 * forward_flops(CONFIG) + head_norm_flops(CONFIG))
+    assert v.visits.flops_selection == 70 * (2 * forward_flops(CONFIG) + head_norm_flops(CONFIG))
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -201,7 +201,7 @@ def test_loss_topk_waits_for_the_first_refresh_and_takes_the_highest() -> None:
     v = view()
     arm = ARMS["loss_topk"](v)
     arm.before(0)
-    assert len(arm.laps.ids) == v.n and v.ledger.flops_selection == 0
+    assert len(arm.laps.ids) == v.n and v.visits.flops_selection == 0
     arm.before(4)
     losses = v.scorer.losses(v.rows)
     assert set(arm.laps.ids.tolist()) == set(np.argsort(-losses)[: v.k].tolist())

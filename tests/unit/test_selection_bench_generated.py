@@ -27,7 +27,7 @@ from benchmarks.selection.texts import MACHINE_WRITTEN, Source
 from grace_ds.data.tokens import TokenBlock
 from grace_ds.errors import DataError
 from grace_ds.features.duplicates import NgramCounts
-from grace_ds.features.quality import BigramPrior
+from grace_ds.features.quality import QualityModel
 from grace_ds.records import Array, IntArray
 from tests.selection_pools import tiny_pool
 
@@ -120,8 +120,8 @@ def test_generated_rows_pass_a_bigram_filter_and_are_no_copies(
 ) -> None:
     source, trusted = library
     made = np.concatenate([rows[name] for name in templates])
-    prior = BigramPrior.fit(*flat(trusted), 1024)
-    passed = {name: (prior.keep(*flat(part)) > 0.5).mean() for name, part in (("made", made), ("clean", source.rows))}
+    prior = QualityModel.fit(*flat(trusted), 1024)
+    passed = {name: (prior.quality(*flat(part)) > 0.5).mean() for name, part in (("made", made), ("clean", source.rows))}
     assert passed["made"] > 0.5 and passed["made"] > 0.9 * passed["clean"]
     everything = np.concatenate([made, source.rows[: len(made)]])
     counts, block = NgramCounts(), TokenBlock(np.arange(len(everything)), *flat(everything))

@@ -342,8 +342,8 @@ def test_the_ceiling_trains_on_unique_rows_alone_once_it_chooses(
     (found,) = run_all(
         [replace(specs[0], arm="content_unique").stamped()], tmp_path, jobs=1, limit_seconds=100, say=lambda line: None
     )
-    opening = 1 / specs[0].steps  # the pool as it is
-    assert 1 - opening <= found["kinds"]["unique"] and results[0]["kinds"]["unique"] < 1 - opening
+    warmup_steps = 1 / specs[0].steps  # the pool as it is
+    assert 1 - warmup_steps <= found["kinds"]["unique"] and results[0]["kinds"]["unique"] < 1 - warmup_steps
     assert found["told"]["metrics"]["version"] > 0
     decided = found["told"]["decisions"]
     assert len(decided) == found["told"]["metrics"]["version"] + 1 and all(d["level"] for d in decided)

@@ -37,10 +37,10 @@ def test_auto_is_grace_where_gradients_can_be_read_and_content_where_they_cannot
 
 
 def test_what_was_asked_for_by_name_is_not_replaced() -> None:
-    for block in ({"recipe": "grace"}, {"harvest": {"layers": ["1"]}}, {"recipe": "grace", "ablate": ["gradients"]}):
+    for block in ({"recipe": "grace"}, {"collect": {"layers": ["1"]}}, {"recipe": "grace", "ablate": ["gradients"]}):
         with pytest.raises(ConfigError, match=r"layer"):
             of(UNREADABLE, **block)
-    assert of(Model(), harvest={"layers": ["blocks.0.*"]}) == ("grace", [], 2)
+    assert of(Model(), collect={"layers": ["blocks.0.*"]}) == ("grace", [], 2)
 
 
 @pytest.mark.parametrize(

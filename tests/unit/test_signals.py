@@ -11,13 +11,13 @@ from grace_ds.comm.local import LocalComm
 from grace_ds.config.schema import GraceConfig, GraphConfig, RefreshConfig
 from grace_ds.data.order import SamplerOrder
 from grace_ds.data.pool import Pool
-from grace_ds.data.schedule import Ledger
+from grace_ds.data.schedule import VisitCounts
 from grace_ds.features.content import ContentFeatures
 from grace_ds.features.limits import Limits
 from grace_ds.graph.repair import follow
-from grace_ds.records import HIDDEN, Losses, Rows, Signals
+from grace_ds.records import HIDDEN, Losses, SampleRecords, Signals
 from grace_ds.refresh.line import rows_of
-from grace_ds.refresh.signals import Estimate, Inputs, Pipeline, estimate
+from grace_ds.refresh.signals import Estimate, Inputs, RefreshContext, estimate
 from grace_ds.refresh.table import Table
 from grace_ds.selection.guard import CLEAN, DOWN, Decision
 
@@ -25,18 +25,18 @@ N, D, K, STEP, INTERVAL = 60, 10, 6, 20, 5
 REFERENCE = {0: 0.5, 1: 2.0}
 
 
-def window(seed: int, measured: int = 38) -> tuple[np.ndarray, Rows]:
+def window(seed: int, measured: int = 38) -> tuple[np.ndarray, SampleRecords]:
     """Content vectors in clusters, and rows of some of the samples: fresh ones, and up to three intervals old."""
     draw = np.random.default_rng(seed)
     x = draw.normal(size=(8, D))[draw.integers(0, 8, N)] + 0.6 * draw.normal(size=(N, D))
     x[[4, 31]] = 0  # without tokens: near to nobody
     ids = np.sort(draw.choice(N, measured, replace=False)).astype(np.int64)
-    rows = Rows(
+    rows = SampleRecords(
         ids=ids,
         sketch=draw.normal(size=(measured, 4)).astype(np.float16),
         norm=draw.uniform(0.5, 2, measured).astype(np.float32),
         loss=np.where(draw.random(measured) < 0.2, np.nan, draw.normal(2, 3, measured)).astype(np.float32),
-        align=np.where(draw.random(measured) < 0.2, np.nan, draw.normal(0.4, 0.3, measured)).astype(np.float32),
+        influence=np.where(draw.random(measured) < 0.2, np.nan, draw.normal(0.4, 0.3, measured)).astype(np.float32),
         step=draw.integers(STEP - 3 * INTERVAL, STEP + 1, measured).astype(np.int64),
         basis=draw.integers(-1, 3, measured).astype(np.int32),
         hidden=np.zeros((measured, HIDDEN), np.float16),
@@ -46,7 +46,7 @@ def window(seed: int, measured: int = 38) -> tuple[np.ndarray, Rows]:
 
 def estimated(
     x: np.ndarray | None,
-    rows: Rows,
+    rows: SampleRecords,
     reference: dict[int, float],
     statistics: np.ndarray | None = None,
     trusted: np.ndarray | None = None,
@@ -65,10 +65,15 @@ def estimated(
     own, nobody = np.arange(n), np.empty(0, np.int64)
     content = ContentFeatures(own, np.zeros(n, np.float32), None, statistics, x)
     pool = Pool(n, 0, 0.2, INTERVAL, 4, 1)
-    p = Pipeline(LocalComm(5.0), config, pool, SamplerOrder(n), 4, lambda *_: content, nobody, nobody, trusted)
-    table, seen = Table(Rows.empty(4)).merge(rows), Table(Losses.empty()).merge(read if read is not None else rows.losses)
+    p = RefreshContext(LocalComm(5.0), config, pool, SamplerOrder(n), 4, lambda *_: content, nobody, nobody, trusted)
+    table, seen = (
+        Table(SampleRecords.empty(4)).merge(rows),
+        Table(Losses.empty()).merge(read if read is not None else rows.losses),
+    )
     now = {"loss_limits": loss_limits, "decision": decision}
-    inputs = Inputs(Rows.empty(4), Losses.empty(), table, seen, Ledger(), STEP, version, 0, INTERVAL, reference, **now)
+    inputs = Inputs(
+        SampleRecords.empty(4), Losses.empty(), table, seen, VisitCounts(), STEP, version, 0, INTERVAL, reference, **now
+    )
     _, vectors = rows_of(p, inputs, own, content, table)
     kept = follow(p.comm, None, own, vectors, edges) if vectors is not None else None
     return estimate(p, inputs, own, content, table, seen, kept)
@@ -81,7 +86,7 @@ def believed(*args: Any, **options: Any) -> Signals:
 # -- oracles -----------------------------------------------------------------------------------------------------------
 
 
-def dense(x: np.ndarray, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+def dense(x: np.ndarray, rows: SampleRecords) -> tuple[np.ndarray, np.ndarray]:
     """(N, N) weight of each sample among the k nearest of each other one; (N,) confidence by age, 0 if not measured."""
     cosine = x.astype(np.float64) @ x.T.astype(np.float64)
     np.fill_diagonal(cosine, -np.inf)
@@ -137,7 +142,7 @@ def distances(weight: np.ndarray, start: np.ndarray) -> np.ndarray:
     return far
 
 
-def losses(rows: Rows) -> np.ndarray:
+def losses(rows: SampleRecords) -> np.ndarray:
     value = np.full(N, np.nan)
     value[rows.ids] = rows.loss
     return value
@@ -181,7 +186,7 @@ def test_crowding_is_the_weight_of_the_nearest_whoever_was_measured(seed: int) -
     x, rows = window(seed)
     wanted = dense(x, rows)[0].sum(1)
     np.testing.assert_allclose(believed(x, rows, REFERENCE).crowding, wanted, rtol=1e-5, atol=1e-5)
-    nothing = believed(x, Rows.empty(4), {}, hops=4)
+    nothing = believed(x, SampleRecords.empty(4), {}, hops=4)
     np.testing.assert_allclose(nothing.crowding, wanted, rtol=1e-5, atol=1e-5)
     assert wanted[[4, 31]].tolist() == [0, 0]
 
@@ -204,7 +209,7 @@ def test_along_a_chain_scores_travel_as_far_as_asked_and_fade() -> None:
     angle = 0.2 * np.arange(20)
     x = np.zeros((20, D), np.float32)
     x[:, 0], x[:, 1] = np.cos(angle), np.sin(angle)  # nearest to each: the one before and the one after it
-    ends = Rows(
+    ends = SampleRecords(
         **{**vars(window(0, 2)[1]), "ids": np.array([0, 19]), "loss": np.array([1, 3], np.float32), "step": np.full(2, STEP)}
     )
     for hops in (1, 3, 6):
@@ -229,11 +234,11 @@ def test_a_cluster_without_a_measured_sample_is_taken_for_average() -> None:
     assert np.isnan(found.signals.disagreement[30:]).all() and np.isfinite(found.signals.disagreement[:30]).all()
 
 
-def measured_influence(rows: Rows) -> np.ndarray:
+def measured_influence(rows: SampleRecords) -> np.ndarray:
     """(N,) alignment times length over the unit of its basis; NaN where one is missing."""
     value = np.full(N, np.nan)
     for i, sample in enumerate(rows.ids):
-        value[sample] = rows.align[i] * rows.norm[i] / REFERENCE.get(int(rows.basis[i]), np.nan)
+        value[sample] = rows.influence[i] * rows.norm[i] / REFERENCE.get(int(rows.basis[i]), np.nan)
     return value
 
 
@@ -250,7 +255,7 @@ def test_what_content_does_not_tell_of_an_influence_goes_along_the_edges(seed: i
     value = measured_influence(rows)
     known = np.isfinite(value)
     rest = value - np.average(value[known], weights=confidence[known])
-    np.testing.assert_allclose(got.align * UNIT, minimum(weight, confidence, rest, 0.8, hops), atol=3e-3)
+    np.testing.assert_allclose(got.influence * UNIT, minimum(weight, confidence, rest, 0.8, hops), atol=3e-3)
 
 
 def test_a_loss_that_is_read_later_takes_the_place_of_the_rows_and_of_samples_without_one() -> None:
@@ -265,10 +270,10 @@ def test_a_loss_that_is_read_later_takes_the_place_of_the_rows_and_of_samples_wi
     got, before = believed(x, rows, REFERENCE, read=both, **options), believed(x, rows, REFERENCE, **options)
     np.testing.assert_allclose(got.loss[ids], read.loss, rtol=1e-6)
     assert (got.staleness[ids] == 0).all() and np.array_equal(np.delete(got.staleness, ids), np.delete(before.staleness, ids))
-    assert np.array_equal(got.align, before.align)  # no influence is known of them by it
+    assert np.array_equal(got.influence, before.influence)  # no influence is known of them by it
     alone = believed(x, rows.take(rows.ids < 0), REFERENCE, read=read, **options)
     np.testing.assert_allclose(alone.loss[ids], read.loss, rtol=1e-6)
-    assert np.isnan(alone.align).all() and np.isfinite(alone.loss).all()
+    assert np.isnan(alone.influence).all() and np.isfinite(alone.loss).all()
 
 
 # -- what is left without the graph, and without anything ----------------------------------------------------------------
@@ -278,22 +283,24 @@ def test_without_the_graph_content_alone_tells_an_influence() -> None:
     x, rows = window(0)
     for vectors in (x, None):
         without = {"statistics": NOTHING, "trusted": NOTHING[:9], "ablate": ("graph",)}
-        assert not believed(vectors, rows, REFERENCE, **without).align.any()
+        assert not believed(vectors, rows, REFERENCE, **without).influence.any()
     draw = np.random.default_rng(1)
     kind = draw.normal(size=(N, 5)).astype(np.float32)
-    rows = Rows(**{**vars(rows), "align": kind[rows.ids, 2], "norm": np.ones(38, np.float32), "basis": np.zeros(38, np.int32)})
+    rows = SampleRecords(
+        **{**vars(rows), "influence": kind[rows.ids, 2], "norm": np.ones(38, np.float32), "basis": np.zeros(38, np.int32)}
+    )
     got = believed(x, rows, REFERENCE, statistics=kind, trusted=kind[:9], ablate=("graph",))
-    assert np.corrcoef(got.align, kind[:, 2])[0, 1] > 0.9  # also of those that were never measured
+    assert np.corrcoef(got.influence, kind[:, 2])[0, 1] > 0.9  # also of those that were never measured
     swapped = believed(x[::-1].copy(), rows, REFERENCE, statistics=kind, trusted=kind[:9], ablate=("graph",))
-    assert np.array_equal(got.align, swapped.align)
+    assert np.array_equal(got.influence, swapped.influence)
 
 
 @pytest.mark.parametrize("part", ["loss", "gradients"])
 def test_of_a_part_that_is_switched_off_nothing_is_known(part: str) -> None:
     """As if it had not been measured, whatever was."""
     x, rows = window(0)
-    column = {"loss": "loss", "gradients": "align"}[part]
-    unmeasured = Rows(**{**vars(rows), column: np.full(len(rows), np.nan, np.float32)})
+    column = {"loss": "loss", "gradients": "influence"}[part]
+    unmeasured = SampleRecords(**{**vars(rows), column: np.full(len(rows), np.nan, np.float32)})
     options = {"statistics": NOTHING, "trusted": NOTHING[:9], "hops": 3}
     off, absent = estimated(x, rows, REFERENCE, ablate=(part,), **options), estimated(x, unmeasured, REFERENCE, **options)
     for name, value in vars(off.signals).items():
@@ -316,10 +323,10 @@ def test_what_nobody_knows_stays_unknown() -> None:
     x, rows = window(0)
     for statistics, trusted in ((None, None), (None, NOTHING[:9]), (NOTHING, None)):
         got = believed(x, rows, REFERENCE, statistics=statistics, trusted=trusted, hops=3)
-        assert np.isnan(got.align).all() and np.isfinite(got.loss).all()
+        assert np.isnan(got.influence).all() and np.isfinite(got.loss).all()
     for reference in ({}, {0: 0.0, 1: -1.0}):  # no unit, and medians that give none
-        assert np.isnan(believed(x, rows, reference, statistics=NOTHING, trusted=NOTHING[:9], hops=3).align).all()
-    unseen = Rows(**{**vars(rows), "loss": np.full(38, np.nan, np.float32)})
+        assert np.isnan(believed(x, rows, reference, statistics=NOTHING, trusted=NOTHING[:9], hops=3).influence).all()
+    unseen = SampleRecords(**{**vars(rows), "loss": np.full(38, np.nan, np.float32)})
     assert np.isnan(believed(x, unseen, REFERENCE, statistics=NOTHING, trusted=NOTHING[:9], hops=3).loss).all()
 
 

@@ -14,33 +14,33 @@ from hypothesis import strategies as st
 
 from grace_ds.comm.buckets import buckets_of, splitmix64
 from grace_ds.errors import CheckpointError, DataError
-from grace_ds.records import HIDDEN, Rows
+from grace_ds.records import HIDDEN, SampleRecords
 from grace_ds.refresh.table import N_BUCKETS, Table, bucket_of, owner_of
 
 DIM = 3
 
 
-def rows_of(pairs: list[tuple[int, int]], mark: int = 0) -> Rows:
+def rows_of(pairs: list[tuple[int, int]], mark: int = 0) -> SampleRecords:
     """Rows of (id, step); every other column is made from the row's number, counted from ``mark``."""
     n = np.arange(mark, mark + len(pairs))
-    return Rows(
+    return SampleRecords(
         ids=np.array([p[0] for p in pairs], np.int64),
         sketch=np.stack([n, -n, n + 1], 1).astype(np.float16),
         norm=n.astype(np.float32),
         loss=np.where(n % 3 == 0, np.nan, n).astype(np.float32),
-        align=(-n).astype(np.float32),
+        influence=(-n).astype(np.float32),
         step=np.array([p[1] for p in pairs], np.int64),
         basis=n.astype(np.int32),
         hidden=np.tile(n[:, None] / 8, HIDDEN).astype(np.float16),
     )
 
 
-def filled(n: int, rank: int = 0, world: int = 1) -> Table[Rows]:
+def filled(n: int, rank: int = 0, world: int = 1) -> Table[SampleRecords]:
     ids = [i for i in range(-3, n) if owner_of(np.array([i]), world)[0] == rank]
-    return Table(Rows.empty(DIM)).merge(rows_of([(i, i) for i in ids] + [(i, 0) for i in ids[::2]]))
+    return Table(SampleRecords.empty(DIM)).merge(rows_of([(i, i) for i in ids] + [(i, 0) for i in ids[::2]]))
 
 
-def equal(a: Table[Rows], b: Table[Rows]) -> bool:
+def equal(a: Table[SampleRecords], b: Table[SampleRecords]) -> bool:
     columns = [(getattr(a.rows, f.name), getattr(b.rows, f.name)) for f in fields(a.rows)]
     return all(x.dtype == y.dtype and x.tobytes() == y.tobytes() for x, y in columns)
 
@@ -52,7 +52,7 @@ batches = st.lists(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 4)), ma
 @given(batches)
 def test_merge_is_the_dictionary(parts: list[list[tuple[int, int]]]) -> None:
     """Row by row: a row replaces what is held unless it is older."""
-    table, held, mark = Table(Rows.empty(DIM)), dict[int, tuple[int, int]](), 0
+    table, held, mark = Table(SampleRecords.empty(DIM)), dict[int, tuple[int, int]](), 0
     for part in parts:
         table = table.merge(rows_of(part, mark))
         for number, (i, step) in enumerate(part, mark):
@@ -83,7 +83,7 @@ def test_a_table_is_a_value() -> None:
     table.keep(np.array([1]))
     assert equal(table, before)
     with pytest.raises(DataError, match=r"sketch of width \(4,\) do not fit a table of width \(3,\)"):
-        table.merge(Rows.empty(4))
+        table.merge(SampleRecords.empty(4))
 
 
 def test_buckets() -> None:
@@ -111,9 +111,9 @@ def save_all(folder: Path, world: int, n: int = 300) -> dict[str, str]:
 def test_saved_on_some_ranks_loaded_on_others(tmp_path: Path, old: int, new: int) -> None:
     files = save_all(tmp_path, old)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(files)  # no temporary files
-    whole = Table.load(tmp_path, files, 0, 1, Rows.empty(DIM))
+    whole = Table.load(tmp_path, files, 0, 1, SampleRecords.empty(DIM))
     assert whole.ids.tolist() == list(range(-3, 300))
-    parts = [Table.load(tmp_path, files, rank, new, Rows.empty(DIM)) for rank in range(new)]
+    parts = [Table.load(tmp_path, files, rank, new, SampleRecords.empty(DIM)) for rank in range(new)]
     for rank, part in enumerate(parts):
         assert equal(part, whole.keep(whole.ids[owner_of(whole.ids, new) == rank]))
     if old == new:
@@ -121,9 +121,9 @@ def test_saved_on_some_ranks_loaded_on_others(tmp_path: Path, old: int, new: int
 
 
 def test_empty_and_more_ranks_than_buckets(tmp_path: Path) -> None:
-    files = Table(Rows.empty(DIM)).save(tmp_path, 0, 1)
-    assert len(Table.load(tmp_path, files, 1, 2, Rows.empty(DIM))) == 0
-    many = [Table(Rows.empty(DIM)).save(tmp_path / "many", rank, N_BUCKETS + 1000) for rank in (0, 1, 2, 3, 4, 5)]
+    files = Table(SampleRecords.empty(DIM)).save(tmp_path, 0, 1)
+    assert len(Table.load(tmp_path, files, 1, 2, SampleRecords.empty(DIM))) == 0
+    many = [Table(SampleRecords.empty(DIM)).save(tmp_path / "many", rank, N_BUCKETS + 1000) for rank in (0, 1, 2, 3, 4, 5)]
     assert [len(m) for m in many].count(0) >= 1
     assert (tmp_path / "many").exists()
 
@@ -142,7 +142,7 @@ def test_save_replaces_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         filled(60).save(tmp_path, 0, 1)
     monkeypatch.undo()
     assert [p.name for p in tmp_path.iterdir()] == list(files)
-    assert equal(Table.load(tmp_path, files, 0, 1, Rows.empty(DIM)), filled(50))
+    assert equal(Table.load(tmp_path, files, 0, 1, SampleRecords.empty(DIM)), filled(50))
 
 
 def flip(path: Path, at: int) -> None:
@@ -157,30 +157,30 @@ def test_damaged_files(tmp_path: Path) -> None:
     for at in (0, 20, -1):
         flip(tmp_path / first, at)
         with pytest.raises(CheckpointError, match=f"{first} has digest .*torn or changed"):
-            Table.load(tmp_path, files, 0, 2, Rows.empty(DIM))
+            Table.load(tmp_path, files, 0, 2, SampleRecords.empty(DIM))
         flip(tmp_path / first, at)
-    Table.load(tmp_path, files, 0, 2, Rows.empty(DIM))
+    Table.load(tmp_path, files, 0, 2, SampleRecords.empty(DIM))
     (tmp_path / first).unlink()
     with pytest.raises(CheckpointError, match=f"{first} cannot be read"):
-        Table.load(tmp_path, files, 0, 2, Rows.empty(DIM))
-    assert len(Table.load(tmp_path, files, 1, 2, Rows.empty(DIM)))  # reads only what it owns
+        Table.load(tmp_path, files, 0, 2, SampleRecords.empty(DIM))
+    assert len(Table.load(tmp_path, files, 1, 2, SampleRecords.empty(DIM)))  # reads only what it owns
     with pytest.raises(CheckpointError, match=f"{second} leaves buckets from 0"):
-        Table.load(tmp_path, {second: files[second]}, 0, 2, Rows.empty(DIM))
+        Table.load(tmp_path, {second: files[second]}, 0, 2, SampleRecords.empty(DIM))
     with pytest.raises(CheckpointError, match="2048 of 4096 buckets"):
-        Table.load(tmp_path, {first: files[first]}, 1, 2, Rows.empty(DIM))
+        Table.load(tmp_path, {first: files[first]}, 1, 2, SampleRecords.empty(DIM))
     with pytest.raises(CheckpointError, match="overlaps another file"):
-        Table.load(tmp_path, files | save_all(tmp_path / "other", 3), 0, 2, Rows.empty(DIM))
+        Table.load(tmp_path, files | save_all(tmp_path / "other", 3), 0, 2, SampleRecords.empty(DIM))
     with pytest.raises(CheckpointError, match="'rows.bin' is not a file of rows"):
-        Table.load(tmp_path, {"rows.bin": ""}, 0, 1, Rows.empty(DIM))
+        Table.load(tmp_path, {"rows.bin": ""}, 0, 1, SampleRecords.empty(DIM))
 
 
 def test_wrong_width_and_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = save_all(tmp_path, 1)
-    with pytest.raises(CheckpointError, match=r"3, this run harvest.dim=8"):
-        Table.load(tmp_path, files, 0, 1, Rows.empty(8))
+    with pytest.raises(CheckpointError, match=r"3, this run collect.dim=8"):
+        Table.load(tmp_path, files, 0, 1, SampleRecords.empty(8))
     monkeypatch.setattr("grace_ds.refresh.table.SCHEMA", 4)
     with pytest.raises(CheckpointError, match="schema 3 .*this version reads 4"):
-        Table.load(tmp_path, files, 0, 1, Rows.empty(DIM))
+        Table.load(tmp_path, files, 0, 1, SampleRecords.empty(DIM))
 
 
 def test_repeated_and_misplaced_ids(tmp_path: Path) -> None:
@@ -188,9 +188,9 @@ def test_repeated_and_misplaced_ids(tmp_path: Path) -> None:
     twice: Any = replace(good.rows, ids=np.sort(np.append(good.ids[1:], good.ids[5])))
     files = Table(twice).save(tmp_path, 0, 1)
     with pytest.raises(CheckpointError, match="repeats ids"):
-        Table.load(tmp_path, files, 0, 1, Rows.empty(DIM))
+        Table.load(tmp_path, files, 0, 1, SampleRecords.empty(DIM))
     names = sorted(save_all(tmp_path, 2))
     shutil.copy(tmp_path / names[0], tmp_path / names[1])
     stolen = filled(300, 0, 2).save(tmp_path / "b", 0, 2)[names[0]]
     with pytest.raises(CheckpointError, match="other buckets than its name says"):
-        Table.load(tmp_path, {names[0]: stolen, names[1]: stolen}, 1, 2, Rows.empty(DIM))
+        Table.load(tmp_path, {names[0]: stolen, names[1]: stolen}, 1, 2, SampleRecords.empty(DIM))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from grace_ds.errors import ConfigError
-from grace_ds.integrations.world import refuse_lonely
+from grace_ds.integrations.world import check_world_size
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from grace_ds.integrations.world import refuse_lonely
 )
 def test_more_tasks_than_ranks_are_refused_with_the_cure(environ: dict[str, str], words: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError) as caught:
-        refuse_lonely(2, environ)
+        check_world_size(2, environ)
     assert all(word in str(caught.value) for word in words)
 
 
@@ -32,4 +32,4 @@ def test_more_tasks_than_ranks_are_refused_with_the_cure(environ: dict[str, str]
     ],
 )
 def test_every_way_that_makes_one_world_is_let_through(environ: dict[str, str]) -> None:
-    refuse_lonely(4, environ)
+    check_world_size(4, environ)

@@ -1,7 +1,7 @@
 """What an arm is: it says which samples the next step trains on, and may look, score and spend before it does.
 
 An arm sees the pool, never what kind a row is (``oracle`` alone does), and pays for all that it does: its time in ``before``
-and ``observe`` is entered in the ledger by the training loop, its FLOPs by itself.
+and ``observe`` is entered in the visit counts by the training loop, its FLOPs by itself.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from grace_ds_quickstart.model import GPT
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from benchmarks.selection.ledger import Ledger
 from benchmarks.selection.scoring import Scorer
+from benchmarks.selection.visits import VisitCounts
 from grace_ds.records import Array, FloatArray, IntArray
 
 
@@ -64,7 +64,7 @@ class View:
     folder: Path
     vocab: int
     plan: Plan
-    ledger: Ledger
+    visits: VisitCounts
     scorer: Scorer
     new_model: Callable[[], GPT]
     decode: Callable[[Array], list[str]]

@@ -7,7 +7,7 @@ import numpy as np
 from benchmarks.selection.arms.base import SubsetArm, View
 from grace_ds.comm.local import LocalComm
 from grace_ds.features.content import ContentFeatures, TokenReader, content_features
-from grace_ds.graph import backends as leaves
+from grace_ds.graph import backends as backends
 from grace_ds.graph.ring import nearest
 from grace_ds.graph.rows import Request
 from grace_ds.records import Array, IntArray, Neighbours
@@ -34,7 +34,7 @@ def content_graph(view: View) -> Neighbours:
     """(n, 15): each row's nearest rows by TF-IDF cosine."""
     vectors = content(view, density=False, tfidf=True).vectors
     assert vectors is not None
-    return nearest(LocalComm(), Request.of(view.ids, vectors, NEIGHBOURS), leaves.choose("auto", view.n))
+    return nearest(LocalComm(), Request.of(view.ids, vectors, NEIGHBOURS), backends.choose("auto", view.n))
 
 
 class Facility(SubsetArm):

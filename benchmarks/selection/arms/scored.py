@@ -60,7 +60,7 @@ class RhoLoss(SubsetArm):
     def begin(self, engine: Any) -> None:
         """Trains the holdout model and scores the pool by it."""
         holdout = self._train()
-        self._irreducible = Scorer(holdout, self.view.scorer.config, self.view.ledger).losses(self.view.rows)
+        self._irreducible = Scorer(holdout, self.view.scorer.config, self.view.visits).losses(self.view.rows)
 
     def choose(self, version: int) -> IntArray | None:
         """The top of the pool by reducible loss; from the start on, as in the paper."""
@@ -80,8 +80,8 @@ class RhoLoss(SubsetArm):
             self._epoch(model, optimizer, fit)
             self.epochs += 1
             loss = mean_loss(model, judge)
-            view.ledger.flops_selection += len(fit) * training_flops(view.scorer.config)
-            view.ledger.flops_selection += len(judge) * forward_flops(view.scorer.config)
+            view.visits.flops_selection += len(fit) * training_flops(view.scorer.config)
+            view.visits.flops_selection += len(judge) * forward_flops(view.scorer.config)
             waited += 1
             if loss < best:
                 best, kept, waited = loss, copy.deepcopy(model.state_dict()), 0

@@ -70,7 +70,7 @@ class SystemArm(Arm):
     Attributes:
         block: of the job's config, as the system is given it.
         step_flops: of the dearest step that was counted, training included; told by the training loop.
-        harvested_steps: so far.
+        collected_steps: so far.
         decisions: of the guard, one for each schedule: step, level and what it was decided by.
     """
 
@@ -84,7 +84,7 @@ class SystemArm(Arm):
         self._attach = attach
         self.block = block(self.name, view)
         self.step_flops = 0.0
-        self.harvested_steps = 0
+        self.collected_steps = 0
         self.decisions: list[dict[str, Any]] = []
 
     def begin(self, engine: Any) -> None:
@@ -103,7 +103,7 @@ class SystemArm(Arm):
     def _clocks(self) -> float:
         """Wall seconds of refreshes and hooks so far."""
         metrics = self.handle.metrics
-        return float(metrics["refresh_seconds"]) + float(metrics["harvest_seconds"])
+        return float(metrics["refresh_seconds"]) + float(metrics["collect_seconds"])
 
     def take(self, step: int) -> Batch:
         """The loader's next batch, with its ids from the schedule in force."""
@@ -115,40 +115,42 @@ class SystemArm(Arm):
     def counts_flops(self) -> bool:
         """Whether the step to come is to be counted: the first one under each schedule."""
         controller = self.handle.controller
-        if controller.harvesting:
-            self.harvested_steps += 1
+        if controller.collecting:
+            self.collected_steps += 1
         fresh = controller.metrics.version != self._version
         self._version = controller.metrics.version
         if fresh:
             guard = controller.book.schedules[-1].meta.get("guard", {})
-            told = {key: guard[key] for key in ("level", "effective_share", "loss_share", "foretold", "high") if key in guard}
+            told = {
+                key: guard[key] for key in ("level", "effective_share", "loss_share", "prediction_skill", "high") if key in guard
+            }
             self.decisions.append({"step": controller.step, **told})
-        return bool(fresh and controller.harvesting and controller.next_refresh > controller.step + 1)
+        return bool(fresh and controller.collecting and controller.next_refresh > controller.step + 1)
 
     def counted(self, flops: float) -> None:
-        """Takes the counter's sum over one harvested step."""
+        """Takes the counter's sum over one collected step."""
         self.step_flops = max(self.step_flops, flops)
 
     def end(self) -> dict[str, Any]:
         """Enters the costs of refreshes and hooks, and says what the system reports of itself.
 
-        FLOPs: harvested steps at the dearest that was counted; probes at a forward and a backward pass a sample, an upper bound.
+        FLOPs: collected steps at the dearest that was counted; probes at a forward and a backward pass a sample, an upper bound.
         """
-        ledger, metrics = self.view.ledger, self.handle.metrics
+        visits, metrics = self.view.visits, self.handle.metrics
         share = (time.process_time() - self._cpu) / (time.perf_counter() - self._wall)
-        ledger.cpu_selection += (self._clocks() - self._at_start) * min(share, 1.0)
+        visits.cpu_selection += (self._clocks() - self._at_start) * min(share, 1.0)
         probes = metrics.get("probe_samples")
-        harvest = max(0.0, self.step_flops - self._plain_step_flops()) if self.step_flops else 0.0
-        ledger.flops_selection += self.harvested_steps * harvest
-        ledger.flops_selection += (probes or 0) * training_flops(self.view.scorer.config)
+        collect = max(0.0, self.step_flops - self._plain_step_flops()) if self.step_flops else 0.0
+        visits.flops_selection += self.collected_steps * collect
+        visits.flops_selection += (probes or 0) * training_flops(self.view.scorer.config)
         self.handle.detach()
         plain = {k: v for k, v in metrics.items() if isinstance(v, (int, float, str, list)) and k != "train_seconds"}
-        told = {"harvested_steps": self.harvested_steps, "harvest_flops_a_step": harvest, "probe_samples": probes}
+        told = {"collected_steps": self.collected_steps, "collect_flops_a_step": collect, "probe_samples": probes}
         told |= {"decisions": self.decisions}
         return {"block": self.block, "metrics": plain, "events": dict(metrics["events"]), **told}
 
     def _plain_step_flops(self) -> float:
-        """What the counter that counted the harvested steps says of a step without the system."""
+        """What the counter that counted the collected steps says of a step without the system."""
         rows = torch.from_numpy(self.view.rows[: self.plan.batch].astype(np.int64))
         model = self.view.new_model()
         with FlopCounterMode(display=False) as counter:

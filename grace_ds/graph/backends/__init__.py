@@ -1,7 +1,7 @@
-"""k-NN leaves: what searches the index rows of one shard, behind one small interface.
+"""k-NN backends: what searches the index rows of one shard, behind one small interface.
 
-A leaf only proposes candidates.  :mod:`grace_ds.graph.ring` asks for a few more than it needs and computes their
-similarity anew in exact arithmetic, so two exact leaves give the same graph bit for bit.
+A backend only proposes candidates.  :mod:`grace_ds.graph.ring` asks for a few more than it needs and computes their
+similarity anew in exact arithmetic, so two exact backends give the same graph bit for bit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 FLAT_ROWS = 100_000  # below this an exact search of real text costs less than training, tuning and asking an approximate index
 
 
-class Leaf(Protocol):
+class Backend(Protocol):
     """A nearest-neighbour library on the rows of one shard; similarity is the inner product of unit vectors.
 
     Attributes:
@@ -55,14 +55,14 @@ class Leaf(Protocol):
         ...
 
 
-LeafFactory = Callable[[float], Leaf]
-_FACTORIES: dict[str, LeafFactory] = {}
+BackendFactory = Callable[[float], Backend]
+_FACTORIES: dict[str, BackendFactory] = {}
 
 
-def register(name: str) -> Callable[[LeafFactory], LeafFactory]:
-    """Decorator: makes ``factory(recall) -> Leaf`` available under ``name``."""
+def register(name: str) -> Callable[[BackendFactory], BackendFactory]:
+    """Decorator: makes ``factory(recall) -> Backend`` available under ``name``."""
 
-    def add(factory: LeafFactory) -> LeafFactory:
+    def add(factory: BackendFactory) -> BackendFactory:
         _FACTORIES[name] = factory
         return factory
 
@@ -70,53 +70,53 @@ def register(name: str) -> Callable[[LeafFactory], LeafFactory]:
 
 
 @register("torch")
-def _torch(recall: float) -> Leaf:
-    from grace_ds.graph.backends.torch_backend import TorchLeaf
+def _torch(recall: float) -> Backend:
+    from grace_ds.graph.backends.torch_backend import TorchBackend
 
-    return TorchLeaf()
+    return TorchBackend()
 
 
 @register("faiss")
-def _faiss(recall: float) -> Leaf:
+def _faiss(recall: float) -> Backend:
     if importlib.util.find_spec("faiss") is None:
         raise ConfigError(
-            "graph.leaf is 'faiss', but faiss is not installed: pip install grace_ds[cpu], or set graph.leaf to torch"
+            "graph.backend is 'faiss', but faiss is not installed: pip install grace_ds[cpu], or set graph.backend to torch"
         )
-    from grace_ds.graph.backends.faiss_backend import FaissLeaf
+    from grace_ds.graph.backends.faiss_backend import FaissBackend
 
-    return FaissLeaf(recall)
+    return FaissBackend(recall)
 
 
 @register("cuvs")
-def _cuvs(recall: float) -> Leaf:
+def _cuvs(recall: float) -> Backend:
     module = gpu.missing()
     if module:
-        cure = "pip install grace_ds[gpu-cu12] (or gpu-cu13), or set graph.leaf to faiss or torch"
-        raise ConfigError(f"graph.leaf is 'cuvs', but {module} is not installed: {cure}")
+        cure = "pip install grace_ds[gpu-cu12] (or gpu-cu13), or set graph.backend to faiss or torch"
+        raise ConfigError(f"graph.backend is 'cuvs', but {module} is not installed: {cure}")
     import torch
 
     if not torch.cuda.is_available():
-        raise ConfigError("graph.leaf is 'cuvs', but torch sees no GPU on this rank: set graph.leaf to faiss or torch")
+        raise ConfigError("graph.backend is 'cuvs', but torch sees no GPU on this rank: set graph.backend to faiss or torch")
     broken = gpu.broken()
     if broken:
         raise ConfigError(
-            f"graph.leaf is 'cuvs', but {broken}; install the extra for the CUDA that torch was built for "
-            "(grace_ds[gpu-cu12] or [gpu-cu13]), or set graph.leaf to faiss or torch"
+            f"graph.backend is 'cuvs', but {broken}; install the extra for the CUDA that torch was built for "
+            "(grace_ds[gpu-cu12] or [gpu-cu13]), or set graph.backend to faiss or torch"
         )
-    from grace_ds.graph.backends.cuvs_backend import CuvsLeaf
+    from grace_ds.graph.backends.cuvs_backend import CuvsBackend
 
-    return CuvsLeaf(recall)
+    return CuvsBackend(recall)
 
 
 @runtime_checkable
 class Opened(Protocol):
-    """A leaf that holds something for the length of a graph: memory, a stream, a communicator."""
+    """A backend that holds something for the length of a graph: memory, a stream, a communicator."""
 
     def open(self, comm: Comm | None) -> AbstractContextManager[None]:
         """Takes and returns it.  Collective.
 
         Args:
-            comm: whose ranks are to be joined by a communicator of the leaf's own; None: :meth:`bind` brings one later.
+            comm: whose ranks are to be joined by a communicator of the backend's own; None: :meth:`bind` brings one later.
         """
         ...
 
@@ -125,20 +125,20 @@ class Opened(Protocol):
         ...
 
 
-def opened(comm: Comm | None, leaf: Leaf) -> AbstractContextManager[None]:
-    """What must be in force while ``leaf`` is used."""
-    return leaf.open(comm) if isinstance(leaf, Opened) else nullcontext()
+def opened(comm: Comm | None, backend: Backend) -> AbstractContextManager[None]:
+    """What must be in force while ``backend`` is used."""
+    return backend.open(comm) if isinstance(backend, Opened) else nullcontext()
 
 
-def choose(name: str, rows: int, recall: float = 0.99, *, device: str = "cpu") -> Leaf:
-    """The leaf called ``name``; ``auto`` decides by device, size and what is installed, and logs it.
+def choose(name: str, rows: int, recall: float = 0.99, *, device: str = "cpu") -> Backend:
+    """The backend called ``name``; ``auto`` decides by device, size and what is installed, and logs it.
 
     Args:
-        name: a registered leaf, or ``auto``.
+        name: a registered backend, or ``auto``.
         rows: index rows of the *largest* shard over all ranks, so that all ranks decide alike.
-        recall: what an approximate leaf must reach, in (0, 1]; 1 keeps the search exact.
+        recall: what an approximate backend must reach, in (0, 1]; 1 keeps the search exact.
         device: of the engine, such as ``cpu`` or ``cuda:0``; read by ``auto`` only.  Several ranks leave it and pass the name
-            that :func:`agreed` gives: all must take the same leaf.
+            that :func:`agreed` gives: all must take the same backend.
 
     Raises:
         ConfigError: the name is unknown, its library is missing, or ``recall`` is out of range.
@@ -147,31 +147,31 @@ def choose(name: str, rows: int, recall: float = 0.99, *, device: str = "cpu") -
         raise ConfigError(f"graph.recall is {recall}; it is a share of true neighbours: set it above 0 and at most 1")
     if name == "auto":
         name, why = automatic(device, rows)
-        log.info("graph.leaf auto: %s (%s)", name, why)
+        log.info("graph.backend auto: %s (%s)", name, why)
     if name not in _FACTORIES:
-        raise ConfigError(f"graph.leaf is {name!r}; known leaves: auto, {', '.join(sorted(_FACTORIES))}")
+        raise ConfigError(f"graph.backend is {name!r}; known backends: auto, {', '.join(sorted(_FACTORIES))}")
     return _FACTORIES[name](recall)
 
 
-def exact(name: str, *, device: str = "cpu") -> Leaf:
-    """The leaf called ``name`` in its exact form, for the clustered tier's many small searches.
+def exact(name: str, *, device: str = "cpu") -> Backend:
+    """The backend called ``name`` in its exact form, for the clustered tier's many small searches.
 
     Args:
-        name: a registered leaf; ``auto``: cuvs if it can be used on ``device``, else torch.
+        name: a registered backend; ``auto``: cuvs if it can be used on ``device``, else torch.
         device: as in :func:`choose`.
     """
     if name == "auto":
         reason = gpu.obstacle(device)
         name = "torch" if reason else "cuvs"
         why = f"the device is {device}" if not reason else "; ".join(["small exact searches", *_not_cuvs(device, reason)])
-        log.info("graph.leaf auto: %s (%s)", name, why)
+        log.info("graph.backend auto: %s (%s)", name, why)
     return choose(name, 0, 1.0)
 
 
 def agreed(comm: Comm, name: str, device: str) -> str:
     """``cuvs`` in the place of ``auto`` if every rank can use it on its GPU; else ``name``.  Collective.
 
-    Ranks that chose by themselves could take different leaves, and only some of them wait for the NCCL clique of cuVS.
+    Ranks that chose by themselves could take different backends, and only some of them wait for the NCCL clique of cuVS.
 
     Args:
         comm: of the ranks that build the graph.
@@ -183,15 +183,15 @@ def agreed(comm: Comm, name: str, device: str) -> str:
     reason = gpu.obstacle(device)
     able = np.concatenate(comm.allgather(np.array([not reason], np.int64)))
     if able.all():
-        log.info("graph.leaf auto: cuvs (the device is %s)", device)
+        log.info("graph.backend auto: cuvs (the device is %s)", device)
         return "cuvs"
     unable = ", ".join(map(str, np.flatnonzero(able == 0)))
-    log.info("graph.leaf auto: not cuvs, which rank(s) %s cannot use%s", unable, f"; here: {reason}" if reason else "")
+    log.info("graph.backend auto: not cuvs, which rank(s) %s cannot use%s", unable, f"; here: {reason}" if reason else "")
     return name
 
 
 def automatic(device: str, rows: int | None = None) -> tuple[str, str]:
-    """(the leaf that ``auto`` takes, the reason in words).
+    """(the backend that ``auto`` takes, the reason in words).
 
     Args:
         device: as in :func:`choose`.

@@ -1,4 +1,4 @@
-"""The cuVS leaf: brute force where it is cheap, else NN-descent or compressed lists at a recall that is measured.
+"""The cuVS backend: brute force where it is cheap, else NN-descent or compressed lists at a recall that is measured.
 
 NN-descent loses recall on some distributions (rapidsai/cuvs#785), so nothing is trusted: a sample of the queries is
 searched by brute force, and the effort steps up until the recall is reached, in the end to brute force.  Outputs are
@@ -48,7 +48,7 @@ class CuvsIndex:
     host: FloatArray = field(default_factory=lambda: np.empty((0, 0), np.float32))
 
 
-class CuvsLeaf:
+class CuvsBackend:
     """Searches on this rank's GPU.
 
     Args:
@@ -95,7 +95,7 @@ class CuvsLeaf:
         self.resources = resources
 
     def build(self, X: FloatArray, ids: IntArray) -> CuvsIndex:
-        """See :class:`grace_ds.graph.backends.Leaf`."""
+        """See :class:`grace_ds.graph.backends.Backend`."""
         from cuvs.neighbors import brute_force
 
         self.device.use()
@@ -110,7 +110,7 @@ class CuvsLeaf:
         return not self.half and (rows < BRUTE_ROWS or self.recall >= 1.0)
 
     def search(self, index: CuvsIndex, Q: FloatArray, k: int) -> tuple[IntArray, FloatArray]:
-        """See :class:`grace_ds.graph.backends.Leaf`; the first search of a large index chooses how."""
+        """See :class:`grace_ds.graph.backends.Backend`; the first search of a large index chooses how."""
         import cupy
 
         self.device.use()
@@ -219,7 +219,7 @@ class CuvsLeaf:
         index.core = brute_force.build(index.X, metric="inner_product", resources=self.resources)
 
     def _tell(self, what: str, rows: int, reached: float) -> None:
-        log.info("graph.leaf cuvs: %s on %d rows: recall %.4f (asked %.4f)", what, rows, reached, self.recall)
+        log.info("graph.backend cuvs: %s on %d rows: recall %.4f (asked %.4f)", what, rows, reached, self.recall)
 
 
 def with_own(graph: Array, distances: Array, X: FloatArray, k: int) -> tuple[IntArray, FloatArray]:

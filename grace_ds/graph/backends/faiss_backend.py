@@ -1,4 +1,4 @@
-"""The faiss leaf: exact below 100,000 rows; above, a compressed scan (and lists, where they help) tuned to the asked recall.
+"""The faiss backend: exact below 100,000 rows; above, a compressed scan (and lists, where they help) tuned to the asked recall.
 
 Real text has little cluster structure: an inverted file alone had to probe 711 of 1,024 lists of 100,000 projected TF-IDF
 rows for a recall of .99 and was five times slower than the exact search.  So the codes are what saves work: 4-bit product
@@ -69,7 +69,7 @@ class FaissIndex:
     tuned: Tuned | None = None
 
 
-class FaissLeaf:
+class FaissBackend:
     """``IndexFlatIP`` below :data:`~grace_ds.graph.backends.FLAT_ROWS`, else what reaches the recall with the least work.
 
     Args:
@@ -82,7 +82,7 @@ class FaissLeaf:
         self.recall = recall
 
     def build(self, X: FloatArray, ids: IntArray) -> FaissIndex:
-        """See :class:`grace_ds.graph.backends.Leaf`."""
+        """See :class:`grace_ds.graph.backends.Backend`."""
         X = np.ascontiguousarray(X, np.float32)
         return FaissIndex(_flat(X) if self.is_exact(len(X)) else None, X, ids)
 
@@ -91,7 +91,7 @@ class FaissLeaf:
         return rows < FLAT_ROWS or self.recall >= 1.0
 
     def search(self, index: FaissIndex, Q: FloatArray, k: int) -> tuple[IntArray, FloatArray]:
-        """See :class:`grace_ds.graph.backends.Leaf`; the first search of a large index tunes it on its own queries."""
+        """See :class:`grace_ds.graph.backends.Backend`; the first search of a large index tunes it on its own queries."""
         out_ids = np.full((len(Q), k), -1, np.int64)
         out_similarity = np.full((len(Q), k), -np.inf, np.float32)
         kept = min(k, len(index.ids))
@@ -124,13 +124,15 @@ class FaissLeaf:
                 recall = reached(core, nprobe, candidates)
                 if recall >= self.recall:
                     return core, Tuned(nlist, nprobe, candidates, recall)
-            log.info("graph.leaf faiss: %d rows, exact: codes reach a recall of %.4f, asked %.4f", len(X), recall, self.recall)
+            log.info("graph.backend faiss: %d rows, exact: codes reach a recall of %.4f, asked %.4f", len(X), recall, self.recall)
             return None
 
         for nlist in (2 ** round(math.log2(4 * math.sqrt(len(X)))), 0):  # one after another: each holds a copy of the rows
             found = least(nlist)
             if found is not None:
-                log.info("graph.leaf faiss: %d rows, %s on %d queries (asked: %.4f)", len(X), found[1], len(sample), self.recall)
+                log.info(
+                    "graph.backend faiss: %d rows, %s on %d queries (asked: %.4f)", len(X), found[1], len(sample), self.recall
+                )
                 return found
         return _flat(X), None
 

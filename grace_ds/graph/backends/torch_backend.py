@@ -1,4 +1,4 @@
-"""The exact leaf that needs nothing but torch: a blocked matrix product and a running selection, on the CPU."""
+"""The exact backend that needs nothing but torch: a blocked matrix product and a running selection, on the CPU."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class TorchIndex:
     ids: IntArray
 
 
-class TorchLeaf:
+class TorchBackend:
     """Compares every query with every index row."""
 
     name = "torch"
 
     def build(self, X: FloatArray, ids: IntArray) -> TorchIndex:
-        """See :class:`grace_ds.graph.backends.Leaf`."""
+        """See :class:`grace_ds.graph.backends.Backend`."""
         return TorchIndex(torch.from_numpy(np.ascontiguousarray(X, np.float32)), ids)
 
     def is_exact(self, rows: int) -> bool:
@@ -37,7 +37,7 @@ class TorchLeaf:
         return True
 
     def search(self, index: TorchIndex, Q: FloatArray, k: int) -> tuple[IntArray, FloatArray]:
-        """See :class:`grace_ds.graph.backends.Leaf`."""
+        """See :class:`grace_ds.graph.backends.Backend`."""
         m, kept = len(index.ids), min(k, len(index.ids))
         position = np.empty((len(Q), kept), np.int64)
         similarity = np.empty((len(Q), kept), np.float32)
@@ -71,7 +71,7 @@ def _block(Q: torch.Tensor, X: torch.Tensor, k: int, scratch: torch.Tensor) -> t
 def _best(x: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
     """The largest of each row of ``x`` (n, m) and their positions, both (n, min(k, m)), in any order.
 
-    NumPy selects them several times faster than torch's topk, which this leaf spent two thirds of its time in.
+    NumPy selects them several times faster than torch's topk, which this backend spent two thirds of its time in.
     """
     n, m = x.shape
     if m <= k:

@@ -41,7 +41,7 @@ SETTINGS = {
     "distributed.worker.memory.terminate": False,
     "distributed.comm.require-encryption": True,
     "distributed.comm.retry.count": 0,
-    "distributed.admin.tick.limit": "1h",  # a leaf that holds the GIL is no fault
+    "distributed.admin.tick.limit": "1h",  # a backend that holds the GIL is no fault
 }
 _CREDENTIALS = ["tls_ca_file"] + [f"tls_{who}_{what}" for who in ("client", "scheduler", "worker") for what in ("key", "cert")]
 _SCRUBBED = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_")  # a child with these takes itself for a rank
@@ -70,7 +70,7 @@ class Cluster:
         while not all(f.done() for f in futures):
             now = time.monotonic()
             if now > self.deadline:
-                raise ExecutorError("the Dask executor has not finished in time: a leaf hangs; see refresh.timeout_seconds")
+                raise ExecutorError("the Dask executor has not finished in time: a backend hangs; see refresh.timeout_seconds")
             if now - looked > 0.25:
                 looked = now
                 self._check()
@@ -251,7 +251,7 @@ def _work(scheduler: str, security: Any, rank: int, folder: str, told: queue.Sim
         stopped = asyncio.ensure_future(stop.wait())
         await asyncio.wait((gone, stopped), return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
-        with contextlib.suppress(Exception):  # a leaf may hang in it: its thread is a daemon
+        with contextlib.suppress(Exception):  # a backend may hang in it: its thread is a daemon
             await worker.close(timeout=PATIENCE, executor_wait=False, reason="the graph is done")
 
     try:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from grace_ds.comm.base import Comm
-from grace_ds.graph.backends import Leaf, Opened
+from grace_ds.graph.backends import Backend, Opened
 from grace_ds.graph.clustered import LocalRows, Packed, work
 from grace_ds.graph.dask.cluster import Cluster, cluster
 from grace_ds.graph.merge import PAD, merge
@@ -37,7 +37,7 @@ class _Side:
 
     rank: int
     wanted: int
-    leaf: Leaf
+    backend: Backend
     queries: FloatArray | None = None
     shard: Shard | None = None
     rows: LocalRows | None = None
@@ -47,33 +47,33 @@ class _Side:
 _SIDES: dict[str, _Side] = {}
 
 
-def exact_keys(comm: Comm, queries: FloatArray, shard: Shard, wanted: int, leaf: Leaf) -> IntArray:
+def exact_keys(comm: Comm, queries: FloatArray, shard: Shard, wanted: int, backend: Backend) -> IntArray:
     """(n, wanted) keys of this rank's distinct queries among the shards of all ranks.  Collective.
 
     Raises:
         ExecutorError: on rank 0, which must tell the others by ``comm.abort()``.
     """
-    with _registered(comm, _Side(comm.rank, wanted, leaf, queries=queries, shard=shard)) as (token, side):
+    with _registered(comm, _Side(comm.rank, wanted, backend, queries=queries, shard=shard)) as (token, side):
         with cluster(comm) as dask:
             if dask is not None:
-                with _joined(dask, token, leaf):
+                with _joined(dask, token, backend):
                     dask.wait([_exact_of(dask, token, rank) for rank in range(comm.size)])
             comm.agree()  # the others' results are there when rank 0 says so
         assert side.keys is not None
         return side.keys
 
 
-def clustered_keys(comm: Comm, asked: Request, leaf: Leaf, placement: Placement) -> IntArray:
+def clustered_keys(comm: Comm, asked: Request, backend: Backend, placement: Placement) -> IntArray:
     """As :func:`grace_ds.graph.clustered.nearest_keys`.  Collective.
 
     Raises:
         ExecutorError: on rank 0, which must tell the others by ``comm.abort()``.
     """
     rows = LocalRows(asked, placement, comm.size)
-    with _registered(comm, _Side(comm.rank, asked.wanted, leaf, rows=rows)) as (token, _):
+    with _registered(comm, _Side(comm.rank, asked.wanted, backend, rows=rows)) as (token, _):
         with cluster(comm) as dask:
             if dask is not None:
-                with _joined(dask, token, leaf):
+                with _joined(dask, token, backend):
                     for wave in range(len(rows.waves)):  # one after another: they bound what a rank holds
                         dask.wait(_wave_of(dask, token, wave))
             comm.agree()
@@ -91,9 +91,9 @@ def _registered(comm: Comm, side: _Side) -> Iterator[tuple[str, _Side]]:
 
 
 @contextmanager
-def _joined(dask: Cluster, token: str, leaf: Leaf) -> Iterator[None]:
-    """Under a leaf that runs on GPUs: an NCCL clique of the workers, and its RAFT handle in each rank's leaf."""
-    if not isinstance(leaf, Opened):
+def _joined(dask: Cluster, token: str, backend: Backend) -> Iterator[None]:
+    """Under a backend that runs on GPUs: an NCCL clique of the workers, and its RAFT handle in each rank's backend."""
+    if not isinstance(backend, Opened):
         yield
         return
     from grace_ds.graph.gpu.raft_comms import dask_clique
@@ -131,9 +131,9 @@ def _on(dask: Cluster, rank: int, task: Any, *args: Any, priority: int = 0) -> A
 def _bind(token: str, session: bytes) -> int:
     from grace_ds.graph.gpu.raft_comms import handle_here
 
-    leaf = _SIDES[token].leaf
-    assert isinstance(leaf, Opened)
-    leaf.bind(handle_here(session))
+    backend = _SIDES[token].backend
+    assert isinstance(backend, Opened)
+    backend.bind(handle_here(session))
     return 0
 
 
@@ -146,7 +146,7 @@ def _shard(token: str) -> Shard:
 def _part(token: str, shard: Shard) -> IntArray:
     side = _SIDES[token]
     assert side.queries is not None
-    return search(side.queries, shard, side.wanted, side.leaf)
+    return search(side.queries, shard, side.wanted, side.backend)
 
 
 def _merged(token: str, a: IntArray, b: IntArray) -> IntArray:
@@ -169,7 +169,7 @@ def _work(token: str, wave: int, *packs: Packed) -> list[IntArray]:
     side = _SIDES[token]
     assert side.rows is not None
     tasks = [task for task in side.rows.waves[wave] if task.owner == side.rank]
-    return work(tasks, list(packs), side.wanted, side.leaf)
+    return work(tasks, list(packs), side.wanted, side.backend)
 
 
 def _pick(found: list[IntArray], rank: int) -> IntArray:

@@ -1,7 +1,7 @@
 """What the k-NN graph needs of RAPIDS: memory, NCCL and RAFT; and whether this rank can use them.  Not yet run on a GPU.
 
 Written against RAPIDS 26.10 and checked against its real signatures on machines without a GPU (tests/contract); the tests
-that compute (tests/gpu) wait for a machine that has one.  RAPIDS is imported only where ``graph.leaf`` is ``cuvs``, or
+that compute (tests/gpu) wait for a machine that has one.  RAPIDS is imported only where ``graph.backend`` is ``cuvs``, or
 ``auto`` on a CUDA device.
 """
 
@@ -13,13 +13,13 @@ import importlib.util
 
 from grace_ds.utils.arrays import gpu_extra
 
-PACKAGES = ("cuvs", "cupy", "rmm", "raft_dask")  # that the cuVS leaf imports
+PACKAGES = ("cuvs", "cupy", "rmm", "raft_dask")  # that the cuVS backend imports
 
 
 def obstacle(device: str) -> str:
     """Why the graph cannot be built on ``device`` by cuVS, on this rank; empty if it can.
 
-    Ranks may differ: one of them may lack a package, or free memory.  Agree on the answer before choosing a leaf by it.
+    Ranks may differ: one of them may lack a package, or free memory.  Agree on the answer before choosing a backend by it.
 
     Args:
         device: of the engine, such as ``cpu``, ``cuda`` or ``cuda:1``.

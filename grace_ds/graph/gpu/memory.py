@@ -25,7 +25,7 @@ def pool_bytes(free: int, share: float = SHARE) -> int:
     """
     limit = int(free * share) // _UNIT * _UNIT
     if limit < LEAST:
-        cure = "set graph.leaf to faiss or torch, or a smaller window"
+        cure = "set graph.backend to faiss or torch, or a smaller window"
         raise DataError(f"{free >> 20} MiB are free on the GPU: too few for a graph there; {cure}")
     return limit
 

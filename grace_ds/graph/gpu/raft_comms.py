@@ -1,4 +1,4 @@
-"""The NCCL clique and the RAFT handle that the cuVS leaves run on, from raft-dask; with Dask and without.
+"""The NCCL clique and the RAFT handle that the cuVS backends run on, from raft-dask; with Dask and without.
 
 A communicator of its own: torch's may be busy with the job's own collectives when it is made, so the device is
 synchronised and all ranks meet before and after.  Not yet run on a GPU.

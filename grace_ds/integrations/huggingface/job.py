@@ -24,11 +24,11 @@ from grace_ds.integrations.deepspeed import left_to_attach
 from grace_ds.integrations.handle import Grace
 from grace_ds.integrations.huggingface.loader import ScheduleBatches, rebuilt, take_tickets
 from grace_ds.integrations.huggingface.refusals import refuse_data, refuse_settings, refuse_without_deepspeed
-from grace_ds.integrations.trusted_set import Extras
+from grace_ds.integrations.trusted_set import UserInputs
 from grace_ds.utils.methods import replace_method
 
 
-def attach(trainer: Any, extras: Extras) -> TrainerJob | None:
+def attach(trainer: Any, user_inputs: UserInputs) -> TrainerJob | None:
     """Ties GRACE to a Trainer that has not trained yet; None where its config has no block, or one that is not enabled."""
     refuse_without_deepspeed(trainer)
     ds_config = read_ds_config(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
@@ -41,7 +41,7 @@ def attach(trainer: Any, extras: Extras) -> TrainerJob | None:
     refuse_settings(trainer, config)
     if getattr(trainer, "grace_ds", None) is not None:
         raise ConfigError("GRACE is attached to this Trainer already; call grace_ds.huggingface.attach once")
-    return TrainerJob(trainer, config, extras)
+    return TrainerJob(trainer, config, user_inputs)
 
 
 class TrainerJob:
@@ -51,8 +51,8 @@ class TrainerJob:
         handle: of the engine in training; None before there is one.
     """
 
-    def __init__(self, trainer: Any, config: GraceConfig, extras: Extras) -> None:
-        self.trainer, self.config, self.extras = trainer, config, extras
+    def __init__(self, trainer: Any, config: GraceConfig, user_inputs: UserInputs) -> None:
+        self.trainer, self.config, self.user_inputs = trainer, config, user_inputs
         self.handle: TrainerGrace | None = None
         self._loader: Any = None  # made for an engine that is still to come
         replace_method(trainer, "get_train_dataloader", self._get_train_dataloader)
@@ -85,9 +85,9 @@ class TrainerJob:
         self.handle.begin(inputs, args[0] if args else kwargs.get("num_items_in_batch"))
         return original(model, inputs, *args, **kwargs)
 
-    def _extras(self, loader: Any) -> Extras:
+    def _extras(self, loader: Any) -> UserInputs:
         """What the user has handed over, with what the Trainer knows anyway."""
-        trainer, given = self.trainer, self.extras
+        trainer, given = self.trainer, self.user_inputs
         validation = given.validation_data
         if validation is None and (given.trusted_data is not None or self.config.trusted is not None):
             validation = _joined(trainer.eval_dataset)
@@ -114,12 +114,12 @@ class TrainerJob:
 class TrainerGrace(Grace):
     """The handle ``engine.grace_ds`` of a Trainer's engine."""
 
-    def __init__(self, trainer: Any, engine: Any, loader: Any, config: GraceConfig, extras: Extras) -> None:
+    def __init__(self, trainer: Any, engine: Any, loader: Any, config: GraceConfig, user_inputs: UserInputs) -> None:
         self.trainer = trainer
         self.batches: ScheduleBatches = loader.batch_sampler
         self._items: Any = None  # tokens that the step's losses are divided by; None: each micro-batch by its own
         self._first = True
-        super().__init__(engine, loader.dataset.base, config, loader.collate_fn._ticketed.collate, extras)
+        super().__init__(engine, loader.dataset.base, config, loader.collate_fn._ticketed.collate, user_inputs)
         stream = self.controller.sampler
         self.batches.stream = stream if isinstance(stream, StreamSampler) else None
 
@@ -127,14 +127,14 @@ class TrainerGrace(Grace):
         """Not here: the Trainer has its loader."""
         raise ConfigError("a Trainer feeds its own engine; call trainer.train()")
 
-    def _stream_sampler(self, g: Geometry, samples: int) -> StreamSampler:
-        rows = getattr(self.batches, "batch_size", g.rows)
-        if rows != g.rows:
+    def _stream_sampler(self, geometry: Geometry, samples: int) -> StreamSampler:
+        rows = getattr(self.batches, "batch_size", geometry.rows)
+        if rows != geometry.rows:
             raise ConfigError(
                 f"the Trainer's loader gives {rows} samples a rank, the DeepSpeed config says train_micro_batch_size_per_gpu = "
-                f'{g.rows}; set that to "auto", and leave get_train_dataloader as it is'
+                f'{geometry.rows}; set that to "auto", and leave get_train_dataloader as it is'
             )
-        return StreamSampler(self.controller.book, g, len(self.batches), samples)
+        return StreamSampler(self.controller.book, geometry, len(self.batches), samples)
 
     def attach_hooks(self) -> None:
         """As on every engine; loading a checkpoint also says what the Trainer will skip."""
@@ -180,15 +180,15 @@ class TrainerGrace(Grace):
                 "has skipped samples that were never trained on; set ignore_data_skip=True"
             )
         self._first = False
-        self.controller.outstanding.issue(positions, ids, inputs)
+        self.controller.in_flight.issue(positions, ids, inputs)
 
     def _grad_scale(self) -> float:
         """The Trainer divides losses itself: by all tokens of the accumulated batch, or by its micro-batches."""
-        trainer, harvester = self.trainer, self.controller.harvester
-        if harvester is None:
+        trainer, collector = self.trainer, self.controller.collector
+        if collector is None:
             return 1.0
         divided = self._items is not None and (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None)
-        harvester.config = dataclasses.replace(self.config.harvest, reduction="sum" if divided else self.config.harvest.reduction)
+        collector.config = dataclasses.replace(self.config.collect, reduction="sum" if divided else self.config.collect.reduction)
         scale = float(self._items) if divided else float(trainer.current_gradient_accumulation_steps)
         if divided and trainer.args.average_tokens_across_devices:
             scale /= trainer.accelerator.num_processes

@@ -19,14 +19,14 @@ import torch.distributed as dist
 from torch import nn
 
 from grace_ds.comm.agreement import agreement_of
-from grace_ds.comm.all_ranks import together
+from grace_ds.comm.all_ranks import run_on_all_ranks
 from grace_ds.comm.base import Comm
 from grace_ds.comm.choose import choose
-from grace_ds.comm.liveness import RollCall
+from grace_ds.comm.liveness import LivenessProbe
 from grace_ds.comm.time_limits import within_job_limit
 from grace_ds.config.load import load_config
 from grace_ds.config.schema import GraceConfig
-from grace_ds.data.schedule import Slots
+from grace_ds.data.schedule import ScheduleSlice
 from grace_ds.data.trusted import Tokenize
 from grace_ds.errors import CheckpointError, ConfigError
 from grace_ds.integrations.controller import Controller
@@ -34,9 +34,9 @@ from grace_ds.integrations.megatron.corpus import Corpus, Texts, follow, one_epo
 from grace_ds.integrations.megatron.job_state import Facts, facts_of
 from grace_ds.integrations.megatron.positions import Ring, Scheduled
 from grace_ds.integrations.megatron.resume import begin, keep_facts, resume
-from grace_ds.integrations.setup import Parts, pipeline_of, prepare
-from grace_ds.integrations.trusted_set import Extras
-from grace_ds.integrations.world import refuse_lonely
+from grace_ds.integrations.setup import Components, pipeline_of, prepare
+from grace_ds.integrations.trusted_set import UserInputs
+from grace_ds.integrations.world import check_world_size
 from grace_ds.monitor.metrics import keep_config, preview_of
 from grace_ds.recipes import AUTO, recipe
 from grace_ds.records import IntArray
@@ -84,7 +84,7 @@ class Feed:
             log.info("step %d: %d schedules taken up from %s", step, len(c.book.schedules), run_dir)
         else:
             self._begin(run_dir, step)
-        together(c.comm, lambda: self._keep(run_dir))
+        run_on_all_ranks(c.comm, lambda: self._keep(run_dir))
         c.recorder.settle()
         self._publish()
 
@@ -97,7 +97,7 @@ class Feed:
                 "checkpoint.on_missing_state: rebuild to begin a coreset here"
             )
         if run_dir is not None and not replay:
-            together(c.comm, lambda: begin(run_dir) if c.comm.rank == 0 else None)
+            run_on_all_ranks(c.comm, lambda: begin(run_dir) if c.comm.rank == 0 else None)
         if consumed:
             if not replay:
                 log.warning("%d samples are consumed, and run_dir %s holds no schedule: a coreset is begun", consumed, run_dir)
@@ -120,7 +120,7 @@ class Feed:
         self.controller.after_step(cursor // g.batch, applied, 1.0)
         self._publish()
 
-    def slots(self, start: int, count: int) -> Slots:
+    def slots(self, start: int, count: int) -> ScheduleSlice:
         """The samples of positions ``start … start + count - 1``, for whoever has to know what a step consists of."""
         return self.controller.book.slots(start, count)
 
@@ -234,19 +234,19 @@ def wrap(
         return train_ds
     _speak_up()
     settle(grace)
-    refuse_lonely(dist.get_world_size() if dist.is_initialized() else 1, os.environ)
+    check_world_size(dist.get_world_size() if dist.is_initialized() else 1, os.environ)
     facts = facts_of(consumed_samples, micro_batch_size, global_batch_size, num_workers, lag)
     # The first schedule is used until the second takes over, ``lag`` steps after it is made.
     grace.refresh.slack_steps = max(slack(grace, grace.refresh.interval_steps), facts.lag)
     comm = transport(grace, train_ds is not None)
-    call = RollCall.open(os.environ)
-    corpus = together_world(train_ds)
+    call = LivenessProbe.open(os.environ)
+    corpus = corpus_on_all_ranks(train_ds)
     job.wrapped = True
     if train_ds is None or corpus is None:
         return None
-    extras = Extras(trusted_data, None, tokenize, None)
+    user_inputs = UserInputs(trusted_data, None, tokenize, None)
     texts = Texts(corpus)
-    parts: Parts = together(comm, lambda: prepare(texts, grace, facts.geometry, extras))
+    parts: Components = run_on_all_ranks(comm, lambda: prepare(texts, grace, facts.geometry, user_inputs))
     blend = corpus.blend
     arrange = None if blend is None else lambda schedule: follow(blend, schedule)
     pipeline = pipeline_of(comm, grace, facts.geometry, parts, arrange)
@@ -298,7 +298,7 @@ def transport(config: GraceConfig, data: bool) -> Comm:
     return choose(config.comm, members=mine, timeout=within_job_limit(config.refresh.timeout_seconds))
 
 
-def together_world(train_ds: Any) -> Corpus | None:
+def corpus_on_all_ranks(train_ds: Any) -> Corpus | None:
     """The corpus, built in step with all ranks."""
     if not dist.is_initialized():
         return one_epoch(train_ds, True, lambda: None)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from grace_ds.comm.all_ranks import together
-from grace_ds.data.schedule import Ledger, load_schedule
+from grace_ds.comm.all_ranks import run_on_all_ranks
+from grace_ds.data.schedule import VisitCounts, load_schedule
 from grace_ds.errors import CheckpointError
 from grace_ds.integrations.controller import Controller
 from grace_ds.records import Schedule
@@ -37,7 +37,7 @@ def keep_facts(run_dir: str, digest: str, samples: int, batch: int) -> None:
         raise CheckpointError(f"run_dir {run_dir} cannot be written ({error}): a resume would not find its schedules") from error
 
 
-def resume(c: Controller, run_dir: str | None, digest: str, step: int, cursor: int) -> bool:
+def resume(controller: Controller, run_dir: str | None, digest: str, step: int, cursor: int) -> bool:
     """Puts the controller where the run stood after ``step`` steps.  Collective.
 
     Returns:
@@ -46,21 +46,26 @@ def resume(c: Controller, run_dir: str | None, digest: str, step: int, cursor: i
     Raises:
         CheckpointError: on every rank: another dataset, or schedules that are missing or damaged.
     """
-    found = together(c.comm, lambda: _read(run_dir, digest, c, step, cursor) if c.comm.rank == 0 else [])
-    count = int(c.comm.broadcast(np.array([len(found)], np.int64))[0])
+    found = run_on_all_ranks(
+        controller.comm, lambda: _read(run_dir, digest, controller, step, cursor) if controller.comm.rank == 0 else []
+    )
+    count = int(controller.comm.broadcast(np.array([len(found)], np.int64))[0])
     if not count:
         return False
-    schedules = [broadcast_schedule(c.comm, found[i] if found else None) for i in range(count)]
+    schedules = [broadcast_schedule(controller.comm, found[i] if found else None) for i in range(count)]
     last = schedules[-1]
-    c.book.replace(schedules)
-    c.ledger, c.counted = Ledger(), schedules[0].start  # counted anew at the next refresh, from all schedules
-    c.metrics.version, c.metrics.refreshes = last.version, last.version + 1
-    c.next_refresh = int(last.meta["next_refresh_step"])
-    c.stand_at(step, cursor)
+    controller.book.replace(schedules)
+    controller.visits, controller.counted = (
+        VisitCounts(),
+        schedules[0].start,
+    )  # counted anew at the next refresh, from all schedules
+    controller.metrics.version, controller.metrics.refreshes = last.version, last.version + 1
+    controller.next_refresh = int(last.meta["next_refresh_step"])
+    controller.stand_at(step, cursor)
     return True
 
 
-def _read(run_dir: str | None, digest: str, c: Controller, step: int, cursor: int) -> list[Schedule]:
+def _read(run_dir: str | None, digest: str, controller: Controller, step: int, cursor: int) -> list[Schedule]:
     """The schedules of the run so far, on one rank; later ones are put aside."""
     folder = Path(run_dir or "") / "schedules"
     if run_dir is None or not (Path(run_dir) / _FACTS).is_file():
@@ -72,10 +77,10 @@ def _read(run_dir: str | None, digest: str, c: Controller, step: int, cursor: in
             "path, split, seed, sequence length or tokeniser has changed, so that ids mean other samples. Restore the old "
             "settings, or begin another selection with a fresh run_dir"
         )
-    if facts["batch"] != c.geometry.batch:
+    if facts["batch"] != controller.geometry.batch:
         raise CheckpointError(
-            f"{run_dir} was made with {facts['batch']} samples a step, this run has {c.geometry.batch}: steps would not be the "
-            "same ones; restore --global-batch-size, or give a fresh run_dir"
+            f"{run_dir} was made with {facts['batch']} samples a step, this run has {controller.geometry.batch}: steps would not be "
+            "the same ones; restore --global-batch-size, or give a fresh run_dir"
         )
     kept: list[Schedule] = []
     for path in sorted(folder.glob("schedule-*.safetensors")):

@@ -10,7 +10,7 @@ from torch import nn
 from grace_ds.comm.local import LocalComm
 from grace_ds.errors import DataError
 from grace_ds.gradients.hooks import Sketcher
-from grace_ds.gradients.influence_probe import Probes, TrustedProbe, unit_of
+from grace_ds.gradients.influence_probe import InfluenceProbe, Probes, unit_of
 from grace_ds.gradients.layers import select_layers
 from grace_ds.gradients.probe import probe_rows
 from tests.unit.narrow import NAMES, Narrow, cycles, direction, influences
@@ -57,12 +57,12 @@ def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def probe_of(model: Narrow, sketcher: Sketcher, trusted: Reads, each: int = 64, window: Reads | None = None) -> TrustedProbe:
+def probe_of(model: Narrow, sketcher: Sketcher, trusted: Reads, each: int = 64, window: Reads | None = None) -> InfluenceProbe:
     halves = np.arange(0, 24, 2), np.arange(1, 24, 2)
     pool = window or Reads(POOL)
     device = torch.device("cpu")
     count = Probes(each, each, each)
-    return TrustedProbe(model, sketcher, trusted, halves, pool, torch.stack, 5, device, loss, LocalComm(5.0), 3, count)
+    return InfluenceProbe(model, sketcher, trusted, halves, pool, torch.stack, 5, device, loss, LocalComm(5.0), 3, count)
 
 
 def scaled_sketcher(model: Narrow) -> Sketcher:

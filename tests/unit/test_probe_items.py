@@ -11,10 +11,10 @@ from torch import nn
 
 from grace_ds.comm.local import LocalComm
 from grace_ds.errors import DataError
-from grace_ds.gradients.influence_probe import Probes, TrustedProbe
+from grace_ds.gradients.influence_probe import InfluenceProbe, Probes
 from grace_ds.gradients.probe_items import Form, embedding_rows
 from tests.unit.narrow import VOCAB, Narrow, cycles
-from tests.unit.test_trust import Reads, loss, scaled_sketcher
+from tests.unit.test_influence_probe import Reads, loss, scaled_sketcher
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -78,10 +78,10 @@ def test_trusted_samples_of_two_lengths_are_refused_at_the_start_where_nobody_pa
     FORM.check_all([torch.arange(5)] * 2, lambda items: 1 / 0)  # of one length: nobody is asked
 
 
-def probe_of(trusted: Any, pool: Any) -> TrustedProbe:
+def probe_of(trusted: Any, pool: Any) -> InfluenceProbe:
     model, halves = Narrow(), (np.arange(0, 24, 2), np.arange(1, 24, 2))
     sketcher, device, count = scaled_sketcher(model), torch.device("cpu"), Probes(64, 64, 64)
-    return TrustedProbe(model, sketcher, trusted, halves, pool, torch.stack, 40, device, loss, LocalComm(5.0), 3, count, FORM)
+    return InfluenceProbe(model, sketcher, trusted, halves, pool, torch.stack, 40, device, loss, LocalComm(5.0), 3, count, FORM)
 
 
 @pytest.mark.parametrize("which", ["trusted", "pool"])

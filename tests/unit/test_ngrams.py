@@ -24,9 +24,9 @@ from grace_ds.features import ngrams as sampling
 from grace_ds.features.content import TokenReader, content_features
 from grace_ds.features.duplicates import NgramCounts, ngram_bins
 from grace_ds.features.ngrams import FLOOR, SMALLEST, Sampling, agree_sampling, some
-from grace_ds.integrations.setup import Contents, Parts
+from grace_ds.integrations.setup import Components, Contents
 from grace_ds.records import Array
-from grace_ds.refresh.state import Kept
+from grace_ds.refresh.state import RefreshState
 from tests.unit.test_features_content import Counted, Ranks, by_id, run, same_bits
 from tests.unit.test_features_window import rolled
 
@@ -132,12 +132,12 @@ def test_a_table_that_is_too_full_shows_in_what_new_texts_would_get() -> None:
         once, copied = counted(rows, Sampling(bits)).tried(block_of(rows[:100])).sum(0)
         ratios.append(copied / once)
     assert 0.19 < ratios[0] < 0.22 < ratios[1] < ratios[2] and ratios[2] > 0.6
-    # It foretells what copies that are truly planted get.
-    for bits, foretold in zip((17, 13, 11), ratios, strict=True):
+    # It predicts what copies that are truly planted get.
+    for bits, prediction_skill in zip((17, 13, 11), ratios, strict=True):
         new = texts(60, 100, 9)
         counts = counted(rows + new[:30] + new[30:] * 5, Sampling(bits))
         alone, dense = (1 / (1 + counts.degree(block_of(part))) for part in (new[:30], new[30:]))
-        assert abs(dense.mean() / alone.mean() - foretold) < 0.08
+        assert abs(dense.mean() / alone.mean() - prediction_skill) < 0.08
 
 
 @settings(max_examples=40, deadline=None)
@@ -158,10 +158,10 @@ def test_of_every_sample_enough_is_counted(seed: int, level: int, lengths: list[
 
 def test_a_sample_is_counted_alike_whatever_stands_beside_it() -> None:
     rows, how = [row[: 6 + 11 * i] for i, row in enumerate(texts(12, 140, 3))], Sampling(20, 5)
-    together = ngram_bins(block_of(rows), how)
+    run_on_all_ranks = ngram_bins(block_of(rows), how)
     alone = [ngram_bins(block_of([row]), how) for row in rows]
-    assert together.bins.tolist() == [b for one in alone for b in one.bins.tolist()]
-    assert together.lengths.tolist() == [int(one.lengths[0]) for one in alone]
+    assert run_on_all_ranks.bins.tolist() == [b for one in alone for b in one.bins.tolist()]
+    assert run_on_all_ranks.lengths.tolist() == [int(one.lengths[0]) for one in alone]
 
 
 def test_padding_does_not_outweigh_a_text_where_6_grams_are_left_out() -> None:
@@ -275,8 +275,8 @@ def test_the_counts_of_a_thinned_window_that_has_moved_are_those_of_all_its_samp
 def test_a_checkpoint_says_which_6_grams_were_counted(small: None, tmp_path: Path) -> None:
     rows = window_rows()
     (kept,) = run(rows, [np.arange(50)], want_tfidf=False, keep_counts=True)
-    files, shared = Kept(content=kept).save(tmp_path, True, 0, 1)
-    loaded = Kept.load(tmp_path, files, shared, 0, 1).content
+    files, shared = RefreshState(content=kept).save(tmp_path, True, 0, 1)
+    loaded = RefreshState.load(tmp_path, files, shared, 0, 1).content
     assert loaded is not None and loaded.counts is not None and kept.counts is not None
     assert loaded.counts.sampling == kept.counts.sampling != SMALLEST
 
@@ -287,7 +287,9 @@ def test_the_ratio_of_copies_is_told_and_where_it_is_off_it_is_said_once(
     rows, config = texts(600, 100, 0), GraceConfig(recipe="content")
     assert abs(run(rows, [np.arange(600)])[0].density_ratio - 0.2) < 0.02
     assert np.isnan(run(rows, [np.arange(600)], want_density=False)[0].density_ratio)
-    parts = Parts(Pool(600, 300, 0.2, 5, 8, 0), SeededOrder(600, 0), TokenReader(rows), None, None, np.arange(0), np.arange(0))
+    parts = Components(
+        Pool(600, 300, 0.2, 5, 8, 0), SeededOrder(600, 0), TokenReader(rows), None, None, np.arange(0), np.arange(0)
+    )
     with caplog.at_level(logging.WARNING):
         found = Contents(LocalComm(5.0), config, parts)(None, np.arange(300))
         assert not caplog.records and abs(found.density_ratio - 0.2) < 0.02

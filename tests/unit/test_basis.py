@@ -79,15 +79,15 @@ def test_alignment_is_the_cosine_with_the_trusted_gradient():
         probe_basis(model, [(np.arange(1), trusted[i : i + 1]) for i in range(6)], loss_of, sketcher, target)
         sketcher.set_basis(target.fit(target.pack(), version=4))
         found = probe_rows(model, [(np.arange(4), pool[:4]), (np.arange(5), pool[4:])], loss_of, sketcher)
-    align = np.concatenate([f.align for f in found])
+    influence = np.concatenate([f.influence for f in found])
 
     def inner(x, y):
         return sum((x[name] * y[name]).sum() / sigma[name] ** 2 for name in NAMES)
 
     exact = [inner(g, total) / np.sqrt(inner(g, g) * inner(total, total)) for g in full_gradients(model, pool)]
     assert found[0].basis == 4
-    assert np.std(exact) > 0.02 and np.corrcoef(align, exact)[0, 1] > 0.95
-    np.testing.assert_allclose(align, exact, atol=0.15 * np.abs(exact).max())
+    assert np.std(exact) > 0.02 and np.corrcoef(influence, exact)[0, 1] > 0.95
+    np.testing.assert_allclose(influence, exact, atol=0.15 * np.abs(exact).max())
 
 
 def test_basis_keeps_the_sketches_and_bindings_keep_their_basis():
@@ -100,13 +100,13 @@ def test_basis_keeps_the_sketches_and_bindings_keep_their_basis():
         basis = target.fit(target.pack(), version=0)
         target.close()
         sketcher.set_basis(basis)
-        binding = sketcher.begin(np.arange(4))
+        capture = sketcher.begin(np.arange(4))
         loss = model(batch)
         sketcher.observe_loss(loss)
         sketcher.set_basis(None)
         loss.backward()
-        found = sketcher.finish(binding)
-    assert found.basis == 0 and np.isfinite(found.align).all() and np.isnan(plain.align).all()
+        found = sketcher.finish(capture)
+    assert found.basis == 0 and np.isfinite(found.influence).all() and np.isnan(plain.influence).all()
     np.testing.assert_allclose(found.sketch, plain.sketch, atol=1e-5 * plain.norm.max())
     assert sketcher._meter.now == 0
 

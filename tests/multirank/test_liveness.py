@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from grace_ds.comm.liveness import ENDED, RollCall
+from grace_ds.comm.liveness import ENDED, LivenessProbe
 from tests.multirank.harness import World, run_ranks
 
 pytestmark = pytest.mark.multirank
@@ -22,7 +22,7 @@ def roll_call(world: World, folder: str) -> list[dict[int, str]]:
 
     if world.rank == 1:
         Path(folder, "stuck").write_text(str(os.getpid()))
-    call = RollCall.open({})
+    call = LivenessProbe.open({})
     found = [call.absent()]
     dist.barrier()
     if world.rank == 1:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from grace_ds.comm.local import LocalComm
-from grace_ds.data.sampler import Geometry, IssuedBatch, Outstanding
+from grace_ds.data.sampler import Geometry, InFlightBatches, IssuedBatch
 from grace_ds.data.schedule import ScheduleBook
 from grace_ds.integrations.step_watch import StepWatch
 from grace_ds.records import Role, Schedule
@@ -77,8 +77,8 @@ def test_batches_whose_samples_are_not_known_are_not_judged() -> None:
     assert watch.mismatches == 0
 
 
-def outstanding(batches: int, recognised: bool) -> Outstanding:
-    out = Outstanding(HALF)
+def in_flight(batches: int, recognised: bool) -> InFlightBatches:
+    out = InFlightBatches(HALF)
     for q in range(batches):
         out.issue(torch.arange(ROWS) + q * ROWS, torch.arange(ROWS), torch.rand(ROWS, 4))
     out.recognised = recognised
@@ -86,14 +86,14 @@ def outstanding(batches: int, recognised: bool) -> Outstanding:
 
 
 def test_steps_are_counted_where_no_batch_was_ever_recognised(caplog: pytest.LogCaptureFixture) -> None:
-    watch, out = StepWatch(), outstanding(12, recognised=False)
+    watch, out = StepWatch(), in_flight(12, recognised=False)
     assert [watch.advance(0, HALF, out) for _ in range(4)] == [0, 2 * ACCUMULATION, ACCUMULATION, ACCUMULATION]
     assert len(out) == 12 - 4 * ACCUMULATION and caplog.text.count("not recognised as the loader's") == 1
     assert watch.slips == 0
 
 
 def test_steps_on_another_source_move_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    for out in (outstanding(0, recognised=False), outstanding(3, recognised=True)):
+    for out in (in_flight(0, recognised=False), in_flight(3, recognised=True)):
         watch = StepWatch()
         assert [watch.advance(0, HALF, out) for _ in range(9)] == [0] * 9
         assert watch.slips == 0
@@ -103,7 +103,7 @@ def test_steps_on_another_source_move_nothing(caplog: pytest.LogCaptureFixture) 
 def test_a_step_of_another_length_is_a_slip_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
     watch = StepWatch()
     for moved in (ACCUMULATION, ACCUMULATION + 1, 1, ACCUMULATION, 5):
-        assert watch.advance(moved, HALF, outstanding(1, recognised=True)) == 0
+        assert watch.advance(moved, HALF, in_flight(1, recognised=True)) == 0
     assert watch.slips == 3 and caplog.text.count("moved the order of samples on") == 1
 
 
@@ -127,7 +127,7 @@ def test_a_coreset_larger_than_what_the_filters_leave_is_told(caplog: pytest.Log
 def test_gradients_that_never_tell_an_influence_are_told(caplog: pytest.LogCaptureFixture) -> None:
     watch, meta = StepWatch(), {"window": 100, "coreset": 20, "parts": ["gradients"]}
     for known in (0, 0, 7, 0, 0):
-        watch.published({**meta, "known_align": known})
+        watch.published({**meta, "known_influence": known})
     assert not caplog.text
-    watch.published({**meta, "known_align": 0})
+    watch.published({**meta, "known_influence": 0})
     assert "no influence known" in caplog.text

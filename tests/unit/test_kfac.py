@@ -99,7 +99,7 @@ def test_alignment_times_length_is_the_influence(model):
         target = accumulated(model, sketcher, batches(POOL, 16))
         sketcher.set_basis(whiten(basis_of(model, sketcher), target.fit(target.pack()), sigma))
         rows = probe_rows(model, batches(samples, 4), loss_of, sketcher)
-    found = np.concatenate([r.align.astype(float) * r.norm for r in rows])
+    found = np.concatenate([r.influence.astype(float) * r.norm for r in rows])
     wanted = influences(model, samples, direction(model, POOL, TRUSTED), sigma)
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max())
 
@@ -157,7 +157,7 @@ def test_a_layer_that_is_never_reached_is_left_out(model):
         assert found.factors["first"][1].any()
         sketcher.set_basis(found)
         rows = probe_rows(model, batches(TRUSTED, 12), loss_of, sketcher)
-    assert np.isfinite(rows[0].align).all()
+    assert np.isfinite(rows[0].influence).all()
 
 
 def test_an_input_without_a_gradient_gives_no_moment(model):

@@ -116,11 +116,11 @@ def test_layer_that_returns_a_tuple_is_sketched():
     torch.manual_seed(0)
     model, x = WithPair(), torch.randn(2, 5, 4)
     with Sketcher(select_layers(model, ["pair"]), seed=1, dim=64, rank=4) as sketcher:
-        binding = sketcher.begin(np.arange(2))
+        capture = sketcher.begin(np.arange(2))
         loss = model(x)
         sketcher.end()
         loss.backward()
-        found = sketcher.finish(binding, reduction="sum")
+        found = sketcher.finish(capture, reduction="sum")
     assert found is not None and (found.norm > 0).all()
 
 

@@ -103,8 +103,12 @@ def test_a_run_of_known_length_opens_for_a_twentieth_of_it_at_most(
     c = config(interval=interval, start=-1, recipe=recipe)
     c.total_steps = total
     assert refreshes(c, made[-1] + 1) == made
-    assert all(cadence.stretched_interval(c, step, 1e6, 1.0) == cadence.configured_interval(c, step) for step in range(c.opening))
-    assert cadence.stretched_interval(c, c.opening, 1e6, 1.0) > interval  # the first coreset does not wait, the later ones do
+    assert all(
+        cadence.stretched_interval(c, step, 1e6, 1.0) == cadence.configured_interval(c, step) for step in range(c.warmup_steps)
+    )
+    assert (
+        cadence.stretched_interval(c, c.warmup_steps, 1e6, 1.0) > interval
+    )  # the first coreset does not wait, the later ones do
 
 
 def test_an_interval_of_one_step_has_no_halves() -> None:
@@ -125,7 +129,7 @@ def test_a_run_is_uniform_before_its_start_and_from_its_stop() -> None:
 
 def test_only_steps_that_a_coreset_can_use_are_harvested() -> None:
     c = config(start=20, stop=60)
-    assert [s for s in range(80) if cadence.harvested(c, s, next_refresh=s + 1)] == list(range(10, 60))
+    assert [s for s in range(80) if cadence.collected(c, s, next_refresh=s + 1)] == list(range(10, 60))
 
 
 def test_what_nothing_would_be_trained_on_is_neither_harvested_nor_made() -> None:
@@ -134,8 +138,8 @@ def test_what_nothing_would_be_trained_on_is_neither_harvested_nor_made() -> Non
     refreshes = [s for s in range(1, 40) if cadence.is_due(c, s, next_refresh=(s // 10) * 10 or 10)]
     assert 30 in refreshes
     assert 35 not in refreshes
-    harvested = [s for s in range(35) if cadence.harvested(c, s, next_refresh=(s // 10 + 1) * 10)]
-    assert harvested == list(range(30))  # the rows of steps 30 to 34 no refresh would read
+    collected = [s for s in range(35) if cadence.collected(c, s, next_refresh=(s // 10 + 1) * 10)]
+    assert collected == list(range(30))  # the rows of steps 30 to 34 no refresh would read
 
 
 @pytest.mark.parametrize(("start", "stop", "total"), [(0, 0, 0), (40, 60, 0), (40, 0, 65), (7, 0, 40)])
@@ -143,7 +147,7 @@ def test_a_basis_is_fitted_where_rows_will_be_measured_with_it_and_nowhere_else(
     c = config(start=start, stop=stop)
     c.total_steps = total
     for step in range(0, total or 80, 10):
-        used = any(cadence.harvested(c, s, next_refresh=step + 10) for s in range(step, min(step + 10, total or 80)))
+        used = any(cadence.collected(c, s, next_refresh=step + 10) for s in range(step, min(step + 10, total or 80)))
         assert cadence.wants_basis(c, step, 10) == used
 
 
@@ -152,7 +156,7 @@ def test_a_job_that_goes_on_beyond_its_stated_end_is_served_again() -> None:
     c.total_steps = 20
     assert not cadence.is_due(c, 20, next_refresh=20)
     assert cadence.is_due(c, 21, next_refresh=20)
-    assert cadence.harvested(c, 20, next_refresh=20)
+    assert cadence.collected(c, 20, next_refresh=20)
 
 
 def fits(useful: bool, versions: int) -> list[int]:

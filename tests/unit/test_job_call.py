@@ -14,7 +14,7 @@ from grace_ds.comm.local import LocalComm
 from grace_ds.data.sampler import IssuedBatch
 from grace_ds.errors import ConfigError, DataError
 from grace_ds.gradients.hooks import Sketcher
-from grace_ds.gradients.influence_probe import Probes, TrustedProbe
+from grace_ds.gradients.influence_probe import InfluenceProbe, Probes
 from grace_ds.gradients.job_call import Call, refuse
 from grace_ds.gradients.layers import select_layers
 from tests.unit.narrow import NAMES, Narrow
@@ -223,5 +223,5 @@ def test_an_output_without_a_loss_is_refused() -> None:
 def test_the_ranks_are_asked_ever_more_rarely_and_before_each_refresh() -> None:
     model, halves = Narrow(), (np.arange(2), np.arange(2))
     sketcher, device = Sketcher(select_layers(model, NAMES), 7, rank=16, dim=64), torch.device("cpu")
-    probe = TrustedProbe(model, sketcher, [], halves, [], list, 4, device, None, LocalComm(5.0), 0, Probes(1, 1, 1))
+    probe = InfluenceProbe(model, sketcher, [], halves, [], list, 4, device, None, LocalComm(5.0), 0, Probes(1, 1, 1))
     assert [step for step in range(1, 20) if probe.asks(refresh=step == 13)] == [1, 2, 4, 8, 13, 16]

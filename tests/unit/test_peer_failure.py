@@ -13,35 +13,35 @@ from collections.abc import Iterator
 import pytest
 
 from grace_ds.comm import connect
-from grace_ds.comm import peer_failure as lookout_module
-from grace_ds.comm.liveness import RollCall
+from grace_ds.comm import peer_failure as peer_failure_module
+from grace_ds.comm.liveness import LivenessProbe
 from grace_ds.comm.local import LocalComm
-from grace_ds.comm.peer_failure import Lookout
+from grace_ds.comm.peer_failure import PeerFailureHandler
 from grace_ds.errors import GraceError, PeerLost, TransportError, TransportTimeout, during
 from tests.unit.sockets import full_queue
 
 
 @pytest.fixture
-def alone() -> Iterator[Lookout]:
+def alone() -> Iterator[PeerFailureHandler]:
     """Rank 0 of two; where rank 1 was, nobody listens any more."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         gone = s.getsockname()
-    lookout = Lookout(RollCall(0, [gone, gone], ["a", "b"]), LocalComm(), lambda: "in training step 3")
+    peer_failures = PeerFailureHandler(LivenessProbe(0, [gone, gone], ["a", "b"]), LocalComm(), lambda: "in training step 3")
     before = signal.getsignal(signal.SIGALRM)
     try:
-        yield lookout
+        yield peer_failures
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-        lookout.close()
+        peer_failures.close()
 
 
 @pytest.fixture
 def mute(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
     """Where a connection is neither made nor refused: a queue that is full, as a host that is cut off looks."""
     monkeypatch.setattr(connect, "_TRY_SECONDS", 0.4)
-    monkeypatch.setattr(lookout_module, "_PATIENCE", 0.2)
+    monkeypatch.setattr(peer_failure_module, "_PATIENCE", 0.2)
     with full_queue() as address:
         yield address
 
@@ -54,7 +54,7 @@ def end_by(error: Exception) -> None:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
 
 
-def test_a_failed_transport_is_followed_by_who_is_lost(alone: Lookout, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_transport_is_followed_by_who_is_lost(alone: PeerFailureHandler, capsys: pytest.CaptureFixture[str]) -> None:
     end_by(TransportError("x"))
     last = capsys.readouterr().err.rstrip().splitlines()[-1]
     assert "lost: rank 1 on b (its process has ended); noticed by rank 0 in training step 3" in last
@@ -63,14 +63,14 @@ def test_a_failed_transport_is_followed_by_who_is_lost(alone: Lookout, capsys: p
 
 @pytest.mark.parametrize("error", [ValueError("mine"), RuntimeError("mine"), GraceError("mine")])
 def test_an_error_of_this_ranks_own_is_not_put_down_to_others(
-    alone: Lookout, capsys: pytest.CaptureFixture[str], error: Exception
+    alone: PeerFailureHandler, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
     end_by(error)
     assert "lost" not in capsys.readouterr().err
     assert signal.alarm(0) == 0
 
 
-def test_a_late_rank_is_told_from_a_lost_one(alone: Lookout) -> None:
+def test_a_late_rank_is_told_from_a_lost_one(alone: PeerFailureHandler) -> None:
     with pytest.raises(PeerLost, match="in refresh 2, stage graph"):
         try:
             with during("select"), during("graph"):
@@ -85,7 +85,7 @@ def test_a_late_rank_is_told_from_a_lost_one(alone: Lookout) -> None:
 
 
 def test_a_rank_that_only_does_not_answer_ends_nothing(
-    alone: Lookout, mute: tuple[str, int], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    alone: PeerFailureHandler, mute: tuple[str, int], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gone = alone.call.addresses[1]
     alone.call.addresses[1] = mute
@@ -111,9 +111,9 @@ def test_lookouts_that_nobody_holds_are_freed_and_foreign_hooks_stay(capsys: pyt
         below(*args)  # type: ignore[arg-type]
 
     try:
-        first = Lookout(RollCall(0, [], []), LocalComm(), lambda: "")
+        first = PeerFailureHandler(LivenessProbe(0, [], []), LocalComm(), lambda: "")
         below, sys.excepthook = sys.excepthook, foreign
-        second = Lookout(RollCall(0, [], []), LocalComm(), lambda: "")
+        second = PeerFailureHandler(LivenessProbe(0, [], []), LocalComm(), lambda: "")
         refs = [weakref.ref(first), weakref.ref(second)]
         end_by(TransportError("x"))
         assert len(seen) == 1 and capsys.readouterr().err.count("TransportError: x") == 1
@@ -133,8 +133,8 @@ def test_lookouts_that_nobody_holds_are_freed_and_foreign_hooks_stay(capsys: pyt
 
 def test_closing_puts_the_hook_back_and_a_rank_by_itself_asks_nobody() -> None:
     before = sys.excepthook
-    lookout = Lookout(RollCall(0, [], []), LocalComm(), lambda: "")
+    peer_failures = PeerFailureHandler(LivenessProbe(0, [], []), LocalComm(), lambda: "")
     assert sys.excepthook is not before
-    assert lookout.call.absent(patience=60.0) == {}
-    lookout.close()
+    assert peer_failures.call.absent(patience=60.0) == {}
+    peer_failures.close()
     assert sys.excepthook is before

@@ -43,7 +43,7 @@ def test_training_is_bit_identical_with_probes_between(recompute, dtype):
                     probe_basis(model, [(np.arange(3), text(3, seed=50))], loss_of, sketcher, target)
                     sketcher.set_basis(target.fit(target.pack(), step))
                     found = probe_rows(model, [(np.arange(5), text(5, seed=60))], loss_of, sketcher)
-                assert len(found) == 1 and np.isfinite(found[0].align).all()
+                assert len(found) == 1 and np.isfinite(found[0].influence).all()
                 assert flags(model) == before
                 after = [p.grad for p in model.parameters() if p.grad is not None]
                 assert all(torch.equal(a, b) for a, b in zip(grads, after, strict=True))
@@ -59,12 +59,12 @@ def test_probe_sees_the_gradients_of_training(recompute):
     torch.manual_seed(0)
     model, batch = TinyGPT(recompute=recompute), text(5)
     with Sketcher(select_layers(model), 1) as sketcher:
-        binding = sketcher.begin(np.arange(5))
+        capture = sketcher.begin(np.arange(5))
         loss = model(batch)
         sketcher.observe_loss(loss)
         sketcher.end()
         loss.backward()
-        trained = sketcher.finish(binding)
+        trained = sketcher.finish(capture)
         probed = probe_rows(model, [(np.arange(5), batch)], loss_of, sketcher, loss_scale=256.0)[0]
     np.testing.assert_allclose(probed.sketch, trained.sketch, atol=1e-5 * trained.norm.max())
     np.testing.assert_allclose(probed.loss, trained.loss, rtol=1e-6)

@@ -13,7 +13,7 @@ from torch import nn
 
 from grace_ds.errors import CheckpointError, ConfigError, DataError
 from grace_ds.gradients.basis import BasisAccumulator
-from grace_ds.gradients.capture import Binding
+from grace_ds.gradients.capture import MicroBatchCapture
 from grace_ds.gradients.hooks import Sketcher
 from grace_ds.gradients.kfac import MomentAccumulator
 from grace_ds.gradients.layers import select_layers
@@ -42,13 +42,13 @@ def expected(model, batch, sketcher, sigma=None):
     return np.stack([sketch_of(g, sides, tables, sketcher.dim, sigma) for g in gradients])
 
 
-def harvest(model, batch, sketcher, scale=1.0, ids=None, **finish):
-    binding = sketcher.begin(np.arange(len(batch)) if ids is None else ids)
+def collect(model, batch, sketcher, scale=1.0, ids=None, **finish):
+    capture = sketcher.begin(np.arange(len(batch)) if ids is None else ids)
     loss = model(batch)
     sketcher.observe_loss(loss)
     sketcher.end()
     (loss * scale).backward()
-    return sketcher.finish(binding, grad_scale=1 / scale, **finish)
+    return sketcher.finish(capture, grad_scale=1 / scale, **finish)
 
 
 def error(found, truth):
@@ -64,14 +64,14 @@ def hooks(model):
 def test_matches_batch_of_one_oracle(recompute, dim, rank):
     model, batch = build(recompute), text(5)
     with sketcher_of(model, dim, rank) as sketcher:
-        found = harvest(model, batch, sketcher, scale=1024.0 / 4)  # a loss scale over accumulation steps
+        found = collect(model, batch, sketcher, scale=1024.0 / 4)  # a loss scale over accumulation steps
         truth = expected(build(), batch, sketcher)
     assert error(found.sketch, truth) <= 1e-5
     np.testing.assert_allclose(found.norm, np.linalg.norm(truth, axis=1), rtol=1e-5)
     alone = [build()(batch[i : i + 1]).item() for i in range(5)]
     np.testing.assert_allclose(found.loss, alone, rtol=1e-5)
     assert 0 < sketcher.seconds < 10
-    assert found.basis == -1 and np.isnan(found.align).all() and not sketcher.failures
+    assert found.basis == -1 and np.isnan(found.influence).all() and not sketcher.failures
 
 
 def test_sum_reduction_and_unknown_tokens():
@@ -80,18 +80,18 @@ def test_sum_reduction_and_unknown_tokens():
         truth = expected(model, batch, sketcher)
         targets = batch.shape[1] - 1
 
-        binding = sketcher.begin(np.arange(4))
+        capture = sketcher.begin(np.arange(4))
         (model(batch) * 4 * targets).backward()  # the sum over all tokens, whose losses nobody looked at
-        summed = sketcher.finish(binding, reduction="sum", tokens=np.full(4, targets))
+        summed = sketcher.finish(capture, reduction="sum", tokens=np.full(4, targets))
         assert error(summed.sketch, truth) <= 1e-5
 
-        binding = sketcher.begin(np.arange(4))
+        capture = sketcher.begin(np.arange(4))
         model(batch).backward()
-        assert error(sketcher.finish(binding).sketch, truth) <= 1e-5  # equal lengths: the mean of sample means
+        assert error(sketcher.finish(capture).sketch, truth) <= 1e-5  # equal lengths: the mean of sample means
 
-        binding = sketcher.begin(np.arange(4))
+        capture = sketcher.begin(np.arange(4))
         (model(batch) * 4).backward()
-        assert error(sketcher.finish(binding, reduction="sum").sketch, truth) <= 1e-5
+        assert error(sketcher.finish(capture, reduction="sum").sketch, truth) <= 1e-5
         with pytest.raises(ConfigError, match=r"reduction='max'.*'mean' or 'sum'"):
             sketcher.finish(sketcher.begin(np.arange(4)), reduction="max")
 
@@ -99,8 +99,8 @@ def test_sum_reduction_and_unknown_tokens():
 def test_rebatching_leaves_rows_unchanged():
     model, batch = build(), text(12)
     with sketcher_of(model) as sketcher:
-        whole = harvest(model, batch, sketcher)
-        parts = [harvest(model, batch[i], sketcher, ids=i) for i in (np.array([3, 11]), np.arange(4, 9), np.array([0]))]
+        whole = collect(model, batch, sketcher)
+        parts = [collect(model, batch[i], sketcher, ids=i) for i in (np.array([3, 11]), np.arange(4, 9), np.array([0]))]
     for part in parts:
         np.testing.assert_allclose(part.sketch, whole.sketch[part.ids], atol=1e-5 * whole.norm.max())
         np.testing.assert_allclose(part.loss, whole.loss[part.ids], rtol=1e-5)
@@ -110,7 +110,7 @@ def test_sample_without_valid_targets_gives_no_row():
     model, batch = build(), text(3)
     batch[1, 1:] = -100
     with sketcher_of(model) as sketcher:
-        found = harvest(model, batch, sketcher, ids=np.array([7, 8, 9]))
+        found = collect(model, batch, sketcher, ids=np.array([7, 8, 9]))
     rows = found.rows(step=5, loss_mean=1.0)
     assert np.isnan(found.loss[1])
     assert rows.ids.tolist() == [7, 9] and rows.step.tolist() == [5, 5] and rows.sketch.dtype == np.float16
@@ -132,7 +132,7 @@ def test_training_is_bit_identical_with_hooks(recompute):
         for step in range(3):
             batch = text(4, seed=step)
             if on:
-                assert harvest(model, batch, sketcher) is not None
+                assert collect(model, batch, sketcher) is not None
             else:
                 model(batch).backward()
             optimizer.step()
@@ -163,7 +163,7 @@ def test_nothing_is_captured_between_bindings_and_by_evaluation():
     model, batch = build("nonreentrant"), text(3)
     with sketcher_of(model) as sketcher:
         truth = expected(model, batch, sketcher)
-        binding = sketcher.begin(np.arange(3))
+        capture = sketcher.begin(np.arange(3))
         loss = model(batch)
         sketcher.end()
         with torch.no_grad():
@@ -171,8 +171,8 @@ def test_nothing_is_captured_between_bindings_and_by_evaluation():
         model(text(7, seed=9))  # in train mode with gradients, but never bound
         loss.backward()
         model(text(7, seed=9)).backward()  # an unbound step, whose checkpoint recomputes in its backward
-        assert error(sketcher.finish(binding, tokens=(batch[:, 1:] >= 0).sum(1).numpy()).sketch, truth) <= 1e-5
-        assert not binding.spoiled
+        assert error(sketcher.finish(capture, tokens=(batch[:, 1:] >= 0).sum(1).numpy()).sketch, truth) <= 1e-5
+        assert not capture.spoiled
 
 
 @pytest.mark.parametrize("recompute", ["reentrant", "nonreentrant"])
@@ -195,27 +195,27 @@ def test_unbound_step_does_not_leak_into_an_abandoned_binding(recompute):
 def test_two_forwards_before_their_backwards_are_not_mixed():
     model, batches = build(), [text(3, seed=1), text(4, seed=2)]
     with sketcher_of(model) as sketcher:
-        bindings, losses = [], []
+        captures, losses = [], []
         for batch in batches:
-            bindings.append(sketcher.begin(np.arange(len(batch))))
+            captures.append(sketcher.begin(np.arange(len(batch))))
             losses.append(model(batch))
             sketcher.observe_loss(losses[-1])
             sketcher.end()
         for loss in reversed(losses):
             loss.backward()
-        for binding, batch in zip(bindings, batches, strict=True):
-            assert error(sketcher.finish(binding).sketch, expected(model, batch, sketcher)) <= 1e-5
+        for capture, batch in zip(captures, batches, strict=True):
+            assert error(sketcher.finish(capture).sketch, expected(model, batch, sketcher)) <= 1e-5
 
 
 def test_second_backward_counts_once():
     model, batch = build(), text(3)
     with sketcher_of(model) as sketcher:
-        binding = sketcher.begin(np.arange(3))
+        capture = sketcher.begin(np.arange(3))
         loss = model(batch)
         sketcher.observe_loss(loss)
         loss.backward(retain_graph=True)
         loss.backward()
-        assert error(sketcher.finish(binding).sketch, expected(model, batch, sketcher)) <= 1e-5
+        assert error(sketcher.finish(capture).sketch, expected(model, batch, sketcher)) <= 1e-5
 
 
 class Forms(nn.Module):
@@ -242,9 +242,9 @@ def test_input_forms_and_shared_modules(form, n, t):
     torch.manual_seed(0)
     model, x = Forms(form), torch.randn(n, t, 6)
     with Sketcher(select_layers(model, ["layer"]), SEED, 64, 4) as sketcher:
-        binding = sketcher.begin(np.arange(n))
+        capture = sketcher.begin(np.arange(n))
         model(x).backward()
-        found = sketcher.finish(binding)
+        found = sketcher.finish(capture)
         assert error(found.sketch, expected(model, x, sketcher)) <= 1e-5
 
 
@@ -252,9 +252,9 @@ def test_layer_that_does_not_split_is_left_out_once(caplog):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     with Sketcher(select_layers(model, ["*"]), SEED) as sketcher, caplog.at_level(logging.WARNING, "grace_ds"):
         for _ in range(2):
-            binding = sketcher.begin(np.arange(3))
+            capture = sketcher.begin(np.arange(3))
             model(torch.randn(5, 4)).sum().backward()
-            assert sketcher.finish(binding) is None and not binding.spoiled
+            assert sketcher.finish(capture) is None and not capture.spoiled
     assert [r.getMessage() for r in caplog.records if "layer 0 " in r.getMessage()] == [
         "layer 0 is not sketched: its input (5, 4) does not split by sample"
     ]
@@ -263,11 +263,11 @@ def test_layer_that_does_not_split_is_left_out_once(caplog):
 def test_failing_hook_spoils_the_binding_and_not_the_job(caplog):
     model, batch = build(), text(3)
     with sketcher_of(model) as sketcher, caplog.at_level(logging.WARNING, "grace_ds"):
-        binding = sketcher.begin(np.arange(3))
+        capture = sketcher.begin(np.arange(3))
         loss = model(batch)
-        binding.plan.sides[3][1].project = lambda flat: 1 / 0  # a fault in the middle of the backward
+        capture.plan.sides[3][1].project = lambda flat: 1 / 0  # a fault in the middle of the backward
         loss.backward()
-        assert sketcher.finish(binding) is None and binding.spoiled and sketcher.failures == 1
+        assert sketcher.finish(capture) is None and capture.spoiled and sketcher.failures == 1
         assert model.blocks[0].qkv.weight.grad is not None
     assert sum("ZeroDivisionError" in r.getMessage() for r in caplog.records) == 1
 
@@ -277,10 +277,10 @@ def test_autocast_and_bfloat16_stay_close_to_float32():
     with sketcher_of(model) as sketcher:
         truth = expected(model, batch, sketcher)
         with torch.autocast("cpu", torch.bfloat16):
-            found = harvest(model, batch, sketcher)
+            found = collect(model, batch, sketcher)
     half = build().bfloat16()
     with sketcher_of(half) as sketcher:
-        low = harvest(half, batch, sketcher)
+        low = collect(half, batch, sketcher)
     for rows in (found, low):
         cosine = (rows.sketch * truth).sum(1) / np.linalg.norm(rows.sketch, axis=1) / np.linalg.norm(truth, axis=1)
         assert cosine.min() > 0.99
@@ -289,17 +289,17 @@ def test_autocast_and_bfloat16_stay_close_to_float32():
 def test_calibration_freezes_a_scale_that_rows_and_checkpoints_carry():
     model, batch = build(), text(6)
     with sketcher_of(model) as sketcher:
-        with pytest.raises(ConfigError, match="harvest some batches"):
+        with pytest.raises(ConfigError, match="collect some batches"):
             sketcher.scale.freeze(sketcher.scale.sums())
-        harvest(model, batch[:4], sketcher)
-        harvest(model, batch[4:], sketcher)
+        collect(model, batch[:4], sketcher)
+        collect(model, batch[4:], sketcher)
         sums = sketcher.scale.sums()
         assert sums[-1] == 6
         sums[2] = 0.0  # a dead layer takes the median of the others
         sketcher.scale.freeze(sums)
         sigma = sketcher.scale.by_name()
         assert sigma[sketcher.names[2]] == pytest.approx(np.median([s for i, s in enumerate(sigma.values()) if i != 2]))
-        found = harvest(model, batch, sketcher)
+        found = collect(model, batch, sketcher)
         assert error(found.sketch, expected(model, batch, sketcher, sigma)) <= 1e-5
         assert np.array_equal(sketcher.scale.sums(), sums), "a frozen scale must not move"
 
@@ -334,7 +334,7 @@ def test_constructor_and_empty_binding_are_refused():
 def test_what_was_not_constructed_is_deleted_without_a_word(monkeypatch):
     said = []
     monkeypatch.setattr(sys, "unraisablehook", said.append)
-    for kind in (Binding, BasisAccumulator, MomentAccumulator):
+    for kind in (MicroBatchCapture, BasisAccumulator, MomentAccumulator):
         with pytest.raises(TypeError):
             kind()
         kind.__new__(kind)  # as torch.compile leaves one behind
@@ -345,7 +345,7 @@ def test_what_was_not_constructed_is_deleted_without_a_word(monkeypatch):
 def test_peak_counts_projections_not_activations():
     model, batch = build(), text(8, length=33)
     with sketcher_of(model) as sketcher:
-        harvest(model, batch, sketcher)
+        collect(model, batch, sketcher)
         projected = sum(RANK * 8 * 32 * 4 for _ in sketcher.layers)
         sums = len(sketcher.layers) * 8 * RANK * RANK * 4
         sides = sum(RANK * (layer.inputs + layer.outputs) * 4 for layer in sketcher.layers)

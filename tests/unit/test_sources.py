@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from grace_ds.comm.local import LocalComm
 from grace_ds.data.pool import read_sources
 from grace_ds.errors import ConfigError, DataError
-from grace_ds.graph import backends as leaves
+from grace_ds.graph import backends as backends
 from grace_ds.graph.ring import nearest
 from grace_ds.graph.rows import Request
 from grace_ds.records import Coreset
@@ -58,7 +58,7 @@ def test_a_floor_leaves_half_its_share_to_a_source_and_the_rest_to_the_chances()
 def test_the_graph_objective_draws_each_source_from_the_whole_window() -> None:
     rows = np.random.default_rng(2).normal(size=(600, 8))
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-    edges = nearest(LocalComm(5.0), Request.of(IDS, rows, 8), leaves.exact("torch"))
+    edges = nearest(LocalComm(5.0), Request.of(IDS, rows, 8), backends.exact("torch"))
     coreset = drawn("keep", objective="facility_location", neighbours=edges)
     assert len(np.unique(coreset.ids)) == 120
     for name, found in counts(coreset).items():

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.multirank.harness import RanksFailed
-from tests.multirank.launch import HARVESTING, Records, run_jobs, stream
+from tests.multirank.launch import COLLECTING, Records, run_jobs, stream
 from tests.multirank.toy import VOCAB, Corpus
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(280)]
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def launched(folder: Path) -> tuple[Records, str]:
-    grace = {**HARVESTING, "trusted": written(folder / "trusted.jsonl")}
+    grace = {**COLLECTING, "trusted": written(folder / "trusted.jsonl")}
     auto = {**grace, "recipe": "auto", "run_dir": str(folder / "run")}
     base: dict[str, Any] = {"steps": STEPS, "bf16": False, "workers": 0, "grace": grace}
     jobs = {
@@ -128,7 +128,7 @@ def test_trusted_samples_that_the_jobs_collate_cannot_join_are_an_error_on_every
 
 def test_an_error_inside_of_a_zero3_probe_ends_the_job_at_once(folder: Path) -> None:
     """One rank raises where the other goes on to a gather, of which the job's own limit is half an hour."""
-    grace = {**HARVESTING, "trusted": written(folder / "trusted3.jsonl")}
+    grace = {**COLLECTING, "trusted": written(folder / "trusted3.jsonl")}
     job = {"steps": STEPS, "bf16": False, "workers": 0, "ds": ZERO3, "grace": grace, "loss_fn": {"rank": 1, "after": 2}}
     with pytest.raises(RanksFailed) as failed:
         run_jobs(folder / "zero3", {"fatal": {**job, "uncaught": True}}, timeout=110)

@@ -19,7 +19,7 @@ from grace_ds.data.tokens import TokenBlock
 from grace_ds.errors import DataError
 from grace_ds.features.limits import Limits
 from grace_ds.features.pseudo_trusted import typical
-from grace_ds.features.quality import BigramPrior, held_out_statistics
+from grace_ds.features.quality import QualityModel, held_out_statistics
 
 
 def flat_of(rows):
@@ -79,23 +79,23 @@ TRUSTED = texts(80, 0)
 
 
 def test_scores_equal_the_dictionary_model():
-    prior, model = BigramPrior.fit(*flat_of(TRUSTED), vocab=50), DictModel(TRUSTED, 50)
+    quality_model, model = QualityModel.fit(*flat_of(TRUSTED), vocab=50), DictModel(TRUSTED, 50)
     asked = [*texts(20, 1), [49, 48, 3], [7, 7]]
-    np.testing.assert_allclose(prior.score(*flat_of(asked)), [model.score(r) for r in asked], rtol=1e-9)
+    np.testing.assert_allclose(quality_model.score(*flat_of(asked)), [model.score(r) for r in asked], rtol=1e-9)
     assert sum(model.p(3, b) for b in range(50)) == pytest.approx(1)
 
 
 def test_statistics_equal_the_dictionary_model():
-    prior, model = BigramPrior.fit(*flat_of(TRUSTED), vocab=50), DictModel(TRUSTED, 50)
+    quality_model, model = QualityModel.fit(*flat_of(TRUSTED), vocab=50), DictModel(TRUSTED, 50)
     asked = [*texts(20, 1), [49, 48, 3], [7, 7], [3, 9, 3, 9, 9]]
     expected = np.array([model.facts(row) for row in asked])
-    np.testing.assert_allclose(prior.raw_statistics(*flat_of(asked)), expected, rtol=1e-7, atol=1e-7)
-    keep, standard = prior.examine(*flat_of(asked))
-    assert keep.tobytes() == prior.keep(*flat_of(asked)).tobytes()
-    limited = np.clip((expected - prior.centre) / prior.deviation, -6, 6)
+    np.testing.assert_allclose(quality_model.raw_statistics(*flat_of(asked)), expected, rtol=1e-7, atol=1e-7)
+    keep, standard = quality_model.examine(*flat_of(asked))
+    assert keep.tobytes() == quality_model.quality(*flat_of(asked)).tobytes()
+    limited = np.clip((expected - quality_model.centre) / quality_model.deviation, -6, 6)
     np.testing.assert_allclose(standard, limited, atol=1e-5)
     assert standard.dtype == np.float32
-    assert np.array_equal(standard, prior.statistics(*flat_of(asked)))
+    assert np.array_equal(standard, quality_model.statistics(*flat_of(asked)))
 
 
 @settings(max_examples=30, deadline=None)
@@ -107,20 +107,20 @@ def test_each_quarter_is_judged_by_the_model_of_the_others(rows):
 
 
 def test_held_out_scores_are_below_the_fitted_ones():
-    prior = BigramPrior.fit(*flat_of(TRUSTED))
-    held_out = prior.held_out[:, 0] * prior.deviation[0] + prior.centre[0]
-    assert (held_out < prior.score(*flat_of(TRUSTED))).all()
+    quality_model = QualityModel.fit(*flat_of(TRUSTED))
+    held_out = quality_model.held_out[:, 0] * quality_model.deviation[0] + quality_model.centre[0]
+    assert (held_out < quality_model.score(*flat_of(TRUSTED))).all()
 
 
 def test_calibration_is_the_median_and_mad_of_held_out_quarters():
-    prior = BigramPrior.fit(*flat_of(TRUSTED), vocab=30)
+    quality_model = QualityModel.fit(*flat_of(TRUSTED), vocab=30)
     facts = np.array([DictModel(rest, 30).facts(row) for row, rest in quarters(TRUSTED)])
     median = np.median(facts, axis=0)
-    np.testing.assert_allclose(prior.centre, median, rtol=1e-9)
-    np.testing.assert_allclose(prior.deviation, 1.4826 * np.median(np.abs(facts - median), axis=0), rtol=1e-6)
-    assert prior.held_out.shape == (80, 5)
-    assert prior.held_out.dtype == np.float32
-    np.testing.assert_allclose(np.median(prior.held_out, axis=0), 0, atol=1e-6)
+    np.testing.assert_allclose(quality_model.centre, median, rtol=1e-9)
+    np.testing.assert_allclose(quality_model.deviation, 1.4826 * np.median(np.abs(facts - median), axis=0), rtol=1e-6)
+    assert quality_model.held_out.shape == (80, 5)
+    assert quality_model.held_out.dtype == np.float32
+    np.testing.assert_allclose(np.median(quality_model.held_out, axis=0), 0, atol=1e-6)
 
 
 def test_neighbours_from_one_document_do_not_set_the_standard():
@@ -134,21 +134,21 @@ def test_neighbours_from_one_document_do_not_set_the_standard():
             rows += [np.where(rng.random(60) < 0.5, rng.choice(own, 60), rng.integers(0, 40, 60)).tolist() for _ in range(4)]
         return rows
 
-    prior = BigramPrior.fit(*flat_of(pieces(60, 0)), vocab=4000)
-    fresh = prior.score(*flat_of(pieces(60, 1)))
-    assert abs(np.median(fresh) - prior.centre[0]) < prior.deviation[0]
-    assert prior.keep(*flat_of(pieces(60, 1))).mean() > 0.75
+    quality_model = QualityModel.fit(*flat_of(pieces(60, 0)), vocab=4000)
+    fresh = quality_model.score(*flat_of(pieces(60, 1)))
+    assert abs(np.median(fresh) - quality_model.centre[0]) < quality_model.deviation[0]
+    assert quality_model.quality(*flat_of(pieces(60, 1))).mean() > 0.75
 
 
 def test_keeps_good_text_and_drops_junk():
-    prior = BigramPrior.fit(*flat_of(texts(200, 0, low=40, high=41)))
+    quality_model = QualityModel.fit(*flat_of(texts(200, 0, low=40, high=41)))
     good = texts(200, 5, low=40, high=41)
     rng = np.random.default_rng(0)
     shuffled = [rng.permutation(row).tolist() for row in good]
     unknown = rng.integers(500, 900, (50, 40)).tolist()
-    assert prior.keep(*flat_of(good)).mean() > 0.75
-    assert prior.keep(*flat_of(shuffled)).mean() < 0.05
-    assert prior.keep(*flat_of(unknown)).max() < 0.03
+    assert quality_model.quality(*flat_of(good)).mean() > 0.75
+    assert quality_model.quality(*flat_of(shuffled)).mean() < 0.05
+    assert quality_model.quality(*flat_of(unknown)).max() < 0.03
 
 
 def test_columns_of_numbers_and_words_drawn_at_random_fail_though_their_bigrams_are_common():
@@ -162,87 +162,87 @@ def test_columns_of_numbers_and_words_drawn_at_random_fail_though_their_bigrams_
     def good(n):
         return [text(rng.permutation(60)[rng.choice(60, 13, p=zipf / zipf.sum())]) for _ in range(n)]
 
-    prior, fresh = BigramPrior.fit(*flat_of(good(300))), good(200)
+    quality_model, fresh = QualityModel.fit(*flat_of(good(300))), good(200)
     columns = [text([rng.integers(60)] * 13) for _ in range(50)]
     wordy = [text(rng.permutation(60)[:13]) for _ in range(50)]
-    usual = np.quantile(prior.score(*flat_of(fresh)), [0.12, 0.5])
+    usual = np.quantile(quality_model.score(*flat_of(fresh)), [0.12, 0.5])
     for junk in (columns, wordy):
-        assert np.median(prior.score(*flat_of(junk))) > usual[0]  # the model alone would not see it
-        assert prior.keep(*flat_of(junk)).mean() < 0.15
-    assert prior.keep(*flat_of(fresh)).mean() > 0.75
+        assert np.median(quality_model.score(*flat_of(junk))) > usual[0]  # the model alone would not see it
+        assert quality_model.quality(*flat_of(junk)).mean() < 0.15
+    assert quality_model.quality(*flat_of(fresh)).mean() > 0.75
 
 
 def test_distinct_tokens_are_counted_in_stretches_so_that_long_texts_are_not_held_to_repeat_themselves():
     rng = np.random.default_rng(0)
-    prior = BigramPrior.fit(*flat_of(rng.integers(0, 200, (80, 65)).tolist()))
+    quality_model = QualityModel.fit(*flat_of(rng.integers(0, 200, (80, 65)).tolist()))
     short, long = rng.integers(0, 200, (50, 65)).tolist(), rng.integers(0, 200, (50, 1025)).tolist()
-    a, b = (prior.raw_statistics(*flat_of(rows))[:, 4] for rows in (short, long))
+    a, b = (quality_model.raw_statistics(*flat_of(rows))[:, 4] for rows in (short, long))
     assert np.median(a) == pytest.approx(np.median(b), abs=0.02)
     by_hand = np.mean([len(set(long[0][i : i + 64])) / 64 for i in range(1, 1025, 64)])
     assert b[0] == pytest.approx(by_hand)
 
 
 def test_at_the_limit_half_of_the_open_range_is_kept_and_a_fifth_of_a_deviation_either_way_decides():
-    prior = BigramPrior.fit(*flat_of(TRUSTED))
-    score = prior.score(*flat_of([TRUSTED[0]]))[0]
+    quality_model = QualityModel.fit(*flat_of(TRUSTED))
+    score = quality_model.score(*flat_of([TRUSTED[0]]))[0]
 
     def shifted(z):
-        return dataclasses.replace(prior, limits=Limits(((0, -1),), (score - z,), (1.0,), -1.5))
+        return dataclasses.replace(quality_model, limits=Limits(((0, -1),), (score - z,), (1.0,), -1.5))
 
-    keeps = [shifted(z).keep(*flat_of([TRUSTED[0]]))[0] for z in (-1.5, -1.3, -1.7, 5, -9)]
+    keeps = [shifted(z).quality(*flat_of([TRUSTED[0]]))[0] for z in (-1.5, -1.3, -1.7, 5, -9)]
     np.testing.assert_allclose(keeps, [0.51, 0.02 + 0.98 * 0.7310586, 0.02 + 0.98 * 0.2689414, 1.0, 0.02], atol=1e-6)
 
 
 def test_tokens_outside_of_the_vocabulary_and_short_samples():
-    prior = BigramPrior.fit(*flat_of(TRUSTED))
-    scores = prior.score(*flat_of([[10**9, 10**9 + 1], [-1, -100], [3], [], TRUSTED[0]]))
+    quality_model = QualityModel.fit(*flat_of(TRUSTED))
+    scores = quality_model.score(*flat_of([[10**9, 10**9 + 1], [-1, -100], [3], [], TRUSTED[0]]))
     assert np.isfinite(scores[[0, 1, 4]]).all()
     assert np.isneginf(scores[[2, 3]]).all()
-    assert prior.keep(*flat_of([[3], []])).tolist() == [0.02, 0.02]
-    assert len(prior.keep(*flat_of([]))) == 0
+    assert quality_model.quality(*flat_of([[3], []])).tolist() == [0.02, 0.02]
+    assert len(quality_model.quality(*flat_of([]))) == 0
 
 
 def test_rows_do_not_depend_on_their_block():
-    prior, rows = BigramPrior.fit(*flat_of(TRUSTED)), texts(40, 2)
-    whole = prior.keep(*flat_of(rows))
-    single = np.concatenate([prior.keep(*flat_of([row])) for row in rows])
-    uneven = np.concatenate([prior.keep(*flat_of(part)) for part in (rows[:7], rows[7:8], rows[8:])])
+    quality_model, rows = QualityModel.fit(*flat_of(TRUSTED)), texts(40, 2)
+    whole = quality_model.quality(*flat_of(rows))
+    single = np.concatenate([quality_model.quality(*flat_of([row])) for row in rows])
+    uneven = np.concatenate([quality_model.quality(*flat_of(part)) for part in (rows[:7], rows[7:8], rows[8:])])
     assert whole.tobytes() == single.tobytes() == uneven.tobytes()
 
 
 def test_few_trusted_sequences_warn_with_the_reason(caplog):
     with caplog.at_level(logging.WARNING):
-        BigramPrior.fit(*flat_of(TRUSTED[:63]))
+        QualityModel.fit(*flat_of(TRUSTED[:63]))
         assert "only 63 trusted sequences (at least 64 are advised)" in caplog.text
         caplog.clear()
-        BigramPrior.fit(*flat_of(TRUSTED[:64]))
+        QualityModel.fit(*flat_of(TRUSTED[:64]))
         assert not caplog.text
 
 
 def test_identical_trusted_sequences_get_a_floor_and_a_warning(caplog):
-    prior = BigramPrior.fit(*flat_of([[1, 2, 3, 4]] * 70))
+    quality_model = QualityModel.fit(*flat_of([[1, 2, 3, 4]] * 70))
     assert "copies of one another" in caplog.text
-    assert (prior.deviation > 0).all()
-    assert np.isfinite(prior.keep(*flat_of([[1, 2, 3, 4], [4, 4, 4]]))).all()
+    assert (quality_model.deviation > 0).all()
+    assert np.isfinite(quality_model.quality(*flat_of([[1, 2, 3, 4], [4, 4, 4]]))).all()
 
 
 @pytest.mark.parametrize(("rows", "says"), [([[1, 2]], "1 trusted"), ([[1], [2], []], "0 trusted"), ([], "0 trusted")])
 def test_too_few_trusted_sequences_are_an_error(rows, says):
     with pytest.raises(DataError, match=says) as caught:
-        BigramPrior.fit(*flat_of(rows))
+        QualityModel.fit(*flat_of(rows))
     assert "recipe: density" in str(caught.value)
 
 
 def test_negative_trusted_tokens_are_an_error():
     with pytest.raises(DataError, match="-100 is negative"):
-        BigramPrior.fit(*flat_of([[1, 2], [3, -100]]))
+        QualityModel.fit(*flat_of([[1, 2], [3, -100]]))
 
 
 def test_digest_names_the_model():
-    base = BigramPrior.fit(*flat_of(TRUSTED), vocab=40)
-    assert base.digest() == BigramPrior.fit(*flat_of(TRUSTED), vocab=40).digest()
-    assert base.digest() != BigramPrior.fit(*flat_of(TRUSTED), vocab=41).digest()
-    assert base.digest() != BigramPrior.fit(*flat_of(TRUSTED[1:]), vocab=40).digest()
+    base = QualityModel.fit(*flat_of(TRUSTED), vocab=40)
+    assert base.digest() == QualityModel.fit(*flat_of(TRUSTED), vocab=40).digest()
+    assert base.digest() != QualityModel.fit(*flat_of(TRUSTED), vocab=41).digest()
+    assert base.digest() != QualityModel.fit(*flat_of(TRUSTED[1:]), vocab=40).digest()
 
 
 def recorded() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -261,22 +261,30 @@ def print_of(*arrays: np.ndarray) -> str:
     return h.hexdigest()
 
 
-def everything(prior: BigramPrior, text: np.ndarray, offsets: np.ndarray) -> str:
-    return print_of(prior.statistics(text, offsets), prior.keep(text, offsets), prior.score(text, offsets), prior.held_out)
+def everything(quality_model: QualityModel, text: np.ndarray, offsets: np.ndarray) -> str:
+    return print_of(
+        quality_model.statistics(text, offsets),
+        quality_model.quality(text, offsets),
+        quality_model.score(text, offsets),
+        quality_model.held_out,
+    )
 
 
 def test_statistics_of_ordinary_ids_are_those_that_were_recorded() -> None:
     flat, offsets, text, at = recorded()
-    prior = BigramPrior.fit(flat, offsets, 6000)
-    assert (prior.digest(), everything(prior, text, at)) == ("0e7f7d11d8f4091ec8dbcb86a10455fe", "be584e5d6310d897")
+    quality_model = QualityModel.fit(flat, offsets, 6000)
+    assert (quality_model.digest(), everything(quality_model, text, at)) == (
+        "0e7f7d11d8f4091ec8dbcb86a10455fe",
+        "be584e5d6310d897",
+    )
 
 
 def test_counts_of_the_ids_that_occur_say_the_same_as_counts_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     flat, offsets, text, at = recorded()
     flat = np.concatenate([np.arange(300), flat[300:] % 300])  # all of them occur
-    dense = BigramPrior.fit(flat, offsets)
+    dense = QualityModel.fit(flat, offsets)
     monkeypatch.setattr("grace_ds.features.quality.DENSE", 0)
-    sparse = BigramPrior.fit(flat, offsets)
+    sparse = QualityModel.fit(flat, offsets)
     assert dense.tokens is None and sparse.tokens is not None
     assert everything(sparse, text, at) == everything(dense, text, at)
     assert sparse.digest() != dense.digest()
@@ -287,15 +295,15 @@ def test_a_stray_id_costs_no_memory_and_changes_hardly_anything(stray: int) -> N
     rng = np.random.default_rng(0)
     flat, offsets = rng.integers(0, 1000, 200 * 32).astype(np.int64), np.arange(201) * 32
     text = rng.integers(0, 1200, 3200).astype(np.int64)
-    plain = BigramPrior.fit(flat, offsets)
+    plain = QualityModel.fit(flat, offsets)
     flat[5 * 32] = stray
     tracemalloc.start()
     try:
-        prior = BigramPrior.fit(flat, offsets)
+        quality_model = QualityModel.fit(flat, offsets)
         typical(flat, offsets)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak < 60 << 20
-    assert len(prior.unigrams) <= 1002
-    np.testing.assert_allclose(prior.score(text, offsets[:101]), plain.score(text, offsets[:101]), atol=0.05)
+    assert len(quality_model.unigrams) <= 1002
+    np.testing.assert_allclose(quality_model.score(text, offsets[:101]), plain.score(text, offsets[:101]), atol=0.05)

@@ -119,12 +119,12 @@ def test_reading_a_checkpointed_loss_does_not_capture_twice():
     found = []
     for look in (True, False):
         with Sketcher(select_layers(model, ["head"]), 0) as sketcher:
-            binding = sketcher.begin(np.arange(N))
+            capture = sketcher.begin(np.arange(N))
             loss = model(x, targets)
             if look:
                 sketcher.observe_loss(loss)
-                assert binding.tokens.tolist() == counts
+                assert capture.tokens.tolist() == counts
             sketcher.end()
             loss.backward()
-            found.append(sketcher.finish(binding, tokens=np.array(counts)))
+            found.append(sketcher.finish(capture, tokens=np.array(counts)))
     np.testing.assert_allclose(found[0].sketch, found[1].sketch, rtol=1e-6)

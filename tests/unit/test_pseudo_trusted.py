@@ -10,7 +10,7 @@ import pytest
 
 from grace_ds.data.tokens import TokenBlock, TokenReader
 from grace_ds.features.pseudo_trusted import typical
-from grace_ds.features.quality import BigramPrior
+from grace_ds.features.quality import QualityModel
 from grace_ds.integrations.trusted_set import _typical_of
 
 VOCAB, N = 60, 1000
@@ -70,7 +70,7 @@ def test_a_trusted_model_of_the_typical_tells_good_from_junk() -> None:
     typical_rows = [rows[i] for i in chosen(rows)]
     block = TokenBlock.of(np.arange(len(typical_rows)), typical_rows)
     everyone = TokenBlock.of(np.arange(N), rows)
-    keep = BigramPrior.fit(block.flat, block.offsets).keep(everyone.flat, everyone.offsets)
+    keep = QualityModel.fit(block.flat, block.offsets).quality(everyone.flat, everyone.offsets)
     assert keep[kind == JUNK].mean() < 0.1
     assert keep[kind == GOOD].mean() > 0.6
 

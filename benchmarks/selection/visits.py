@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 @dataclass
-class Ledger:
+class VisitCounts:
     """The account of one run.
 
     Attributes:
