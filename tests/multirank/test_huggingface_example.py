@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.extras import needs
 from tests.multirank.harness import run_command
 from tests.multirank.launch import environment, free_port
-from tests.user_inputs import needs
 
 needs("huggingface", "transformers", "accelerate", "datasets", "peft")
 

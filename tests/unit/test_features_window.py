@@ -12,8 +12,8 @@ import pytest
 from grace_ds.data import tokens
 from grace_ds.features.content import COLUMNS, ContentFeatures, TokenReader, content_features, follow_window
 from grace_ds.features.tfidf import TfIdf
-from tests.unit.test_features_content import Counted, N, Ranks, by_id, corpus, quality_model, run, same_bits
 from tests.unit.test_duplicates import exact_density
+from tests.unit.test_features_content import Counted, N, Ranks, by_id, corpus, quality_model, run, same_bits
 
 # By version the ids of the window: it rolls, jumps to others altogether, comes back, and stands still.
 ORDER = np.random.default_rng(4).permutation(N)

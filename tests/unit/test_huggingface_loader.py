@@ -16,7 +16,7 @@ from grace_ds.data.schedule import ScheduleBook
 from grace_ds.errors import DataError, GraceError
 from grace_ds.integrations.huggingface.loader import KEY, ScheduleBatches, TrainerCollate, TrainerDataset, take_tickets
 from grace_ds.records import Role, Schedule
-from tests.user_inputs import needs
+from tests.extras import needs
 
 N = 24
 

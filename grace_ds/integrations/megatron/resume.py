@@ -79,8 +79,8 @@ def _read(run_dir: str | None, digest: str, controller: Controller, step: int, c
         )
     if facts["batch"] != controller.geometry.batch:
         raise CheckpointError(
-            f"{run_dir} was made with {facts['batch']} samples a step, this run has {controller.geometry.batch}: steps would not be "
-            "the same ones; restore --global-batch-size, or give a fresh run_dir"
+            f"{run_dir} was made with {facts['batch']} samples a step, this run has {controller.geometry.batch}: steps would not "
+            "be the same; restore --global-batch-size, or give a fresh run_dir"
         )
     kept: list[Schedule] = []
     for path in sorted(folder.glob("schedule-*.safetensors")):
