@@ -81,7 +81,7 @@ def calibrate(config: GraceConfig, dim: int, tokens: int, hidden: int, comm: Com
     config.trusted, config.replay = None, None
     bare = copy.deepcopy(config)
     bare.ablate = sorted({*bare.ablate, "graph"} & recipe(bare.recipe).uses)
-    if bare.selection.objective == "facility_location":
+    if bare.covers:
         bare.selection.objective = "sample"
     many = max(8 * FEW, min(MOST, TOKENS // tokens))
     # Memory first: what a first refresh brings with it is still to be loaded.

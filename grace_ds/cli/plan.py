@@ -150,7 +150,7 @@ def plan(sizes: Sizes, config: GraceConfig) -> RefreshPlan:
     own = -(-pool.size // sizes.ranks)
     met = sizes.steps * sizes.batch or pool.size
     anchors = min(pool.size, met // c.collect_every) if c.collects else 0
-    whole = c.selection.objective == "facility_location"
+    whole = c.covers
     builds = c.builds_graph
     graph = plan_graph(c.graph, pool.size, pool.size, sizes.dim, sizes.ranks, True)
     row = 2 * c.collect.dim + ROW_BYTES

@@ -10,16 +10,21 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from grace_ds import registry
 from grace_ds.comm.base import Comm
 from grace_ds.comm.local import LocalComm
-from grace_ds.errors import ConfigError, TransportError
+from grace_ds.errors import TransportError
 
 logger = logging.getLogger("grace_ds")
 
-KINDS = ("auto", "mpi", "torch", "local")
+Transport = Callable[
+    [Sequence[int], float], Comm
+]  # of the torch ranks of this rank's data-parallel group, ascending, and a limit
+for _name in ("mpi", "torch", "local"):
+    registry.transports.register(_name)(None)  # what is built in is chosen by the rules below
 UNKNOWN = -1
 _CURE = "start the job with mpirun (or deepspeed --launcher openmpi), or set comm: auto"
 # (rank, size) of the launchers' environments.  A PMI or PMIx rank without a size comes from a resource manager's step.
@@ -59,7 +64,7 @@ def choose(kind: str, *, dp_group: Any = None, members: Sequence[int] | None = N
     """The transport for ``comm: kind``.  Called by every rank of torch's world, with its own data-parallel group.
 
     Args:
-        kind: auto | mpi | torch | local, the same on all ranks.
+        kind: auto | mpi | torch | local | a registered one, the same on all ranks.
         dp_group: torch ProcessGroup of this rank's data-parallel peers, ranks ascending; None: torch's whole world.
         members: those peers as global ranks, in the place of ``dp_group``.
         timeout: seconds, limit of every wait on the transport.
@@ -71,14 +76,15 @@ def choose(kind: str, *, dp_group: Any = None, members: Sequence[int] | None = N
         ConfigError: ``kind`` is not known.
         TransportError: what was asked for cannot be had; on every rank alike.
     """
-    if kind not in KINDS:
-        raise ConfigError(f"comm: {kind!r} is not one of {', '.join(KINDS)}")
+    added: Transport | None = registry.transports.get(kind) if kind != "auto" else None
     if not _torch_ready():
-        return _alone(kind, timeout)
+        return _told(added((0,), timeout), f"comm: {kind}") if added is not None else _alone(kind, timeout)
     everyone = share(_facts(kind, dp_group, members))
     if len({f.kind for f in everyone}) > 1:
         raise TransportError(f"comm differs between the ranks: {[f.kind for f in everyone]}; use one configuration")
     me = everyone[_torch_rank()]
+    if added is not None:
+        return _told(_made(added, me, timeout), f"comm: {kind}")
     single = all(len(f.group) == 1 for f in everyone)
     if kind == "local" and not single:
         raise TransportError(f"comm: local is for one data-parallel rank, this job has {len(me.group)}; set comm: auto")
@@ -95,6 +101,26 @@ def choose(kind: str, *, dp_group: Any = None, members: Sequence[int] | None = N
     from grace_ds.comm.torch_dist import TorchComm
 
     return _told(TorchComm(sorted({f.group for f in everyone}), timeout), why)
+
+
+def _made(transport: Transport, me: Facts, timeout: float) -> Comm:
+    """A registered transport, on all ranks or on none.
+
+    Raises:
+        TransportError: it cannot be made, or counts the ranks in another way; on every rank alike.
+    """
+    comm: Comm | None = None
+    found, place = "", (me.group.index(me.rank), len(me.group))
+    try:
+        comm = transport(me.group, timeout)
+        if (comm.rank, comm.size) != place:
+            found = f"rank {me.rank} is {comm.rank} of {comm.size} in it, and {place[0]} of {place[1]} in the job"
+    except Exception as error:  # code of the user's own
+        found = f"on rank {me.rank}: {type(error).__name__}: {error}"
+    reason = _first(found)
+    if reason or comm is None:
+        raise TransportError(f"comm: {me.kind} cannot be used: {reason}; repair it, or set comm: auto")
+    return comm
 
 
 def _alone(kind: str, timeout: float) -> Comm:

@@ -17,7 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from grace_ds import recipes
+from grace_ds import recipes, registry
 from grace_ds.config import schema
 from grace_ds.config.interpolated import hidden, marked, unresolved
 from grace_ds.config.schema import GraceConfig, Plain
@@ -130,6 +130,7 @@ def _checked(layers: Sequence[Any], path: str) -> GraceConfig:
         new = schema.RENAMED_RECIPES[config.recipe]
         log.warning("%s.recipe = %r is now called %r; the old name goes with the next version", path, config.recipe, new)
         config.recipe = new
+    registry.load_plugins(config.plugins, path)
     validate(config, path)
     return config
 
@@ -180,16 +181,16 @@ def validate(config: GraceConfig, path: str = HOME) -> None:
         ConfigError: naming the key, its value and what is allowed.
     """
     choices = [
-        ("recipe", config.recipe, schema.RECIPES),
+        ("recipe", config.recipe, (recipes.AUTO, *recipes.names())),
         ("mode", config.mode, schema.MODES),
         ("weights", config.weights, schema.WEIGHTS),
-        ("comm", config.comm, schema.TRANSPORTS),
+        ("comm", config.comm, ("auto", *registry.transports.names())),
         ("refresh.cadence", config.refresh.cadence, schema.CADENCES),
         ("collect.reduction", config.collect.reduction, schema.REDUCTIONS),
-        ("graph.backend", config.graph.backend, schema.BACKENDS),
+        ("graph.backend", config.graph.backend, ("auto", *registry.backends.names())),
         ("graph.tier", config.graph.tier, schema.TIERS),
         ("graph.executor", config.graph.executor, schema.EXECUTORS),
-        ("selection.objective", config.selection.objective, schema.OBJECTIVES),
+        ("selection.objective", config.selection.objective, registry.objectives.names()),
         ("selection.shares", config.selection.shares, schema.SHARES),
         ("checkpoint.on_missing_state", config.checkpoint.on_missing_state, schema.MISSING_STATE),
         ("checkpoint.on_damaged_state", config.checkpoint.on_damaged_state, schema.MISSING_STATE),
@@ -260,7 +261,7 @@ def _validate_combinations(config: GraceConfig, path: str) -> None:
         known = f"it can do without {', '.join(sorted(uses))}" if uses else "it has no parts to leave out"
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{path}.ablate names {odd[0]!r}, which is no part of recipe {config.recipe!r}: {known}{hint}")
-    if config.selection.objective == "facility_location" and not config.features.enabled:
+    if config.covers and not config.features.enabled:
         raise ConfigError(f"{path}.selection.objective = 'facility_location' needs the content graph; set features.enabled: true")
     if config.replay is not None and config.mode == "shadow":
         raise ConfigError(f"{path}: replay and mode: shadow exclude each other (shadow leaves the batches alone); drop one")

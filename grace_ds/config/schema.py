@@ -10,11 +10,9 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
-from grace_ds import recipes
+from grace_ds import recipes, registry
 
 MODES = ("train", "shadow")
-TRANSPORTS = ("auto", "mpi", "torch", "local")
-RECIPES = (recipes.AUTO, *recipes.names())
 RENAMED_RECIPES = {"prior": "content"}  # old names, taken with a warning for one version
 RENAMED = {"harvest": "collect", "graph.leaf": "graph.backend"}  # old keys, taken with a warning for one version
 REMOVED = {  # keys of the first version → what to do instead
@@ -24,9 +22,7 @@ REMOVED = {  # keys of the first version → what to do instead
 }
 WEIGHTS = ("none", "inverse_probability")
 SHARES = ("keep", "floor", "free")
-OBJECTIVES = ("sample", "facility_location", "topk", "rs2", "uniform")
 CADENCES = ("adaptive", "fixed")
-BACKENDS = ("auto", "torch", "faiss", "cuvs")
 EXECUTORS = ("ring", "dask")
 TIERS = ("auto", "exact", "clustered")
 REDUCTIONS = ("mean", "sum")
@@ -142,6 +138,9 @@ class GraceConfig:
     pseudo_trusted: bool = True  # without a trusted set: take the pool's most typical samples for one
     weights: str = "none"  # what grace_ds.sample_weights() gives: none (ones) | inverse_probability
     comm: str = "auto"  # auto | mpi | torch | local
+    plugins: list[str] = field(
+        default_factory=list
+    )  # modules that register recipes, objectives, back ends, transports or layer rules
     run_dir: str | None = None  # where the resolved config and every schedule are kept; null: nowhere
     replay: str | None = None  # folder of schedules of an earlier run: feed those, choose nothing
     debug: bool = False  # full tracebacks
@@ -174,7 +173,7 @@ class GraceConfig:
     @property
     def collects(self) -> bool:
         """Whether any decision of this run asks for what the job's backward tells."""
-        return bool(self.parts & {"gradients", "loss"}) and self.selection.objective not in ("uniform", "rs2")
+        return bool(self.parts & {"gradients", "loss"} and registry.objectives.get(self.selection.objective).weighs)
 
     @property
     def learned_shares(self) -> tuple[float, float]:
@@ -185,8 +184,13 @@ class GraceConfig:
     @property
     def builds_graph(self) -> bool:
         """Whether any decision of this run asks for the k-NN graph."""
-        objective = self.selection.objective
-        return objective == "facility_location" or ("graph" in self.parts and objective not in ("uniform", "rs2"))
+        objective = registry.objectives.get(self.selection.objective)
+        return bool(objective.covers or ("graph" in self.parts and objective.weighs))
+
+    @property
+    def covers(self) -> bool:
+        """Whether the objective draws along the k-NN graph of the whole window."""
+        return bool(registry.objectives.get(self.selection.objective).covers)
 
     @property
     def collect_every(self) -> int:

@@ -1,7 +1,7 @@
 """Recipes: what a coreset is chosen by, as values.
 
-To add one, write a file of this package that calls :func:`~grace_ds.recipes.base.register` and import it below.  No other
-module asks for a recipe by its name.
+A recipe is one file that calls :func:`~grace_ds.recipes.base.register`: of this package and imported below, or a plugin's.  No
+other module asks for a recipe by its name.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
+from grace_ds import registry
 from grace_ds.recipes import content, density, grace, uniform  # noqa: F401 - each registers itself
-from grace_ds.recipes.base import PARTS, RECIPES, Factors, Recipe, register
+from grace_ds.recipes.base import PARTS, Factors, Recipe, register
 from grace_ds.records import Array, Signals
 
 __all__ = ["AUTO", "DEFAULT", "PARTS", "Factors", "Recipe", "depth", "log_importance", "names", "recipe", "register"]
@@ -22,12 +23,13 @@ DEFAULT = grace.GRACE.name
 
 def names() -> tuple[str, ...]:
     """All recipes, the richest first."""
-    return tuple(sorted(RECIPES, key=depth, reverse=True))
+    return tuple(sorted(registry.recipes.names(), key=depth, reverse=True))
 
 
 def recipe(name: str) -> Recipe:
     """The recipe called ``name``, the default one for :data:`AUTO`."""
-    return RECIPES[DEFAULT if name == AUTO else name]
+    found: Recipe = registry.recipes.get(DEFAULT if name == AUTO else name)
+    return found
 
 
 def depth(name: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from grace_ds import registry
 from grace_ds.records import Array, Signals
 
 Factors = Mapping[str, Array]
@@ -34,10 +35,7 @@ class Recipe:
     factors: Callable[[Signals, frozenset[str]], Factors]
 
 
-RECIPES: dict[str, Recipe] = {}
-
-
 def register(recipe: Recipe) -> Recipe:
     """Makes ``recipe`` available under its name."""
-    RECIPES[recipe.name] = recipe
+    registry.recipes.register(recipe.name)(recipe)
     return recipe

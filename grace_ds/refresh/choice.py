@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from grace_ds import registry
 from grace_ds.config.schema import LEAST_COLLECTED, GraceConfig
 from grace_ds.data.schedule import compose
 from grace_ds.graph.propagate import priority
@@ -66,7 +67,7 @@ def choose(
     # Audit slots pay only where gradients are collected to look at them.  Exploration pays in any case: a few samples of what
     # the filter leaves out are worth more than as many more of what it keeps, wherever it leaves out what the job is for.
     audits = round(c.audit * length) if whole and context.config.collects else 0
-    explores = round(c.explore * length) if c.objective not in ("uniform", "rs2") else 0
+    explores = round(c.explore * length) if registry.objectives.get(c.objective).weighs else 0
     audit = _draw_audit(context, inputs, signals.ids[allowed], audits)
     wanted = priority(signals.staleness, signals.disagreement)
     explore = signals.ids[outside][_top(wanted[outside], signals.ids[outside], explores, context.config.seed, inputs.version)]
@@ -195,7 +196,7 @@ def weighed_by(context: RefreshContext, inputs: Inputs, decision: Decision) -> f
     """
     if decision.level != context.recipe.name:
         return frozenset()
-    twice = {"graph"} if context.config.selection.objective == "facility_location" else set()
+    twice = {"graph"} if context.config.covers else set()
     return weighed_parts(context, inputs) - twice - decision.off
 
 

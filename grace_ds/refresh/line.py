@@ -136,7 +136,7 @@ def rows_of(
 
     Both are None where nothing needs a graph; the first where its rows are content alone.
     """
-    wanted = "graph" in active_parts(context, inputs) or context.config.selection.objective == "facility_location"
+    wanted = "graph" in active_parts(context, inputs) or context.config.covers
     if (
         not (wanted and context.config.builds_graph) or inputs.step < context.config.warmup_steps
     ):  # while a run opens nothing is chosen
@@ -158,7 +158,7 @@ def graph_of(context: RefreshContext, inputs: Inputs, own: IntArray, rows: Float
 
 def edges_on_root(context: RefreshContext, own: IntArray, graph: KeptGraph | None) -> Neighbours | None:
     """The graph over all samples of the window, rows in order of id, for facility location; on root only, None elsewhere."""
-    if graph is None or context.config.selection.objective != "facility_location":
+    if graph is None or not context.config.covers:
         return None
     local = graph.neighbours()
     parts = [context.comm.gather(a) for a in (own, local.ids, local.similarity)]

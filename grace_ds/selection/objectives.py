@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from grace_ds import registry
 from grace_ds.errors import ConfigError
 from grace_ds.records import Array, Coreset, IntArray, Neighbours
 from grace_ds.selection.facility_location import coverage, lazy_greedy
@@ -41,16 +42,30 @@ class Request:
     weights: Array
 
 
-Objective = Callable[[Request], Coreset]
-_OBJECTIVES: dict[str, Objective] = {}
+Draw = Callable[[Request], Coreset]
 
 
-def register(name: str) -> Callable[[Objective], Objective]:
-    """Decorator: makes an objective available under ``name``."""
+@dataclass(frozen=True)
+class Objective:
+    """How a coreset is drawn.
 
-    def add(objective: Objective) -> Objective:
-        _OBJECTIVES[name] = objective
-        return objective
+    Attributes:
+        draw: what draws it.
+        weighs: whether it reads the importance of the samples; if not, nothing is collected for it, and nothing explored.
+        covers: whether it draws along the k-NN graph of the whole window, and takes ``first`` into account itself.
+    """
+
+    draw: Draw
+    weighs: bool = True
+    covers: bool = False
+
+
+def register(name: str, *, weighs: bool = True, covers: bool = False) -> Callable[[Draw], Draw]:
+    """Decorator: makes an objective available under ``name``; see :class:`Objective`."""
+
+    def add(draw: Draw) -> Draw:
+        registry.objectives.register(name)(Objective(draw, weighs, covers))
+        return draw
 
     return add
 
@@ -83,20 +98,19 @@ def select(
         ConfigError: the name is unknown, or more ids must be in than ``k``.
         DataError: ids or log-probabilities are malformed.
     """
-    if name not in _OBJECTIVES:
-        raise ConfigError(f"selection.objective = {name!r}; known: {', '.join(sorted(_OBJECTIVES))}")
+    objective: Objective = registry.objectives.get(name)
     log_p = check_log_p(ids, log_p)
     inside = _places(ids, include)
     first = ids[inside]
     check_included(len(first), k)
     may = np.isfinite(log_p)
     may[_places(ids, exclude)] = False
-    whole = name == "facility_location"
+    whole = objective.covers
     if not whole:
         may[inside] = False
     weights = np.exp(log_p - log_p[may].max()) if may.any() else np.zeros(len(ids))
     wanted = k if whole else k - len(first)
-    drawn = _OBJECTIVES[name](Request(ids[may], log_p[may], wanted, seed, version, first, ids, neighbours, weights))
+    drawn = objective.draw(Request(ids[may], log_p[may], wanted, seed, version, first, ids, neighbours, weights))
     if whole or not len(first):
         return drawn
     joined = np.concatenate([first, drawn.ids])
@@ -125,11 +139,6 @@ def check_included(included: int, k: int) -> None:
         )
 
 
-def known() -> list[str]:
-    """The names that :func:`select` takes."""
-    return sorted(_OBJECTIVES)
-
-
 def _flat(ids: IntArray) -> Coreset:
     return Coreset(np.sort(ids), np.ones(len(ids), np.float32))
 
@@ -140,7 +149,7 @@ def _sample(request: Request) -> Coreset:
     return sample_without_replacement(request.ids, request.log_p, request.k, request.seed, request.version).coreset
 
 
-@register("uniform")
+@register("uniform", weighs=False)
 def _uniform(request: Request) -> Coreset:
     """Every sample alike, drawn anew for each version."""
     return sample_without_replacement(request.ids, np.zeros(len(request.ids)), request.k, request.seed, request.version).coreset
@@ -152,7 +161,7 @@ def _topk(request: Request) -> Coreset:
     return _flat(request.ids[largest(np.asarray(request.log_p), request.k)])
 
 
-@register("rs2")
+@register("rs2", weighs=False)
 def _rs2(request: Request) -> Coreset:
     """Repeated random subsets (arXiv 2305.18424): a seeded order walked k at a time, a new order once it is used up."""
     n = len(request.ids)
@@ -167,7 +176,7 @@ def _rs2(request: Request) -> Coreset:
     return _flat(request.ids[chosen])
 
 
-@register("facility_location")
+@register("facility_location", covers=True)
 def _facility_location(request: Request) -> Coreset:
     """Greedy cover of the window's importance along the graph; a member's weight is the importance that it stands for."""
     if request.neighbours is None:

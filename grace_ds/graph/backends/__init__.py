@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from grace_ds import registry
 from grace_ds.comm.base import Comm
 from grace_ds.errors import ConfigError
 from grace_ds.graph import gpu
@@ -55,18 +56,8 @@ class Backend(Protocol):
         ...
 
 
-BackendFactory = Callable[[float], Backend]
-_FACTORIES: dict[str, BackendFactory] = {}
-
-
-def register(name: str) -> Callable[[BackendFactory], BackendFactory]:
-    """Decorator: makes ``factory(recall) -> Backend`` available under ``name``."""
-
-    def add(factory: BackendFactory) -> BackendFactory:
-        _FACTORIES[name] = factory
-        return factory
-
-    return add
+BackendFactory = Callable[[float], Backend]  # of the recall that an approximate one must reach
+register = registry.backends.register
 
 
 @register("torch")
@@ -148,9 +139,8 @@ def choose(name: str, rows: int, recall: float = 0.99, *, device: str = "cpu") -
     if name == "auto":
         name, why = automatic(device, rows)
         log.info("graph.backend auto: %s (%s)", name, why)
-    if name not in _FACTORIES:
-        raise ConfigError(f"graph.backend is {name!r}; known backends: auto, {', '.join(sorted(_FACTORIES))}")
-    return _FACTORIES[name](recall)
+    backend: Backend = registry.backends.get(name)(recall)
+    return backend
 
 
 def exact(name: str, *, device: str = "cpu") -> Backend:

@@ -1,0 +1,84 @@
+"""What can be added by name, from outside of the package too: recipes, objectives, graph back ends, transports, layer rules.
+
+Each kind is one :class:`Registry`.  A module that registers something and is listed under ``plugins`` in the configuration is
+imported on every rank before the configuration is checked, so that its names can stand there like the built-in ones.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+from grace_ds.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Names of one kind, and what stands behind each.
+
+    Args:
+        key: of the configuration, for messages.
+        home: module that registers the built-in ones.  It is imported when a name is first asked for: it may lie above whatever
+            asks, as objectives lie above the configuration that names them.
+    """
+
+    def __init__(self, key: str, home: str) -> None:
+        self.key, self._home = key, home
+        self._entries: dict[str, T] = {}
+        self._at_home = False
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator: makes a value available under ``name``; the last one registered under a name counts."""
+
+        def add(value: T) -> T:
+            self._entries[name] = value
+            return value
+
+        return add
+
+    def get(self, name: str) -> T:
+        """What is registered under ``name``.
+
+        Raises:
+            ConfigError: nothing is.
+        """
+        known = self.names()
+        if name not in known:
+            raise ConfigError(
+                f"{self.key} = {name!r}; known: {', '.join(known)}. List the module that registers it under plugins"
+            )
+        return self._entries[name]
+
+    def names(self) -> tuple[str, ...]:
+        """All names, in the order in which they were registered."""
+        if not self._at_home:
+            self._at_home = True  # first, because the home may ask while it is imported
+            importlib.import_module(self._home)
+        return tuple(self._entries)
+
+
+recipes: Registry[Any] = Registry("recipe", "grace_ds.recipes")
+objectives: Registry[Any] = Registry("selection.objective", "grace_ds.selection.objectives")
+backends: Registry[Any] = Registry("graph.backend", "grace_ds.graph.backends")
+transports: Registry[Any] = Registry("comm", "grace_ds.comm.choose")
+
+
+def load_plugins(modules: Sequence[str], path: str) -> None:
+    """Imports ``modules``, which register what they bring.
+
+    Args:
+        path: of the block in the configuration, for messages.
+
+    Raises:
+        ConfigError: one cannot be imported.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # code of the user's own runs here
+            raise ConfigError(
+                f"{path}.plugins: {module!r} cannot be imported ({type(error).__name__}: {error}); install it on every host, or "
+                "put its folder on PYTHONPATH"
+            ) from error
