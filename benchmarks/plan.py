@@ -1,4 +1,4 @@
-"""``grace-ds plan --calibrate`` against real jobs: memory that GRACE adds to a rank, seconds of its refreshes, and the collect.
+"""``grace-ds plan --calibrate`` against real jobs: memory that GRACE adds to a rank, seconds of its refreshes, and of collecting.
 
 For each job a step and the dataset are timed as they are without GRACE, then the plan is made, with these two and calibrated on
 as many ranks as the job has, and only then does the job run with GRACE. Memory: of the process beyond what it held before GRACE

@@ -30,7 +30,7 @@ REFRESHES = 5  # of a run, the first schedule included
 MAX_REPEATS = 4  # of a chosen sample, beyond which the budget is raised for all arms alike
 _ALONE = ("uniform", "static_random", "oracle", "infobatch", "trusted_upsample")  # use nothing of the system
 TAIL = 30  # lines shown of a run that failed
-_LOOP = ("job", "visit counts", "scoring", "sizes", "arms/base")  # what every run executes
+_LOOP = ("job", "visits", "scoring", "sizes", "arms/base")  # what every run executes
 _FAMILIES: dict[str, tuple[str, ...]] = {
     "arms/system": (*RECIPES, *CEILINGS),
     "arms/ceiling": CEILINGS,
@@ -104,12 +104,14 @@ def code_digest(arm: str) -> str:
     """16 hex digits over the sources that can change the arm's result; comments, docstrings and layout do not count."""
     here, package = ROOT / "benchmarks" / "selection", ROOT / "grace_ds"
     paths = [here / f"{name}.py" for name in _sources(arm)]
-    paths += [package / name for name in ("quickstart/model.py", "quickstart/train.py", "sketch/losses.py")]
+    paths += [ROOT / "examples" / "grace_ds_quickstart" / name for name in ("model.py", "train.py")] + [
+        package / "gradients/losses.py"
+    ]
     if arm in _FAMILIES["arms/system"]:
-        paths += [p for p in package.rglob("*.py") if not {"cli", "quickstart"} & set(p.relative_to(package).parts)]
+        paths += [p for p in package.rglob("*.py") if "cli" not in p.relative_to(package).parts]
     elif arm not in _ALONE:
         paths += [p for part in ("features", "graph") for p in (package / part).rglob("*.py")]
-        paths += [package / "selection" / f"{name}.py" for name in ("greedy", "objectives", "sample")]
+        paths += [package / "selection" / f"{name}.py" for name in ("facility_location", "objectives", "gumbel")]
     h = hashlib.blake2b(digest_size=8)
     for path in sorted(set(paths)):
         h.update(str(path.relative_to(ROOT)).encode() + _meaning(path.read_text("utf-8")))

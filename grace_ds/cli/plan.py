@@ -88,7 +88,7 @@ class RefreshPlan:
         feature_seconds, graph_seconds: of the first refresh.
         root_seconds, probe_seconds, fixed_seconds: of any.
         step_seconds: of an optimizer step without GRACE; None where it is not known, ``step_origin`` says from where.
-        collect_flop_share: added operations over the step's; None without a model, 0 without a collect.
+        collect_flop_share: added operations over the step's; None without a model, 0 where nothing is collected.
         collect_seconds: in each step; None where it is not known.
         collect_bytes: held by the hooks within a step, on the device.
         even: None where a step's seconds are not known.

@@ -120,7 +120,7 @@ class _Sweeps:
     scorer: TokenScorer | None
     examine: bool = False
     tried: IntArray = field(default_factory=lambda: np.zeros(2, np.int64))
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "prior", "density", "tfidf"), 0.0))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "quality", "density", "tfidf"), 0.0))
 
     def first(self, block: TokenBlock) -> tuple[npt.NDArray[np.float64], FloatArray | None, Terms | None]:
         """Counts one block; its (n,) float64 pass of the trusted filter (empty without one), its statistics, its terms."""
@@ -135,7 +135,7 @@ class _Sweeps:
             quality, statistics = self.scorer.examine(block.flat, block.offsets)
         elif self.scorer is not None:
             quality = self.scorer.quality(block.flat, block.offsets)
-        self._clock(density=counted - began, tfidf=indexed - counted, quality_model=time.perf_counter() - indexed)
+        self._clock(density=counted - began, tfidf=indexed - counted, quality=time.perf_counter() - indexed)
         return quality, statistics, terms
 
     def second(self, block: TokenBlock, terms: Terms | None) -> tuple[npt.NDArray[np.float64], FloatArray]:

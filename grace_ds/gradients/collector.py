@@ -43,7 +43,7 @@ class GradientCollector:
 
     Args:
         sketcher: attached to the job's module.
-        config: of the collect.
+        config: of what is collected.
     """
 
     def __init__(self, sketcher: Sketcher, config: CollectConfig) -> None:

@@ -48,7 +48,7 @@ class ShardedGradientCollector(GradientCollector):
 
     Args:
         sketcher: over all layers of the model, those of other ranks included.
-        config: of the collect.
+        config: of what is collected.
         peers: the ranks that hold one model together; they commit the same micro-batches in the same order.
         leader: whether this rank feeds the rows on, which one of the peers does.
     """

@@ -110,7 +110,7 @@ def _parse(folder: Path, manifest: dict[str, Any], rank: int, world: int, dim: i
     names = [name for name in sorted(files) if name.startswith(_SCHEDULE)]
     visits = _arrays(folder / VISITS, files[VISITS])
     if visits["ids"].dtype != np.int64 or visits["ids"].shape != visits["counts"].shape:
-        raise ValueError("a visit counts whose columns do not fit together")
+        raise ValueError("visit counts whose columns do not fit together")
     rows, losses, windows = (_named(files, prefix) for prefix in (_ROWS, _LOSSES, _WINDOW))
     shared = _arrays(folder / SHARED, files[SHARED]) if SHARED in files else {}
     collect = manifest["collect"]

@@ -64,7 +64,7 @@ class RefreshRunner:
         collector: None where nothing is collected.
         trust: fits the trusted basis; None without a trusted set.
         agreement: of last resort.
-        peer-failure handler: tells a rank that is late from one that is lost.
+        peer_failures: tells a rank that is late from one that is lost.
     """
 
     def __init__(

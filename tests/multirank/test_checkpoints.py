@@ -25,7 +25,7 @@ DAMAGES = {
     "rows of rank 1 torn": ("tear", f"{OURS}/rows-b2*", ("rows-b2", "torn", "load another checkpoint")),
     "rows of rank 0 missing": ("remove", f"{OURS}/rows-b0*", ("rows-b0", "No such file", "load another checkpoint")),
     "schedule torn": ("tear", f"{OURS}/schedule-000001*", ("schedule-000001", "torn", "use an older one")),
-    "visit counts missing": ("remove", f"{OURS}/visit counts*", ("visits.safetensors", "missing", "use an older checkpoint")),
+    "visit counts missing": ("remove", f"{OURS}/visits*", ("visits.safetensors", "missing", "use an older checkpoint")),
     "manifest torn": ("tear", f"{OURS}/manifest.json", ("manifest.json", "torn", "use an older one")),
     "manifest missing": ("remove", f"{OURS}/manifest.json", ("manifest.json", "missing", "use an older checkpoint")),
     "newer schema": ("future", MODEL, (OURS, "schema 4", "install a newer grace_ds")),
