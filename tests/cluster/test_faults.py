@@ -37,16 +37,16 @@ LIMIT, MARGIN = 20.0, 10.0
 
 # Where, and what the survivor says of it: in its last line, or where GRACE alone is given up, in a warning before.
 PLACES: dict[str, tuple[Any, str]] = {
-    "collect": (["grace_ds.gradients.collector", "Harvester.pending"], "stage collect"),
+    "collect": (["grace_ds.gradients.collector", "GradientCollector.pending"], "stage collect"),
     "basis": (["grace_ds.gradients.basis", "BasisAccumulator.pack"], "stage trusted basis"),
     "gather": (["grace_ds.refresh.line", "activation"], "stage gather"),
     "table": (["grace_ds.refresh.line", "owner_of"], "in refresh"),
     "features": (["grace_ds.integrations.setup", "follow_window"], "in refresh"),
     "graph": (["grace_ds.refresh.line", "follow"], "stage graph"),
     "propagate": (["grace_ds.refresh.signals", "propagate"], "in refresh"),
-    "select": (["grace_ds.refresh.line", "collect"], "stage select"),
+    "select": (["grace_ds.refresh.line", "gather_on_root"], "stage select"),
     "broadcast": (["grace_ds.refresh.line", "broadcast_schedule"], "stage broadcast"),
-    "agreement": (["grace_ds.refresh.runner", "Refresher._agree"], "stage agreement"),
+    "agreement": (["grace_ds.refresh.runner", "RefreshRunner._agree"], "stage agreement"),
     "save": (["grace_ds.integrations.checkpoint", "_write_shared"], f"at the checkpoint of step {FAULT_STEP}"),
     "train": ("train", f"in training step {FAULT_STEP}"),
 }

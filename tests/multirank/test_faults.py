@@ -24,14 +24,14 @@ BASE: dict[str, Any] = {"steps": 9, "bf16": False, "workers": 0, "grace": GRACE}
 
 # Each stage has a collective after it, in which the other rank waits.  The number says which call belongs to step 2.
 HANGS = {
-    "pending": ("grace_ds.gradients.collector", "Harvester.pending", 1),
+    "pending": ("grace_ds.gradients.collector", "GradientCollector.pending", 1),
     "gather": ("grace_ds.refresh.line", "activation", 1),
     "table": ("grace_ds.refresh.line", "owner_of", 1),
     "features": ("grace_ds.integrations.setup", "follow_window", 0),
     "embed": ("grace_ds.refresh.line", "learn", 1),
     "graph": ("grace_ds.refresh.line", "follow", 1),
     "propagate": ("grace_ds.refresh.signals", "propagate", 1),
-    "select": ("grace_ds.refresh.line", "collect", 1),
+    "select": ("grace_ds.refresh.line", "gather_on_root", 1),
     "broadcast": ("grace_ds.refresh.line", "broadcast_schedule", 1),
     "agree": ("grace_ds.comm.framing", "FramedComm.agree", 2),
 }
@@ -39,13 +39,13 @@ HANGS = {
 PROBES = {
     "moments": ("grace_ds.gradients.kfac", "MomentAccumulator.pack", 0),
     "basis": ("grace_ds.gradients.basis", "BasisAccumulator.pack", 0),
-    "unit": ("grace_ds.gradients.influence_probe", "TrustedProbe._unit", 0),
+    "unit": ("grace_ds.gradients.influence_probe", "InfluenceProbe._unit", 0),
 }
 # Calls of _to before the second batch of each probe: a batch takes three, for itself and its two entries, a probe two batches.
 READS = {"moments": 3, "basis": 9, "unit": 15}
 # Not finite in one layer's gradient of a sample, as the hooks see it; and in a row on its way to its owner.
-SKETCH = {"module": "grace_ds.gradients.capture", "name": "Binding._accumulate", "rank": 1, "argument": 3}
-ROW = {"module": "grace_ds.gradients.collector", "name": "Harvester.pending", "rank": 1, "after": 2}
+SKETCH = {"module": "grace_ds.gradients.capture", "name": "MicroBatchCapture._accumulate", "rank": 1, "argument": 3}
+ROW = {"module": "grace_ds.gradients.collector", "name": "GradientCollector.pending", "rank": 1, "after": 2}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def launched(folder: Path) -> tuple[Records, str]:
     jobs["hang_commit"] = {**BASE, "fault": commit}
     jobs["hang_scale"] = {
         **BASE,
-        "fault": {"module": "grace_ds.gradients.collector", "name": "Harvester._freeze", "rank": 1, "after": 0, "hang": HANG},
+        "fault": {"module": "grace_ds.gradients.collector", "name": "GradientCollector._freeze", "rank": 1, "after": 0, "hang": HANG},
     }
     for step in (0, 3):
         jobs[f"finish{step}"] = {
