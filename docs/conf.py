@@ -13,10 +13,18 @@ author = "the grace_ds authors"
 release = version = installed("grace_ds")
 language = "en"
 
-extensions = ["myst_parser", "mathml", "generated"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml", "generated"]
 exclude_patterns = ["_ext"]
 html_math_renderer = "mathml"
 nitpicky = True
+nitpick_ignore_regex = [("py:.*", ".*")]  # types of other libraries in signatures: their pages are not linked
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+maximum_signature_line_length = 80
+add_module_names = False
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
 

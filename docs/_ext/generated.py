@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import messages
 from docutils import nodes
@@ -56,13 +56,14 @@ class Generated(SphinxDirective):
         return self.parse_text_to_nodes(text, allow_section_headings=True)
 
 
-def figures_of_readme(app: Any, docname: Any, parent: str, content: list[str]) -> None:
-    """The README's tables stand on a page too; its links to folders of the repository lead nowhere there."""
-    content[0] = re.sub(r"\[([^]]+)\]\((?:benchmarks/|docs/|grace_ds/|hostfile)[^)]*\)", r"\1", content[0])
+def options_of_watch(app: Any, what: str, name: str, documented: Any, options: Any, lines: list[str]) -> None:
+    """Put the options of ``watch_preemption`` on the page: they are written down at the class that it returns."""
+    if name == "grace_ds.watch_preemption":
+        lines += ["", *inspect.getdoc(get_type_hints(documented)["return"]).splitlines()[1:]]
 
 
 def setup(app: Any) -> dict[str, Any]:
     """Makes the directive known."""
     app.add_directive("generated", Generated)
-    app.connect("include-read", figures_of_readme)
+    app.connect("autodoc-process-docstring", options_of_watch, priority=400)  # before napoleon reads the sections
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -18,6 +18,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).resolve().parents[2]
+ROOT_PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 LANGUAGES = ("bash", "python", "json", "yaml", "diff", "text")
 
 
@@ -44,8 +45,8 @@ class Block:
 
 
 def pages() -> list[Path]:
-    """The README and every page written by hand."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    """The root's pages and every page of the documentation that is written by hand."""
+    return [*(ROOT / name for name in ROOT_PAGES), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page: Path) -> list[Block]:

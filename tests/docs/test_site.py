@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+import grace_ds
+import grace_ds.data
+import grace_ds.huggingface
+import grace_ds.megatron
+from tests.docs.blocks import ROOT, ROOT_PAGES
+
 LOADED = re.compile(
     r"""<(?:script|img|iframe|source)\b[^>]*\bsrc="([^"]+)"|<link\b[^>]*\bhref="([^"]+)"|"""
     r"""url\(([^)]+)\)|@import\s+["']?([^"';]+)"""
@@ -57,8 +62,27 @@ def _shown(page: Path) -> str:
     return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", page.read_text("utf-8")))
 
 
-def test_links_of_the_readme_lead_to_files() -> None:
-    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / "README.md").read_text("utf-8"))
-    assert len(links) > 10
+@pytest.mark.parametrize("page", ROOT_PAGES)
+def test_links_of_the_roots_pages_lead_to_files(page: str) -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text("utf-8"))
+    assert links
     for link in links:
         assert (ROOT / link).exists(), link
+
+
+def test_pages_that_include_the_roots_lead_to_their_neighbours(site: Path) -> None:
+    """``docs/messages.md`` in ``CONTRIBUTING.md`` is ``messages.html`` beside the page that includes it."""
+    assert 'href="messages.html"' in _article(site / "contributing.html")
+    assert 'href="measured.html"' in _article(site / "changelog.html")
+
+
+def test_the_api_page_shows_every_public_name(site: Path) -> None:
+    page = (site / "api.html").read_text("utf-8")
+    for module in (grace_ds, grace_ds.megatron, grace_ds.huggingface, grace_ds.data):
+        for name in module.__all__:
+            assert f'id="{module.__name__}.{name}"' in page, f"docs/api.md lacks {module.__name__}.{name}"
+    assert "step_seconds" in _article(site / "api.html")  # an option of what watch_preemption returns
+
+
+def _article(page: Path) -> str:
+    return page.read_text("utf-8").split("<article")[1].split("</article>")[0]
