@@ -81,7 +81,10 @@ def _even_lines(plan: RefreshPlan) -> list[tuple[str, str]]:
     else:
         lines.append(("collect", "not known: give --parameters, or --layers and --hidden"))
     if plan.even is None:
-        return [*lines, ("break-even", f"not known: {'a step is' if not plan.step_seconds else 'what collecting takes is'} not known")]
+        return [
+            *lines,
+            ("break-even", f"not known: {'a step is' if not plan.step_seconds else 'collecting is'} not known"),
+        ]
     e = plan.even
     lines.append(("overhead", f"{e.overhead:.2%} of the steps' time"))
     saved = f": {e.uniform - e.steps:,} of {e.uniform:,} to be saved" if e.uniform else ""

@@ -119,6 +119,8 @@ def _made(transport: Transport, me: Facts, timeout: float) -> Comm:
         found = f"on rank {me.rank}: {type(error).__name__}: {error}"
     reason = _first(found)
     if reason or comm is None:
+        if comm is not None:
+            comm.close()
         raise TransportError(f"comm: {me.kind} cannot be used: {reason}; repair it, or set comm: auto")
     return comm
 

@@ -69,7 +69,13 @@ def launched(folder: Path) -> tuple[Records, str]:
     jobs["hang_commit"] = {**BASE, "fault": commit}
     jobs["hang_scale"] = {
         **BASE,
-        "fault": {"module": "grace_ds.gradients.collector", "name": "GradientCollector._freeze", "rank": 1, "after": 0, "hang": HANG},
+        "fault": {
+            "module": "grace_ds.gradients.collector",
+            "name": "GradientCollector._freeze",
+            "rank": 1,
+            "after": 0,
+            "hang": HANG,
+        },
     }
     for step in (0, 3):
         jobs[f"finish{step}"] = {

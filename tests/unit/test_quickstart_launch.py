@@ -15,8 +15,8 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from grace_ds.quickstart import __main__ as quickstart
-from grace_ds.quickstart import launch
+from grace_ds_quickstart import __main__ as quickstart
+from grace_ds_quickstart import launch
 from grace_ds_quickstart.launch import (
     Arm,
     ArmFailed,

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grace_ds import registry
 from grace_ds.errors import ConfigError
 from grace_ds.records import Neighbours
 from grace_ds.selection import facility_location as greedy
 from grace_ds.selection import gumbel as sample
 from grace_ds.selection.facility_location import coverage, lazy_greedy
-from grace_ds.selection.objectives import known, select
+from grace_ds.selection.objectives import select
 
 
 def test_inclusion_frequencies_are_those_of_successive_sampling() -> None:
@@ -219,7 +220,7 @@ def test_topk_takes_the_most_probable_and_the_lower_ids() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(known()), st.integers(1, 12), st.integers(0, 5), st.integers(0, 3))
+@given(st.sampled_from(registry.objectives.names()), st.integers(1, 12), st.integers(0, 5), st.integers(0, 3))
 def test_every_objective_obeys_size_include_and_exclude(name: str, k: int, version: int, forced: int) -> None:
     rng = np.random.default_rng(k)
     ids, graph = random_graph(rng, 20, 4)
