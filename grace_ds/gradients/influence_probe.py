@@ -13,7 +13,7 @@ import torch
 
 from grace_ds.comm.all_ranks import run_on_all_ranks
 from grace_ds.comm.base import Comm
-from grace_ds.data.sampler import IssuedBatch
+from grace_ds.data.in_flight import IssuedBatch
 from grace_ds.errors import DataError
 from grace_ds.features.quality import robust_location
 from grace_ds.gradients.basis import TrustedBasis

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from grace_ds.data.sampler import IssuedBatch, leaf_version, walk
+from grace_ds.data.in_flight import IssuedBatch, leaf_version, walk
 from grace_ds.errors import ConfigError, DataError
 from grace_ds.gradients.call_arguments import (
     Constant,

@@ -17,7 +17,8 @@ from grace_ds.comm.base import Comm
 from grace_ds.comm.liveness import LivenessProbe
 from grace_ds.comm.peer_failure import PeerFailureHandler
 from grace_ds.config.schema import GraceConfig
-from grace_ds.data.sampler import Geometry, InFlightBatches, IssuedBatch, Stream
+from grace_ds.data.in_flight import InFlightBatches, IssuedBatch
+from grace_ds.data.sampler import Geometry, Stream
 from grace_ds.data.schedule import ScheduleBook, VisitCounts, load_book
 from grace_ds.errors import ConfigError, GraceError, TransportError
 from grace_ds.gradients.basis import TrustedBasis

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from grace_ds.config.load import ALIAS, HOME, find_block, load_config, read_ds_config, refuse_curriculum
+from grace_ds.data.dataset import IdDataset
 from grace_ds.data.order import order_of
-from grace_ds.data.sampler import TicketedDataset
 from grace_ds.data.trusted import Tokenize
 from grace_ds.errors import ConfigError
 from grace_ds.gradients.probe import LossFn
@@ -71,7 +71,7 @@ def initialize(
             "before and grace_ds.attach(engine, dataset) for a loader of your own (a transformers.Trainer: "
             "grace_ds.huggingface.attach(trainer))"
         )
-    TicketedDataset(data)  # says what is wrong with the dataset before an engine is built
+    IdDataset(data)  # says what is wrong with the dataset before an engine is built
     bound.arguments["training_data"] = None
     if isinstance(bound.arguments.get("config"), dict):
         bound.arguments["config"] = copy.deepcopy(bound.arguments["config"])  # DeepSpeed writes into it
@@ -146,7 +146,7 @@ def attach(
         raise ConfigError("grace is not enabled in this config; set enabled: true, or leave attach out and use your own loader")
     if getattr(engine, "grace_ds", None) is not None:
         raise ConfigError("GRACE is attached to this engine already; call engine.grace_ds.detach() first")
-    TicketedDataset(dataset)  # says what is wrong with the dataset before its length is asked for
+    IdDataset(dataset)  # says what is wrong with the dataset before its length is asked for
     order = order_of(sampler, len(dataset), grace.seed)
     if sampler is not None and order is None and grace.mode == "train":
         raise ConfigError(

@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from grace_ds.comm.time_limits import adopt_job_limit
 from grace_ds.config.schema import GraceConfig
+from grace_ds.data.dataset import IdCollate, IdDataset, IdLoader
 from grace_ds.data.order import Order, SamplerOrder, shuffled
-from grace_ds.data.sampler import Geometry, StreamSampler, TicketedCollate, TicketedDataset, TicketedLoader
+from grace_ds.data.sampler import Geometry, StreamSampler
 from grace_ds.errors import ConfigError
 from grace_ds.integrations import checkpoint
 from grace_ds.integrations import sample_weights as weights
@@ -64,9 +65,9 @@ class Grace:
         _speak_up()
         check_world_size(dist.get_world_size() if dist.is_initialized() else 1, os.environ)
         adopt_job_limit()
-        self.dataset = TicketedDataset(dataset)
+        self.dataset = IdDataset(dataset)
         self._job_collate = collate_fn or getattr(engine, "collate_fn", None)
-        self.collate = TicketedCollate(self._job_collate)
+        self.collate = IdCollate(self._job_collate)
         geometry = geometry_of(engine)
         if user_inputs.order is None:
             user_inputs = dataclasses.replace(user_inputs, order=self._engine_order(len(dataset), config.seed))
@@ -106,7 +107,7 @@ class Grace:
         """The loader that ``initialize`` returns."""
         return self.deepspeed_loader()
 
-    def deepspeed_loader(self, num_local_io_workers: int | None = None) -> TicketedLoader:
+    def deepspeed_loader(self, num_local_io_workers: int | None = None) -> IdLoader:
         """The engine's own kind of loader (``engine.deepspeed_io``) over the schedule, or the job's order in shadow mode."""
         sampler: Any = self.controller.sampler or self.job_sampler
         if sampler is None and (not self.job_shuffles or dp_rank(self.engine) != self.engine.global_rank):
@@ -114,9 +115,9 @@ class Grace:
         inner = self.engine.deepspeed_io(
             self.dataset, data_sampler=sampler, collate_fn=self.collate, num_local_io_workers=num_local_io_workers
         )
-        return TicketedLoader(inner, self.controller.in_flight)
+        return IdLoader(inner, self.controller.in_flight)
 
-    def loader(self, **options: Any) -> TicketedLoader:
+    def loader(self, **options: Any) -> IdLoader:
         """A torch ``DataLoader`` of micro-batches for a job that builds its own.
 
         Args:
@@ -130,7 +131,7 @@ class Grace:
         stream: Any = self.controller.sampler or self.job_sampler or self._job_sampler()
         rows = self.engine.train_micro_batch_size_per_gpu()
         inner: Any = DataLoader(self.dataset, batch_size=rows, sampler=stream, collate_fn=self.collate, **options)
-        return TicketedLoader(inner, self.controller.in_flight)
+        return IdLoader(inner, self.controller.in_flight)
 
     def _job_sampler(self) -> DistributedSampler[Any]:
         g = self.controller.geometry

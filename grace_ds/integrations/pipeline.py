@@ -12,7 +12,8 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from grace_ds.data.sampler import Geometry, StreamSampler, TicketedLoader
+from grace_ds.data.dataset import IdLoader
+from grace_ds.data.sampler import Geometry, StreamSampler
 from grace_ds.errors import ConfigError
 from grace_ds.integrations import checkpoint
 from grace_ds.integrations.handle import Grace
@@ -40,7 +41,7 @@ class PipelineGrace(Grace):
         """Replaces ``train_batch``, ``save_checkpoint``, ``load_checkpoint`` and ``destroy``; undone by :meth:`detach`."""
         if self.config.weights != "none":
             raise ConfigError("weights: inverse_probability is not passed on to a PipelineEngine's loss; set weights: none")
-        self._fed: TicketedLoader | None = None
+        self._fed: IdLoader | None = None
         ours: dict[str, Callable[..., Any]] = {
             "train_batch": self._train_batch,
             "save_checkpoint": functools.partial(checkpoint.save, self.controller, self.engine),

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from grace_ds.comm.base import Comm
-from grace_ds.data.sampler import Geometry, InFlightBatches, IssuedBatch
+from grace_ds.data.in_flight import InFlightBatches, IssuedBatch
+from grace_ds.data.sampler import Geometry
 from grace_ds.data.schedule import ScheduleBook
 from grace_ds.records import Array, IntArray
 

@@ -1,4 +1,4 @@
-"""The Trainer's loader with tickets: what travels in a batch, and what is dropped and never read after a resume."""
+"""The Trainer's loader with ids: what travels in a batch, and what is dropped and never read after a resume."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from grace_ds.data.sampler import Geometry, StreamSampler
 from grace_ds.data.schedule import ScheduleBook
 from grace_ds.errors import DataError, GraceError
-from grace_ds.integrations.huggingface.loader import KEY, ScheduleBatches, TrainerCollate, TrainerDataset, take_tickets
+from grace_ds.integrations.huggingface.loader import KEY, ScheduleBatches, TrainerCollate, TrainerDataset, take_ids
 from grace_ds.records import Role, Schedule
 from tests.extras import needs
 
@@ -42,7 +42,7 @@ def batches(geometry: Geometry, frontier: int = 0, skipped: int = 0) -> Schedule
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_batch_carries_its_tickets_through_a_loader(workers: int) -> None:
+def test_a_batch_carries_its_ids_through_a_loader(workers: int) -> None:
     sampler = batches(Geometry(ranks=2, rank=1, rows=3, accumulation=1))
     loader = DataLoader(
         TrainerDataset(rows()),
@@ -53,12 +53,12 @@ def test_a_batch_carries_its_tickets_through_a_loader(workers: int) -> None:
     assert len(loader) == 4
     for q, batch in enumerate(loader):
         assert batch["x"].flatten().tolist() == [N - 1 - (6 * q + 3 + row) for row in range(3)]
-        found = take_tickets(batch)
+        found = take_ids(batch)
         assert found is not None
         assert int(found[0]) == 6 * q + 3
         assert found[1].tolist() == batch["x"].flatten().tolist()
         assert set(batch) == {"x"}
-        assert take_tickets(batch) is None
+        assert take_ids(batch) is None
 
 
 def test_before_there_is_an_engine_the_order_is_the_jobs_own() -> None:
@@ -83,13 +83,13 @@ def test_what_the_trainer_drops_after_a_resume_is_never_read_and_the_rest_begins
     assert next(iter(sampler))[0] == (8, N - 1 - 8)  # an epoch later nothing is dropped
 
 
-def test_tickets_survive_what_happens_to_a_batch_on_its_way() -> None:
+def test_ids_survive_what_happens_to_a_batch_on_its_way() -> None:
     needs("huggingface", "transformers", "accelerate")
     transformers, operations = (importlib.import_module(name) for name in ("transformers", "accelerate.utils.operations"))
     batch = transformers.BatchEncoding({"input_ids": torch.arange(6).reshape(2, 3)})
     collated = TrainerCollate(lambda _: batch)([(4, 7, None), (5, 9, None)])
     for moved in (collated, pickle.loads(pickle.dumps(collated)), operations.send_to_device(collated, "cpu")):
-        found = take_tickets(type(moved)(moved))
+        found = take_ids(type(moved)(moved))
         assert found is not None
         assert (int(found[0]), found[1].tolist()) == (4, [7, 9])
 

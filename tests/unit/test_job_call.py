@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from grace_ds.comm.local import LocalComm
-from grace_ds.data.sampler import IssuedBatch
+from grace_ds.data.in_flight import IssuedBatch
 from grace_ds.errors import ConfigError, DataError
 from grace_ds.gradients.hooks import Sketcher
 from grace_ds.gradients.influence_probe import InfluenceProbe, Probes

@@ -1,4 +1,4 @@
-"""Tickets, batches and the recognition of the batch that a forward is about."""
+"""Ids that travel, batches and the recognition of the batch that a forward is about."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from grace_ds.data.sampler import Geometry, InFlightBatches, StreamSampler, TicketedCollate, TicketedDataset, TicketedLoader
+from grace_ds.data.dataset import IdCollate, IdDataset, IdLoader
+from grace_ds.data.in_flight import InFlightBatches
+from grace_ds.data.sampler import Geometry, StreamSampler
 from grace_ds.data.schedule import ScheduleBook
 from grace_ds.errors import DataError
 from grace_ds.records import Role, Schedule
@@ -48,18 +50,18 @@ def book_of(n: int) -> ScheduleBook:
 
 def make_loader(
     rank: int = 0, ranks: int = 1, workers: int = 0, collate: Any = None, data: Any = None, rows: int = 4
-) -> tuple[TicketedLoader, StreamSampler, InFlightBatches]:
+) -> tuple[IdLoader, StreamSampler, InFlightBatches]:
     g = Geometry(ranks, rank, rows, 2)
     sampler = StreamSampler(book_of(100), g, 100 // g.micro, 100 // ranks)
     out = InFlightBatches(g)
     inner: Any = DataLoader(
-        TicketedDataset(data or Numbers()),
+        IdDataset(data or Numbers()),
         batch_size=rows,
         sampler=sampler,
         num_workers=workers,
-        collate_fn=TicketedCollate(collate),
+        collate_fn=IdCollate(collate),
     )
-    return TicketedLoader(inner, out), sampler, out
+    return IdLoader(inner, out), sampler, out
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -185,4 +187,4 @@ def test_trained_batches_are_out_no_more() -> None:
 
 def test_iterable_datasets_are_refused() -> None:
     with pytest.raises(DataError, match="list_iterator"):
-        TicketedDataset(iter([1, 2]))
+        IdDataset(iter([1, 2]))

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from grace_ds.comm.local import LocalComm
-from grace_ds.data.sampler import Geometry, InFlightBatches, IssuedBatch
+from grace_ds.data.in_flight import InFlightBatches, IssuedBatch
+from grace_ds.data.sampler import Geometry
 from grace_ds.data.schedule import ScheduleBook
 from grace_ds.integrations.step_watch import StepWatch
 from grace_ds.records import Role, Schedule

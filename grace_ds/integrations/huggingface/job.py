@@ -1,6 +1,6 @@
 """One Trainer and GRACE: where its engine is caught, and what its training step tells.
 
-Three methods are replaced on instances: ``trainer.get_train_dataloader``, whose loader gets tickets; ``accelerator.prepare``,
+Three methods are replaced on instances: ``trainer.get_train_dataloader``, whose loader gets ids; ``accelerator.prepare``,
 which makes the engine, after which GRACE is attached, before the Trainer loads a checkpoint into it; and
 ``trainer.training_step``, where a batch is really trained on.
 """
@@ -22,7 +22,7 @@ from grace_ds.data.sampler import Geometry, StreamSampler
 from grace_ds.errors import ConfigError, GraceError
 from grace_ds.integrations.deepspeed import left_to_attach
 from grace_ds.integrations.handle import Grace
-from grace_ds.integrations.huggingface.loader import ScheduleBatches, rebuilt, take_tickets
+from grace_ds.integrations.huggingface.loader import ScheduleBatches, rebuilt, take_ids
 from grace_ds.integrations.huggingface.refusals import refuse_data, refuse_settings, refuse_without_deepspeed
 from grace_ds.integrations.trusted_set import UserInputs
 from grace_ds.utils.methods import replace_method
@@ -119,7 +119,7 @@ class TrainerGrace(Grace):
         self.batches: ScheduleBatches = loader.batch_sampler
         self._items: Any = None  # tokens that the step's losses are divided by; None: each micro-batch by its own
         self._first = True
-        super().__init__(engine, loader.dataset.base, config, loader.collate_fn._ticketed.collate, user_inputs)
+        super().__init__(engine, loader.dataset.base, config, loader.collate_fn._collate_ids.collate, user_inputs)
         stream = self.controller.sampler
         self.batches.stream = stream if isinstance(stream, StreamSampler) else None
 
@@ -153,7 +153,7 @@ class TrainerGrace(Grace):
     # -- the micro-batch -----------------------------------------------------------------------------------------------
 
     def begin(self, inputs: Any, items: Any) -> None:
-        """At the start of a training step: the batch's tickets are taken out of it, and it is known to be out.
+        """At the start of a training step: the batch's ids are taken out of it, and it is known to be out.
 
         Args:
             inputs: the Trainer's batch.
@@ -163,7 +163,7 @@ class TrainerGrace(Grace):
         Raises:
             GraceError: the batch is not the schedule's, or the Trainer has passed over samples of it.
         """
-        found, stream = take_tickets(inputs), self.controller.sampler
+        found, stream = take_ids(inputs), self.controller.sampler
         if stream is not None and (found is None or int(found[0]) < 0):
             raise GraceError(
                 "a training batch does not come from the schedule: it was made by hand, or train() was called a second time on "

@@ -1,8 +1,8 @@
 """The Trainer's training loader with the schedule in it.
 
 Accelerate reads one batch ahead, moves batches, rebuilds the loader to skip what was trained on before a resume, and has a
-loader class of its own.  So nothing is wrapped around the loader: the tickets ride inside each batch, under a key that is taken
-out right before the training step, and of the loader only the dataset, the batch sampler and the collate function are ours.
+loader class of its own.  So nothing is wrapped around the loader: positions and ids ride inside each batch, under a key that is
+taken out right before the training step, and of the loader only the dataset, the batch sampler and the collate function are ours.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler
 
-from grace_ds.data.sampler import StreamSampler, TicketedCollate, TicketedDataset
+from grace_ds.data.dataset import IdCollate, IdDataset
+from grace_ds.data.sampler import StreamSampler
 from grace_ds.errors import ConfigError, DataError, GraceError
 from grace_ds.records import IntArray
 
-KEY = "grace_ds_tickets"
-_DROPPED = (-2, -2)  # a ticket of a batch that the Trainer is to skip and never to read
+KEY = "grace_ds_ids"
+_DROPPED = (-2, -2)  # stands for a sample of a batch that the Trainer is to skip and never to read
 
 # What a loader passes on when it is rebuilt; accelerate does the same to skip batches.
 _OPTIONS = (
@@ -39,7 +40,7 @@ _OPTIONS = (
 
 
 @dataclass(frozen=True, eq=False)
-class Tickets:
+class BatchIds:
     """Which samples a batch holds.  No tensor, so that nobody moves it to a device.
 
     Attributes:
@@ -51,39 +52,39 @@ class Tickets:
     ids: IntArray
 
 
-class TrainerDataset(TicketedDataset):
-    """The training set with tickets for indices."""
+class TrainerDataset(IdDataset):
+    """The training set with pairs (position, id) for indices."""
 
     def __init__(self, base: Any) -> None:
         super().__init__(base)
         if hasattr(base, "set_epoch"):
             self.set_epoch = base.set_epoch  # accelerate looks for it
 
-    def __getitem__(self, ticket: Any) -> tuple[int, int, Any]:
-        if ticket == _DROPPED:
+    def __getitem__(self, index: Any) -> tuple[int, int, Any]:
+        if index == _DROPPED:
             raise GraceError(
                 "the Trainer took a batch that was trained on before the resume instead of skipping it; set ignore_data_skip=True"
             )
-        return super().__getitem__(ticket)
+        return super().__getitem__(index)
 
-    def _getitems(self, tickets: Any) -> list[tuple[int, int, Any]]:
-        if _DROPPED in tickets:
+    def _getitems(self, indices: Any) -> list[tuple[int, int, Any]]:
+        if _DROPPED in indices:
             self[_DROPPED]
-        return super()._getitems(tickets)
+        return super()._getitems(indices)
 
 
 class TrainerCollate:
-    """The job's collate function, with :class:`Tickets` in each batch under ``KEY``."""
+    """The job's collate function, with :class:`BatchIds` in each batch under ``KEY``."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self._ticketed = TicketedCollate(collate)
+        self._collate_ids = IdCollate(collate)
 
     def __call__(self, items: list[tuple[int, int, Any]]) -> Any:
         """Collates ``items`` of a :class:`TrainerDataset`."""
-        positions, ids, batch = self._ticketed(items)
+        positions, ids, batch = self._collate_ids(items)
         if not isinstance(batch, MutableMapping):
             raise DataError(f"data_collator returned a {type(batch).__name__}; a Trainer's batches are dicts: return one")
-        batch[KEY] = Tickets(int(positions[0]), ids.numpy())
+        batch[KEY] = BatchIds(int(positions[0]), ids.numpy())
         return batch
 
 
@@ -94,7 +95,7 @@ class ScheduleBatches(BatchSampler):
         own: the job's, of this rank; its attributes are seen through this one, as accelerate sets epochs on them.
 
     Attributes:
-        stream: the schedule's tickets; None before there is an engine, and in shadow mode.
+        stream: the schedule's pairs; None before there is an engine, and in shadow mode.
         skipped: micro-batches that the Trainer is going to drop at the start of the next iteration.
     """
 
@@ -124,13 +125,13 @@ class ScheduleBatches(BatchSampler):
         for _ in range(skipped):
             yield [_DROPPED]
         # The stream begins where training stands, whatever a loader had read ahead.
-        tickets = iter(self.stream)
+        pairs = iter(self.stream)
         for _ in range(len(self) - skipped):
-            yield list(islice(tickets, self.stream.geometry.rows))
+            yield list(islice(pairs, self.stream.geometry.rows))
 
 
 def rebuilt(stock: Any) -> Any:
-    """The Trainer's prepared training loader, of the same class and options, with tickets.
+    """The Trainer's prepared training loader, of the same class and options, with positions and ids.
 
     Raises:
         ConfigError: it is of a kind whose batches do not stay on the rank that reads them.
@@ -155,9 +156,9 @@ def rebuilt(stock: Any) -> Any:
     )
 
 
-def take_tickets(inputs: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+def take_ids(inputs: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(positions (1,), ids (rows,)), both int64, out of a batch; None where it holds none."""
-    tickets = inputs.pop(KEY, None) if isinstance(inputs, MutableMapping) else None
-    if tickets is None:
+    found = inputs.pop(KEY, None) if isinstance(inputs, MutableMapping) else None
+    if found is None:
         return None
-    return torch.tensor([tickets.first]), torch.from_numpy(np.asarray(tickets.ids, np.int64))
+    return torch.tensor([found.first]), torch.from_numpy(np.asarray(found.ids, np.int64))

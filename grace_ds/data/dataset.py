@@ -1,0 +1,104 @@
+"""Ids that travel: the job's dataset, collate function and loader, with the position and the id beside each sample.
+
+The sampler hands pairs (position, id) to the dataset in the place of indices; dataset and collate carry them through the loader
+(worker processes and pinning included); the loader takes them off again and notes which batch is out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, default_collate
+
+from grace_ds.data.in_flight import InFlightBatches, tensors_of
+from grace_ds.errors import DataError
+from grace_ds.utils.rng import undisturbed_rng
+
+
+class IdDataset(Dataset[Any]):
+    """The job's map-style dataset, returning (position, id, item) for such a pair, (-1, id, item) for a plain index."""
+
+    def __init__(self, base: Any) -> None:
+        if not (hasattr(base, "__getitem__") and hasattr(base, "__len__")):
+            raise DataError(
+                f"training data of type {type(base).__name__} has no length or no index access; a coreset needs a map-style "
+                f"dataset (iterable datasets cannot be drawn from by id): materialise it, or leave grace off"
+            )
+        self.base = base
+        if hasattr(base, "__getitems__"):
+            # The loader looks for this attribute; it must be there only if the base has it.
+            self.__getitems__ = self._getitems
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __getitem__(self, index: Any) -> tuple[int, int, Any]:
+        position, sample = index if isinstance(index, tuple) else (-1, int(index))
+        return position, sample, self.base[sample]
+
+    def _getitems(self, indices: Sequence[Any]) -> list[tuple[int, int, Any]]:
+        pairs = [t if isinstance(t, tuple) else (-1, int(t)) for t in indices]
+        items = self.base.__getitems__([sample for _, sample in pairs])
+        return [(position, sample, item) for (position, sample), item in zip(pairs, items, strict=True)]
+
+
+class IdCollate:
+    """The job's collate function with positions and ids beside its result: (positions, ids of the rows, batch)."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any] | None) -> None:
+        self.collate = collate or default_collate
+
+    def __call__(self, items: list[tuple[int, int, Any]]) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Collates ``items`` of a :class:`IdDataset`."""
+        batch = self.collate([item for _, _, item in items])
+        positions = torch.tensor([position for position, _, _ in items], dtype=torch.int64)
+        ids = torch.tensor([sample for _, sample, _ in items], dtype=torch.int64)
+        rows = _rows_of(batch)
+        if rows is not None and rows != len(items):
+            ids = self._identify(items, ids, rows)
+        return positions, ids, batch
+
+    def _identify(self, items: list[tuple[int, int, Any]], ids: torch.Tensor, rows: int) -> torch.Tensor:
+        """The collate function dropped rows: ask it about every sample alone."""
+        kept = []
+        with undisturbed_rng():  # the job's own draws are not to depend on being asked
+            for _, _, item in items:
+                try:
+                    kept.append(_rows_of(self.collate([item])) == 1)
+                except Exception:  # an empty batch may well be an error of the user's function: then the sample was dropped
+                    kept.append(False)
+        found = ids[torch.tensor(kept, dtype=torch.bool)]
+        return found if len(found) == rows else torch.full((rows,), -1, dtype=torch.int64)
+
+
+class IdLoader:
+    """A data loader with positions and ids taken off: yields what the job's own loader would, and tells ``in_flight``."""
+
+    def __init__(self, inner: Any, in_flight: InFlightBatches) -> None:
+        self.inner, self.in_flight = inner, in_flight
+        self._iterator: Iterator[Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __iter__(self) -> IdLoader:
+        self._iterator = iter(self.inner)
+        return self
+
+    def __next__(self) -> Any:
+        if self._iterator is None:
+            self._iterator = iter(self.inner)
+        positions, ids, batch = next(self._iterator)
+        self.in_flight.issue(positions, ids, batch)
+        return batch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def _rows_of(batch: Any) -> int | None:
+    """Rows of a collated batch: the leading axis of its first tensor."""
+    first = next(tensors_of(batch), None)
+    return None if first is None else int(first.shape[0])

@@ -1,0 +1,196 @@
+"""Which batch a forward is about: batches that are out, recognised again by the memory or the contents of their tensors.
+
+A batch that was only looked at, or an evaluation in between, never counts as trained on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from grace_ds.data.sampler import Geometry
+from grace_ds.records import IntArray
+
+log = logging.getLogger("grace_ds")
+
+_CUT = 8  # columns that a job may cut off a batch before it is trained on
+_MOST = 64  # batches that may be out at once: more than any loader prefetches into the user's hands
+
+
+@dataclass(eq=False)
+class IssuedBatch:
+    """A batch in the user's hands.
+
+    Attributes:
+        ids: (rows,) int64, dataset ids of its rows; -1 where the collate function hid which sample a row is.
+        end: number of the micro-batch plus one; 0 for batches of the job's own sampler.
+        leaves: its tensors, kept until it is trained on or replaced.
+        batch: as the user has it.
+        entries: its leaves by their path, each with the number of changes made to it in place so far: as it was issued,
+            whatever the user then does with ``batch``.
+    """
+
+    ids: IntArray
+    end: int
+    leaves: list[torch.Tensor] = field(repr=False)
+    batch: Any = field(repr=False, default=None)
+    entries: dict[tuple[Any, ...], tuple[Any, int]] = field(repr=False, default_factory=dict)
+
+    @staticmethod
+    def of(ids: IntArray, end: int, batch: Any) -> IssuedBatch:
+        """A batch that is given to the user now."""
+        entries = {path: (leaf, leaf_version(leaf)) for path, leaf in walk(batch)}
+        return IssuedBatch(ids, end, list(tensors_of(batch)), batch, entries)
+
+
+class InFlightBatches:
+    """The batches that are out, and the recognition of the one that a forward is about.
+
+    A batch is recognised by the memory of its tensors or by their contents, never guessed: what is not recognised is a batch of
+    another source, or one that the job has changed beyond recognition.
+
+    Attributes:
+        most: batches that it remembers.
+        recognised: whether any forward's batch has been recognised so far.
+        unrecognised: forwards so far that no batch which was out could be found for.
+    """
+
+    def __init__(self, geometry: Geometry) -> None:
+        self.geometry = geometry
+        self.most = _MOST
+        self.recognised, self.unrecognised = False, 0
+        self._batches: deque[IssuedBatch] = deque(maxlen=_MOST)
+        self._last: IssuedBatch | None = None  # issued last, whether or not it has been trained on
+        self._warned = False
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def issue(self, positions: torch.Tensor, ids: torch.Tensor, batch: Any) -> None:
+        """Remembers a batch that goes to the user."""
+        first = int(positions[0]) if len(positions) else -1
+        end = first // self.geometry.micro + 1 if first >= 0 else 0
+        if len(ids) and bool((ids < 0).any()) and not self._warned:
+            self._warned = True
+            log.warning(
+                "collate_fn returned %d rows for %d samples and grace cannot tell which: such batches are not collected",
+                len(ids),
+                len(positions),
+            )
+        issued = IssuedBatch.of(ids.numpy().copy(), end, batch)
+        if self._last is not None:
+            _part(self._last, issued)
+        self._last = issued
+        self._batches.append(issued)
+
+    def match(self, inputs: Any) -> IssuedBatch | None:
+        """The outstanding batch whose tensors (or views, or copies of them) are among ``inputs``; None for no such."""
+        if not self._batches:
+            return None
+        found = self._by_memory(inputs) or self._by_contents(inputs)
+        if found is None:
+            self.unrecognised += 1
+        else:
+            self.recognised = True
+        return found
+
+    def _by_memory(self, inputs: Any) -> IssuedBatch | None:
+        seen = {_address(t) for t in tensors_of(inputs)}
+        return next((b for b in reversed(self._batches) if any(_address(t) in seen for t in b.leaves)), None)
+
+    def _by_contents(self, inputs: Any) -> IssuedBatch | None:
+        """For batches that were copied: moved to a device, cut, or put into another type.  From a device it takes a copy back."""
+        moved = [t for t in (t.detach().cpu() for t in tensors_of(inputs)) if _tells(t)]
+        for issued in reversed(self._batches):
+            if any(_holds(a, b) and _tells(a) for a in issued.leaves for b in moved):
+                return issued
+        return None
+
+    def trained(self, issued: IssuedBatch) -> None:
+        """The batch has been through a backward: it is out no more."""
+        if issued in self._batches:
+            self._batches.remove(issued)
+
+    def pass_over(self, count: int) -> int:
+        """Forgets the ``count`` batches that have been out for longest; returns how many there were."""
+        there = min(count, len(self._batches))
+        for _ in range(there):
+            self._batches.popleft()
+        return there
+
+    def clear(self) -> None:
+        """Forgets every batch (after a checkpoint was loaded)."""
+        self._batches.clear()
+        self._last = None
+
+
+def walk(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """(keys from the root, leaf) of everything in nested mappings, lists and tuples that is none of these itself."""
+    if isinstance(tree, (Mapping, list, tuple)):
+        for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+            yield from walk(value, (*path, key))
+    else:
+        yield path, tree
+
+
+def leaf_version(leaf: Any) -> int:
+    """How often a tensor was changed in place; 0 for anything else."""
+    return int(leaf._version) if isinstance(leaf, torch.Tensor) and not leaf.is_inference() else 0
+
+
+def tensors_of(tree: Any) -> Iterator[torch.Tensor]:
+    """Tensors of at least one axis in nested lists, tuples, mappings and objects with a ``__dict__`` of them."""
+    if isinstance(tree, torch.Tensor):
+        if tree.dim() > 0:
+            yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from tensors_of(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from tensors_of(value)
+
+
+def _part(a: IssuedBatch, b: IssuedBatch) -> None:
+    """Takes out of two batches' leaves the memory that both have, such as a mask that is made once: it tells neither.
+
+    Where they have nothing else, it is one buffer that is filled anew, and stands for the batch that came last.
+    """
+    shared = {_address(t) for t in a.leaves} & {_address(t) for t in b.leaves}
+    if shared:
+        for issued in (a, b):
+            issued.leaves = [t for t in issued.leaves if _address(t) not in shared] or issued.leaves
+
+
+def _tells(t: torch.Tensor) -> bool:
+    """Whether a tensor's contents can tell batches apart: not a mask, nor the same in every row as positions are."""
+    if t.dtype == torch.bool or t.numel() == 0:
+        return False
+    rows = t.detach()
+    if t.shape[0] > 1 and bool((rows == rows[:1]).all()):
+        return False
+    some = rows.reshape(-1)[:4096]
+    return bool(((some != some.min()) & (some != some.max())).any())  # of more than two values
+
+
+def _holds(whole: torch.Tensor, part: torch.Tensor) -> bool:
+    """Whether ``part`` has the values of ``whole``, or of its columns but a few at either end; both on the CPU."""
+    if whole.is_floating_point() != part.is_floating_point():
+        return False
+    kind = part.dtype if part.is_floating_point() else torch.int64
+    whole, part = whole.to(kind), part.to(kind)
+    if whole.numel() == part.numel():
+        return torch.equal(whole.reshape(-1), part.reshape(-1))
+    if whole.dim() != part.dim() or whole.dim() < 2 or len(whole) != len(part) or whole.shape[2:] != part.shape[2:]:
+        return False
+    spare = whole.shape[1] - part.shape[1]
+    return 0 < spare <= _CUT and any(torch.equal(whole[:, at : at + part.shape[1]], part) for at in range(spare + 1))
+
+
+def _address(t: torch.Tensor) -> tuple[str, int]:
+    return str(t.device), t.untyped_storage().data_ptr()
