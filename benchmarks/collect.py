@@ -200,7 +200,7 @@ class Job:
         controller = self.engine.grace_ds.controller
         assert controller.metrics.refresh_failures == 0
         # Random tokens give no basis that is worth its while; what is measured is the cost of one.
-        basis = controller.trust.fit(controller.metrics.version, np.arange(256)).basis
+        basis = controller.influence_probe.fit(controller.metrics.version, np.arange(256)).basis
         controller.take_basis(basis)
         controller.reference = {basis.version: 1.0}
         controller.next_refresh = 10**9

@@ -143,7 +143,7 @@ def _watch(refreshes: list[dict[str, float]], before: float) -> None:
     owner: Any = RefreshRunner
     stages, made = module.refresh, owner.__init__
 
-    def attempt(original: Callable[..., Any], *args: Any) -> Any:
+    def run_refresh(original: Callable[..., Any], *args: Any) -> Any:
         start = resident() - before
         mark()
         began, cpu = time.perf_counter(), time.process_time()
@@ -160,7 +160,7 @@ def _watch(refreshes: list[dict[str, float]], before: float) -> None:
 
     def init(self: RefreshRunner, *args: Any) -> None:
         made(self, *args)
-        replace_method(self, "attempt", attempt)
+        replace_method(self, "run_refresh", run_refresh)
 
     module.refresh, owner.__init__ = refresh, init
 

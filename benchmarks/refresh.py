@@ -33,7 +33,7 @@ from grace_ds.graph.backends import FLAT_ROWS
 from grace_ds.graph.backends.faiss_backend import FaissBackend
 from grace_ds.records import HIDDEN, Array, IntArray, Losses, SampleRecords
 from grace_ds.refresh.line import RefreshResult, refresh
-from grace_ds.refresh.signals import Inputs, RefreshContext
+from grace_ds.refresh.signals import RefreshContext, RefreshInputs
 from grace_ds.refresh.table import Table
 
 SIZES = (5_000, 10_000, 20_000, 40_000, 80_000)  # there is text for on a machine with Python alone
@@ -119,31 +119,31 @@ def measure(data: Path, n: int, dim: int, repeats: int, objective: str) -> list[
     comm = LocalComm(3600.0)
     pool = Pool(n, n, config.budget, interval, BATCH, config.seed)
     nobody = np.empty(0, np.int64)
-    pipeline = RefreshContext(comm, config, pool, SamplerOrder(n), BATCH, contents, nobody, nobody, quality_model.held_out)
+    context = RefreshContext(comm, config, pool, SamplerOrder(n), BATCH, contents, nobody, nobody, quality_model.held_out)
     out = []
     for _ in range(repeats):
         inputs = _inputs(n, config.collect.dim, interval)
         before = _reset_peak()
         started = time.perf_counter()
-        outcome = refresh(pipeline, inputs)
+        outcome = refresh(context, inputs)
         total = time.perf_counter() - started
         row: dict[str, Any] = {"n": n, "dim": dim, "total": total, **{s: outcome.seconds.get(s, 0.0) for s in STAGES}}
         inputs = _next(inputs, outcome, interval)  # a job lets the old table go as well
-        row |= _later(pipeline, inputs)
+        row |= _later(context, inputs)
         row |= {"peak_mib": _status("VmHWM"), "peak_extra_mib": _status("VmHWM") - before}
         compared = n <= max(SIZES)
         out.append(row | (bare_faiss(last[0].vectors, config.graph.k, config.graph.recall) if compared else {}))
     return out
 
 
-def _inputs(n: int, dim: int, interval: int) -> Inputs:
+def _inputs(n: int, dim: int, interval: int) -> RefreshInputs:
     """Of the first refresh that is timed."""
     old, new = _collect(n, dim, interval)
     tables = Table(SampleRecords.empty(dim)).merge(old), Table(Losses.empty()).merge(old.losses)
-    return Inputs(new, new.losses, *tables, VisitCounts(), 20 * interval, 1, 0, interval, {0: 0.4})
+    return RefreshInputs(new, new.losses, *tables, VisitCounts(), 20 * interval, 1, 0, interval, {0: 0.4})
 
 
-def _next(first: Inputs, outcome: RefreshResult, interval: int) -> Inputs:
+def _next(first: RefreshInputs, outcome: RefreshResult, interval: int) -> RefreshInputs:
     """Of the refresh after that, which keeps content and graph: rows of as many samples have been collected again."""
     rows = first.rows
     again = replace(rows, step=rows.step + interval, sketch=rows.sketch[::-1].copy(), hidden=rows.hidden[::-1].copy())
@@ -159,10 +159,10 @@ def _next(first: Inputs, outcome: RefreshResult, interval: int) -> Inputs:
     )
 
 
-def _later(pipeline: RefreshContext, x: Inputs) -> dict[str, Any]:
+def _later(context: RefreshContext, x: RefreshInputs) -> dict[str, Any]:
     """Seconds of a later refresh."""
     started = time.perf_counter()
-    found = refresh(pipeline, x)
+    found = refresh(context, x)
     graph = found.kept.graph
     assert graph is not None
     took = time.perf_counter() - started

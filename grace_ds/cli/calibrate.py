@@ -30,12 +30,12 @@ from grace_ds.gradients.basis import TRUSTED_RANK
 from grace_ds.gradients.projection import Side, bases
 from grace_ds.graph.build import knn
 from grace_ds.graph.plan import plan_graph
-from grace_ds.integrations.setup import pipeline_of, prepare
+from grace_ds.integrations.setup import prepare, refresh_context
 from grace_ds.integrations.trusted_set import UserInputs
 from grace_ds.recipes import recipe
 from grace_ds.records import HIDDEN, Array, IntArray, Losses, SampleRecords
 from grace_ds.refresh.line import refresh
-from grace_ds.refresh.signals import Inputs
+from grace_ds.refresh.signals import RefreshInputs
 from grace_ds.refresh.table import Table
 from grace_ds.utils.grid import on_grid
 from grace_ds.utils.heap import trim_heap
@@ -175,8 +175,8 @@ def _measured(comm: Comm, config: GraceConfig, n: int, tokens: int) -> _Taken:
     config.window, config.refresh.interval_steps = n, 1
     geometry = Geometry(comm.size, comm.rank, max(1, n // 20 // comm.size), 1)
     parts = prepare(data, config, geometry, UserInputs(trusted_data=trusted))
-    pipeline = pipeline_of(comm, config, geometry, parts)
-    read = pipeline.contents
+    context = refresh_context(comm, config, geometry, parts)
+    read = context.contents
 
     def contents(kept: ContentFeatures | None, ids: IntArray) -> ContentFeatures:
         started, cpu = time.perf_counter(), time.process_time()
@@ -186,10 +186,10 @@ def _measured(comm: Comm, config: GraceConfig, n: int, tokens: int) -> _Taken:
 
     rows = _collected(n, comm, config.collect.dim) if config.collects else SampleRecords.empty(config.collect.dim)
     nothing = Table(SampleRecords.empty(config.collect.dim)), Table(Losses.empty())
-    x = Inputs(rows, rows.losses, *nothing, VisitCounts(), 40, 1, 0, 1, {0: 0.4})
+    x = RefreshInputs(rows, rows.losses, *nothing, VisitCounts(), 40, 1, 0, 1, {0: 0.4})
     comm.agree()
     started, cpu = time.perf_counter(), time.process_time()
-    refresh(dataclasses.replace(pipeline, contents=contents), x)
+    refresh(dataclasses.replace(context, contents=contents), x)
     out.seconds, out.cpu = time.perf_counter() - started, time.process_time() - cpu
     out.peak = max(0.0, _status("VmHWM") - before)
     out.stays = max(0.0, _resident() - before)

@@ -18,11 +18,11 @@ from grace_ds.errors import DataError
 from grace_ds.features.quality import robust_location
 from grace_ds.gradients.basis import TrustedBasis
 from grace_ds.gradients.hooks import Sketcher
-from grace_ds.gradients.job_call import Call
+from grace_ds.gradients.job_call import JobCall
 from grace_ds.gradients.kfac import whiten
 from grace_ds.gradients.losses import scalar_loss
 from grace_ds.gradients.probe import LossFn, probe_basis, probe_losses, probe_rows
-from grace_ds.gradients.probe_items import Form
+from grace_ds.gradients.probe_items import SampleForm
 from grace_ds.records import FloatArray, IntArray
 from grace_ds.utils.rng import undisturbed_rng
 
@@ -118,14 +118,14 @@ class InfluenceProbe:
         comm: Comm,
         seed: int,
         count: Probes,
-        form: Form | None = None,
+        form: SampleForm | None = None,
     ) -> None:
         self.module, self.sketcher, self.dataset, self.halves, self.pool = module, sketcher, dataset, halves, pool
         self.collate, self.rows, self.device, self.comm, self.seed = collate, rows, device, comm, seed
-        self.count, self.form = count, form or Form()
+        self.count, self.form = count, form or SampleForm()
         self.gradient: TrustedBasis | None = None  # of the basis in force; earlier ones remembered
         self.probed = 0  # samples that this rank has run through the model for probes
-        self.call = Call() if loss_fn is None else None
+        self.call = JobCall() if loss_fn is None else None
         self.loss_fn: LossFn = loss_fn or self._repeat
         self.ready = self._settled = loss_fn is not None
         self._steps = 0  # that were asked about

@@ -61,7 +61,7 @@ class Argument:
 
 
 @dataclass
-class Call:
+class JobCall:
     """The form of the job's call.
 
     Attributes:

@@ -18,7 +18,7 @@ _LOOKED_AT = 64  # pool samples that tell whether the ids in the items are what 
 
 
 @dataclass(frozen=True)
-class Form:
+class SampleForm:
     """What the model and the job ask of a sample.
 
     Attributes:
@@ -30,9 +30,9 @@ class Form:
     key: str = "auto"
 
     @staticmethod
-    def of(module: nn.Module, pool: Any, key: str) -> Form:
+    def of(module: nn.Module, pool: Any, key: str) -> SampleForm:
         """Of a model, and of the job's dataset, whose first samples may hold ids that the model embeds in a way of its own."""
-        form = Form(embedding_rows(module), key)
+        form = SampleForm(embedding_rows(module), key)
         if form.vocabulary is None:
             return form
         try:
@@ -40,7 +40,7 @@ class Form:
                 for sample in range(min(_LOOKED_AT, len(pool))):
                     form.check(pool[sample], sample, "pool")
         except DataError:
-            return Form(None, key)
+            return SampleForm(None, key)
         return form
 
     def check_all(self, trusted: Any, collate: Callable[[list[Any]], Any] | None) -> None:

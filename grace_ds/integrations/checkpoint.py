@@ -140,7 +140,7 @@ def _load_frozen(controller: Controller, read: Callable[[], CheckpointState | No
         return
     cursor = step * controller.geometry.batch
     if controller.config.replay is None:
-        controller.book.replace([uniform_forever(controller.pipeline, controller.metrics.version + 1, step, cursor)])
+        controller.book.replace([uniform_forever(controller.context, controller.metrics.version + 1, step, cursor)])
         log.warning("step %d: GRACE is frozen and has no schedule of this step: training goes on in the job's own order", step)
     controller.stand_at(step, cursor)
 
@@ -151,8 +151,8 @@ def write(controller: Controller, folder: Path, tag: str) -> dict[str, Any]:
         # The table at the next refresh must not depend on whether somebody saved in between, nor on the number of
         # ranks that load: what is still on its way to its owner is delivered now.
         collect = controller.collector.pending(controller.comm)
-        received, _ = gather_rows(controller.comm, collect.rows, controller.pipeline.pool.n)
-        losses, _ = gather_rows(controller.comm, collect.losses, controller.pipeline.pool.n)
+        received, _ = gather_rows(controller.comm, collect.rows, controller.context.pool.n)
+        losses, _ = gather_rows(controller.comm, collect.losses, controller.context.pool.n)
         controller.table, controller.seen = controller.table.merge(received), controller.seen.merge(losses)
         controller.collector.drained(collect.running_mean)
     try:
@@ -161,7 +161,7 @@ def write(controller: Controller, folder: Path, tag: str) -> dict[str, Any]:
             folder, controller.comm.rank, controller.comm.size
         )
         window, shared = controller.kept.save(
-            folder, bool(controller.pipeline.pool.advance), controller.comm.rank, controller.comm.size
+            folder, bool(controller.context.pool.advance), controller.comm.rank, controller.comm.size
         )
         mine |= window
         if controller.comm.rank == 0:
@@ -183,7 +183,7 @@ def check(controller: Controller, saved: CheckpointState, state: dict[str, Any],
     Raises:
         CheckpointError: it is of another step, dataset, batch geometry or other layers.
     """
-    folder, at, n = saved.folder, saved.numbers, controller.pipeline.pool.n
+    folder, at, n = saved.folder, saved.numbers, controller.context.pool.n
     if at["samples"] != n:
         raise CheckpointError(f"{folder} was made with a dataset of {at['samples']} samples, this one has {n}; use the same data")
     if not at["step"] == step == state.get("step"):
@@ -220,8 +220,8 @@ def take_over(controller: Controller, saved: CheckpointState, step: int) -> None
     controller.visits, controller.reference = saved.visits, dict(saved.reference)
     if controller.collector is not None:
         controller.take_basis(saved.basis)
-    if controller.trust is not None:
-        controller.trust.gradient = saved.gradient
+    if controller.influence_probe is not None:
+        controller.influence_probe.gradient = saved.gradient
     controller.counted, controller.lead = at["counted"], at["lead"]
     controller.metrics.version, controller.metrics.refreshes = at["version"], at["refreshes"]
     controller.stand_at(step, at["cursor"])
@@ -233,7 +233,7 @@ def take_over(controller: Controller, saved: CheckpointState, step: int) -> None
 def scalars(controller: Controller) -> dict[str, Any]:
     """Everything that is equal on all ranks and fits into JSON."""
     return {
-        "samples": controller.pipeline.pool.n,
+        "samples": controller.context.pool.n,
         "batch": controller.geometry.batch,
         "step": controller.step,
         "cursor": controller.cursor,
@@ -250,7 +250,7 @@ def scalars(controller: Controller) -> dict[str, Any]:
 
 
 def _gradient(controller: Controller) -> TrustedBasis | None:
-    return controller.trust.gradient if controller.trust is not None else None
+    return controller.influence_probe.gradient if controller.influence_probe is not None else None
 
 
 def _write_shared(controller: Controller, folder: Path, window: dict[str, Array]) -> dict[str, str]:

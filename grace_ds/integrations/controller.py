@@ -32,8 +32,8 @@ from grace_ds.records import Losses, SampleRecords
 from grace_ds.refresh import trigger as cadence
 from grace_ds.refresh.choice import slack
 from grace_ds.refresh.decision import by_role, collect_every, decision_of, worth_collecting, worth_reading
-from grace_ds.refresh.runner import Fresh, RefreshRunner
-from grace_ds.refresh.signals import Inputs, RefreshContext
+from grace_ds.refresh.runner import AgreedRefresh, RefreshRunner
+from grace_ds.refresh.signals import RefreshContext, RefreshInputs
 from grace_ds.refresh.state import RefreshState
 from grace_ds.refresh.table import Table
 from grace_ds.utils.rng import undisturbed_rng
@@ -65,21 +65,21 @@ class Controller:
         self,
         config: GraceConfig,
         geometry: Geometry,
-        pipeline: RefreshContext,
+        context: RefreshContext,
         collector: GradientCollector | None,
         agreement: Agreement,
         call: LivenessProbe,
-        trust: InfluenceProbe | None,
+        influence_probe: InfluenceProbe | None,
         write_events: EventWriter,
         preview: Preview | None = None,
         fallback: str | None = None,
     ) -> None:
-        self.config, self.geometry, self.pipeline = config, geometry, pipeline
-        self.collector, self.trust, self.fallback = collector, trust, fallback
-        self.comm: Comm = pipeline.comm
+        self.config, self.geometry, self.context = config, geometry, context
+        self.collector, self.influence_probe, self.fallback = collector, influence_probe, fallback
+        self.comm: Comm = context.comm
         self.peer_failures = PeerFailureHandler(call, self.comm, lambda: f"in training step {self.step + 1}")
         self.agreement = agreement
-        self.runner = RefreshRunner(pipeline, collector, trust, agreement, self.peer_failures)
+        self.runner = RefreshRunner(context, collector, influence_probe, agreement, self.peer_failures)
         self.recorder = Recorder(config.run_dir, write_events, preview) if self.comm.rank == 0 else Recorder(None, None)
         self.run = uuid.uuid4().hex  # of this process; see _take_over
         self.book = ScheduleBook()
@@ -154,7 +154,7 @@ class Controller:
             **self.watch.counts(),
             "unrecognised": self.in_flight.unrecognised,
             "transport": self.comm.name,
-            "probe_samples": self.trust.probed if self.trust is not None else 0,
+            "probe_samples": self.influence_probe.probed if self.influence_probe is not None else 0,
             "train_seconds": now,
             "step": self.step,
             "cursor": self.cursor,
@@ -181,8 +181,8 @@ class Controller:
         if issued is None:
             return
         self.weighed = issued
-        if self.trust is not None:
-            self.trust.saw(*inputs, issued)
+        if self.influence_probe is not None:
+            self.influence_probe.saw(*inputs, issued)
         capture: MicroBatchCapture | LossCapture | None = None
         if self.collector is not None and len(issued.ids) and issued.ids.min() >= 0:
             sketcher = self.collector.sketcher
@@ -195,8 +195,8 @@ class Controller:
     def after_forward(self, output: Any) -> Seen | None:
         """At its end: reads per-sample losses where the output holds the loss; returns what to pass to :meth:`on_backward`."""
         current, self._current = self._current, None
-        if current is not None and self.trust is not None:
-            self.trust.returned(output)
+        if current is not None and self.influence_probe is not None:
+            self.influence_probe.returned(output)
         if current is not None and current[1] is not None:
             assert self.collector is not None
             self.collector.sketcher.end()
@@ -236,7 +236,7 @@ class Controller:
         h = self.collector
         if h is None or self.frozen:
             return False
-        frozen, trusted = h.sketcher.scale.frozen, self.trust is not None
+        frozen, trusted = h.sketcher.scale.frozen, self.influence_probe is not None
         if not worth_collecting(self.config, decision_of(self.book), frozen, trusted, self.basis, self.reference):
             return False
         due = (self.step + 1) % collect_every(self.config, self.book) == 0
@@ -269,8 +269,8 @@ class Controller:
         log.info("step %d: a step is %d samples from here on, it was %d", self.step, geometry.batch, old.batch)
         self.geometry = self.in_flight.geometry = geometry
         self._ramped = True
-        self.pipeline = dataclasses.replace(self.pipeline, batch=geometry.batch)
-        self.runner.pipeline = self.pipeline
+        self.context = dataclasses.replace(self.context, batch=geometry.batch)
+        self.runner.context = self.context
         if self.book.schedules and self.config.replay is None:  # the schedule is through sooner, or later
             last = self.book.schedules[-1]
             left = (last.start + len(last) - self.cursor) // geometry.batch - slack(
@@ -324,19 +324,19 @@ class Controller:
         with undisturbed_rng():  # all of it may read the dataset
             self.recorder.settle()
             due = cadence.is_due(self.config, step, self.next_refresh) and not self.frozen and self.config.replay is None
-            if self.trust is not None and not self.frozen and self.trust.asks(due):
-                self._settle(self.trust)
+            if self.influence_probe is not None and not self.frozen and self.influence_probe.asks(due):
+                self._settle(self.influence_probe)
             if due and not self.frozen:
                 self.refresh()
 
-    def _settle(self, trust: InfluenceProbe) -> None:
+    def _settle(self, influence_probe: InfluenceProbe) -> None:
         """Goes on without gradients, or ends the run, where a probe cannot repeat the job's call.  Collective.
 
         Raises:
             ConfigError: the recipe was asked for by name; on every rank.
         """
         try:
-            why = trust.settle()
+            why = influence_probe.settle()
         except TransportError as error:
             self.peer_failures.check(error, f"after training step {self.step}, stage call")
             self.retire(str(error))
@@ -359,9 +359,9 @@ class Controller:
         assert self.collector is not None
         self.collector.sketcher.detach()
         self.config = dataclasses.replace(self.config, recipe=to, ablate=[])
-        self.pipeline = dataclasses.replace(self.pipeline, config=self.config)
-        self.collector = self.trust = self.basis = None
-        self.runner.change(self.pipeline)
+        self.context = dataclasses.replace(self.context, config=self.config)
+        self.collector = self.influence_probe = self.basis = None
+        self.runner.change(self.context)
         self.table, self.seen = Table(SampleRecords.empty(self.config.collect.dim)), Table(Losses.empty())
         self.kept, self.reference = RefreshState(self.kept.content), {}
         if self.config.run_dir is not None and self.comm.rank == 0:
@@ -377,7 +377,7 @@ class Controller:
             return
         started, m = time.perf_counter(), self.metrics
         m.train_seconds += started - self._clock
-        result = self.runner.attempt(self.step, m.version + 1, self._stand)
+        result = self.runner.run_refresh(self.step, m.version + 1, self._refresh_inputs)
         if result.lost is not None:
             self.retire(str(result.lost))
         if result.fresh is not None:
@@ -396,7 +396,7 @@ class Controller:
         self.recorder.events(m.events, self.cursor)
         self._clock = time.perf_counter()
 
-    def _stand(self) -> Inputs:
+    def _refresh_inputs(self) -> RefreshInputs:
         """What this rank knows at the start of a refresh; the rows are still with the collector.  Collective."""
         c, m = self.config, self.metrics
         # The first refresh reads the whole window's content, later ones do not: its cost says nothing about theirs.
@@ -404,7 +404,7 @@ class Controller:
         last = self.book.schedules[-1] if self.book.schedules else None
         core, audit = by_role(last, c.mode == "shadow")
         self.watch.compare(self.comm, self.book, self.geometry, self.cursor)
-        return Inputs(
+        return RefreshInputs(
             rows=SampleRecords.empty(c.collect.dim),
             losses=Losses.empty(),
             table=self.table,
@@ -424,7 +424,7 @@ class Controller:
             collect_every=collect_every(c, self.book),
         )
 
-    def _take_over(self, fresh: Fresh) -> None:
+    def _take_over(self, fresh: AgreedRefresh) -> None:
         """Makes what a refresh that counts has made this rank's state."""
         # Rank 0's name is the one that is written down; a run that was taken up goes by the name that it had.
         last = self.book.schedules[-1] if self.book.schedules else None
@@ -435,10 +435,10 @@ class Controller:
         if self.collector is not None:
             self.collector.drained(fresh.running_mean)
         self.reference = dict(fresh.inputs.reference)
-        if self.trust is not None:
+        if self.influence_probe is not None:
             self.take_basis(fresh.fitted.basis if fresh.fitted is not None else None)
             if fresh.fitted is not None:
-                self.trust.gradient = fresh.fitted.gradient
+                self.influence_probe.gradient = fresh.fitted.gradient
         self.watch.published(schedule.meta)
         self.metrics.count(schedule, last)
         self.book.publish(schedule)

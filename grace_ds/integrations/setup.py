@@ -30,7 +30,7 @@ from grace_ds.gradients.collector import GradientCollector
 from grace_ds.gradients.hooks import Sketcher
 from grace_ds.gradients.influence_probe import InfluenceProbe, Probes
 from grace_ds.gradients.layers import select_layers
-from grace_ds.gradients.probe_items import Form
+from grace_ds.gradients.probe_items import SampleForm
 from grace_ds.integrations.controller import Controller
 from grace_ds.integrations.engine import is_pipeline, shares_model
 from grace_ds.integrations.trusted_set import UserInputs, trusted_set
@@ -75,9 +75,13 @@ def build_controller(
     probed = sketcher is not None and "gradients" in config.parts
     whole = not (shares_model(engine) or is_pipeline(engine))
 
-    def read() -> tuple[Components, Form]:
+    def read() -> tuple[Components, SampleForm]:
         parts = prepare(dataset, config, geometry, user_inputs)
-        form = Form.of(engine.module, dataset, config.features.tokens_key) if whole and parts.trusted is not None else Form()
+        form = (
+            SampleForm.of(engine.module, dataset, config.features.tokens_key)
+            if whole and parts.trusted is not None
+            else SampleForm()
+        )
         if parts.trusted is not None:
             form.check_all(parts.trusted, collate if probed else None)
         return parts, form
@@ -85,13 +89,13 @@ def build_controller(
     undo: list[Callable[[], None]] = [comm.close]
     try:
         parts, form = run_on_all_ranks(comm, read)
-        pipeline = pipeline_of(comm, config, geometry, parts, device=str(engine.device))
+        context = refresh_context(comm, config, geometry, parts, device=str(engine.device))
         collector = GradientCollector(sketcher.attach(), config.collect) if sketcher is not None else None
         if collector is not None:
             undo.append(collector.sketcher.detach)
-        trust = None
+        influence_probe = None
         if collector is not None and parts.trusted is not None and probed:
-            trust = InfluenceProbe(
+            influence_probe = InfluenceProbe(
                 engine.module,
                 collector.sketcher,
                 parts.trusted,
@@ -108,7 +112,9 @@ def build_controller(
             )
         show = preview_of(dataset, config.features.tokens_key)
         agreement, call = agreement_of(comm), LivenessProbe.open(os.environ)
-        return Controller(config, geometry, pipeline, collector, agreement, call, trust, monitor_of(engine), show, fallback)
+        return Controller(
+            config, geometry, context, collector, agreement, call, influence_probe, monitor_of(engine), show, fallback
+        )
     except BaseException:
         while undo:
             undo.pop()()
@@ -207,7 +213,7 @@ def prepare(dataset: Any, config: GraceConfig, geometry: Geometry, user_inputs: 
     return Components(pool, order, reader, trusted, quality_model, include, exclude, sources)
 
 
-def pipeline_of(
+def refresh_context(
     comm: Comm,
     config: GraceConfig,
     geometry: Geometry,

@@ -15,7 +15,7 @@ from grace_ds.graph.propagate import priority
 from grace_ds.recipes import Recipe, log_importance, recipe
 from grace_ds.records import Array, Coreset, FloatArray, IntArray, Neighbours, Role, Schedule, Signals
 from grace_ds.refresh.influence import enough_labels
-from grace_ds.refresh.signals import Estimate, Inputs, RefreshContext, weighed_parts
+from grace_ds.refresh.signals import Estimate, RefreshContext, RefreshInputs, weighed_parts
 from grace_ds.selection.guard import Decision, Remembered, Window, contrast, decide, effective_share, heard, prediction_skill
 from grace_ds.selection.gumbel import gumbel
 from grace_ds.selection.objectives import select
@@ -28,7 +28,7 @@ _AUDIT_SALT = 0x5EED_A0D1  # keeps the audit draw apart from the coreset's
 
 def choose(
     context: RefreshContext,
-    inputs: Inputs,
+    inputs: RefreshInputs,
     start: int,
     estimate: Estimate,
     signals: Signals,
@@ -100,7 +100,7 @@ def choose(
 
 def draw(
     context: RefreshContext,
-    inputs: Inputs,
+    inputs: RefreshInputs,
     ids: IntArray,
     log_p: Array,
     k: int,
@@ -143,7 +143,7 @@ class Seen:
     measured: FloatArray
 
 
-def judge(context: RefreshContext, inputs: Inputs, signals: Signals, seen: Seen | None) -> Decision:
+def judge(context: RefreshContext, inputs: RefreshInputs, signals: Signals, seen: Seen | None) -> Decision:
     """What this schedule may use: the recipe, or less where the guard says so."""
     config, most = context.config, context.recipe
     share = effective_share(log_importance(content_of(most), signals, frozenset()))
@@ -160,7 +160,7 @@ def judge(context: RefreshContext, inputs: Inputs, signals: Signals, seen: Seen 
     return decide(most.name, inputs.version, window, found, inputs.decision, known)
 
 
-def _drawn_uniformly(inputs: Inputs, signals: Signals) -> Array:
+def _drawn_uniformly(inputs: RefreshInputs, signals: Signals) -> Array:
     """(n,) bool: of the window's samples those read since the last schedule and drawn uniformly.
 
     All of them under a uniform schedule and in shadow mode, else the audit slots.
@@ -169,7 +169,7 @@ def _drawn_uniformly(inputs: Inputs, signals: Signals) -> Array:
     return fresh if inputs.audit is None or not len(inputs.core) else fresh & np.isin(signals.ids, inputs.audit)
 
 
-def collect_every(context: RefreshContext, inputs: Inputs, estimate: Estimate, window: int) -> int:
+def collect_every(context: RefreshContext, inputs: RefreshInputs, estimate: Estimate, window: int) -> int:
     """Each how many optimizer steps one is to be collected until the next refresh: no more than the estimates need.
 
     They need enough labels for what content predicts of an influence, and anchors for the graph to start from.
@@ -189,7 +189,7 @@ def content_of(most: Recipe) -> Recipe:
     return most
 
 
-def weighed_by(context: RefreshContext, inputs: Inputs, decision: Decision) -> frozenset[str]:
+def weighed_by(context: RefreshContext, inputs: RefreshInputs, decision: Decision) -> frozenset[str]:
     """The parts of the recipe that the importance of a sample is made of, under a decision of the guard.
 
     Facility location sees to diversity itself, so that dividing by the graph's density would count it twice.
@@ -206,7 +206,9 @@ def slack(config: GraceConfig, interval: int) -> int:
     return asked if asked >= 0 else max(1, interval // 4)
 
 
-def uniform_schedule(context: RefreshContext, inputs: Inputs, start: int, told: Mapping[str, Any] | None = None) -> Schedule:
+def uniform_schedule(
+    context: RefreshContext, inputs: RefreshInputs, start: int, told: Mapping[str, Any] | None = None
+) -> Schedule:
     """The corpus as the job's own sampler would give it, as a pure function of the position; on root."""
     length = (inputs.interval + slack(context.config, inputs.interval)) * context.batch
     return _in_order(context, inputs.version, inputs.step, start, length, inputs.step + inputs.interval, told or {})
@@ -238,7 +240,7 @@ def _in_order(
     return Schedule(version, start, ids, roles, weights, context.config.seed, meta)
 
 
-def _draw_audit(context: RefreshContext, inputs: Inputs, ids: IntArray, count: int) -> IntArray:
+def _draw_audit(context: RefreshContext, inputs: RefreshInputs, ids: IntArray, count: int) -> IntArray:
     if not count:  # recipes without gradients: no noise for the whole window
         return ids[:0]
     noise = gumbel(context.config.seed ^ _AUDIT_SALT, inputs.version, ids)

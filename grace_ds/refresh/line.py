@@ -27,7 +27,7 @@ from grace_ds.refresh.embed import Learned, embed, learn
 from grace_ds.refresh.explanation import explanation
 from grace_ds.refresh.gather import gather_rows
 from grace_ds.refresh.influence import forecast, labels
-from grace_ds.refresh.signals import Inputs, RefreshContext, active_parts, estimate, gather_on_root
+from grace_ds.refresh.signals import RefreshContext, RefreshInputs, active_parts, estimate, gather_on_root
 from grace_ds.refresh.state import RefreshState
 from grace_ds.refresh.table import Table, owner_of
 
@@ -71,7 +71,7 @@ class Stopwatch:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def refresh(context: RefreshContext, inputs: Inputs) -> RefreshResult:
+def refresh(context: RefreshContext, inputs: RefreshInputs) -> RefreshResult:
     """Chooses and publishes the next schedule.  Collective.
 
     Raises:
@@ -130,7 +130,7 @@ def refresh(context: RefreshContext, inputs: Inputs) -> RefreshResult:
 
 
 def rows_of(
-    context: RefreshContext, inputs: Inputs, own: IntArray, content: ContentFeatures, table: Table[SampleRecords]
+    context: RefreshContext, inputs: RefreshInputs, own: IntArray, content: ContentFeatures, table: Table[SampleRecords]
 ) -> tuple[Learned | None, FloatArray | None]:
     """What the model says of this rank's samples, and the rows of the one k-NN graph, for all that needs one.  Collective.
 
@@ -149,7 +149,7 @@ def rows_of(
     return learned, embed(content.vectors, learned.values, *shares)
 
 
-def graph_of(context: RefreshContext, inputs: Inputs, own: IntArray, rows: FloatArray | None) -> KeptGraph | None:
+def graph_of(context: RefreshContext, inputs: RefreshInputs, own: IntArray, rows: FloatArray | None) -> KeptGraph | None:
     """The one k-NN graph of the window over ``rows`` (n, d), for all that needs one; None without rows.  Collective."""
     if rows is None:
         return None
@@ -169,7 +169,7 @@ def edges_on_root(context: RefreshContext, own: IntArray, graph: KeptGraph | Non
     return Neighbours(neighbours[order], similarity[order])
 
 
-def by_role(context: RefreshContext, inputs: Inputs, table: Table[SampleRecords], content: ContentFeatures) -> Seen | None:
+def by_role(context: RefreshContext, inputs: RefreshInputs, table: Table[SampleRecords], content: ContentFeatures) -> Seen | None:
     """Influences collected since the last schedule, core and audit apart, and as predicted; None but on root.  Collective.
 
     From the table, not from what has just come: a checkpoint in between must not change what is seen.

@@ -1,6 +1,6 @@
 """One attempt at a refresh: it counts on every rank, or on none.
 
-Whatever goes wrong on whatever rank, all ranks come out of :meth:`RefreshRunner.attempt` with the same answer, and nothing
+Whatever goes wrong on whatever rank, all ranks come out of :meth:`RefreshRunner.run_refresh` with the same answer, and nothing
 of this rank's state has been touched: taking the result over is the caller's.
 """
 
@@ -21,13 +21,13 @@ from grace_ds.gradients.collector import GradientCollector
 from grace_ds.gradients.influence_probe import Fitted, InfluenceProbe
 from grace_ds.refresh import trigger as cadence
 from grace_ds.refresh.line import RefreshResult, refresh
-from grace_ds.refresh.signals import Inputs, RefreshContext, active_parts, weighed_parts
+from grace_ds.refresh.signals import RefreshContext, RefreshInputs, active_parts, weighed_parts
 
 log = logging.getLogger("grace_ds")
 
 
 @dataclass(frozen=True)
-class Fresh:
+class AgreedRefresh:
     """What a refresh that counts has made, for this rank to take over.
 
     Attributes:
@@ -37,14 +37,14 @@ class Fresh:
         fitted: the trusted basis fitted on the way; None where none was.
     """
 
-    inputs: Inputs
+    inputs: RefreshInputs
     outcome: RefreshResult
     running_mean: float | None
     fitted: Fitted | None
 
 
 @dataclass(frozen=True)
-class Result:
+class RefreshAttempt:
     """How an attempt ended.
 
     Attributes:
@@ -52,7 +52,7 @@ class Result:
         lost: why the transport is finished; None while it works.
     """
 
-    fresh: Fresh | None
+    fresh: AgreedRefresh | None
     lost: TransportError | None
 
 
@@ -69,22 +69,22 @@ class RefreshRunner:
 
     def __init__(
         self,
-        pipeline: RefreshContext,
+        context: RefreshContext,
         collector: GradientCollector | None,
-        trust: InfluenceProbe | None,
+        influence_probe: InfluenceProbe | None,
         agreement: Agreement,
         peer_failures: PeerFailureHandler,
     ) -> None:
-        self.pipeline, self.collector, self.trust, self.agreement = pipeline, collector, trust, agreement
+        self.context, self.collector, self.influence_probe, self.agreement = context, collector, influence_probe, agreement
         self.peer_failures = peer_failures
-        self.comm = pipeline.comm
+        self.comm = context.comm
         self._attempts = 0
 
-    def change(self, pipeline: RefreshContext) -> None:
-        """Goes on with ``pipeline``, without anything that is read from the backward."""
-        self.pipeline, self.collector, self.trust = pipeline, None, None
+    def change(self, context: RefreshContext) -> None:
+        """Goes on with ``context``, without anything that is read from the backward."""
+        self.context, self.collector, self.influence_probe = context, None, None
 
-    def attempt(self, step: int, version: int, stand: Callable[[], Inputs]) -> Result:
+    def run_refresh(self, step: int, version: int, inputs_of: Callable[[], RefreshInputs]) -> RefreshAttempt:
         """Makes schedule ``version`` after ``step`` optimizer steps.  Collective; no exception leaves another rank waiting.
 
         Args:
@@ -98,44 +98,44 @@ class RefreshRunner:
         self._attempts += 1
         where = f"in refresh {version} at step {step}"
         try:
-            fresh = self._make(stand)
-            return Result(fresh, self._agree(where))
+            fresh = self._make(inputs_of)
+            return RefreshAttempt(fresh, self._agree(where))
         except (PeerLost, ProbeFailed):
             raise
         except PeerFailed as error:
             log.warning("step %d: %s; schedule %d stays", step, error, version - 1)
-            return Result(None, None)
+            return RefreshAttempt(None, None)
         except TransportError as error:
             self.peer_failures.check(error, where)
-            return Result(None, error)
+            return RefreshAttempt(None, error)
         except Exception as error:
-            trace = self.pipeline.config.debug or not isinstance(error, GraceError)
+            trace = self.context.config.debug or not isinstance(error, GraceError)
             message = "step %d: refresh %d failed on this rank (%s: %s); schedule %d stays"
             log.warning(message, step, version, type(error).__name__, error, version - 1, exc_info=trace)
-            return Result(None, self._tell_others(where))
+            return RefreshAttempt(None, self._tell_others(where))
 
-    def _make(self, stand: Callable[[], Inputs]) -> Fresh:
-        x = stand()
+    def _make(self, inputs_of: Callable[[], RefreshInputs]) -> AgreedRefresh:
+        x = inputs_of()
         # Every rank has its own clock; rank 0's decides.
         interval = int(self.comm.broadcast(np.array([x.interval], np.int64))[0])
         reference, fitted = x.reference, None
         wanted = self._wants_basis(x, interval) and cadence.basis_due(reference, x.version)
-        if self.trust is not None and self.trust.ready and wanted:
+        if self.influence_probe is not None and self.influence_probe.ready and wanted:
             with during("trusted basis"):
-                fitted = self.trust.fit(x.version, self.pipeline.pool.window_at(x.version))
+                fitted = self.influence_probe.fit(x.version, self.context.pool.window_at(x.version))
             reference = {**reference, x.version: fitted.unit}
         x, mean = dataclasses.replace(x, interval=interval, reference=reference), None
         if self.collector is not None:
             with during("collect"):
                 collect = self.collector.pending(self.comm)
             x, mean = dataclasses.replace(x, rows=collect.rows, losses=collect.losses), collect.running_mean
-        weighed = mean is not None and not x.uniform and "loss" in weighed_parts(self.pipeline, x)
-        if self.trust is not None and self.trust.ready and mean is not None and weighed:
+        weighed = mean is not None and not x.uniform and "loss" in weighed_parts(self.context, x)
+        if self.influence_probe is not None and self.influence_probe.ready and mean is not None and weighed:
             with during("trusted losses"):
-                x = dataclasses.replace(x, loss_limits=Limits.around(self.trust.losses(x.version) - np.float32(mean)))
-        outcome = refresh(self.pipeline, x)
+                x = dataclasses.replace(x, loss_limits=Limits.around(self.influence_probe.losses(x.version) - np.float32(mean)))
+        outcome = refresh(self.context, x)
         outcome = dataclasses.replace(outcome, counts=self._of_all_ranks(outcome.counts))
-        return Fresh(x, outcome, mean, fitted)
+        return AgreedRefresh(x, outcome, mean, fitted)
 
     def _of_all_ranks(self, counts: dict[str, float]) -> dict[str, float]:
         """Counts added up over the ranks, with those of the collection: rank 0 writes them down for everybody."""
@@ -147,12 +147,12 @@ class RefreshRunner:
         total = self.comm.allreduce(np.array(list(counts.values()), np.float64))
         return dict(zip(counts, total.tolist(), strict=True))
 
-    def _wants_basis(self, inputs: Inputs, interval: int) -> bool:
+    def _wants_basis(self, inputs: RefreshInputs, interval: int) -> bool:
         """Whether a trusted basis can be fitted now, and will be used: not while the guard has stepped down."""
         if self.collector is None or not self.collector.sketcher.scale.frozen:
             return False
-        looked_at = "gradients" in active_parts(self.pipeline, inputs)
-        return looked_at and cadence.wants_basis(self.pipeline.config, inputs.step, interval)
+        looked_at = "gradients" in active_parts(self.context, inputs)
+        return looked_at and cadence.wants_basis(self.context.config, inputs.step, interval)
 
     def _agree(self, where: str) -> TransportError | None:
         """Returns when the refresh counts on every rank, with what has befallen the transport; raises when it does not."""

@@ -73,7 +73,7 @@ class RefreshContext:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class RefreshInputs:
     """What one refresh starts from, on this rank.
 
     Attributes:
@@ -115,12 +115,12 @@ class Inputs:
     collect_every: int = 1
 
 
-def active_parts(context: RefreshContext, inputs: Inputs) -> frozenset[str]:
+def active_parts(context: RefreshContext, inputs: RefreshInputs) -> frozenset[str]:
     """The parts of the recipe that this refresh pays for: those of the schedule in force, all where the guard looks again."""
     return context.config.parts - (inputs.decision.unpaid(inputs.version) if inputs.decision is not None else frozenset())
 
 
-def weighed_parts(context: RefreshContext, inputs: Inputs) -> frozenset[str]:
+def weighed_parts(context: RefreshContext, inputs: RefreshInputs) -> frozenset[str]:
     """The active parts that a sample may be weighed by: the few influences and losses of a fresh model's first steps mislead."""
     early = {"gradients", "loss"} if inputs.step < context.config.learning else set()
     return active_parts(context, inputs) - early
@@ -128,7 +128,7 @@ def weighed_parts(context: RefreshContext, inputs: Inputs) -> frozenset[str]:
 
 def estimate(
     context: RefreshContext,
-    inputs: Inputs,
+    inputs: RefreshInputs,
     own: IntArray,
     content: ContentFeatures,
     table: Table[SampleRecords],

@@ -16,11 +16,11 @@ from tests.multirank.launch import COLLECTING, Records, run_jobs
 
 # Where names of events are written down.
 SOURCES = (
-    "integrations/record.py",
-    "integrations/watch.py",
-    "integrations/attempt.py",
+    "monitor/metrics.py",
+    "integrations/step_watch.py",
     "integrations/controller.py",
-    "refresh.py",
+    "refresh/runner.py",
+    "refresh/line.py",
 )
 
 

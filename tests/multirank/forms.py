@@ -905,7 +905,7 @@ def _spoil(job: Job, rank: int, late: float = 0.0) -> None:
     """Lets the next refresh fail on a rank, or be late there."""
     import time
 
-    pipeline, original = job.controller.pipeline, job.controller.pipeline.contents
+    context, original = job.controller.context, job.controller.context.contents
     once = [job.controller.comm.rank == rank]
 
     def contents(kept: Any, ids: Any) -> Any:
@@ -915,8 +915,8 @@ def _spoil(job: Job, rank: int, late: float = 0.0) -> None:
             time.sleep(late)
         return original(kept, ids)
 
-    changed = dataclasses.replace(pipeline, contents=contents)
-    job.controller.pipeline = job.controller.runner.pipeline = changed
+    changed = dataclasses.replace(context, contents=contents)
+    job.controller.context = job.controller.runner.context = changed
 
 
 @form(FAILURES, "a loss that is not finite on one rank")

@@ -26,7 +26,7 @@ from grace_ds.graph.repair import KeptGraph
 from grace_ds.integrations.setup import Components, Contents
 from grace_ds.records import HIDDEN, C, IntArray, Losses, Role, SampleRecords, Schedule
 from grace_ds.refresh.line import refresh
-from grace_ds.refresh.signals import Inputs, RefreshContext
+from grace_ds.refresh.signals import RefreshContext, RefreshInputs
 from grace_ds.refresh.state import RefreshState
 from grace_ds.refresh.table import Table
 from grace_ds.selection.guard import from_meta
@@ -300,7 +300,7 @@ def two_refreshes(world: World, comm: Comm, case: Case, cache: Cache) -> list[Ma
     table, seen, visits, kept = Table(SampleRecords.empty(DIM)), Table(Losses.empty()), VisitCounts(), RefreshState()
     decision, since, core, audit = None, -1, nobody, None if case.shadow else nobody
     for version, step in enumerate(STEPS):
-        x = Inputs(
+        x = RefreshInputs(
             rows=share_of(collected(case, version), case, version, world),
             losses=share_of(read(case, version), case, version, world),
             table=table,

@@ -19,7 +19,7 @@ from grace_ds.features.quality import QualityModel
 from grace_ds.records import IntArray, Losses, Neighbours, Role, SampleRecords, Schedule, Signals
 from grace_ds.refresh.choice import choose, judge
 from grace_ds.refresh.influence import enough_labels
-from grace_ds.refresh.signals import Estimate, Inputs, RefreshContext
+from grace_ds.refresh.signals import Estimate, RefreshContext, RefreshInputs
 from grace_ds.refresh.table import Table
 from grace_ds.selection.guard import DOWN, Decision
 
@@ -64,9 +64,9 @@ def pipeline(**config: Any) -> RefreshContext:
     return RefreshContext(LocalComm(5.0), c, pool, SamplerOrder(N), BATCH, lambda *_: empty, nobody, nobody)
 
 
-def inputs(step: int) -> Inputs:
+def inputs(step: int) -> RefreshInputs:
     rows, losses = SampleRecords.empty(4), Losses.empty()
-    return Inputs(rows, losses, Table(rows), Table(losses), VisitCounts(), step, 1, step * BATCH, INTERVAL, {0: 0.3})
+    return RefreshInputs(rows, losses, Table(rows), Table(losses), VisitCounts(), step, 1, step * BATCH, INTERVAL, {0: 0.3})
 
 
 def shares(schedule: Schedule) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from grace_ds.data.in_flight import IssuedBatch
 from grace_ds.errors import ConfigError, DataError
 from grace_ds.gradients.hooks import Sketcher
 from grace_ds.gradients.influence_probe import InfluenceProbe, Probes
-from grace_ds.gradients.job_call import Call, refuse
+from grace_ds.gradients.job_call import JobCall, refuse
 from grace_ds.gradients.layers import select_layers
 from tests.unit.narrow import NAMES, Narrow
 
@@ -46,8 +46,8 @@ def batch(seed: int, **more: Any) -> dict[str, Any]:
     return {"input_ids": ids, "mask": (ids % 3 > 0).long(), "labels": ids.masked_fill(ids % 5 == 0, -100), **more}
 
 
-def learned(make: Callable[[Any], Made], *batches: Any) -> Call:
-    call = Call()
+def learned(make: Callable[[Any], Made], *batches: Any) -> JobCall:
+    call = JobCall()
     for b in batches:
         issued = IssuedBatch.of(np.arange(ROWS), 1, b)
         args, kwargs = make(b)

@@ -12,13 +12,13 @@ from torch import nn
 from grace_ds.comm.local import LocalComm
 from grace_ds.errors import DataError
 from grace_ds.gradients.influence_probe import InfluenceProbe, Probes
-from grace_ds.gradients.probe_items import Form, embedding_rows
+from grace_ds.gradients.probe_items import SampleForm, embedding_rows
 from tests.unit.narrow import VOCAB, Narrow, cycles
 from tests.unit.test_influence_probe import Reads, loss, scaled_sketcher
 
 pytestmark = pytest.mark.timeout(60)
 
-FORM = Form(VOCAB)
+FORM = SampleForm(VOCAB)
 
 
 class Named(nn.Module):
@@ -56,15 +56,15 @@ def test_an_id_without_an_embedding_is_named(item: Any, token: int) -> None:
 @pytest.mark.parametrize("item", [torch.tensor([0, VOCAB - 1]), {"pixels": torch.zeros(3)}, {"input_ids": []}])
 def test_ids_within_and_items_without_ids_pass(item: Any) -> None:
     FORM.check(item, 0, "pool")
-    Form(None).check([VOCAB], 0, "pool")
+    SampleForm(None).check([VOCAB], 0, "pool")
 
 
 def test_a_pool_beyond_the_table_says_that_ids_are_not_embedded_as_they_are() -> None:
     """As where a model hashes its ids; nothing can be said of the trusted ones then."""
     model = Narrow()
-    assert Form.of(model, [[1, 2]] * 3, "auto").vocabulary == VOCAB
-    assert Form.of(model, [[1, 2], [VOCAB, 2]], "auto").vocabulary is None
-    assert Form.of(nn.Linear(2, 2), [[1, 2]], "auto").vocabulary is None
+    assert SampleForm.of(model, [[1, 2]] * 3, "auto").vocabulary == VOCAB
+    assert SampleForm.of(model, [[1, 2], [VOCAB, 2]], "auto").vocabulary is None
+    assert SampleForm.of(nn.Linear(2, 2), [[1, 2]], "auto").vocabulary is None
 
 
 def test_trusted_samples_of_two_lengths_are_refused_at_the_start_where_nobody_pads_them() -> None:

@@ -18,14 +18,14 @@ from grace_ds.comm.local import LocalComm
 from grace_ds.config.load import load_config, write_resolved
 from grace_ds.data.sampler import Geometry
 from grace_ds.data.schedule import VisitCounts
-from grace_ds.integrations.setup import pipeline_of, prepare
+from grace_ds.integrations.setup import prepare, refresh_context
 from grace_ds.integrations.trusted_set import UserInputs
 from grace_ds.monitor import metrics as record_module
 from grace_ds.monitor.metrics import Recorder, keep_explanation, preview_of
 from grace_ds.records import Losses, Role, SampleRecords
 from grace_ds.refresh.line import refresh
 from grace_ds.refresh.projection import POINTS, PCAProjection, principal
-from grace_ds.refresh.signals import Inputs
+from grace_ds.refresh.signals import RefreshInputs
 from grace_ds.refresh.state import RefreshState
 from grace_ds.refresh.table import Table
 from grace_ds.report.facts import facts
@@ -71,16 +71,16 @@ def record(folder: Path, refreshes: int = 3, data: Any = None, preview: Any = No
     )
     geometry = Geometry(1, 0, BATCH, 1)
     trusted = Texts(96, seed=1, junk=False)
-    pipeline = pipeline_of(LocalComm(), config, geometry, prepare(data, config, geometry, UserInputs(trusted_data=trusted)))
+    context = refresh_context(LocalComm(), config, geometry, prepare(data, config, geometry, UserInputs(trusted_data=trusted)))
     write_resolved(config, folder)
     recorder = Recorder(str(folder), None, preview or preview_of(data, "auto"))
     table, seen, step, kept = Table(SampleRecords.empty(config.collect.dim)), Table(Losses.empty()), 0, RefreshState()
     for version in range(refreshes):
         nothing, uniform = SampleRecords.empty(config.collect.dim), version == 0
-        x = Inputs(
+        x = RefreshInputs(
             nothing, Losses.empty(), table, seen, VisitCounts(), step, version, step * BATCH, INTERVAL, uniform=uniform, kept=kept
         )
-        outcome = refresh(pipeline, x)
+        outcome = refresh(context, x)
         spent = 0.5 * version
         told = {"train_seconds": 10.0 * version, "refresh_seconds": spent, "collect_seconds": 0.0, "failures": 0.0}
         recorder.made(outcome, told)

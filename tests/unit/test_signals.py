@@ -17,7 +17,7 @@ from grace_ds.features.limits import Limits
 from grace_ds.graph.repair import follow
 from grace_ds.records import HIDDEN, Losses, SampleRecords, Signals
 from grace_ds.refresh.line import rows_of
-from grace_ds.refresh.signals import Estimate, Inputs, RefreshContext, estimate
+from grace_ds.refresh.signals import Estimate, RefreshContext, RefreshInputs, estimate
 from grace_ds.refresh.table import Table
 from grace_ds.selection.guard import CLEAN, DOWN, Decision
 
@@ -71,7 +71,7 @@ def estimated(
         Table(Losses.empty()).merge(read if read is not None else rows.losses),
     )
     now = {"loss_limits": loss_limits, "decision": decision}
-    inputs = Inputs(
+    inputs = RefreshInputs(
         SampleRecords.empty(4), Losses.empty(), table, seen, VisitCounts(), STEP, version, 0, INTERVAL, reference, **now
     )
     _, vectors = rows_of(p, inputs, own, content, table)

@@ -34,7 +34,7 @@ from grace_ds.integrations.megatron.corpus import Corpus, Texts, follow, one_epo
 from grace_ds.integrations.megatron.job_state import Facts, facts_of
 from grace_ds.integrations.megatron.positions import Ring, Scheduled
 from grace_ds.integrations.megatron.resume import begin, keep_facts, resume
-from grace_ds.integrations.setup import Components, pipeline_of, prepare
+from grace_ds.integrations.setup import Components, prepare, refresh_context
 from grace_ds.integrations.trusted_set import UserInputs
 from grace_ds.integrations.world import check_world_size
 from grace_ds.monitor.metrics import keep_config, preview_of
@@ -249,7 +249,7 @@ def wrap(
     parts: Components = run_on_all_ranks(comm, lambda: prepare(texts, grace, facts.geometry, user_inputs))
     blend = corpus.blend
     arrange = None if blend is None else lambda schedule: follow(blend, schedule)
-    pipeline = pipeline_of(comm, grace, facts.geometry, parts, arrange)
+    pipeline = refresh_context(comm, grace, facts.geometry, parts, arrange)
     show = preview_of(texts, grace.features.tokens_key)
     agreement = agreement_of(comm)
     controller = Controller(grace, facts.geometry, pipeline, None, agreement, call, None, lambda *_: None, show)
