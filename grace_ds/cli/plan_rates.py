@@ -14,7 +14,6 @@ class Rates:
 
     Attributes:
         gflops: products of the graph's shape, 10⁹ operations a second; 0: not known yet.
-        train_gflops: reached by a rank in training; 0: not known.
         narrow_gflops: reached by the collection's projections; 0: bound by memory, see ``plan_model.BYTES_AN_OPERATION``.
         token_seconds: of the content features, a token.
         item_seconds: of the dataset to hand out one sample, wall; what it does is the job's own affair.
@@ -31,7 +30,6 @@ class Rates:
     """
 
     gflops: float = 0.0
-    train_gflops: float = 0.0
     narrow_gflops: float = 0.0
     token_seconds: float = 1 / 5e6  # 4.3 to 6.6 million a second and core (benchmarks greedy)
     item_seconds: float = 2e-5
