@@ -138,9 +138,7 @@ class GraceConfig:
     pseudo_trusted: bool = True  # without a trusted set: take the pool's most typical samples for one
     weights: str = "none"  # what grace_ds.sample_weights() gives: none (ones) | inverse_probability
     comm: str = "auto"  # auto | mpi | torch | local
-    plugins: list[str] = field(
-        default_factory=list
-    )  # modules that register recipes, objectives, back ends, transports or layer rules
+    plugins: list[str] = field(default_factory=list)  # modules to import first: recipes, objectives and the like
     run_dir: str | None = None  # where the resolved config and every schedule are kept; null: nowhere
     replay: str | None = None  # folder of schedules of an earlier run: feed those, choose nothing
     debug: bool = False  # full tracebacks

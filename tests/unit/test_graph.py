@@ -91,8 +91,8 @@ def test_fewer_candidates_than_neighbours_are_padded() -> None:
     assert np.isneginf(got.similarity[got.ids < 0]).all()
 
 
-def test_an_unknown_leaf_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="faiss, torch"):
+def test_an_unknown_back_end_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="torch, faiss"):
         backends.choose("annoy", 10)
 
 
