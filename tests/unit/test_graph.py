@@ -172,22 +172,6 @@ def test_rows_in_other_places_keep_their_values_bit_for_bit() -> None:
         assert getattr(whole, name)[order].tobytes() == getattr(mixed, name).tobytes(), name
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        ({"hops": 0}, "graph.hops is 0.*ablate"),
-        ({"shrink": 0.0}, "graph.shrink is 0.0"),
-        ({"decay": 1.5}, "graph.decay is 1.5"),
-        ({"decay": 0.0}, "graph.decay is 0.0"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(wrong: dict[str, float], says: str) -> None:
-    x = np.zeros((3, 1), np.float32)
-    with pytest.raises(ConfigError, match=says):
-        options = {"hops": 1, "shrink": 1.0, "decay": 0.5, **wrong}
-        propagate(x, np.zeros((3, 1)), np.zeros((3, 2), np.int64), np.zeros((3, 2), np.float32), alone, **options)  # type: ignore[arg-type]
-
-
 def test_arrays_that_do_not_fit_are_refused() -> None:
     x, place, sim = np.zeros((3, 1), np.float32), np.zeros((3, 2), np.int64), np.zeros((3, 2), np.float32)
     nothing = x[:, :0]
