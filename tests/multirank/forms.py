@@ -854,18 +854,24 @@ def failure_save() -> dict[str, Any]:
 @form(FAILURES, "a rank late for a refresh: training, saving and loading go on", LEFT_OUT, "GRACE is frozen")
 def failure_late() -> dict[str, Any]:
     job = Job(grace={"refresh": {"interval_steps": 4, "cadence": "fixed", "timeout_seconds": 2}})
-    job.train(3)
+    c = job.controller
+    job.train(1)
     job.engine.save_checkpoint(_tag("late"))
+    saved = [schedule.digest() for schedule in c.book.schedules]
+    job.train(2)
     _spoil(job, rank=1, late=4.0)
     job.train(3)
-    assert job.controller.frozen
+    assert c.frozen and [schedule.digest() for schedule in c.book.schedules] != saved
     job.engine.save_checkpoint(_tag("late"), tag="frozen")
-    job.engine.load_checkpoint(_tag("late"), tag="global_step3")
+    job.engine.load_checkpoint(_tag("late"), tag="global_step1")
+    assert [schedule.digest() for schedule in c.book.schedules] == saved
     job.train(3)
     job.engine.save_checkpoint(_tag("late"), tag="again")
     job.engine.load_checkpoint(_tag("late"), tag="again")  # has no state of ours: the job's own order goes on
+    ahead = c.cursor + np.arange(2 * c.geometry.batch)
+    assert c.book.slots(c.cursor, len(ahead)).ids.tolist() == c.context.order(ahead).tolist()
     job.train(2)
-    return job.found(expected=8 * job.controller.geometry.batch)
+    return job.found(expected=6 * c.geometry.batch)
 
 
 @form(FAILURES, "the answer to a refresh lost on one rank, a checkpoint after it", LEFT_OUT, "GRACE is frozen")

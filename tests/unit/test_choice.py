@@ -17,11 +17,11 @@ from grace_ds.features.content import ContentFeatures
 from grace_ds.features.limits import Limits
 from grace_ds.features.quality import QualityModel
 from grace_ds.records import IntArray, Losses, Neighbours, Role, SampleRecords, Schedule, Signals
-from grace_ds.refresh.choice import choose, judge
+from grace_ds.refresh.choice import choose, judge, shares_told
 from grace_ds.refresh.influence import enough_labels
 from grace_ds.refresh.signals import Estimate, RefreshContext, RefreshInputs
 from grace_ds.refresh.table import Table
-from grace_ds.selection.guard import DOWN, Decision
+from grace_ds.selection.guard import BLIND, DOWN, ENOUGH, Blindness, Decision, Remembered
 
 N, BATCH, INTERVAL = 400, 4, 20
 IDS = np.arange(N)
@@ -35,6 +35,11 @@ def made(
     collected: int = 1,
     edges: Neighbours | None = None,
     decision: Decision | None = None,
+    version: int = 1,
+    start: int | None = None,
+    visited: IntArray | None = None,
+    include: IntArray | None = None,
+    exclude: IntArray | None = None,
     **config: Any,
 ) -> Schedule:
     """The schedule that a run of 100 steps makes after ``step`` of them.
@@ -43,16 +48,22 @@ def made(
         signals: other ones than those of this file, by name.
         estimate: labels, and the share of them that content tells.
         collected: each how many steps one was collected until now.
+        start: where it begins, if not with the next sample.
+        visited: ids that the run has trained on once.
+        include, exclude: ids that must, and must not, be chosen.
     """
+    nobody, visits = np.empty(0, np.int64), VisitCounts()
+    visits.add(nobody if visited is None else visited)
     p = pipeline(**config)
-    x = dataclasses.replace(inputs(step), collect_every=collected, decision=decision)
+    p = dataclasses.replace(p, include=nobody if include is None else include, exclude=nobody if exclude is None else exclude)
+    x = dataclasses.replace(inputs(step), collect_every=collected, decision=decision, version=version, visits=visits)
     influence = np.where(HELPS, 0.0, -9.0).astype(np.float32)
     zero = np.zeros(N, np.float32)
     known = {"loss": zero, "influence": influence, "density": zero, "quality": np.where(READS_WELL, 1.0, 0.02).astype(np.float32)}
     known["loss_pass"] = np.full(N, np.nan, np.float32)
     known |= {"crowding": zero, "staleness": zero, "disagreement": zero, **(signals or {})}
     s = Signals(IDS, **{name: np.asarray(column, np.float32) for name, column in known.items()})
-    return choose(p, x, step * BATCH, Estimate(s, 0, *estimate), s, edges, None)
+    return choose(p, x, step * BATCH if start is None else start, Estimate(s, 0, *estimate), s, edges, None)
 
 
 def pipeline(**config: Any) -> RefreshContext:
@@ -107,6 +118,66 @@ def test_a_twentieth_of_the_slots_goes_to_what_the_coreset_leaves_out(recipe: st
     assert (audits > 0) == (recipe == "grace")  # they are there to be measured
 
 
+def test_a_schedule_begins_where_it_is_told_and_lasts_beyond_the_next_refresh() -> None:
+    for recipe in ("grace", "uniform"):
+        found = made(20, start=77 * BATCH, recipe=recipe)
+        assert found.start == 77 * BATCH and len(found) == (INTERVAL + INTERVAL // 4) * BATCH
+        assert (found.meta["decided_at_step"], found.meta["next_refresh_step"]) == (20, 20 + INTERVAL)
+
+
+def test_members_that_an_earlier_schedule_did_not_get_to_come_first() -> None:
+    first = made(20, budget=0.5)
+    core = first.ids[first.roles == Role.CORE]
+    visited = np.unique(core)
+    again = made(20, budget=0.5, visited=visited)
+    found = again.ids[again.roles == Role.CORE]
+    assert len(np.unique(found)) == len(found) == len(core) and not np.isin(found, visited).any()
+
+
+def test_audits_are_drawn_from_the_whole_window_whatever_is_chosen() -> None:
+    audits, chosen = [], []
+    for version in range(40):
+        found = made(20, version=version, selection=SelectionConfig(audit=0.1))
+        audits.append(found.ids[found.roles == Role.AUDIT])
+        chosen.append(np.isin(audits[-1], found.ids[found.roles == Role.CORE]))
+        assert len(np.unique(audits[-1])) == len(audits[-1]) == 10
+    every = np.concatenate(audits)
+    assert READS_WELL[every].mean() == pytest.approx(0.5, abs=0.1) == HELPS[every].mean()
+    assert len(np.unique(every)) > 200  # other ones in each version
+    assert np.concatenate(chosen).mean() == pytest.approx(0.2, abs=0.08)  # as many as the coreset holds of the window
+
+
+def test_audits_have_chances_of_their_own() -> None:
+    """Where every sample is as likely to be chosen, the coreset's noise alone decides: it does not decide on audits."""
+    alike = {"influence": np.zeros(N), "quality": np.ones(N)}
+    both = []
+    for version in range(20):
+        found = made(20, alike, version=version, budget=0.1, selection=SelectionConfig(audit=0.1))
+        core = found.ids[found.roles == Role.CORE]
+        both.append(np.isin(found.ids[found.roles == Role.AUDIT], core).mean())
+    assert np.mean(both) < 0.25
+
+
+def test_exploration_goes_to_those_outside_of_the_coreset_that_were_not_looked_at_for_longest() -> None:
+    before = made(20)
+    stale = np.where(np.isin(IDS, before.ids[before.roles == Role.CORE]), 99.0, np.where(IDS < 40, 50.0, 1.0))
+    found = made(20, {"staleness": stale, "disagreement": np.ones(N)})
+    core, others = found.ids[found.roles == Role.CORE], found.ids[found.roles == Role.EXPLORE]
+    assert not np.isin(others, core).any()
+    left = np.setdiff1d(IDS, core)
+    assert np.sort(stale[others]).tolist() == np.sort(np.sort(stale[left])[-len(others) :]).tolist()
+
+
+@pytest.mark.parametrize("objective", ["sample", "topk"])
+def test_who_must_be_in_is_in_and_who_must_not_is_nowhere(objective: str) -> None:
+    include, exclude = IDS[1:40:4], IDS[100:]  # what neither reads well nor helps, and most of the window
+    config: dict[str, Any] = {"selection": SelectionConfig(objective=objective, audit=0.1), "budget": 0.1}
+    for version in range(5):
+        found = made(20, version=version, include=include, exclude=exclude, **config)
+        assert np.isin(include, found.ids[found.roles == Role.CORE]).all()
+        assert not np.isin(exclude, found.ids).any()
+
+
 def test_audits_are_drawn_where_anything_of_them_is_collected() -> None:
     for ablate, some in ((["gradients"], True), (["loss"], True), (["gradients", "loss"], False), (["graph"], True)):
         roles = made(20, ablate=ablate).roles
@@ -159,6 +230,33 @@ def test_what_the_guard_has_stepped_down_to_is_weighed_by_its_own_signals_alone(
         == made(20, guard=guard, decision=down).ids[found.roles == Role.CORE].tolist()
     )
     assert not (found.roles == Role.AUDIT).any()
+
+
+def test_a_source_that_the_coreset_leaves_out_is_told_with_none() -> None:
+    told = shares_told(np.array([4, 4, 7, 9, 4]), np.array([7, 4]))
+    assert told == {"names": [4, 7, 9], "window": [3, 1, 1], "coreset": [1, 1, 0]}
+
+
+def test_a_level_further_down_is_weighed_by_less() -> None:
+    """Density does not look at what reads well."""
+    down = Decision("density", "", misses=1, look=9, off=DOWN)
+    config: dict[str, Any] = {"recipe": "content", "guard": GuardConfig(enabled=True, clean_share=1.0)}
+    assert shares(made(20, **config))[0] > 0.9
+    found = made(20, decision=down, **config)
+    assert found.meta["drawn_by"] == "density" and shares(found)[0] == pytest.approx(0.5, abs=0.15)
+
+
+@pytest.mark.parametrize("now", [True, False], ids=["found now", "found before"])
+def test_influences_that_foretell_nothing_do_not_weigh(now: bool) -> None:
+    known = Blindness(prediction_skill=Remembered(0.0, 2 * ENOUGH))
+    blind = Decision("grace", "", blind=known) if now else Decision("grace", "", off=BLIND, blind=Blindness(True, 1, 9))
+    config: dict[str, Any] = {"guard": GuardConfig(enabled=True, clean_share=1.0)}
+    assert "gradients" in made(20, **config).meta["parts"]
+    found, without = (
+        made(20, {"influence": influence}, decision=blind, **config) for influence in (np.where(HELPS, 0.0, -9.0), np.zeros(N))
+    )
+    assert found.meta["drawn_by"] == "grace" and not BLIND & set(found.meta["parts"])
+    assert found.ids.tolist() == without.ids.tolist()
 
 
 # -- how much is collected ---------------------------------------------------------------------------------------------

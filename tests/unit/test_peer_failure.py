@@ -7,17 +7,22 @@ import logging
 import signal
 import socket
 import sys
+import threading
+import time
 import weakref
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
 from grace_ds.comm import connect
+from grace_ds.comm import liveness as rollcall
 from grace_ds.comm import peer_failure as peer_failure_module
 from grace_ds.comm.liveness import LivenessProbe
 from grace_ds.comm.local import LocalComm
 from grace_ds.comm.peer_failure import PeerFailureHandler
-from grace_ds.errors import GraceError, PeerLost, TransportError, TransportTimeout, during
+from grace_ds.errors import GraceError, PeerLost, ProbeFailed, TransportError, TransportTimeout, during
 from tests.unit.sockets import full_queue
 
 
@@ -58,7 +63,32 @@ def test_a_failed_transport_is_followed_by_who_is_lost(alone: PeerFailureHandler
     end_by(TransportError("x"))
     last = capsys.readouterr().err.rstrip().splitlines()[-1]
     assert "lost: rank 1 on b (its process has ended); noticed by rank 0 in training step 3" in last
-    assert 0 < signal.alarm(0) <= 5  # its exit waits for nobody
+    assert_exit_waits_for_nobody(alone)
+
+
+def assert_exit_waits_for_nobody(peer_failures: PeerFailureHandler) -> None:
+    assert 0 < signal.alarm(0) <= 5
+    with pytest.raises(TransportError, match="a rank is lost"):
+        peer_failures.comm.agree()
+
+
+def test_an_error_out_of_the_jobs_own_collective_is_followed_by_who_is_lost(
+    alone: PeerFailureHandler, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        next(dist.rendezvous("nothing://"))
+    except RuntimeError:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+    assert "lost: rank 1 on b" in capsys.readouterr().err
+    assert_exit_waits_for_nobody(alone)
+
+
+def test_a_probe_that_others_wait_in_ends_this_rank_at_once_and_blames_nobody(
+    alone: PeerFailureHandler, capsys: pytest.CaptureFixture[str]
+) -> None:
+    end_by(ProbeFailed("x"))
+    assert "lost" not in capsys.readouterr().err
+    assert_exit_waits_for_nobody(alone)
 
 
 @pytest.mark.parametrize("error", [ValueError("mine"), RuntimeError("mine"), GraceError("mine")])
@@ -77,11 +107,58 @@ def test_a_late_rank_is_told_from_a_lost_one(alone: PeerFailureHandler) -> None:
                 raise TransportTimeout("late")
         except TransportTimeout as error:
             alone.check(error, "in refresh 2")
+    end_by(PeerLost("x"))
+    assert_exit_waits_for_nobody(alone)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         s.listen()
         alone.call.addresses[1] = s.getsockname()
         alone.check(TransportTimeout("late"), "in refresh 2")  # returns: it lives
+
+
+@pytest.fixture
+def leaving() -> Iterator[tuple[str, int]]:
+    """Where a process is about to end: it answers once, and never again."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+
+        def answer() -> None:
+            s.accept()[0].close()
+            s.close()
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        yield s.getsockname()
+        thread.join(10)
+
+
+def test_a_broken_connection_is_followed_up_until_the_process_behind_it_has_ended(
+    alone: PeerFailureHandler, leaving: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_failure_module, "_PATIENCE", 20.0)
+    alone.call.addresses[1] = leaving
+    with pytest.raises(PeerLost, match=r"rank 1 on b \(its process has ended\)"):
+        alone.check(TransportError("broken"), "in refresh 2")
+
+
+def test_where_time_is_up_already_nobody_is_asked_again(alone: PeerFailureHandler, leaving: tuple[str, int]) -> None:
+    alone.call.addresses[1] = leaving
+    alone.check(TransportTimeout("late"), "in refresh 2")  # returns: it has answered
+
+
+def test_one_refusal_does_not_say_that_a_process_has_ended(alone: PeerFailureHandler, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        alone.call.addresses[1] = s.getsockname()
+        pauses: list[float] = []
+
+        def back(seconds: float) -> None:  # it listens again by the end of the pause
+            pauses.append(seconds)
+            s.listen()
+
+        monkeypatch.setattr(rollcall, "time", SimpleNamespace(sleep=back, monotonic=time.monotonic))
+        assert alone.call.absent() == {} and len(pauses) == 1
 
 
 def test_a_rank_that_only_does_not_answer_ends_nothing(
@@ -128,6 +205,22 @@ def test_lookouts_that_nobody_holds_are_freed_and_foreign_hooks_stay(capsys: pyt
         end_by(TransportError("x"))  # what is left of ours below passes on
         assert capsys.readouterr().err.count("TransportError: x") == 1
     finally:
+        sys.excepthook = before
+
+
+def test_hooks_that_others_have_put_between_ours_do_not_have_it_said_twice(
+    alone: PeerFailureHandler, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sys.excepthook
+    sys.excepthook = lambda *args: before(*args)
+    second = PeerFailureHandler(
+        LivenessProbe(0, alone.call.addresses, alone.call.names), LocalComm(), lambda: "in training step 3"
+    )
+    try:
+        end_by(TransportError("x"))
+        assert capsys.readouterr().err.count("lost: rank 1 on b") == 1
+    finally:
+        second.close()
         sys.excepthook = before
 
 

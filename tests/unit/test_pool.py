@@ -73,6 +73,14 @@ def test_window_rolls_over_the_whole_corpus(n, window, budget, steps, batch):
     assert seen == set(range(n))
 
 
+def test_windows_follow_one_another_along_the_order_from_its_beginning():
+    pool, order = Pool(1000, 300, 0.5, 10, 8, seed=2), Permutation(1000, 2)
+    assert pool.advance == 160
+    for version in (0, 1, 5, 6, 25):  # the sixth goes round the end, the last begins where the first did
+        at = np.arange(version * 160, version * 160 + 300) % 1000
+        assert np.array_equal(pool.window_at(version), np.sort(order(at)))
+
+
 def test_window_is_the_same_on_every_rank():
     one, other = Pool(5000, 600, 0.3, 5, 8, seed=2), Pool(5000, 600, 0.3, 5, 8, seed=2)
     assert np.array_equal(other.window_at(17), one.window_at(17))

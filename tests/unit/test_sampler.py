@@ -98,6 +98,18 @@ def test_a_new_iterator_issues_again_what_was_not_trained_on() -> None:
     assert not torch.equal(next(iter(loader)), first)
 
 
+def test_an_epoch_is_issued_whole_and_the_count_of_what_was_issued_begins_where_training_stands() -> None:
+    loader, sampler, _ = make_loader()
+    ids = [i for batch in loader for i in batch[:, 0].tolist()]
+    assert ids == book_of(100).slots(0, 100).ids.tolist() and sampler.issued == 25
+    for frontier in (0, 3):
+        sampler.frontier = frontier
+        iterator = iter(loader)
+        for count in (1, 2):
+            assert next(iterator)[:, 0].tolist() == book_of(100).slots(4 * (frontier + count - 1), 4).ids.tolist()
+            assert sampler.issued == frontier + count
+
+
 def test_filtering_collate_keeps_the_right_ids() -> None:
     loader, _, out = make_loader(collate=drop_odd)
     for batch in loader:

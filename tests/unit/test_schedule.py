@@ -12,7 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grace_ds.data.schedule import ScheduleBook, VisitCounts, compose, load_book, load_schedule, put_aside, save_schedule
+from grace_ds.data.schedule import (
+    ScheduleBook,
+    VisitCounts,
+    compose,
+    lap_order,
+    load_book,
+    load_schedule,
+    put_aside,
+    save_schedule,
+)
 from grace_ds.errors import CheckpointError
 from grace_ds.monitor.metrics import Recorder
 from grace_ds.records import Coreset, IntArray, Losses, Role, SampleRecords, Schedule
@@ -103,6 +112,26 @@ def test_book_switches_at_the_start_and_laps_beyond_the_end() -> None:
     assert sorted(stream.ids[8:16]) == sorted(first.ids)
     assert list(stream.ids[8:16]) != list(first.ids)
     assert list(stream.ids[20:28]) == list(second.ids)
+    assert [s.version for s in ScheduleBook([second, first]).schedules] == [0, 1]
+    assert [book.at(position) for position in (0, 19, 20, 999)] == [first, first, second, second]
+    assert ScheduleBook([second]).at(19) is None
+
+
+def test_every_lap_of_every_version_and_seed_has_an_order_of_its_own() -> None:
+    orders = set()
+    for seed in range(2):
+        for version in range(2):
+            lapped = dataclasses.replace(make(40, 40, version=version), seed=seed)
+            orders |= {tuple(lap_order(lapped, lap).tolist()) for lap in range(1, 4)}
+    assert len(orders) == 2 * 2 * 3 and all(sorted(order) == list(range(40)) for order in orders)
+
+
+def test_schedules_taken_in_the_place_of_others_have_laps_of_their_own() -> None:
+    one, other = make(8, 8, version=1), dataclasses.replace(make(8, 8, version=1), seed=9)
+    book = ScheduleBook([one])
+    book.slots(0, 24)
+    book.replace([other])
+    assert book.slots(0, 24).ids.tolist() == ScheduleBook([other]).slots(0, 24).ids.tolist()
 
 
 @settings(max_examples=50, deadline=None)

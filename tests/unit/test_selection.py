@@ -224,7 +224,7 @@ def test_topk_takes_the_most_probable_and_the_lower_ids() -> None:
 def test_every_objective_obeys_size_include_and_exclude(name: str, k: int, version: int, forced: int) -> None:
     rng = np.random.default_rng(k)
     ids, graph = random_graph(rng, 20, 4)
-    include, exclude = ids[: min(forced, k)], ids[-3:]
+    include, exclude = ids[7::4][: min(forced, k)], ids[-3:]
     got = select(name, ids, rng.normal(size=20), k, seed=1, version=version, neighbours=graph, include=include, exclude=exclude)
     assert len(got.ids) == k == len(set(got.ids.tolist()))
     assert list(got.ids) == sorted(got.ids)
@@ -233,11 +233,27 @@ def test_every_objective_obeys_size_include_and_exclude(name: str, k: int, versi
     assert got.weights.mean() == pytest.approx(1, abs=1e-4)
 
 
+def test_weights_stay_with_their_samples_where_some_must_be_in() -> None:
+    rng = np.random.default_rng(2)
+    ids, log_p, must = np.arange(0, 60, 2), rng.normal(size=30) * 2, np.isin(np.arange(30), [4, 11, 23])
+    got = select("sample", ids, log_p, 12, seed=1, version=3, include=ids[must])
+    others = sample.sample_without_replacement(ids[~must], log_p[~must], 9, 1, 3).coreset
+    expected = dict(zip(others.ids.tolist(), others.weights.tolist(), strict=True)) | dict.fromkeys(ids[must].tolist(), 1.0)
+    assert got.ids.tolist() == sorted(expected)
+    assert got.weights == pytest.approx(np.array([expected[i] for i in sorted(expected)]) * 12 / sum(expected.values()), rel=1e-5)
+
+
 def test_wrong_names_and_too_many_includes_are_errors() -> None:
     with pytest.raises(ConfigError, match="rs2"):
         select("rs3", np.arange(3), np.zeros(3), 1, seed=0, version=0)
     with pytest.raises(ConfigError, match="include"):
         select("sample", np.arange(3), np.zeros(3), 1, seed=0, version=0, include=np.arange(2))
+
+
+@pytest.mark.parametrize("name", [name for name in registry.objectives.names() if name != "facility_location"])
+def test_of_an_empty_window_nothing_is_drawn_whoever_must_be_in(name: str) -> None:
+    got = select(name, np.empty(0, np.int64), np.empty(0), 3, seed=0, version=0, include=np.arange(2), exclude=np.arange(2, 4))
+    assert len(got.ids) == len(got.weights) == 0
 
 
 @settings(max_examples=80, deadline=None)
