@@ -189,7 +189,7 @@ class Damage:
         value = self.pick(ODD_VALUES)
 
         def edit(manifest: dict[str, Any]) -> None:
-            right = isinstance(value, type(manifest[key])) or (key in ("basis", "collect") and value is None)
+            right = isinstance(value, type(manifest[key])) or (key in ("basis", "gradient", "collect") and value is None)
             if right or self.rng.random() < 0.5:
                 del manifest[key]
             else:
