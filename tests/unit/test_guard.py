@@ -105,7 +105,7 @@ def test_a_clean_window_is_left_alone_whatever_was_before(recipe: str) -> None:
     ("recipe", "lower"), [("grace", "content"), ("content", "density"), ("density", "uniform"), ("uniform", "uniform")]
 )
 def test_harm_steps_one_level_down_and_nothing_else_does(recipe: str, lower: str) -> None:
-    for quiet in (None, UNKNOWN, OPEN, HELP):
+    for quiet in (None, UNKNOWN, OPEN, Contrast(-0.02, -0.12, 0.08, 50, 20), HELP):
         assert decide(recipe, 3, DIRTY, quiet, None).level == recipe
     found = decide(recipe, 3, DIRTY, HARM, None)
     assert found.level == lower

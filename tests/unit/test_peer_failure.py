@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
-import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from grace_ds.comm import connect
 from grace_ds.comm import liveness as rollcall
@@ -76,7 +76,7 @@ def test_an_error_out_of_the_jobs_own_collective_is_followed_by_who_is_lost(
     alone: PeerFailureHandler, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
-        next(dist.rendezvous("nothing://"))
+        next(rendezvous("nothing://"))
     except RuntimeError:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
     assert "lost: rank 1 on b" in capsys.readouterr().err

@@ -87,7 +87,9 @@ def test_a_window_that_stands_still_saves_no_content_and_one_without_learned_par
     bare = dataclasses.replace(kept, learned=None)
     assert bare.save(tmp_path, False, 0, 1) == ({}, {})
     inexact = dataclasses.replace(bare, graph=dataclasses.replace(_graph(bare), exact=False))
-    assert inexact.save(tmp_path, False, 0, 1)[0]  # its repairs cannot be repeated
+    files, shared = inexact.save(tmp_path, False, 0, 1)
+    assert files  # its repairs cannot be repeated
+    assert not _graph(RefreshState.load(tmp_path, files, shared, 0, 1)).exact
     assert RefreshState.load(tmp_path, {}, {}, 0, 1) == RefreshState()
 
 

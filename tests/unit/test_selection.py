@@ -207,6 +207,15 @@ def test_a_sample_is_the_largest_of_the_perturbed(seed: int, n: int, k: int, chu
         assert got.threshold == -np.inf
 
 
+def test_the_noise_of_an_id_depends_on_seed_and_version_and_on_no_other_id() -> None:
+    ids = np.random.default_rng(0).permutation(10**6)[: sample.CHUNK + 500].astype(np.int64)
+    noise = sample.gumbel(3, 4, ids)
+    some = np.array([sample.CHUNK + 7, 5, sample.CHUNK - 1, 0])
+    assert sample.gumbel(3, 4, ids[some]).tolist() == noise[some].tolist()
+    for other in (sample.gumbel(3, 5, ids), sample.gumbel(4, 4, ids), sample.gumbel(4, 3, ids), sample.gumbel(3, 4, ids + 1)):
+        assert abs(np.corrcoef(noise, other)[0, 1]) < 0.02
+
+
 def test_rs2_takes_everything_once_a_lap() -> None:
     ids = np.arange(0, 300, 3)
     rounds = [select("rs2", ids, np.zeros(100), 25, seed=3, version=v).ids for v in range(8)]

@@ -59,8 +59,9 @@ def test_the_graph_objective_draws_each_source_from_the_whole_window() -> None:
     rows = np.random.default_rng(2).normal(size=(600, 8))
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
     edges = nearest(LocalComm(5.0), Request.of(IDS, rows, 8), backends.exact("torch"))
-    coreset = drawn("keep", objective="facility_location", neighbours=edges)
-    assert len(np.unique(coreset.ids)) == 120
+    include = np.array([IDS[name == LABELS][5] for name in (7, 40, 41)])
+    coreset = drawn("keep", objective="facility_location", neighbours=edges, include=np.sort(include))
+    assert len(np.unique(coreset.ids)) == len(coreset.ids) == 120 and np.isin(include, coreset.ids).all()
     for name, found in counts(coreset).items():
         assert abs(found - 120 * (name == LABELS).mean()) <= 1
 
@@ -75,6 +76,14 @@ def test_included_and_excluded_samples_are_heeded_in_every_source() -> None:
         drawn("keep", k=100, include=IDS[:120])
     nobody = drawn("floor", k=300, exclude=IDS[LABELS != 41])
     assert counts(nobody) == {41: len(small)}  # fewer than asked for, and all there are
+
+
+@pytest.mark.parametrize("policy", ["keep", "floor"])
+def test_the_weights_of_a_source_add_up_to_its_share_of_the_window(policy: str) -> None:
+    coreset = drawn(policy)
+    of = LABELS[np.searchsorted(IDS, coreset.ids)]
+    for name in (7, 40, 41):
+        assert coreset.weights[of == name].sum() / coreset.weights.sum() == pytest.approx((name == LABELS).mean(), rel=1e-4)
 
 
 @pytest.mark.parametrize("policy", ["keep", "floor"])

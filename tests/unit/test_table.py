@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from grace_ds.comm.buckets import buckets_of, splitmix64
 from grace_ds.errors import CheckpointError, DataError
 from grace_ds.records import HIDDEN, SampleRecords
-from grace_ds.refresh.table import N_BUCKETS, Table, bucket_of, owner_of
+from grace_ds.refresh.bucket_files import save_columns
+from grace_ds.refresh.table import N_BUCKETS, SCHEMA, Table, bucket_of, owner_of
 
 DIM = 3
 
@@ -194,3 +195,15 @@ def test_repeated_and_misplaced_ids(tmp_path: Path) -> None:
     stolen = filled(300, 0, 2).save(tmp_path / "b", 0, 2)[names[0]]
     with pytest.raises(CheckpointError, match="other buckets than its name says"):
         Table.load(tmp_path, {names[0]: stolen, names[1]: stolen}, 1, 2, SampleRecords.empty(DIM))
+
+
+@pytest.mark.parametrize("column", ["step", "sketch"])
+@pytest.mark.parametrize("how", ["type", "length"])
+def test_a_column_of_another_type_or_length_is_named(tmp_path: Path, column: str, how: str) -> None:
+    rows = SampleRecords.empty(4)
+    columns = {name: value.copy() for name, value in vars(rows).items()}
+    found = columns[column]
+    columns[column] = found.astype(np.float64) if how == "type" else np.zeros((1, *found.shape[1:]), found.dtype)
+    files = save_columns(tmp_path, SampleRecords.name, SCHEMA, columns, 0, 1)
+    with pytest.raises(CheckpointError, match=f"another type or length: {column}"):
+        Table.load(tmp_path, files, 0, 1, rows)
