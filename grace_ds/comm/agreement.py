@@ -1,8 +1,8 @@
 """Make decisions that are the same on all ranks even when their transport has failed: publish a refresh, freeze GRACE.
 
 The transport cannot carry a decision once it has timed out, but the job's own c10d store can.  The first rank that writes an
-answer to a question decides it, and every other rank reads that answer.  Code that branches on "frozen" must ask here first,
-so that no rank enters a collective which another rank leaves out.
+answer to a question decides it, and every other rank reads that answer.  Code that branches on "frozen" must call
+:meth:`Agreement.frozen_by_any` first, so that no rank enters a collective which another rank leaves out.
 """
 
 from __future__ import annotations
