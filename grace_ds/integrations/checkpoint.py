@@ -157,19 +157,19 @@ def write(controller: Controller, folder: Path, tag: str) -> dict[str, Any]:
         controller.collector.drained(collect.running_mean)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        mine = controller.table.save(folder, controller.comm.rank, controller.comm.size) | controller.seen.save(
+        digests = controller.table.save(folder, controller.comm.rank, controller.comm.size) | controller.seen.save(
             folder, controller.comm.rank, controller.comm.size
         )
         window, shared = controller.kept.save(
             folder, bool(controller.context.pool.advance), controller.comm.rank, controller.comm.size
         )
-        mine |= window
+        digests |= window
         if controller.comm.rank == 0:
-            mine |= _write_shared(controller, folder, shared)
+            digests |= _write_shared(controller, folder, shared)
     except OSError as error:
         raise CheckpointError(f"GRACE state cannot be written to {folder} ({error}); free space or mend the path") from error
     controller.lead = int(controller.comm.allreduce(np.array([controller.lead], np.int64), "max")[0])
-    parts = controller.comm.allgather(np.frombuffer(json.dumps(mine).encode(), np.uint8))
+    parts = controller.comm.allgather(np.frombuffer(json.dumps(digests).encode(), np.uint8))
     files = {name: file_digest for part in parts for name, file_digest in json.loads(part.tobytes()).items()}
     manifest = json.dumps({"schema": SCHEMA, "files": files, **scalars(controller)}, indent=1, sort_keys=True).encode()
     if controller.comm.rank == 0:
@@ -183,17 +183,19 @@ def check(controller: Controller, saved: CheckpointState, state: dict[str, Any],
     Raises:
         CheckpointError: it is of another step, dataset, batch geometry or other layers.
     """
-    folder, at, n = saved.folder, saved.numbers, controller.context.pool.n
-    if at["samples"] != n:
-        raise CheckpointError(f"{folder} was made with a dataset of {at['samples']} samples, this one has {n}; use the same data")
-    if not at["step"] == step == state.get("step"):
+    folder, numbers, n = saved.folder, saved.numbers, controller.context.pool.n
+    if numbers["samples"] != n:
         raise CheckpointError(
-            f"{folder} is of step {at['step']}, the engine's checkpoint of step {step} (client state: {state.get('step')!r}): "
-            "they do not belong together; use an older checkpoint"
+            f"{folder} was made with a dataset of {numbers['samples']} samples, this one has {n}; use the same data"
         )
-    if at["cursor"] % controller.geometry.micro:
+    if not numbers["step"] == step == state.get("step"):
         raise CheckpointError(
-            f"{folder} stands at sample {at['cursor']}, no multiple of ranks × micro-batch = {controller.geometry.micro}; "
+            f"{folder} is of step {numbers['step']}, the engine's checkpoint of step {step} (client state: {state.get('step')!r}): they "
+            "do not belong together; use an older checkpoint"
+        )
+    if numbers["cursor"] % controller.geometry.micro:
+        raise CheckpointError(
+            f"{folder} stands at sample {numbers['cursor']}, no multiple of ranks × micro-batch = {controller.geometry.micro}; "
             f"choose a micro-batch that divides it"
         )
     if controller.collector is None:
@@ -210,24 +212,24 @@ def check(controller: Controller, saved: CheckpointState, state: dict[str, Any],
 
 def take_over(controller: Controller, saved: CheckpointState, step: int) -> None:
     """Take over a state that all ranks have read and checked, whatever number of ranks wrote it.  Collective."""
-    at = saved.numbers
+    numbers = saved.numbers
     if controller.collector is not None and saved.collect is not None:
         controller.collector.load_state_dict(saved.collect)
     if controller.config.replay is None:
         controller.book.replace(saved.schedules)
-        controller.next_refresh = at["next_refresh"]
+        controller.next_refresh = numbers["next_refresh"]
     controller.table, controller.seen, controller.kept = saved.table, saved.seen, saved.kept
     controller.visits, controller.reference = saved.visits, dict(saved.reference)
     if controller.collector is not None:
         controller.take_basis(saved.basis)
     if controller.influence_probe is not None:
         controller.influence_probe.gradient = saved.gradient
-    controller.counted, controller.lead = at["counted"], at["lead"]
-    controller.metrics.version, controller.metrics.refreshes = at["version"], at["refreshes"]
-    controller.stand_at(step, at["cursor"])
+    controller.counted, controller.lead = numbers["counted"], numbers["lead"]
+    controller.metrics.version, controller.metrics.refreshes = numbers["version"], numbers["refreshes"]
+    controller.stand_at(step, numbers["cursor"])
     if controller.config.replay is None and not saved.schedules:
         log.info("%s was saved under replay and holds no schedule: a coreset is started at step %d", saved.folder, step)
-        controller.begin_at(step, at["cursor"])
+        controller.begin_at(step, numbers["cursor"])
 
 
 def scalars(controller: Controller) -> dict[str, Any]:
@@ -242,7 +244,7 @@ def scalars(controller: Controller) -> dict[str, Any]:
         "lead": controller.lead,
         "version": controller.metrics.version,
         "refreshes": controller.metrics.refreshes,
-        "reference": {str(k): v for k, v in controller.reference.items()},
+        "reference": {str(version): value for version, value in controller.reference.items()},
         "basis": None if controller.basis is None else controller.basis.version,
         "gradient": None if (gradient := _gradient(controller)) is None else gradient.version,
         "collect": None if controller.collector is None else controller.collector.state_dict(),

@@ -84,8 +84,8 @@ def read_saved(folder: Path, state: Any, rank: int, world: int, dim: int) -> Che
             raise TypeError("schema or digest of another type")
     except (KeyError, TypeError) as error:
         raise DamagedState(
-            f"the engine's checkpoint beside {folder} does not say which state belongs to it ({_words(error)}): it was altered; "
-            "use an older checkpoint"
+            f"the engine's checkpoint beside {folder} does not say which state belongs to it ({_describe(error)}): it was "
+            "altered; use an older checkpoint"
         ) from error
     _refuse_schema(folder, schema)
     raw = _read_checked(folder / MANIFEST, expected)
@@ -96,8 +96,8 @@ def read_saved(folder: Path, state: Any, rank: int, world: int, dim: int) -> Che
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         # The digests have matched, so nothing is torn.
         raise CheckpointError(
-            f"{folder} does not have the form of schema {SCHEMA} ({_words(error)}): another version of grace_ds has written it; "
-            "load it with that version, or use another checkpoint"
+            f"{folder} does not have the form of schema {SCHEMA} ({_describe(error)}): another version of grace_ds has "
+            "written it; load it with that version, or use another checkpoint"
         ) from error
 
 
@@ -177,5 +177,5 @@ def _read_checked(path: Path, expected: str) -> bytes:
     return data
 
 
-def _words(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"lacks {error}" if isinstance(error, KeyError) else str(error)

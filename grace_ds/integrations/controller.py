@@ -1,6 +1,6 @@
 """Run one job's coreset: what happens at each forward, backward, step, save and load of a DeepSpeed engine.
 
-The methods stand in the order in which training calls them; :mod:`grace_ds.integrations.handle` attaches them to an engine
+The methods are in the order in which training calls them; :mod:`grace_ds.integrations.handle` attaches them to an engine
 and detaches them again.
 """
 
@@ -112,7 +112,7 @@ class Controller:
         """Whether refreshes have ended: the transport has failed, as far as this rank knows, or GRACE is detached."""
         return self._closed or bool(self.agreement.frozen)
 
-    # -- where the run stands ------------------------------------------------------------------------------------------
+    # -- state of the run ----------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Make the first schedule, or load the recorded ones, before training.  Collective."""

@@ -56,8 +56,8 @@ def initialize(
     original = _original or deepspeed.initialize
     bound = inspect.signature(original).bind(*args, **kwargs)
     config = config_of(bound.arguments)
-    found = find_block(read_ds_config(config)) if config is not None else None
-    grace = load_config(found[1], found[0]) if found is not None else None
+    path_and_block = find_block(read_ds_config(config)) if config is not None else None
+    grace = load_config(path_and_block[1], path_and_block[0]) if path_and_block is not None else None
     if grace is None or not grace.enabled or _left_to_attach:
         result: tuple[Any, Any, Any, Any] = original(*args, **kwargs)
         preempt.from_environment(result[0])
@@ -135,10 +135,10 @@ def attach(
     """
     if config is None:
         ds_config = read_ds_config(engine.config)
-        found = find_block(ds_config)
-        if found is None:
+        path_and_block = find_block(ds_config)
+        if path_and_block is None:
             raise ConfigError(f"the engine's config holds no block {HOME!r} or {ALIAS!r}; add one, or pass config={{...}}")
-        grace = load_config(found[1], found[0])
+        grace = load_config(path_and_block[1], path_and_block[0])
         refuse_curriculum(ds_config)
     else:
         grace = load_config(config, "config")

@@ -203,8 +203,8 @@ class Trail:
 
 def _digest(positions: IntArray, ids: IntArray) -> Any:
     with np.errstate(over="ignore"):
-        x: Array = positions.astype(np.uint64) * _MIX + ids.astype(np.uint64)
-        x ^= x >> np.uint64(32)
-        x *= _FINISH
-        x ^= x >> np.uint64(29)
-        return np.uint64(np.add.reduce(x * _FINISH, dtype=np.uint64))
+        mixed: Array = positions.astype(np.uint64) * _MIX + ids.astype(np.uint64)
+        mixed ^= mixed >> np.uint64(32)
+        mixed *= _FINISH
+        mixed ^= mixed >> np.uint64(29)
+        return np.uint64(np.add.reduce(mixed * _FINISH, dtype=np.uint64))

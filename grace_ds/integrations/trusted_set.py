@@ -79,19 +79,19 @@ def _typical_of(dataset: Any, reader: TokenReader, seed: int) -> Any:
     n = len(dataset)
     ids = np.sort(Permutation(n, seed)(np.arange(min(n, LOOKED_AT))))
     tokens = reader.all(ids)
-    found = typical(tokens.flat, tokens.offsets)
-    chosen = ids[found.positions]
+    selected = typical(tokens.flat, tokens.offsets)
+    chosen = ids[selected.positions]
     if len(chosen) < _LEAST:
         log.warning("no trusted set, and the pool is too small to find typical samples in: density alone selects")
         return None
-    if found.smaller:
+    if selected.smaller:
         log.warning(
             "no trusted set, and the pool has two kinds of text, shares %.2f and %.2f of its samples; of the typical ones that "
             "stand in for a trusted set a share of %.2f is of the smaller kind: give a trusted set (trusted, or trusted_data=) "
             "to say which is good",
-            1 - found.smaller,
-            found.smaller,
-            found.among,
+            1 - selected.smaller,
+            selected.smaller,
+            selected.among,
         )
     log.info("no trusted set: the %d most typical of %d samples of the pool stand in for one", len(chosen), len(ids))
     return TrustedDataset([dataset[int(i)] for i in chosen])

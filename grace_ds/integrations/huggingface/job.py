@@ -37,8 +37,8 @@ def attach(trainer: Any, user_inputs: UserInputs) -> TrainerJob | None:
     """
     refuse_without_deepspeed(trainer)
     ds_config = read_ds_config(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
-    found = find_block(ds_config)
-    config = load_config(found[1], found[0]) if found is not None else None
+    path_and_block = find_block(ds_config)
+    config = load_config(path_and_block[1], path_and_block[0]) if path_and_block is not None else None
     if config is None or not config.enabled:
         return None
     refuse_curriculum(ds_config)
@@ -92,15 +92,15 @@ class TrainerJob:
 
     def _completed_inputs(self, loader: Any) -> UserInputs:
         """Return the user's inputs, completed by what the Trainer knows."""
-        trainer, given = self.trainer, self.user_inputs
-        validation = given.validation_data
-        if validation is None and (given.trusted_data is not None or self.config.trusted is not None):
+        trainer, inputs = self.trainer, self.user_inputs
+        validation = inputs.validation_data
+        if validation is None and (inputs.trusted_data is not None or self.config.trusted is not None):
             validation = _joined(trainer.eval_dataset)
         return dataclasses.replace(
-            given,
-            trusted_data=self._like_the_pool(given.trusted_data),
+            inputs,
+            trusted_data=self._like_the_pool(inputs.trusted_data),
             validation_data=validation,
-            loss_fn=given.loss_fn or self._mean_loss,
+            loss_fn=inputs.loss_fn or self._mean_loss,
             order=order_of(loader.batch_sampler.shuffler, len(loader.dataset.base), self.config.seed),
         )
 

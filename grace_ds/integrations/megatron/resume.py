@@ -91,8 +91,8 @@ def _read(run_dir: str | None, digest: str, controller: Controller, step: int, c
             path.rename(path.with_suffix(".abandoned"))
         else:
             kept.append(schedule)
-    if kept and [s.version for s in kept] != list(range(len(kept))):
-        missing = sorted(set(range(len(kept))) - {s.version for s in kept})
+    if kept and [schedule.version for schedule in kept] != list(range(len(kept))):
+        missing = sorted(set(range(len(kept))) - {schedule.version for schedule in kept})
         raise CheckpointError(f"{folder} lacks schedule {missing[0]}; restore it, or give a fresh run_dir")
     if kept and kept[0].start > cursor:
         raise CheckpointError(f"{folder} begins at sample {kept[0].start}, and the job resumes at {cursor}; give a fresh run_dir")
