@@ -40,15 +40,15 @@ def save_columns(
     """
     if (owner_of(columns["ids"], world) != rank).any():
         raise DataError(f"rank {rank} of {world} holds rows of samples that it does not own; gather them first")
-    mine = buckets_of(rank, world)
-    if not len(mine):
+    buckets = buckets_of(rank, world)
+    if not len(buckets):
         return {}
     from safetensors.numpy import save
 
     data = save(
         {**{key: np.ascontiguousarray(column) for key, column in columns.items()}, "schema": np.array([schema], np.int64)}
     )
-    name = f"{prefix}-b{mine[0]:04d}-b{mine[-1]:04d}.safetensors"
+    name = f"{prefix}-b{buckets[0]:04d}-b{buckets[-1]:04d}.safetensors"
     write_atomic(Path(directory) / name, data)
     return {name: digest_of(data)}
 
@@ -117,12 +117,12 @@ def _read(path: Path, prefix: str, schema: int, digest: str, buckets: range, nam
         raise DamagedState(f"{path} has digest {digest_of(data)}, not {digest}: torn or changed; load another checkpoint")
     try:
         columns: Columns = load(data)
-        found, ids = int(columns.pop("schema")[0]), columns["ids"]
+        stored_schema, ids = int(columns.pop("schema")[0]), columns["ids"]
     except (SafetensorError, KeyError, IndexError) as error:
         raise CheckpointError(f"{path} is not a file of {prefix} ({error!r}); load another checkpoint") from error
-    if found != schema or (names is not None and set(columns) != set(names)):
+    if stored_schema != schema or (names is not None and set(columns) != set(names)):
         raise CheckpointError(
-            f"{path} has schema {found} with columns {sorted(columns)}; this version reads {schema}; "
+            f"{path} has schema {stored_schema} with columns {sorted(columns)}; this version reads {schema}; "
             "load it with the grace_ds that wrote it, or use another checkpoint"
         )
     odd = [name for name, column in columns.items() if column.ndim == 0 or len(column) != len(ids)]

@@ -72,8 +72,8 @@ def choose(
     audits = round(selection.audit * length) if whole and context.config.collects else 0
     explores = round(selection.explore * length) if registry.objectives.get(selection.objective).weighs else 0
     audit = _draw_audit(context, inputs, signals.ids[allowed], audits)
-    wanted = priority(signals.staleness, signals.disagreement)
-    explore = signals.ids[outside][_top(wanted[outside], signals.ids[outside], explores, context.config.seed, inputs.version)]
+    urgency = priority(signals.staleness, signals.disagreement)
+    explore = signals.ids[outside][_top(urgency[outside], signals.ids[outside], explores, context.config.seed, inputs.version)]
     if labels is not None:
         details |= {"sources": shares_told(labels, labels[np.searchsorted(signals.ids, coreset.ids)])}
     meta = {

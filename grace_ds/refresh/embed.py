@@ -65,13 +65,13 @@ def learn(comm: Comm, before: Learned, own: IntArray, table: Table[SampleRecords
     """
     step = np.full(len(own), -1, np.int64)
     values = np.zeros((len(own), SKETCHED + HIDDEN), np.float32)
-    stays, there = _both(own, before.ids)
-    step[stays], values[stays] = before.step[there], before.values[there]
-    at = table.lookup(own)
+    stays, previous = _both(own, before.ids)
+    step[stays], values[stays] = before.step[previous], before.values[previous]
+    position = table.lookup(own)
     last = np.full(len(own), -1, np.int64)
-    last[at >= 0] = table.last[at[at >= 0]]
-    fresh = np.flatnonzero((at >= 0) & (step != last))
-    new = _centred(comm, _collected(table.rows, at[fresh], seed))
+    last[position >= 0] = table.last[position[position >= 0]]
+    fresh = np.flatnonzero((position >= 0) & (step != last))
+    new = _centred(comm, _collected(table.rows, position[fresh], seed))
     # A single gradient is noisy: a sample that is collected again takes the mean of its old and its new value.
     again = np.flatnonzero(step[fresh] >= 0)
     for start in range(0, len(again), _BLOCK):
@@ -162,14 +162,14 @@ def _from_neighbours(comm: Comm, own: IntArray, step: IntArray, values: FloatArr
     table = route.exchange(np.where(step[:, None] >= 0, values, np.float32(0)))
     known = route.exchange((step >= 0).astype(np.float64))
     place = route.place.reshape(edges.ids.shape)
-    unknown, there = _both(own, graph.ids)
-    unknown, there = unknown[step[unknown] < 0], there[step[unknown] < 0]
+    unknown, in_graph = _both(own, graph.ids)
+    unknown, in_graph = unknown[step[unknown] < 0], in_graph[step[unknown] < 0]
     mass, total = np.ones(len(unknown)), values[unknown].astype(np.float64)
     for j in range(edges.ids.shape[1]):  # neighbour by neighbour: the order of a sum must not depend on the other rows
-        at = place[there, j]
-        weight: Array = closeness(edges.similarity[there, j]) * known[at]
+        position = place[in_graph, j]
+        weight: Array = closeness(edges.similarity[in_graph, j]) * known[position]
         weighted = np.flatnonzero(weight)  # few at first
-        total[weighted] += weight[weighted].reshape(-1, 1) * table[at[weighted]]
+        total[weighted] += weight[weighted].reshape(-1, 1) * table[position[weighted]]
         mass += weight
     out: FloatArray = values.copy()
     out[unknown] = total / mass.reshape(-1, 1)

@@ -75,17 +75,17 @@ def _explanation(context: RefreshContext, signals: Signals, schedule: Schedule) 
 
 def _map(places: ProjectedSamples, signals: Signals, log_p: Array, core: Array) -> dict[str, Any]:
     """Return the places with the signals of each sample; ``chance`` is its log10 relative to the likeliest of the window."""
-    at = np.searchsorted(signals.ids, places.ids)
+    position = np.searchsorted(signals.ids, places.ids)
     return {
         "ids": places.ids.tolist(),
-        "x": [_number(v) for v in places.xy[:, 0]],
-        "y": [_number(v) for v in places.xy[:, 1]],
-        "explained": [_number(v) for v in places.explained],
-        "chance": [_number(v) for v in (log_p[at] - log_p.max()) / np.log(10)],
-        "influence": [_number(v) for v in signals.influence[at]],
-        "loss": [_number(v) for v in signals.loss[at]],
-        "crowding": [_number(v) for v in signals.crowding[at]],
-        "chosen": core[at].tolist(),
+        "x": [_number(value) for value in places.xy[:, 0]],
+        "y": [_number(value) for value in places.xy[:, 1]],
+        "explained": [_number(value) for value in places.explained],
+        "chance": [_number(value) for value in (log_p[position] - log_p.max()) / np.log(10)],
+        "influence": [_number(value) for value in signals.influence[position]],
+        "loss": [_number(value) for value in signals.loss[position]],
+        "crowding": [_number(value) for value in signals.crowding[position]],
+        "chosen": core[position].tolist(),
     }
 
 
@@ -98,7 +98,7 @@ def _histogram(values: Array, core: Array) -> dict[str, Any]:
         values[known], BINS, span
     )  # given a span NumPy computes the bin of a value; given edges it would search
     return {
-        "edges": [round(float(e), 5) for e in edges],
+        "edges": [round(float(edge), 5) for edge in edges],
         "window": counts.tolist(),
         "core": np.histogram(values[known & core], BINS, span)[0].tolist(),
         "unknown": int((~known).sum()),
@@ -120,8 +120,8 @@ def _samples(seed: int, signals: Signals, parts: Factors, log_p: Array, core: Ar
     best, out, shown = float(log_p.max()), [], set()
     listed = np.isin(schedule.ids, signals.ids[np.unique(np.concatenate(list(groups.values())))])
     roles = dict(zip(schedule.ids[listed].tolist(), schedule.roles[listed].tolist(), strict=True))
-    for group, at in groups.items():
-        for i in at.tolist():
+    for group, positions in groups.items():
+        for i in positions.tolist():
             if i in shown:
                 continue
             shown.add(i)
@@ -131,7 +131,7 @@ def _samples(seed: int, signals: Signals, parts: Factors, log_p: Array, core: Ar
                     "id": int(signals.ids[i]),
                     "group": group,
                     "chance": _number(np.exp(log_p[i] - best)),
-                    "factors": {name: _number(v[i]) for name, v in parts.items()},
+                    "factors": {name: _number(values[i]) for name, values in parts.items()},
                     "signals": {
                         name: _number(getattr(signals, name)[i])
                         for name in ("quality", "density", "loss", "influence", "crowding")

@@ -106,7 +106,7 @@ class Route:
         Returns:
             (u + 1, ...) in ``values``' dtype, to be indexed by :attr:`place`.
         """
-        answers = [_taken(values, at, fill) for at in self.asked]
+        answers = [_taken(values, position, fill) for position in self.asked]
         out = np.full((len(self.order) + 1, *values.shape[1:]), fill, values.dtype)
         start = 0
         for part in self.comm.exchange(answers):
@@ -126,11 +126,11 @@ def _flat(packed: Array) -> Array:
     return packed.view(np.uint8).reshape(len(packed), packed.dtype.itemsize)
 
 
-def _by_owner(x: Array, owner: IntArray, world: int) -> tuple[list[Array], IntArray]:
-    """Split axis 0 of ``x`` by owner, order kept within each; also return the positions in the new order."""
+def _by_owner(array: Array, owner: IntArray, world: int) -> tuple[list[Array], IntArray]:
+    """Split axis 0 of ``array`` by owner, order kept within each; also return the positions in the new order."""
     order = np.argsort(owner, kind="stable")
     cuts = np.cumsum(np.bincount(owner, minlength=world))[:-1]
-    return np.split(x[order], cuts), order
+    return np.split(array[order], cuts), order
 
 
 def _distinct(wanted: IntArray) -> tuple[IntArray, Array]:
@@ -164,12 +164,12 @@ def _positions(ids: IntArray, ids_here: IntArray) -> IntArray:
     """Return the position of each of ``ids`` in ``ids_here``: (q,) int64, -1 if it is not there."""
     if not len(ids_here):
         return np.full(len(ids), -1, np.int64)
-    at = np.minimum(np.searchsorted(ids_here, ids), len(ids_here) - 1)
-    return np.where(ids_here[at] == ids, at, -1).astype(np.int64)
+    position = np.minimum(np.searchsorted(ids_here, ids), len(ids_here) - 1)
+    return np.where(ids_here[position] == ids, position, -1).astype(np.int64)
 
 
-def _taken(values: Array, at: IntArray, fill: float) -> Array:
-    out = np.full((len(at), *values.shape[1:]), fill, values.dtype)
-    hit = at >= 0
-    out[hit] = values[at[hit]]
+def _taken(values: Array, position: IntArray, fill: float) -> Array:
+    out = np.full((len(position), *values.shape[1:]), fill, values.dtype)
+    hit = position >= 0
+    out[hit] = values[position[hit]]
     return out

@@ -76,8 +76,8 @@ def labels(rows: SampleRecords, reference: Mapping[int, float]) -> FloatArray:
     out = np.full(len(rows), np.nan, np.float32)
     for version, unit in reference.items():
         if unit > 0:
-            mine = rows.basis == version
-            out[mine] = rows.influence[mine] * rows.norm[mine] / np.float32(unit)
+            of_basis = rows.basis == version
+            out[of_basis] = rows.influence[of_basis] * rows.norm[of_basis] / np.float32(unit)
     return out
 
 
@@ -154,11 +154,11 @@ def forecast(
     Returns:
         (n,) float32; NaN if nothing can be predicted.
     """
-    at = np.searchsorted(content.ids, table.ids)  # a table holds samples of the window
+    position = np.searchsorted(content.ids, table.ids)  # a table holds samples of the window
     label = np.full(len(content.ids), np.nan, np.float32)
-    label[at] = np.where(old, labels(table.rows, reference), np.nan)
+    label[position] = np.where(old, labels(table.rows, reference), np.nan)
     fit = fit_content(comm, content, label, np.ones(len(label)))
-    return fit.predicted[at] if fit is not None else np.full(len(at), np.nan, np.float32)
+    return fit.predicted[position] if fit is not None else np.full(len(position), np.nan, np.float32)
 
 
 def _explained(comm: Comm, sums: IntArray, rows: Array, label: FloatArray, halves: Sequence[IntArray]) -> float:
@@ -173,7 +173,9 @@ def _explained(comm: Comm, sums: IntArray, rows: Array, label: FloatArray, halve
     for half, other in zip(halves, (fitted[1], fitted[0]), strict=True):
         clipped = np.clip(label[half].astype(np.float64), -TARGET_CLIP, TARGET_CLIP)
         error = clipped - other.predict(rows[half])
-        parts.append([len(half), *(np.rint(v * 2.0**16).astype(np.int64).sum() for v in (error**2, clipped**2, clipped))])
+        parts.append(
+            [len(half), *(np.rint(values * 2.0**16).astype(np.int64).sum() for values in (error**2, clipped**2, clipped))]
+        )
     n, squares, total, first = comm.allreduce(np.sum(parts, axis=0).astype(np.int64)) / np.array([1, *[2.0**16] * 3])
     variance = total - first**2 / max(n, 1)
     return max(0.0, 1 - squares / variance) if variance > 0 else 0.0

@@ -137,9 +137,9 @@ def rows_of(
     Without any use for a graph the rows are None, and the learned features are those of the last refresh.  If the rows
     consist of content only, the learned features are None.
     """
-    wanted = "graph" in active_parts(context, inputs) or context.config.covers
+    needed = "graph" in active_parts(context, inputs) or context.config.covers
     # During the warm-up nothing is chosen, so no graph is needed.
-    if not (wanted and context.config.builds_graph) or inputs.step < context.config.warmup_steps:
+    if not (needed and context.config.builds_graph) or inputs.step < context.config.warmup_steps:
         return inputs.kept.learned, None
     assert content.vectors is not None  # whatever needs the graph needs them too
     shares = context.config.learned_shares

@@ -79,5 +79,5 @@ def principal(vectors: FloatArray) -> tuple[FloatArray, tuple[float, float]]:
     if len(xy):
         xy *= np.where(np.take_along_axis(xy, np.abs(xy).argmax(0)[None], 0) < 0, -1.0, 1.0)
     total = float(values.sum())
-    first, second = (float(v) / total if total > 0 else 0.0 for v in values[-1:-3:-1])
+    first, second = (float(value) / total if total > 0 else 0.0 for value in values[-1:-3:-1])
     return xy.astype(np.float32), (first, second)

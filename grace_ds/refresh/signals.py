@@ -147,9 +147,9 @@ def estimate(
     """
     n, nan, settings = len(own), np.float32(np.nan), context.config.graph
     loss, label = np.full((2, n), nan, np.float32)
-    at, stale = found_in(table, own, inputs.step)
+    measured_at, stale = found_in(table, own, inputs.step)
     if "gradients" in context.config.parts:  # nothing is known of parts that are switched off
-        label[at >= 0] = labels(table.rows, inputs.reference)[at[at >= 0]]
+        label[measured_at >= 0] = labels(table.rows, inputs.reference)[measured_at[measured_at >= 0]]
     seen_at, unread = found_in(seen if "loss" in context.config.parts else Table(Losses.empty()), own, inputs.step)
     loss[seen_at >= 0] = seen.rows.loss[seen_at[seen_at >= 0]]
     ages = np.floor(np.stack([unread, stale], 1) / context.config.refresh.interval_steps)  # in refreshes
@@ -168,7 +168,7 @@ def estimate(
         unseen = context.comm.allreduce(np.isfinite(values).sum(0).astype(np.int64)) == 0
         values, disagreement = to_host(result.values), to_host(result.disagreement)
         values[:, unseen] = np.nan
-        crowded, reached = crowding(similarity), int((to_host(result.reached) & (at < 0) & (seen_at < 0)).sum())
+        crowded, reached = crowding(similarity), int((to_host(result.reached) & (measured_at < 0) & (seen_at < 0)).sum())
     influence = np.full(n, nan, np.float32)
     if predicted is not None:
         influence = predicted.standard(predicted.fit.predicted + (np.nan_to_num(values[:, 1]) if graph is not None else 0))
@@ -190,10 +190,10 @@ def found_in(table: Table[C], own: IntArray, step: int) -> tuple[IntArray, Float
     Returns:
         (n,) int64, -1 for samples that the table lacks; and (n,) float32, infinity for those.
     """
-    at = table.lookup(own)
+    position = table.lookup(own)
     since = np.full(len(own), np.inf, np.float32)
-    since[at >= 0] = np.maximum(0, step - table.rows.step[at[at >= 0]])
-    return at, since
+    since[position >= 0] = np.maximum(0, step - table.rows.step[position[position >= 0]])
+    return position, since
 
 
 def _along(context: RefreshContext, route: Route, values: FloatArray, ages: Array, similarity: FloatArray) -> Propagated:

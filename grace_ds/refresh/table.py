@@ -79,8 +79,8 @@ class Table(Generic[C]):
         ids = np.asarray(ids, np.int64)
         if not len(self):
             return np.full(len(ids), -1, np.int64)
-        at = np.minimum(np.searchsorted(self.ids, ids), len(self) - 1)
-        return np.where(self.ids[at] == ids, at, -1).astype(np.int64)
+        position = np.minimum(np.searchsorted(self.ids, ids), len(self) - 1)
+        return np.where(self.ids[position] == ids, position, -1).astype(np.int64)
 
     def save(self, directory: str | os.PathLike[str], rank: int, world: int) -> dict[str, str]:
         """Write this rank's buckets, atomically; files of another world size in ``directory`` stay untouched.
