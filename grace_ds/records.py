@@ -145,7 +145,7 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Signals:
-    """What selection knows of the window's samples, sorted by id; on root: of all of them.
+    """The values by which selection judges the window's samples, sorted by id; on root: of all samples.
 
     Attributes:
         ids: (n,) int64.
