@@ -190,8 +190,8 @@ def check(controller: Controller, saved: CheckpointState, state: dict[str, Any],
         )
     if not numbers["step"] == step == state.get("step"):
         raise CheckpointError(
-            f"{folder} is of step {numbers['step']}, the engine's checkpoint of step {step} (client state: {state.get('step')!r}): they "
-            "do not belong together; use an older checkpoint"
+            f"{folder} is of step {numbers['step']}, the engine's checkpoint of step {step} "
+            f"(client state: {state.get('step')!r}): they do not belong together; use an older checkpoint"
         )
     if numbers["cursor"] % controller.geometry.micro:
         raise CheckpointError(
