@@ -1,8 +1,7 @@
-"""The errors that grace_ds raises on purpose; each says what is wrong, the value and the cure.
+"""Define the errors that grace_ds raises on purpose; each message names the problem, the value and the cure.
 
-``GraceError`` is the base, so that a launcher can tell our messages from bugs.  Anything that is raised inside a refresh
-on one rank only is turned into :class:`PeerFailed` on the others by the transport, so that all ranks leave the refresh
-together.
+``GraceError`` is the base, so that a launcher can distinguish these errors from bugs.  If an error is raised inside a refresh
+on one rank only, the transport raises :class:`PeerFailed` on the other ranks, so that all ranks leave the refresh together.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ class GraceError(Exception):
     """Base of every error that grace_ds raises on purpose.
 
     Attributes:
-        stage: of the refresh in which it was raised; empty elsewhere.
+        stage: stage of the refresh in which it was raised; empty if it was raised elsewhere.
     """
 
     stage = ""
@@ -23,7 +22,7 @@ class GraceError(Exception):
 
 @contextmanager
 def during(stage: str) -> Iterator[None]:
-    """Notes ``stage`` on an error of ours that leaves the block; the innermost one counts."""
+    """Record ``stage`` in a :class:`GraceError` that leaves the block; the innermost stage counts."""
     try:
         yield
     except GraceError as error:
@@ -44,15 +43,15 @@ class CheckpointError(GraceError):
 
 
 class ExecutorError(GraceError):
-    """The Dask executor could not finish a graph; the refresh is given up, the transport and the job go on."""
+    """The Dask executor could not finish a graph; the refresh is given up, the transport and the job continue."""
 
 
 class DamagedState(CheckpointError):
-    """A file of ours in a checkpoint is missing, torn or altered; the engine's own part may well be whole."""
+    """A file of grace_ds in a checkpoint is missing, torn or altered; the engine's own part may be intact."""
 
 
 class TransportError(GraceError):
-    """The transport between ranks cannot be used as asked (wrong MPI world, unequal calls on the ranks)."""
+    """The transport between ranks cannot be used as requested (wrong MPI world, unequal calls on the ranks)."""
 
 
 class PeerFailed(TransportError):
@@ -68,7 +67,7 @@ class PeerFailed(TransportError):
 
 
 class ProbeFailed(GraceError):
-    """A probe has failed in the middle of a ZeRO-3 forward or backward, whose gathers the other ranks go on to: the job ends."""
+    """A probe has failed within a ZeRO-3 forward or backward, while the other ranks wait in its next gather: the job ends."""
 
 
 class TransportTimeout(TransportError):
@@ -76,4 +75,4 @@ class TransportTimeout(TransportError):
 
 
 class PeerLost(GraceError):
-    """A rank's process has ended: the job cannot go on; raised on every survivor that notices."""
+    """A rank's process has ended, so the job cannot continue; raised on every surviving rank that notices."""

@@ -1,4 +1,4 @@
-"""GRACE under ``transformers.Trainer`` with a DeepSpeed config, by two lines of the script.
+"""Add GRACE to a ``transformers.Trainer`` with a DeepSpeed config, by two lines of the script.
 
 The lines::
 
@@ -8,7 +8,7 @@ The lines::
     grace_ds.huggingface.attach(trainer)      # the grace block stands in ds.json
     trainer.train()
 
-Any subclass of Trainer will do.  Evaluation, saving and ``trainer.train(resume_from_checkpoint=…)`` stay as they are.
+Any subclass of Trainer works.  Evaluation, saving and ``trainer.train(resume_from_checkpoint=…)`` stay as they are.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def attach(
     tokenize: Tokenize | None = None,
     loss_fn: LossFn | None = None,
 ) -> Any:
-    """Lets ``trainer.train()`` train on the coreset that the grace block of its DeepSpeed config asks for.
+    """Make ``trainer.train()`` train on the coreset that the grace block of its DeepSpeed config describes.
 
-    Call it once, before ``train()``, on every rank.  Without a block, or with ``enabled: false``, nothing is changed.  In
+    Call it once, before ``train()``, on every rank.  Without a block, or with ``enabled: false``, nothing is changed.  During
     training the handle is ``trainer.model_wrapped.grace_ds``.
 
     Args:
         trainer: a ``transformers.Trainer`` (or a subclass's) with a map-style training set.
-        trusted_data: a map-style dataset of trusted samples, items like the training set's; in the place of the config's
+        trusted_data: a map-style dataset of trusted samples, items like the training set's; instead of the config's
             ``trusted`` file.
         validation_data: only read to make sure that no trusted sample is in it; default: the Trainer's ``eval_dataset``.
         tokenize: text → token ids, for a ``trusted`` file of text.
@@ -48,7 +48,7 @@ def attach(
         ``trainer``.
 
     Raises:
-        ConfigError: the Trainer uses no DeepSpeed, the block is wrong, or a setting cannot be had with a coreset.
+        ConfigError: the Trainer uses no DeepSpeed, the block is wrong, or a setting does not work with a coreset.
         DataError: the training set cannot be read by index.
     """
     _job.attach(trainer, UserInputs(trusted_data, validation_data, tokenize, loss_fn))

@@ -1,4 +1,4 @@
-"""GRACE in a Megatron job, by three lines of ``pretrain_gpt.py``.
+"""Add GRACE to a Megatron job, by three lines of ``pretrain_gpt.py``.
 
 The lines::
 
@@ -8,8 +8,8 @@ The lines::
     …
     return grace_ds.megatron.wrap(train_ds, "grace.yaml"), valid_ds, test_ds   # at the end of the datasets' provider
 
-The model's side may come first or second.  Both are called on every rank: the provider must say ``is_distributed = True``, as
-Megatron-LM's does.  The loader must be Megatron's ``single`` one (its default).
+``attach`` and ``wrap`` may be called in either order.  Both are called on every rank: the provider must set
+``is_distributed = True``, as Megatron-LM's does.  The loader must be Megatron's ``single`` one (its default).
 """
 
 from __future__ import annotations
@@ -38,31 +38,31 @@ def wrap(
     trusted_data: Any = None,
     tokenize: Tokenize | None = None,
 ) -> Any:
-    """The training dataset with the coreset's schedule in it: position p of the run gives the sample that is due there.
+    """Return the training dataset with the coreset's schedule: position p of the run gives the sample scheduled there.
 
     The samples to choose from are one epoch of the corpus (of each dataset of a blend, whose weights stay as they are).  The
     validation and test datasets are not touched.  Collective over all ranks.
 
     Args:
-        train_ds: what the job's provider has built; None on a rank that has none.
+        train_ds: the dataset that the job's provider has built; None on a rank without one.
         config: the grace block, or the path of a YAML file with it.  ``run_dir`` is where a resumed run finds its schedules;
             ``recipe`` content (which ``auto`` is here), density or uniform.
-        consumed_samples: samples trained on so far; this and the three that follow default to Megatron-LM's arguments.
+        consumed_samples: samples trained on so far; this and the next three default to Megatron-LM's arguments.
         micro_batch_size: samples of a micro-batch on one data-parallel rank.
         global_batch_size: samples of an optimizer step.
         num_workers: data workers of a rank.
-        lag: optimizer steps by which a schedule is published before its first sample; default: as far as the workers
-            read ahead, and one more.
-        trusted_data: a map-style dataset of trusted samples, in the place of the config's ``trusted`` file.
+        lag: optimizer steps by which a schedule is published before its first sample; default: as many as the workers
+            read ahead, plus one.
+        trusted_data: a map-style dataset of trusted samples, instead of the config's ``trusted`` file.
         tokenize: text → token ids, for a ``trusted`` file of text.
 
     Returns:
-        A dataset of the same length for the job's own loader (``--dataloader-type single``); None where there was none.
+        A dataset of the same length for the job's own loader (``--dataloader-type single``); None if ``train_ds`` is None.
         With ``mode: shadow`` or ``enabled: false`` it is ``train_ds``.
 
     Raises:
-        ConfigError: something is missing, or cannot be had in a Megatron job; names it and the cure.
-        CheckpointError: the run that is to be taken up was made of another dataset, or its schedules are damaged.
+        ConfigError: something is missing, or does not work in a Megatron job; with its name and the cure.
+        CheckpointError: the run to resume used another dataset, or its schedules are damaged.
         DataError: the corpus or the trusted samples cannot be used.
     """
     return _job.wrap(
@@ -79,9 +79,9 @@ def wrap(
 
 
 def attach(model: Any, optimizer: Any = None) -> Any:
-    """Lets the schedule follow the job's steps; returns ``model``.
+    """Make the schedule follow the job's optimizer steps; return ``model``.
 
-    Nothing of the model changes: its first training forward tells the optimizer, whose ``step`` is what counts.
+    The model is not changed.  Its first training forward reveals the optimizer, whose calls of ``step`` are counted.
 
     Args:
         model: this rank's part of the model, or a list of its chunks.
@@ -92,14 +92,14 @@ def attach(model: Any, optimizer: Any = None) -> Any:
 
 
 def detach() -> None:
-    """Takes hooks and methods off again and closes the transport.  A second call does nothing."""
+    """Remove all hooks and replaced methods, and close the transport.  A second call does nothing."""
     _job.job.detach()
 
 
 def ids(step: int, micro: int) -> IntArray:
-    """(rows,) int64: this data-parallel rank's samples of micro-batch ``micro`` of the step after ``step`` steps.
+    """Return this data-parallel rank's samples of micro-batch ``micro`` of the step after ``step`` steps: (rows,) int64.
 
-    Ids are positions in one epoch of the corpus.  Only on ranks with data, and only around the present.
+    Ids are positions in one epoch of the corpus.  Available only on ranks with data, and only near the current position.
 
     Raises:
         ConfigError: this rank has no data, or :func:`wrap` was not called.

@@ -1,7 +1,7 @@
-"""The values that travel between the stages: frozen, array-valued, with ids instead of batch positions.
+"""Define the values that the stages exchange: frozen dataclasses of arrays, with ids instead of batch positions.
 
 Shape legend: n = rows on this rank, d = sketch width, k = neighbours, L = slots of a schedule, N = dataset size.
-A sample *is* its index in the job's dataset (int64).  Rows on a rank are sorted by id and unique unless said otherwise.
+A sample *is* its index in the job's dataset (int64).  Rows on a rank are sorted by id and unique unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HIDDEN = 16  # numbers of a sample's pooled hidden state that are kept
 
 
 class Role(IntEnum):
-    """Why a sample stands in a schedule."""
+    """The reason why a sample is in a schedule: coreset, exploration, or uniformly drawn audit."""
 
     CORE = 0
     EXPLORE = 1
@@ -34,7 +34,7 @@ class Role(IntEnum):
 
 @dataclass(frozen=True)
 class Columns:
-    """What was measured of samples: arrays of n rows, side by side.  Before ``gather`` ids may repeat, after it they are sorted.
+    """Measurements of samples: arrays of n rows, side by side.  Before ``gather`` ids may repeat, after it they are sorted.
 
     Attributes:
         ids: (n,) int64, dataset ids.
@@ -49,16 +49,16 @@ class Columns:
         return len(self.ids)
 
     def take(self: C, index: Array) -> C:
-        """The rows at ``index`` (positions or a mask), in that order."""
+        """Return the rows at ``index`` (positions or a mask), in that order."""
         return type(self)(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
     @classmethod
     def concat(cls: type[C], parts: Sequence[C]) -> C:
-        """All rows of ``parts`` (at least one part), one after another."""
-        return cls(**{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)})
+        """Return all rows of ``parts`` (at least one part), one after another."""
+        return cls(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)})
 
     def finite(self) -> npt.NDArray[np.bool_]:
-        """(n,) bool, rows that tell something."""
+        """Return which rows hold a usable measurement: (n,) bool."""
         raise NotImplementedError
 
 
@@ -69,11 +69,11 @@ class SampleRecords(Columns):
     Attributes:
         sketch: (n, d) float16, folded gradient sketch, scaled to unit norm (its length is in ``norm``).
         norm: (n,) float32, length of the unscaled sketch: the sampled layers' gradient norm of the sample's mean loss.
-        loss: (n,) float32, nats per token minus the running mean at its step; NaN where the job's loss was not seen.
-        align: (n,) float32, cosine with the trusted gradient; NaN where there was no trusted basis.
+        loss: (n,) float32, nats per token minus the running mean at its step; NaN if the job's loss was not seen.
+        influence: (n,) float32, cosine with the trusted gradient; NaN if there was no trusted basis.
         basis: (n,) int32, version of the trusted basis behind ``influence``; -1 without one.
-        hidden: (n, HIDDEN) float16, hidden state of the last sketched block, mean over the sample's tokens, projected; 0 where
-            it was not seen.
+        hidden: (n, HIDDEN) float16, hidden state of the last sketched block, mean over the sample's tokens, projected; 0 if it
+            was not seen.
     """
 
     name: ClassVar[str] = "rows"
@@ -86,7 +86,7 @@ class SampleRecords(Columns):
 
     @staticmethod
     def empty(dim: int) -> SampleRecords:
-        """No rows, with sketches ``dim`` wide."""
+        """Return no rows, with sketches of width ``dim``."""
         return SampleRecords(
             ids=np.empty(0, np.int64),
             sketch=np.empty((0, dim), np.float16),
@@ -100,18 +100,18 @@ class SampleRecords(Columns):
 
     @property
     def losses(self) -> Losses:
-        """Their losses alone."""
+        """The losses of these rows alone."""
         return Losses(self.ids, self.step, self.loss)
 
     def finite(self) -> npt.NDArray[np.bool_]:
-        """(n,) bool, rows of a finite gradient: others come of an overflow of the loss scale."""
-        sound: npt.NDArray[np.bool_] = np.isfinite(self.sketch).all(axis=1) & np.isfinite(self.norm)
-        return sound
+        """Return which rows have a finite gradient: (n,) bool; others come from an overflow of the loss scale."""
+        is_finite: npt.NDArray[np.bool_] = np.isfinite(self.sketch).all(axis=1) & np.isfinite(self.norm)
+        return is_finite
 
 
 @dataclass(frozen=True)
 class Losses(Columns):
-    """Losses of the samples of any step, collected or not: they come with the forward.
+    """Losses of the samples of any step, with or without collected gradients: the forward gives them.
 
     Attributes:
         loss: (n,) float32, as in :class:`SampleRecords`.
@@ -122,11 +122,11 @@ class Losses(Columns):
 
     @staticmethod
     def empty() -> Losses:
-        """Of no sample."""
+        """Return the losses of no sample."""
         return Losses(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
 
     def finite(self) -> npt.NDArray[np.bool_]:
-        """(n,) bool, losses that were seen."""
+        """Return which losses were seen: (n,) bool."""
         return np.isfinite(self.loss)
 
 
@@ -135,7 +135,7 @@ class Neighbours:
     """For each of this rank's n queries, its k nearest index rows, nearest first.
 
     Attributes:
-        ids: (n, k) int64, dataset ids of the neighbours; -1 where there were fewer than k candidates.
+        ids: (n, k) int64, dataset ids of the neighbours; -1 as padding if there were fewer than k candidates.
         similarity: (n, k) float32, cosine in the space of the graph; -inf at the padding.
     """
 
@@ -145,17 +145,17 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Signals:
-    """What selection knows of the window's samples, sorted by id; on root: of all of them.
+    """The values by which selection judges the window's samples, sorted by id; on root: of all samples.
 
     Attributes:
         ids: (n,) int64.
         loss: (n,) float32, nats per token above the running mean, its own or spread along the graph; NaN unknown.
-        align: (n,) float32, influence in robust deviations from the trusted samples'; NaN unknown.
+        influence: (n,) float32, in robust deviations from the trusted samples'; NaN unknown.
         density: (n,) float32, near-duplicates of the sample in the window.
-        keep: (n,) float32 in (0, 1], pass of the trusted filter; NaN without one.
+        quality: (n,) float32 in (0, 1], pass of the trusted filter; NaN without one.
         loss_pass: (n,) float32 in (0, 1], pass of the loss filter, fitted to trusted samples' losses; NaN without one.
         crowding: (n,) float32, density of the k-NN graph at the sample; NaN without a graph.
-        staleness: (n,) float32, optimizer steps since the sample was trained on and looked at; inf where it never was.
+        staleness: (n,) float32, optimizer steps since the sample was trained on and measured; inf if it never was.
         disagreement: (n,) float32, spread of the losses around it; NaN without any.
     """
 
@@ -172,7 +172,7 @@ class Signals:
 
 @dataclass(frozen=True)
 class Coreset:
-    """What a selection decided, on the root rank.
+    """The result of a selection, on the root rank.
 
     Attributes:
         ids: (m,) int64, sorted, unique.
@@ -185,7 +185,7 @@ class Coreset:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The one artefact of a refresh: the ids to train on next, in their final order.
+    """The result of a refresh: the ids to train on next, in their final order.
 
     Slot s of the schedule holds the sample of stream position ``start + s``.  Identical on every rank.
 
@@ -196,8 +196,8 @@ class Schedule:
         roles: (L,) uint8, :class:`Role`.
         weights: (L,) float32.
         seed: of the reshuffles once the schedule is exhausted (laps).
-        meta: JSON-able facts of the refresh that decided it (objective, counts, next refresh step).
-        run: name of the run that it belongs to, interruptions left out; empty where nobody has named it.
+        meta: JSON-able facts of the refresh that made it (objective, counts, next refresh step).
+        run: name of the run that it belongs to, which a resumed run keeps; empty if it has no name.
     """
 
     version: int
@@ -213,10 +213,10 @@ class Schedule:
         return len(self.ids)
 
     def digest(self) -> str:
-        """32 hex digits over version, start, seed, ids, roles and weights."""
-        h = hashlib.blake2b(digest_size=16)
-        h.update(np.array([self.version, self.start, self.seed, len(self)], "<i8").tobytes())
-        h.update(np.ascontiguousarray(self.ids, "<i8").tobytes())
-        h.update(np.ascontiguousarray(self.roles, "u1").tobytes())
-        h.update(np.ascontiguousarray(self.weights, "<f4").tobytes())
-        return h.hexdigest()
+        """Return 32 hex digits over version, start, seed, ids, roles and weights."""
+        hasher = hashlib.blake2b(digest_size=16)
+        hasher.update(np.array([self.version, self.start, self.seed, len(self)], "<i8").tobytes())
+        hasher.update(np.ascontiguousarray(self.ids, "<i8").tobytes())
+        hasher.update(np.ascontiguousarray(self.roles, "u1").tobytes())
+        hasher.update(np.ascontiguousarray(self.weights, "<f4").tobytes())
+        return hasher.hexdigest()

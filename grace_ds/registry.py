@@ -1,7 +1,7 @@
-"""What can be added by name, from outside of the package too: recipes, objectives, graph back ends, transports, layer rules.
+"""Register extensions by name: recipes, objectives, graph back ends, transports, layer rules.
 
-Each kind is one :class:`Registry`.  A module that registers something and is listed under ``plugins`` in the configuration is
-imported on every rank before the configuration is checked, so that its names can stand there like the built-in ones.
+Each kind has one :class:`Registry`, which other packages can use too.  A module listed under ``plugins`` in the configuration
+is imported on every rank before the configuration is checked, so that the names that it registers work like built-in ones.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Names of one kind, and what stands behind each.
+    """The names of one kind, and the value registered under each.
 
     Args:
         key: of the configuration, for messages.
-        home: module that registers the built-in ones.  It is imported when a name is first asked for: it may lie above whatever
-            asks, as objectives lie above the configuration that names them.
+        home: module that registers the built-in values.  It is imported when a name is first looked up, because it may itself
+            import the module that looks it up, as objectives import the configuration that names them.
     """
 
     def __init__(self, key: str, home: str) -> None:
@@ -30,7 +30,7 @@ class Registry(Generic[T]):
         self._at_home = False
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator: makes a value available under ``name``; the last one registered under a name counts."""
+        """Return a decorator that registers a value under ``name``; the last one registered under a name counts."""
 
         def add(value: T) -> T:
             self._entries[name] = value
@@ -39,10 +39,10 @@ class Registry(Generic[T]):
         return add
 
     def get(self, name: str) -> T:
-        """What is registered under ``name``.
+        """Return the value registered under ``name``.
 
         Raises:
-            ConfigError: nothing is.
+            ConfigError: there is none.
         """
         known = self.names()
         if name not in known:
@@ -52,9 +52,9 @@ class Registry(Generic[T]):
         return self._entries[name]
 
     def names(self) -> tuple[str, ...]:
-        """All names, in the order in which they were registered."""
+        """Return all names, in the order in which they were registered."""
         if not self._at_home:
-            self._at_home = True  # first, because the home may ask while it is imported
+            self._at_home = True  # set first, because the home module may call this while it is imported
             importlib.import_module(self._home)
         return tuple(self._entries)
 
@@ -66,18 +66,18 @@ transports: Registry[Any] = Registry("comm", "grace_ds.comm.choose")
 
 
 def load_plugins(modules: Sequence[str], path: str) -> None:
-    """Imports ``modules``, which register what they bring.
+    """Import ``modules``, which register their extensions.
 
     Args:
         path: of the block in the configuration, for messages.
 
     Raises:
-        ConfigError: one cannot be imported.
+        ConfigError: a module cannot be imported.
     """
     for module in modules:
         try:
             importlib.import_module(module)
-        except Exception as error:  # code of the user's own runs here
+        except Exception as error:  # user code runs here
             raise ConfigError(
                 f"{path}.plugins: {module!r} cannot be imported ({type(error).__name__}: {error}); install it on every host, or "
                 "put its folder on PYTHONPATH"

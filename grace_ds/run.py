@@ -1,9 +1,9 @@
-"""Runs an unchanged training script with GRACE: ``deepspeed --module grace_ds.run [--progress] train.py …``.
+"""Run an unchanged training script with GRACE: ``deepspeed --module grace_ds.run [--progress] train.py …``.
 
-With ``--progress`` rank 0 prints a line a minute on how the run stands; ``grace-ds run --progress`` draws it.
+With ``--progress`` rank 0 prints the state of the run once a minute; ``grace-ds run --progress`` draws it instead.
 
-Inside the script ``deepspeed.initialize`` is :func:`grace_ds.initialize`; whether GRACE is on is still decided by the
-script's own DeepSpeed config.
+Inside the script ``deepspeed.initialize`` is :func:`grace_ds.initialize`; the script's own DeepSpeed config still decides
+whether GRACE is on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _USAGE = "usage: deepspeed --module grace_ds.run [--progress] train.py [argument
 
 
 def run_script(script: str, arguments: list[str]) -> None:
-    """Runs ``script`` as ``__main__`` with ``deepspeed.initialize`` replaced.
+    """Run ``script`` as ``__main__`` with ``deepspeed.initialize`` replaced.
 
     Raises:
         SystemExit: the script does not exist, or exits itself.
@@ -32,25 +32,31 @@ def run_script(script: str, arguments: list[str]) -> None:
 
     integration.replace_initialize(deepspeed)
     sys.argv = [script, *arguments]
-    # As ``python train.py`` would have it: the script's own folder first.
+    # The script's own folder comes first, as with ``python train.py``.
     sys.path.insert(0, str(Path(script).resolve().parent))
     runpy.run_path(script, run_name="__main__")
 
 
 def main() -> None:
-    """Entry of ``python -m grace_ds.run``.  The launcher puts ``--local_rank=N`` before or after the script's arguments."""
+    """Run the script named on the command line; the entry point of ``python -m grace_ds.run``.
+
+    The launcher puts ``--local_rank=N`` before or after the script's arguments.
+
+    Raises:
+        SystemExit: no script is named, or as :func:`run_script`.
+    """
     arguments = sys.argv[1:]
-    at = next((i for i, a in enumerate(arguments) if not a.startswith("-")), None)
-    if at is None:
+    script_at = next((i for i, argument in enumerate(arguments) if not argument.startswith("-")), None)
+    if script_at is None:
         raise SystemExit(_USAGE)
-    first = [a for a in arguments[:at] if a != "--progress"]
-    if len(first) < at:
+    options = [argument for argument in arguments[:script_at] if argument != "--progress"]
+    if len(options) < script_at:
         from grace_ds.monitor.progress import LINES, VARIABLE
 
         os.environ.setdefault(VARIABLE, LINES)
-    run_script(arguments[at], first + arguments[at + 1 :])
+    run_script(arguments[script_at], options + arguments[script_at + 1 :])
 
 
 if __name__ == "__main__":
-    # Errors of ours are one line; the script's own are the script's to show.
+    # Errors of grace_ds are printed as one line; the script's own errors keep their traceback.
     sys.exit(in_one_line("grace_ds", main, wants_debug([]), ours_only=True))

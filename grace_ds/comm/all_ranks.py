@@ -1,4 +1,4 @@
-"""Work outside of a refresh that must succeed on every rank or fail on every rank, with the reason known everywhere."""
+"""Run work outside of a refresh so that it succeeds on every rank or fails on every rank, with the same reason everywhere."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ _KINDS = {kind.__name__: kind for kind in (CheckpointError, DamagedState, Config
 
 
 def run_on_all_ranks(comm: Comm, work: Callable[[], T]) -> T:
-    """Runs ``work``, which may itself use ``comm``, on all ranks; an exception on one becomes an exception on all.
+    """Run ``work`` on all ranks and return its result; an exception on one rank becomes an exception on all.
+
+    Args:
+        comm: the transport; collective over its ranks.
+        work: may itself use ``comm``.
 
     Raises:
-        Exception: this rank's own, or another rank's told by its kind and message.
+        Exception: this rank's own exception, or else the kind and message of another rank's.
     """
     mine: Exception | None = None
     try:
@@ -34,14 +38,15 @@ def run_on_all_ranks(comm: Comm, work: Callable[[], T]) -> T:
     except Exception as error:
         comm.abort()
         mine = error
-    # However they came here, all ranks are here now.
-    told = comm.allgather(np.frombuffer(json.dumps(_words(mine)).encode(), np.uint8))
+    # All ranks reach this point, whichever exception they came by.
+    encoded = comm.allgather(np.frombuffer(json.dumps(_describe(mine)).encode(), np.uint8))
     if mine is not None:
         raise mine
-    said = [(rank, *json.loads(words.tobytes())) for rank, words in enumerate(told)]
-    rank, kind, message = next(entry for entry in said if entry[1])
+    errors = [(rank, *json.loads(text.tobytes())) for rank, text in enumerate(encoded)]
+    rank, kind, message = next(entry for entry in errors if entry[1])
     raise _KINDS.get(kind, GraceError)(f"on rank {rank}: {message if kind in _KINDS else f'{kind}: {message}'}")
 
 
-def _words(error: Exception | None) -> tuple[str, str]:
+def _describe(error: Exception | None) -> tuple[str, str]:
+    """Return the error's kind and message; both empty without an error."""
     return ("", "") if error is None else (type(error).__name__, str(error))

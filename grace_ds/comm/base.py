@@ -1,8 +1,8 @@
-"""What the stages ask of a transport: a handful of collectives on NumPy arrays, with a limit on every wait.
+"""The protocol of a transport: a handful of collectives on NumPy arrays, with a time limit on every wait.
 
 Every collective begins with the same small exchange of headers.  A rank whose local work has raised calls
-:meth:`Comm.abort`, which takes part in just that header exchange: whatever collective the others are in next, they see
-the flag and raise :class:`~grace_ds.errors.PeerFailed` together.  So one rank's exception can never leave another
+:meth:`Comm.abort`, which takes part in just that header exchange.  Whatever collective the other ranks enter next, they
+see the flag and all raise :class:`~grace_ds.errors.PeerFailed`.  So one rank's exception can never leave another
 waiting, and no collective is ever matched with a different one.
 """
 
@@ -24,7 +24,7 @@ class Comm(Protocol):
 
     Raises (every method):
         PeerFailed: another rank called :meth:`abort`.
-        TransportTimeout: a peer did not come within ``timeout`` seconds; the transport is retired and refuses further
+        TransportTimeout: a peer did not join within ``timeout`` seconds; the transport is retired and refuses further
             use.
         TransportError: the ranks disagree on the call, the dtype or the trailing axes.
     """
@@ -35,7 +35,7 @@ class Comm(Protocol):
     timeout: float
 
     def exchange(self, chunks: Sequence[Array]) -> list[Array]:
-        """All-to-all with unequal lengths: ``chunks[p]`` goes to rank p; returns one array from each rank.
+        """Send ``chunks[p]`` to rank p and return one array from each rank (all-to-all with unequal lengths).
 
         Args:
             chunks: ``size`` arrays of one dtype and equal trailing axes on all ranks; axis 0 may differ and be 0.
@@ -43,44 +43,45 @@ class Comm(Protocol):
         ...
 
     def allgather(self, array: Array) -> list[Array]:
-        """Every rank's ``array`` in rank order; axis 0 may differ from rank to rank."""
+        """Return every rank's ``array`` in rank order, on all ranks; axis 0 may differ from rank to rank."""
         ...
 
     def gather(self, array: Array, root: int = 0) -> list[Array] | None:
-        """Every rank's ``array`` in rank order on ``root``; None elsewhere."""
+        """Return every rank's ``array`` in rank order on ``root``; None on the other ranks."""
         ...
 
     def broadcast(self, array: Array | None, root: int = 0) -> Array:
-        """``root``'s array, dtype and shape included; ``array`` is ignored on the other ranks."""
+        """Return ``root``'s array, with its dtype and shape; ``array`` is ignored on the other ranks."""
         ...
 
     def allreduce(self, array: Array, op: ReduceOp = "sum") -> Array:
-        """Element by element over the ranks; equal shape on all ranks; bit-identical result on all ranks."""
+        """Reduce element by element over the ranks; equal shape on all ranks; bit-identical result on all ranks."""
         ...
 
     def shift(self, array: Array) -> Array:
-        """Ring step: sends ``array`` to rank+1 and returns what rank-1 sent (axis 0 may differ)."""
+        """Send ``array`` to rank+1 and return the array of rank-1 (one step of a ring; axis 0 may differ)."""
         ...
 
     def agree(self) -> None:
-        """Returns when every rank is here and none has failed."""
+        """Return when every rank has made this call and none has failed."""
         ...
 
     def abort(self) -> None:
-        """Tells the other ranks, at their next collective, that this rank's local work has failed.
+        """Tell the other ranks, at their next collective, that this rank's local work has failed.
 
-        Never raises :class:`PeerFailed` itself; returns once all ranks know.
+        Return once all ranks know.  Never raises :class:`PeerFailed` itself.
         """
         ...
 
     def abandon(self) -> None:
-        """A rank is lost: this process's end waits for nobody."""
+        """Give the transport up because a rank is lost: the exit of this process then waits for no other rank."""
         ...
 
-    def close(self, together: bool = True) -> None:
-        """Frees what the transport holds.  Safe to call twice.
+    def close(self, collective: bool = True) -> None:
+        """Free what the transport holds.  Safe to call twice.
 
         Args:
-            together: whether the other ranks close theirs too, now; without it, what would have to wait for them stays.
+            collective: whether the other ranks close their transports now too.  If not, handles whose release would wait
+                for the other ranks are kept.
         """
         ...

@@ -1,7 +1,7 @@
-"""Where a sample lives: its virtual bucket, and the rank that owns the bucket.
+"""Assign each sample to a virtual bucket, and each bucket to the rank that owns it.
 
-The bucket depends on the sample's id alone; only the owner of a bucket depends on the number of ranks.  So a change of
-the world size re-assigns whole buckets and never looks into one.
+The bucket depends only on the sample's id; the owner of a bucket depends on the number of ranks as well.  So a change of
+the world size re-assigns whole buckets and never has to look into one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ N_BUCKETS = 4096
 
 
 def splitmix64(array: Array) -> np.ndarray[tuple[int, ...], np.dtype[np.uint64]]:
-    """First output of the splitmix64 generator seeded with each element of ``array`` (any shape, integers); uint64."""
+    """Return the first output of splitmix64 seeded with each element of ``array`` (integers of any shape); uint64."""
     with np.errstate(over="ignore"):
         z = np.asarray(array).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -23,15 +23,15 @@ def splitmix64(array: Array) -> np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
 
 
 def bucket_of(ids: Array) -> IntArray:
-    """The bucket of each id: (n,) int64 in [0, N_BUCKETS)."""
+    """Return the bucket of each id: (n,) int64 in [0, N_BUCKETS)."""
     return np.asarray(splitmix64(ids) & np.uint64(N_BUCKETS - 1), np.int64)
 
 
 def owner_of(ids: Array, world: int) -> IntArray:
-    """The rank that owns each id among ``world`` ranks: (n,) int64."""
+    """Return the rank that owns each id among ``world`` ranks: (n,) int64."""
     return bucket_of(ids) * world // N_BUCKETS
 
 
 def buckets_of(rank: int, world: int) -> range:
-    """The consecutive buckets that ``rank`` of ``world`` owns; empty for some ranks beyond N_BUCKETS of them."""
+    """Return the consecutive buckets that ``rank`` of ``world`` owns; empty for some ranks if ``world`` > N_BUCKETS."""
     return range(-(-rank * N_BUCKETS // world), -(-(rank + 1) * N_BUCKETS // world))

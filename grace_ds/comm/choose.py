@@ -1,7 +1,7 @@
-"""Which transport a job gets: decided by all ranks together, never by one alone, and logged with the reason.
+"""Choose the transport of a job: all ranks decide it together, and the choice is logged with its reason.
 
-MPI is taken only where its world is torch's, rank for rank.  The launcher's environment is looked at before mpi4py is
-imported, because initialising MPI in a process that no MPI launcher started gives a world of one at best and hangs at
+MPI is used only if its world equals torch's, rank for rank.  The launcher's environment is read before mpi4py is
+imported, because initialising MPI in a process that no MPI launcher has started gives a world of one at best and hangs at
 worst.  After every step the ranks share their findings, so that all of them take the same branch.
 """
 
@@ -20,14 +20,13 @@ from grace_ds.errors import TransportError
 
 logger = logging.getLogger("grace_ds")
 
-Transport = Callable[
-    [Sequence[int], float], Comm
-]  # of the torch ranks of this rank's data-parallel group, ascending, and a limit
+# Takes the torch ranks of this rank's data-parallel group, ascending, and the limit of every wait in seconds.
+Transport = Callable[[Sequence[int], float], Comm]
 for _name in ("mpi", "torch", "local"):
-    registry.transports.register(_name)(None)  # what is built in is chosen by the rules below
+    registry.transports.register(_name)(None)  # the built-in ones are chosen by the rules below
 UNKNOWN = -1
 _CURE = "start the job with mpirun (or deepspeed --launcher openmpi), or set comm: auto"
-# (rank, size) of the launchers' environments.  A PMI or PMIx rank without a size comes from a resource manager's step.
+# (rank, size) variables of the launchers.  A PMI or PMIx rank without a size comes from a resource manager's job step.
 _LAUNCHERS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("PMI_RANK", "PMI_SIZE"),
@@ -39,34 +38,37 @@ _LAUNCHERS = (
 
 
 class Facts(NamedTuple):
-    """What one rank knows before MPI is touched."""
+    """What one rank knows before MPI is imported."""
 
     kind: str
     rank: int
     group: tuple[int, ...]  # torch ranks of its data-parallel group
     mpi_rank: int  # from the launcher's environment; UNKNOWN without one
-    mpi_size: int  # 1 without a launcher, UNKNOWN where it does not tell
-    launched: bool
+    mpi_size: int  # 1 without a launcher, UNKNOWN if the launcher does not give it
+    launched: bool  # by an MPI launcher
     installed: bool  # mpi4py can be imported
-    token: int  # rank 0's names the job in the handshake
+    token: int  # random; the one of rank 0 identifies the job in the handshake
 
 
 def launcher_world(env: Mapping[str, str]) -> tuple[int, int] | None:
-    """(rank, size) that an MPI launcher has put into ``env``; size UNKNOWN where it says none; None without one."""
+    """Return the (rank, size) that an MPI launcher has put into ``env``, or None without such a launcher.
+
+    The size is UNKNOWN if the launcher gives none.
+    """
     for rank, size in _LAUNCHERS:
-        told = [env.get(key, "") for key in (rank, size) if key]
-        if all(word.isdigit() for word in told):
-            return int(told[0]), int(told[1]) if size else UNKNOWN
+        values = [env.get(key, "") for key in (rank, size) if key]
+        if all(value.isdigit() for value in values):
+            return int(values[0]), int(values[1]) if size else UNKNOWN
     return None
 
 
 def choose(kind: str, *, dp_group: Any = None, members: Sequence[int] | None = None, timeout: float) -> Comm:
-    """The transport for ``comm: kind``.  Called by every rank of torch's world, with its own data-parallel group.
+    """Return the transport for ``comm: kind``.  Collective: every rank of torch's world calls it for its own group.
 
     Args:
-        kind: auto | mpi | torch | local | a registered one, the same on all ranks.
+        kind: auto | mpi | torch | local | the name of a registered transport; the same on all ranks.
         dp_group: torch ProcessGroup of this rank's data-parallel peers, ranks ascending; None: torch's whole world.
-        members: those peers as global ranks, in the place of ``dp_group``.
+        members: those peers as global ranks, instead of ``dp_group``.
         timeout: seconds, limit of every wait on the transport.
 
     Returns:
@@ -74,50 +76,50 @@ def choose(kind: str, *, dp_group: Any = None, members: Sequence[int] | None = N
 
     Raises:
         ConfigError: ``kind`` is not known.
-        TransportError: what was asked for cannot be had; on every rank alike.
+        TransportError: the transport cannot be set up as requested; raised on every rank.
     """
-    added: Transport | None = registry.transports.get(kind) if kind != "auto" else None
+    registered: Transport | None = registry.transports.get(kind) if kind != "auto" else None
     if not _torch_ready():
-        return _told(added((0,), timeout), f"comm: {kind}") if added is not None else _alone(kind, timeout)
-    everyone = share(_facts(kind, dp_group, members))
-    if len({f.kind for f in everyone}) > 1:
-        raise TransportError(f"comm differs between the ranks: {[f.kind for f in everyone]}; use one configuration")
-    me = everyone[_torch_rank()]
-    if added is not None:
-        return _told(_made(added, me, timeout), f"comm: {kind}")
-    single = all(len(f.group) == 1 for f in everyone)
+        return _logged(registered((0,), timeout), f"comm: {kind}") if registered is not None else _single_process(kind, timeout)
+    all_facts = share(_facts(kind, dp_group, members))
+    if len({facts.kind for facts in all_facts}) > 1:
+        raise TransportError(f"comm differs between the ranks: {[facts.kind for facts in all_facts]}; use one configuration")
+    me = all_facts[_torch_rank()]
+    if registered is not None:
+        return _logged(_make_registered(registered, me, timeout), f"comm: {kind}")
+    single = all(len(facts.group) == 1 for facts in all_facts)
     if kind == "local" and not single:
         raise TransportError(f"comm: local is for one data-parallel rank, this job has {len(me.group)}; set comm: auto")
     if kind == "local" or (kind == "auto" and single):
-        return _told(LocalComm(timeout), "one data-parallel rank")
+        return _logged(LocalComm(timeout), "one data-parallel rank")
     why = f"comm: {kind}"
     if kind in ("auto", "mpi"):
-        comm, reason = _try_mpi(everyone, me, timeout)
+        comm, reason = _try_mpi(all_facts, me, timeout)
         if comm is not None:
-            return _told(comm, "MPI's world is torch's, rank for rank")
+            return _logged(comm, "MPI's world is torch's, rank for rank")
         if kind == "mpi":
             raise TransportError(f"comm: mpi cannot be used: {reason}")
         why = f"not MPI: {reason}"
     from grace_ds.comm.torch_dist import TorchComm
 
-    return _told(TorchComm(sorted({f.group for f in everyone}), timeout), why)
+    return _logged(TorchComm(sorted({facts.group for facts in all_facts}), timeout), why)
 
 
-def _made(transport: Transport, me: Facts, timeout: float) -> Comm:
-    """A registered transport, on all ranks or on none.
+def _make_registered(transport: Transport, me: Facts, timeout: float) -> Comm:
+    """Make a registered transport, on all ranks or on none.
 
     Raises:
-        TransportError: it cannot be made, or counts the ranks in another way; on every rank alike.
+        TransportError: it cannot be made, or it numbers the ranks differently; raised on every rank.
     """
     comm: Comm | None = None
-    found, place = "", (me.group.index(me.rank), len(me.group))
+    problem, place = "", (me.group.index(me.rank), len(me.group))
     try:
         comm = transport(me.group, timeout)
         if (comm.rank, comm.size) != place:
-            found = f"rank {me.rank} is {comm.rank} of {comm.size} in it, and {place[0]} of {place[1]} in the job"
-    except Exception as error:  # code of the user's own
-        found = f"on rank {me.rank}: {type(error).__name__}: {error}"
-    reason = _first(found)
+            problem = f"rank {me.rank} is {comm.rank} of {comm.size} in it, and {place[0]} of {place[1]} in the job"
+    except Exception as error:  # user code may raise anything
+        problem = f"on rank {me.rank}: {type(error).__name__}: {error}"
+    reason = _first_problem(problem)
     if reason or comm is None:
         if comm is not None:
             comm.close()
@@ -125,8 +127,12 @@ def _made(transport: Transport, me: Facts, timeout: float) -> Comm:
     return comm
 
 
-def _alone(kind: str, timeout: float) -> Comm:
-    """Without torch.distributed there is one process, unless the environment says that there should be more."""
+def _single_process(kind: str, timeout: float) -> Comm:
+    """Make the transport of a job without torch.distributed, which must be one process.
+
+    Raises:
+        TransportError: the environment or ``kind`` asks for more processes.
+    """
     launched = launcher_world(os.environ)
     sizes = [int(os.environ.get("WORLD_SIZE", "1") or 1), launched[1] if launched else 1]
     if max(sizes) > 1 or kind in ("mpi", "torch"):
@@ -134,7 +140,7 @@ def _alone(kind: str, timeout: float) -> Comm:
             f"comm: {kind} with {max(sizes)} process(es) needs torch.distributed: call deepspeed.init_distributed() "
             "before grace_ds, or run one process with comm: auto"
         )
-    return _told(LocalComm(timeout), "torch.distributed is not initialised")
+    return _logged(LocalComm(timeout), "torch.distributed is not initialised")
 
 
 def _facts(kind: str, dp_group: Any, members: Sequence[int] | None) -> Facts:
@@ -148,57 +154,61 @@ def _facts(kind: str, dp_group: Any, members: Sequence[int] | None) -> Facts:
     return Facts(kind, dist.get_rank(), group, rank, size, launched is not None, installed, token)
 
 
-def _no_launch(everyone: list[Facts]) -> str:
-    """Why MPI must not even be initialised; empty where it may.  The same on all ranks: of shared facts only."""
-    size = len(everyone)
-    if not all(f.installed for f in everyone):
-        lacking = [f.rank for f in everyone if not f.installed]
+def _why_no_mpi(all_facts: list[Facts]) -> str:
+    """Return why MPI must not even be initialised; empty if it may.
+
+    The answer is the same on all ranks, because it follows from shared facts only.
+    """
+    size = len(all_facts)
+    if not all(facts.installed for facts in all_facts):
+        lacking = [facts.rank for facts in all_facts if not facts.installed]
         return f"mpi4py is not installed on rank(s) {lacking[:8]}: pip install grace_ds[mpi], or set comm: auto"
-    idle = [f.rank for f in everyone if not f.launched]
+    idle = [facts.rank for facts in all_facts if not facts.launched]
     if idle:
         return f"MPI's world has 1 rank, torch's has {size}: no MPI launcher has started rank(s) {str(idle[:8])[1:-1]}; {_CURE}"
-    sizes = {f.mpi_size for f in everyone} - {UNKNOWN, size}
+    sizes = {facts.mpi_size for facts in all_facts} - {UNKNOWN, size}
     if sizes:
         return f"MPI's world has {sorted(sizes)[0]} rank(s), torch's has {size}; {_CURE}"
-    if [f.mpi_rank for f in everyone] != list(range(size)):
-        return f"torch's ranks 0..{size - 1} have the MPI ranks {[f.mpi_rank for f in everyone][:16]}; {_CURE}"
+    if [facts.mpi_rank for facts in all_facts] != list(range(size)):
+        return f"torch's ranks 0..{size - 1} have the MPI ranks {[facts.mpi_rank for facts in all_facts][:16]}; {_CURE}"
     return ""
 
 
-def _try_mpi(everyone: list[Facts], me: Facts, timeout: float) -> tuple[Comm | None, str]:
-    """The MPI transport on all ranks, or None and the reason on all ranks."""
-    reason = _no_launch(everyone)
+def _try_mpi(all_facts: list[Facts], me: Facts, timeout: float) -> tuple[Comm | None, str]:
+    """Return the MPI transport on all ranks, or None and the reason on all ranks."""
+    reason = _why_no_mpi(all_facts)
     if reason:
         return None, reason
     from grace_ds.comm import mpi
 
     comm: Comm | None = None
-    found = ""
+    problem = ""
     try:
         size = mpi.world()[1]
-        if size != len(everyone):
-            found = f"MPI's world has {size} rank(s), torch's has {len(everyone)}; {_CURE}"
+        if size != len(all_facts):
+            problem = f"MPI's world has {size} rank(s), torch's has {len(all_facts)}; {_CURE}"
     except Exception as error:  # a broken MPI installation raises anything from ImportError to RuntimeError
-        found = f"MPI does not start on rank {me.rank}: {type(error).__name__}: {error}"
-    reason = _first(found)
+        problem = f"MPI does not start on rank {me.rank}: {type(error).__name__}: {error}"
+    reason = _first_problem(problem)
     if not reason:
         try:
-            found = mpi.Handshake(timeout).check(me.rank, everyone[0].token)
+            problem = mpi.Handshake(timeout).check(me.rank, all_facts[0].token)
         except TransportError as error:
-            found = str(error)
-        reason = _first(found)
+            problem = str(error)
+        reason = _first_problem(problem)
     if not reason:
         try:
             comm = mpi.MpiComm(me.group, timeout)
         except Exception as error:
-            found = f"no communicator on rank {me.rank}: {error}"
-        reason = _first(found)
+            problem = f"no communicator on rank {me.rank}: {error}"
+        reason = _first_problem(problem)
         if reason and comm is not None:
             comm.close()
     return (None, reason) if reason else (comm, "")
 
 
-def _told(comm: Comm, why: str) -> Comm:
+def _logged(comm: Comm, why: str) -> Comm:
+    """Log the chosen transport on rank 0 and return it."""
     if not _torch_ready() or _torch_rank() == 0:
         logger.info("transport: %s, %d data-parallel rank(s) (%s)", comm.name, comm.size, why)
     return comm
@@ -217,14 +227,14 @@ def _torch_rank() -> int:
 
 
 def share(mine: Any) -> list[Any]:
-    """Everybody's value in torch's rank order, whatever the backend of the job."""
+    """Return the value of every rank in torch's rank order, whatever the backend of the job.  Collective."""
     import torch.distributed as dist
 
-    got: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(got, mine)
-    return got
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, mine)
+    return values
 
 
-def _first(found: str) -> str:
-    """The findings of all ranks, joined into one answer: empty only where every rank found nothing."""
-    return next((f for f in share(found) if f), "")
+def _first_problem(mine: str) -> str:
+    """Return the first problem that any rank has found; empty only if no rank has found one.  Collective."""
+    return next((problem for problem in share(mine) if problem), "")

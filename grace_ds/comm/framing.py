@@ -1,15 +1,15 @@
-"""What the adapters share: the headers, the checks, and every collective built on four small primitives.
+"""Build every collective on four small primitives of an adapter, with headers and checks that all adapters share.
 
-An adapter moves bytes and knows nothing of dtypes or shapes.  Everything else happens here, once: a fixed-size header
-goes from every rank to every rank, all of them reach the same verdict from the same headers, and only then does a
-payload move.  Ranks therefore stay in step whatever happens between two collectives.
+An adapter moves bytes and knows nothing of dtypes or shapes.  Everything else happens here: a fixed-size header goes from
+every rank to every rank, all ranks reach the same verdict from the same headers, and only then does a payload move.  So
+the ranks stay in step whatever happens between two collectives.
 
-Two kinds of error leave a collective, and a stage's handler must tell them apart:
+Two kinds of error leave a collective, and a stage's handler must distinguish them:
 
-* :class:`~grace_ds.errors.TransportError` and its children: every rank knows, or will know within its own time limit.
-  Leave; do not call ``abort``.
+* :class:`~grace_ds.errors.TransportError` and its subclasses: every rank knows of the error, or will know within its own
+  time limit.  Leave without calling ``abort``.
 * anything else (``TypeError``, ``ValueError``: this rank's arguments; ``OSError``, ... from its own work): only this
-  rank knows.  Call ``abort`` so that the others leave too.
+  rank knows of it.  Call ``abort`` so that the other ranks leave too.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ _UFUNC: dict[str, Any] = {"sum": np.add, "max": np.maximum, "min": np.minimum}
 
 
 def as_bytes(array: Array) -> Bytes:
-    """The same memory as flat bytes."""
+    """Return the same memory as flat bytes: (n,) uint8."""
     return array.reshape(-1).view(np.uint8)
 
 
 class FramedComm:
-    """All of :class:`~grace_ds.comm.base.Comm`, given the primitives of an adapter (the methods that raise below).
+    """All of :class:`~grace_ds.comm.base.Comm`, given an adapter's primitives (below, the methods that raise).
 
     Attributes:
         round_bytes: most bytes that one primitive call may carry on a rank, so that counts and displacements stay
-            within a C int; larger payloads go in rounds.  The same on all ranks.
+            within a C int; larger payloads go in several rounds.  The same on all ranks.
     """
 
     name = "framed"
@@ -76,28 +76,36 @@ class FramedComm:
     # -- the primitives: collective, blocking up to the time limit ------------------------------------------------
 
     def _alltoall(self, send: IntArray) -> IntArray:
-        """Row p of ``send`` (size, width) int64 to rank p; returns one row from each rank."""
+        """Send row p of ``send`` (size, width) int64 to rank p; return one row from each rank, (size, width) int64."""
         raise NotImplementedError
 
     def _alltoallv(self, send: Bytes, out_counts: list[int], in_counts: list[int]) -> Bytes:
-        """Consecutive pieces of ``send`` to the ranks in order; returns the received pieces, likewise."""
+        """Send consecutive pieces of ``send`` to the ranks in order; return the received pieces, concatenated in rank order.
+
+        Args:
+            out_counts, in_counts: bytes to and from each rank.
+        """
         raise NotImplementedError
 
     def _reduce(self, array: Array, op: str) -> None:
-        """In place over the ranks; ``array`` flat int32 or int64."""
+        """Reduce ``array`` (flat, int32 or int64) over the ranks, in place."""
         raise NotImplementedError
 
     def _spread(self, payload: Bytes, root: int) -> None:
-        """In place: ``root``'s bytes into everybody's ``payload`` of the same length."""
+        """Copy ``root``'s ``payload`` into every rank's ``payload`` of the same length, in place."""
         raise NotImplementedError
 
-    def _release(self, together: bool) -> None:
-        """Frees the adapter's handles; collective only where ``together``."""
+    def _release(self, collective: bool) -> None:
+        """Free the adapter's handles; may wait for the other ranks only if ``collective``."""
 
     # -- waiting and giving up ------------------------------------------------------------------------------------
 
     def _wait(self, done: Callable[[], bool], hot: float = 0.0) -> None:
-        """Polls ``done``: without sleeping for ``hot`` seconds, then ever more rarely, up to the time limit."""
+        """Poll ``done`` up to the time limit: without sleeping for ``hot`` seconds, then at growing intervals.
+
+        Raises:
+            TransportTimeout: the time limit has passed.
+        """
         start, pause = time.monotonic(), 0.0
         while not done():
             waited = time.monotonic() - start
@@ -115,7 +123,7 @@ class FramedComm:
         )
 
     def _guard(self, primitive: Callable[..., T], *args: Any) -> T:
-        """Runs a primitive; whatever interrupts it leaves the ranks out of step, so the transport is retired."""
+        """Run a primitive and return its result; retire the transport on any error, which leaves the ranks out of step."""
         try:
             return primitive(*args)
         except TransportError as error:
@@ -132,8 +140,8 @@ class FramedComm:
 
     # -- headers --------------------------------------------------------------------------------------------------
 
-    def _meet(self, op: Op, array: Array | None = None, rows: Sequence[int] | None = None, arg: int = 0) -> IntArray:
-        """Exchanges headers and returns everyone's (size, WIDTH), or raises the same error on all ranks."""
+    def _exchange_headers(self, op: Op, array: Array | None = None, rows: Sequence[int] | None = None, arg: int = 0) -> IntArray:
+        """Exchange headers and return those of all ranks, (size, WIDTH) int64, or raise the same error on all ranks."""
         if self._retired:
             raise TransportError(
                 f"transport retired after: {self._retired} (restart the job to use it again; training goes on without)"
@@ -146,10 +154,10 @@ class FramedComm:
             head[:, TRAIL : TRAIL + max(array.ndim - 1, 0)] = array.shape[1:]
             head[:, ROWS] = self._rows(array) if rows is None else rows
             head[:, LONGEST] = head[:, ROWS].max()
-        got = self._guard(self._alltoall, head)
+        received = self._guard(self._alltoall, head)
         if op is not Op.ABORT:
-            judge(op, got)
-        return got
+            judge(op, received)
+        return received
 
     @staticmethod
     def _rows(array: Array) -> int:
@@ -158,45 +166,47 @@ class FramedComm:
     # -- payload --------------------------------------------------------------------------------------------------
 
     def _swap(self, parts: list[Bytes], in_counts: list[int], longest: int) -> list[Bytes]:
-        """All-to-all of bytes, in as many rounds as ``longest`` (the longest part on any rank) asks for."""
+        """Exchange bytes all-to-all, in as many rounds as ``longest`` (bytes of the longest part on any rank) needs."""
         if longest == 0:
             return [np.empty(0, np.uint8) for _ in parts]
         step = max(self.round_bytes // self.size, 1)
         if longest <= step:
-            whole = self._alltoallv(np.concatenate(parts), [len(p) for p in parts], in_counts)
+            whole = self._alltoallv(np.concatenate(parts), [len(part) for part in parts], in_counts)
             return np.split(whole, np.cumsum(in_counts)[:-1])
         out = [np.empty(n, np.uint8) for n in in_counts]
-        for lo in range(0, longest, step):
-            pieces = [p[lo : lo + step] for p in parts]
-            room = [o[lo : lo + step] for o in out]
-            took = self._alltoallv(np.concatenate(pieces), [len(p) for p in pieces], [len(r) for r in room])
-            at = 0
-            for r in room:
-                r[:] = took[at : at + len(r)]
-                at += len(r)
+        for start in range(0, longest, step):
+            pieces = [part[start : start + step] for part in parts]
+            targets = [array[start : start + step] for array in out]
+            received = self._alltoallv(
+                np.concatenate(pieces), [len(piece) for piece in pieces], [len(target) for target in targets]
+            )
+            offset = 0
+            for target in targets:
+                target[:] = received[offset : offset + len(target)]
+                offset += len(target)
         return out
 
     def _move(self, op: Op, chunks: list[Array], arg: int = 0) -> list[Array]:
-        """Header and payload of an all-to-all of arrays of one dtype and equal trailing axes."""
-        x = chunks[0]
-        got = self._meet(op, x, [self._rows(c) for c in chunks], arg)
-        width = x.dtype.itemsize * math.prod(x.shape[1:])
-        in_counts = [int(n) * width for n in got[:, ROWS]]
-        longest = int(got[:, LONGEST].max()) * width
-        raw = self._guard(self._swap, [as_bytes(c) for c in chunks], in_counts, longest)
-        shapes = [(int(n), *x.shape[1:]) if x.ndim else () for n in got[:, ROWS]]
-        return [b.view(x.dtype).reshape(shape) for b, shape in zip(raw, shapes, strict=True)]
+        """Exchange arrays of one dtype and equal trailing axes all-to-all: first the headers, then the payload."""
+        first = chunks[0]
+        headers = self._exchange_headers(op, first, [self._rows(chunk) for chunk in chunks], arg)
+        width = first.dtype.itemsize * math.prod(first.shape[1:])
+        in_counts = [int(n) * width for n in headers[:, ROWS]]
+        longest = int(headers[:, LONGEST].max()) * width
+        raw = self._guard(self._swap, [as_bytes(chunk) for chunk in chunks], in_counts, longest)
+        shapes = [(int(n), *first.shape[1:]) if first.ndim else () for n in headers[:, ROWS]]
+        return [flat.view(first.dtype).reshape(shape) for flat, shape in zip(raw, shapes, strict=True)]
 
     # -- the contract ---------------------------------------------------------------------------------------------
 
     def exchange(self, chunks: Sequence[Array]) -> list[Array]:
         """See :class:`~grace_ds.comm.base.Comm`."""
-        sent = [checked(c) for c in chunks]
-        kinds = {(c.dtype, c.shape[1:], c.ndim) for c in sent}
+        sent = [checked(chunk) for chunk in chunks]
+        kinds = {(chunk.dtype, chunk.shape[1:], chunk.ndim) for chunk in sent}
         if len(sent) != self.size or len(kinds) != 1 or sent[0].ndim == 0:
             raise ValueError(
                 f"exchange needs {self.size} arrays of one dtype and equal trailing axes, "
-                f"got {len(sent)}: {[f'{c.dtype}{list(c.shape)}' for c in sent[:4]]}"
+                f"got {len(sent)}: {[f'{chunk.dtype}{list(chunk.shape)}' for chunk in sent[:4]]}"
             )
         return self._move(Op.EXCHANGE, sent)
 
@@ -210,16 +220,16 @@ class FramedComm:
         array = checked(array)
         if array.ndim == 0:
             raise ValueError("gather needs at least one axis; use x.reshape(1)")
-        got = self._move(Op.GATHER, [array if p == root else array[:0] for p in range(self.size)], root)
-        return got if self.rank == root else None
+        received = self._move(Op.GATHER, [array if p == root else array[:0] for p in range(self.size)], root)
+        return received if self.rank == root else None
 
     def shift(self, array: Array) -> Array:
         """See :class:`~grace_ds.comm.base.Comm`."""
         array = checked(array)
         if array.ndim == 0:
             raise ValueError("shift needs at least one axis; use x.reshape(1)")
-        to = (self.rank + 1) % self.size
-        return self._move(Op.SHIFT, [array if p == to else array[:0] for p in range(self.size)])[self.rank - 1]
+        target = (self.rank + 1) % self.size
+        return self._move(Op.SHIFT, [array if p == target else array[:0] for p in range(self.size)])[self.rank - 1]
 
     def broadcast(self, array: Array | None, root: int = 0) -> Array:
         """See :class:`~grace_ds.comm.base.Comm`."""
@@ -229,7 +239,7 @@ class FramedComm:
             if array is None:
                 raise TypeError(f"rank {root} is the root of this broadcast and must give an array, not None")
             mine = checked(array)
-        head = self._meet(Op.BROADCAST, mine, None, root)[root]
+        head = self._exchange_headers(Op.BROADCAST, mine, None, root)[root]
         return self._guard(self._unfold, mine, head, root)
 
     def _unfold(self, mine: Array | None, head: IntArray, root: int) -> Array:
@@ -238,16 +248,16 @@ class FramedComm:
         if mine is not None:
             out[...] = mine
         flat = as_bytes(out)
-        for lo in range(0, len(flat), self.round_bytes):
-            self._spread(flat[lo : lo + self.round_bytes], root)
+        for start in range(0, len(flat), self.round_bytes):
+            self._spread(flat[start : start + self.round_bytes], root)
         return out
 
     def allreduce(self, array: Array, op: ReduceOp = "sum") -> Array:
-        """See :class:`~grace_ds.comm.base.Comm`.  int32 and int64 natively, others added up in rank order."""
+        """See :class:`~grace_ds.comm.base.Comm`.  The adapter reduces int32 and int64; other dtypes reduce in rank order."""
         array = checked(array)
         if op not in REDUCE_OPS or array.dtype == np.bool_:
             raise ValueError(f"cannot reduce {array.dtype} by {op!r}; use a numeric dtype and one of {', '.join(REDUCE_OPS)}")
-        self._meet(Op.ALLREDUCE, array, None, REDUCE_OPS.index(op))
+        self._exchange_headers(Op.ALLREDUCE, array, None, REDUCE_OPS.index(op))
         reduce: Callable[[Array, str], Array] = (
             self._reduce_native if array.dtype in (np.int32, np.int64) else self._reduce_in_rank_order
         )
@@ -256,12 +266,12 @@ class FramedComm:
 
     def _reduce_native(self, array: Array, op: str) -> Array:
         out, step = array.copy(), max(self.round_bytes // array.dtype.itemsize, 1)
-        for lo in range(0, len(out), step):
-            self._reduce(out[lo : lo + step], op)
+        for start in range(0, len(out), step):
+            self._reduce(out[start : start + step], op)
         return np.asarray(out)
 
     def _reduce_in_rank_order(self, array: Array, op: str) -> Array:
-        """Each rank adds up one slice, in rank order, and shares it: floats agree to the last bit everywhere."""
+        """Reduce one slice on each rank, in rank order, and share it, so that floats are bit-identical on all ranks."""
         cuts = [len(array) * p // self.size for p in range(self.size + 1)]
         size = array.dtype.itemsize
         counts = [(b - a) * size for a, b in pairwise(cuts)]
@@ -274,20 +284,20 @@ class FramedComm:
 
     def agree(self) -> None:
         """See :class:`~grace_ds.comm.base.Comm`."""
-        self._meet(Op.AGREE)
+        self._exchange_headers(Op.AGREE)
 
     def abort(self) -> None:
         """See :class:`~grace_ds.comm.base.Comm`."""
-        self._meet(Op.ABORT)
+        self._exchange_headers(Op.ABORT)
 
     def abandon(self) -> None:
         """See :class:`~grace_ds.comm.base.Comm`."""
         self._retire(self._retired or "a rank is lost")
 
-    def close(self, together: bool = True) -> None:
+    def close(self, collective: bool = True) -> None:
         """See :class:`~grace_ds.comm.base.Comm`."""
         if self._doing != "closed":
-            self._release(together)
+            self._release(collective)
             self._doing, self._retired = "closed", self._retired or "close()"
 
     def _check_root(self, root: int) -> None:

@@ -1,4 +1,4 @@
-"""The fixed-size header that opens every collective, and the verdict that all ranks reach from it."""
+"""Define the fixed-size header that opens every collective, and the verdict that all ranks reach from the headers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ DTYPES = tuple(np.dtype(c) for c in ("?", "i1", "i2", "i4", "i8", "u1", "u2", "u
 REDUCE_OPS: tuple[str, ...] = get_args(ReduceOp)
 MAX_NDIM = 8
 
-# Columns of a header.  All but the last are the same towards every destination.
+# Columns of a header.  All but the last are the same for every destination.
 OP, FAILED, ARG, DTYPE, NDIM, TRAIL = range(6)
-LONGEST = TRAIL + MAX_NDIM - 1  # most rows that this rank sends to any one rank: gives the number of rounds
-ROWS = LONGEST + 1  # rows for the destination of this very header
+LONGEST = TRAIL + MAX_NDIM - 1  # most rows that this rank sends to any one rank; sets the number of rounds
+ROWS = LONGEST + 1  # rows for the destination of this header
 WIDTH = ROWS + 1
 
 
@@ -36,7 +36,7 @@ class Op(IntEnum):
 
 
 def checked(array: Array) -> Array:
-    """``array`` as a C-contiguous array of a dtype and rank that a header can name.
+    """Return ``array`` as a C-contiguous array of a dtype and a number of axes that a header can hold.
 
     Raises:
         TypeError: the dtype is not one of :data:`DTYPES`.
@@ -51,7 +51,7 @@ def checked(array: Array) -> Array:
 
 
 def describe(head: IntArray) -> str:
-    """One header in words, for the message of a disagreement."""
+    """Return one header in words, for the message about a disagreement."""
     try:
         words = Op(int(head[OP])).name.lower()
     except ValueError:
@@ -67,26 +67,30 @@ def describe(head: IntArray) -> str:
     return words
 
 
-def judge(op: int, got: IntArray) -> None:
-    """Compares what each rank has sent to everyone, (size, WIDTH) int64, so that all ranks raise the same or nothing.
+def judge(op: int, headers: IntArray) -> None:
+    """Compare the headers of all ranks, so that all ranks raise the same error or none.
+
+    Args:
+        op: the :class:`Op` of this rank's call.
+        headers: (size, WIDTH) int64, one from each rank.
 
     Raises:
         PeerFailed: some rank has sent the failure flag.
         TransportError: the ranks are not in the same call, or not with the same kind of array.
     """
-    failed = np.flatnonzero(got[:, FAILED])
+    failed = np.flatnonzero(headers[:, FAILED])
     if len(failed):
         raise PeerFailed([int(r) for r in failed])
-    # A broadcast takes dtype and shape from its root; if any rank is elsewhere, the op column already differs.
-    alike = got[:, : DTYPE if op == Op.BROADCAST else LONGEST]
+    # A broadcast takes dtype and shape from its root; if a rank is in another call, the op column differs already.
+    compared = headers[:, : DTYPE if op == Op.BROADCAST else LONGEST]
     if op == Op.ALLREDUCE:
-        alike = np.column_stack([alike, got[:, LONGEST]])
-    if (alike == alike[0]).all():
+        compared = np.column_stack([compared, headers[:, LONGEST]])
+    if (compared == compared[0]).all():
         return
     calls: dict[str, list[int]] = {}
-    for rank, head in enumerate(got):
+    for rank, head in enumerate(headers):
         calls.setdefault(describe(head), []).append(rank)
-    told = "; ".join(f"rank(s) {str(r)[1:-1]}: {words}" for words, r in list(calls.items())[:4])
+    summary = "; ".join(f"rank(s) {str(ranks)[1:-1]}: {call}" for call, ranks in list(calls.items())[:4])
     raise TransportError(
-        f"the ranks disagree on a collective ({told}); check that config, code version and data are the same everywhere"
+        f"the ranks disagree on a collective ({summary}); check that config, code version and data are the same everywhere"
     )

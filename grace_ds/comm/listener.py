@@ -1,7 +1,8 @@
-"""A socket by which this process shows that it lives: what connects to it is accepted and dropped at once.
+"""Keep a listening socket that shows that this process is alive: each connection is accepted and dropped at once.
 
 The kernel completes a connection however busy or stuck the process is, and refuses it once the process has ended.  The
-thread that accepts only keeps the queue of completed connections from filling up: a full one looks like a host that is down.
+accepting thread only keeps the queue of completed connections from filling up, since a full queue looks like a host that is
+down.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import time
 import weakref
 
 Address = tuple[str, int]
-# What an accept, or a socket of our own, cannot be had for now; it says nothing about who is at the other end.
+# Errors that an accept or a new socket gives for lack of local resources; they say nothing about the other end.
 SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL, errno.EAGAIN})
 
-_QUEUE = 4096  # connections while the thread cannot run; the kernel cuts it to net.core.somaxconn
+_QUEUE = 4096  # connections held while the thread cannot run; the kernel caps it at net.core.somaxconn
 _SCARCE_SECONDS = 0.1
 
 
@@ -26,7 +27,7 @@ class Listener:
     """A listening socket on a free port and a daemon thread that accepts from it, until :meth:`close`.
 
     Args:
-        host: numeric address of the interface to listen on; no other one is bound.
+        host: numeric address of the interface to listen on; no other interface is bound.
 
     Raises:
         OSError: the address is not this host's, or no descriptor is left.
@@ -47,27 +48,27 @@ class Listener:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the thread and frees the port.  A second call does nothing."""
+        """End the thread and free the port.  A second call does nothing."""
         with contextlib.suppress(OSError):  # closed already
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread, which a close alone would not
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread; close() alone would not
         if self._thread.is_alive():
             self._thread.join()
         self._socket.close()
 
     def close_in_child(self) -> None:
-        """In a forked child: its copy of the descriptor.  The thread is the parent's, and so is the socket itself."""
+        """Close a forked child's copy of the descriptor.  The thread and the socket itself stay with the parent."""
         self._socket.close()
 
 
 def family_of(host: str) -> socket.AddressFamily:
-    """Of a numeric address."""
+    """Return the address family of a numeric address."""
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def of_this_process(host: str) -> Listener:
-    """The process's one listener on ``host``, made at the first call and open until the process ends.
+    """Return the process's one listener on ``host``, made at the first call and open until the process ends.
 
-    It stands for the process, not for an engine: one that was closed with its engine would say that the process has ended.
+    It belongs to the process, not to an engine: closing it with an engine would make the process look ended.
 
     Raises:
         OSError: as :class:`Listener`.
@@ -99,5 +100,5 @@ def _leave_to_parent() -> None:
 
 _here: dict[str, Listener] = {}
 _open: weakref.WeakSet[Listener] = weakref.WeakSet()
-# A data worker that outlives its rank must not answer for it.
+# A data-loader worker that outlives its rank must not answer for the rank.
 os.register_at_fork(after_in_child=_leave_to_parent)

@@ -1,8 +1,9 @@
-"""Who of the job's processes is still there, asked without anybody's help.
+"""Probe which of the job's processes are alive, without a collective and without their cooperation.
 
-A rank that is late and a rank that is gone look the same to a collective.  So every process holds a listening socket
-(:mod:`grace_ds.comm.listener`): a connection to it stands as long as the process lives, is refused once it has ended, and
-nobody answers where the host or the link is down.  Only a refusal says that a process has ended; no answer says nothing for sure.
+A late rank and a dead rank look the same to a collective.  So every process holds a listening socket
+(:mod:`grace_ds.comm.listener`).  A connection to it succeeds as long as the process lives, is refused once the process has
+ended, and gets no answer if the host or the link is down.  Only a refusal proves that a process has ended; a missing answer
+proves nothing.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from grace_ds.comm.listener import Address
 log = logging.getLogger("grace_ds")
 
 ENDED, UNREACHABLE = "its process has ended", "its host cannot be reached"
-_CONFIRM_SECONDS = 0.2  # between two refusals that count
+_CONFIRM_SECONDS = 0.2  # between the two refusals that prove that a process has ended
 _FIRST_PAUSE = 0.2  # seconds between two rounds, doubling
 _LOOPBACK = "127.0.0.1"
 
 
 class LivenessProbe:
-    """The addresses of all ranks.
+    """Probes the ranks of torch's world at the addresses where their processes listen.
 
     Args:
         rank: of this process.
-        addresses: (host, port) by rank; empty: nobody can be asked.
+        addresses: (host, port) by rank; empty: no rank can be probed.
         names: host name by rank, for messages.
     """
 
@@ -41,12 +42,12 @@ class LivenessProbe:
 
     @staticmethod
     def open(environ: Mapping[str, str]) -> LivenessProbe:
-        """Has this process listen, and learns the others' addresses.  Collective over torch's world.
+        """Make this process listen, and gather the addresses of all ranks.  Collective over torch's world.
 
-        Where some rank cannot reach another by the address that it gives, nobody is asked later, and rank 0 says why.
+        If some rank cannot reach another at its address, no rank is probed later, and rank 0 logs why.
 
         Args:
-            environ: ``MASTER_ADDR`` in it decides on which interface this process listens.
+            environ: its ``MASTER_ADDR`` decides on which interface this process listens.
         """
         import torch.distributed as dist
 
@@ -58,62 +59,68 @@ class LivenessProbe:
         except OSError as error:
             log.info("this rank cannot listen on %s (%s)", host, error)
             mine = (host, 0)
-        told = share((mine, socket.gethostname()))
-        call = LivenessProbe(dist.get_rank(), [address for address, _ in told], [name for _, name in told])
-        silent = call._mute() or sorted(call.absent())
-        if silent and not call._mute():
-            silent = sorted(call.absent())  # at the start of a large job a packet may well be lost
-        deaf = [rank for found in share(silent) for rank in found]
-        if deaf:
-            if call.rank == 0:
-                where, port = call.addresses[deaf[0]]
-                log.info("rank %d cannot be asked at %s:%d: lost ranks will not be told by name", deaf[0], where, port)
-            call.close()
-        return call
+        listeners = share((mine, socket.gethostname()))
+        probe = LivenessProbe(dist.get_rank(), [address for address, _ in listeners], [name for _, name in listeners])
+        silent = probe._without_address() or sorted(probe.absent())
+        if silent and not probe._without_address():
+            silent = sorted(probe.absent())  # at the start of a large job a packet may well be lost
+        unreachable = [rank for ranks in share(silent) for rank in ranks]
+        if unreachable:
+            if probe.rank == 0:
+                where, port = probe.addresses[unreachable[0]]
+                log.info("rank %d cannot be asked at %s:%d: lost ranks will not be told by name", unreachable[0], where, port)
+            probe.close()
+        return probe
 
     def absent(self, patience: float = 0.0) -> dict[int, str]:
-        """Ranks that do not answer, each with :data:`ENDED` or :data:`UNREACHABLE`; not collective.
+        """Return the ranks that do not answer, each with :data:`ENDED` or :data:`UNREACHABLE`.  Not collective.
 
         Args:
-            patience: seconds to ask again in while nobody has ended: a process that is about to still answers.
+            patience: seconds during which the probe is repeated until some process has ended; a process that is about to end
+                still answers.
         """
-        n = len(self.addresses)
-        # From the next rank on, round: where all ranks ask at once, no rank is asked by all of them at the same time.
-        others = {rank: self.addresses[rank] for rank in ((self.rank + i) % n for i in range(1, n))}
+        size = len(self.addresses)
+        # Each rank begins with the next one, so that ranks that probe at the same time do not all probe the same rank.
+        others = {rank: self.addresses[rank] for rank in ((self.rank + i) % size for i in range(1, size))}
         deadline, pause = time.monotonic() + patience, _FIRST_PAUSE
         while True:
-            missing = {rank: ENDED if code == errno.ECONNREFUSED else UNREACHABLE for rank, code in _failures(others).items()}
+            missing = {
+                rank: ENDED if code == errno.ECONNREFUSED else UNREACHABLE for rank, code in _confirmed_failures(others).items()
+            }
             if ENDED in missing.values() or not others or time.monotonic() >= deadline:
                 return missing
             time.sleep(pause)
             pause *= 2
 
     def words(self, missing: Mapping[int, str]) -> str:
-        """``missing`` in words."""
-        told = [f"rank {rank} on {self.names[rank]} ({why})" for rank, why in sorted(missing.items())[:8]]
-        return ", ".join(told) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+        """Return ``missing`` in words, for messages."""
+        ranks = [f"rank {rank} on {self.names[rank]} ({why})" for rank, why in sorted(missing.items())[:8]]
+        return ", ".join(ranks) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
 
     def close(self) -> None:
-        """Forgets the others; the process goes on answering.  A second call does nothing."""
+        """Forget the other ranks; this process keeps answering.  A second call does nothing."""
         self.addresses = []
 
-    def _mute(self) -> list[int]:
-        """Ranks that cannot be asked by the address that they give: without a port, or on a loopback that is not ours."""
+    def _without_address(self) -> list[int]:
+        """Return the ranks without a usable address: without a port, or on a loopback in a job of several hosts."""
         several = len(set(self.names)) > 1
-        return [r for r, (host, port) in enumerate(self.addresses) if not port or (several and _is_loopback(host))]
+        return [rank for rank, (host, port) in enumerate(self.addresses) if not port or (several and _is_loopback(host))]
 
 
 def address_of(environ: Mapping[str, str]) -> str:
-    """The numeric address of this host on the way to rank 0's; nothing is sent.  The loopback's where no way is known."""
+    """Return the numeric address of this host on the route to rank 0's host; nothing is sent.
+
+    Without a route it is the loopback address.
+    """
     try:
-        ways = socket.getaddrinfo(environ.get("MASTER_ADDR", _LOOPBACK), 1, type=socket.SOCK_DGRAM)
+        routes = socket.getaddrinfo(environ.get("MASTER_ADDR", _LOOPBACK), 1, type=socket.SOCK_DGRAM)
     except OSError:
         return _LOOPBACK
-    for family, kind, protocol, _, to in sorted(ways, key=lambda way: way[0] != socket.AF_INET):
-        with socket.socket(family, kind, protocol) as way:
+    for family, kind, protocol, _, target in sorted(routes, key=lambda route: route[0] != socket.AF_INET):
+        with socket.socket(family, kind, protocol) as datagram:
             try:
-                way.connect(to)
-                return str(way.getsockname()[0])
+                datagram.connect(target)
+                return str(datagram.getsockname()[0])
             except OSError:
                 continue
     return _LOOPBACK
@@ -123,8 +130,8 @@ def _is_loopback(host: str) -> bool:
     return ipaddress.ip_address(host.partition("%")[0]).is_loopback
 
 
-def _failures(addresses: Mapping[int, Address]) -> dict[int, int]:
-    """As :func:`~grace_ds.comm.connect.failures`, a refusal only where it is met twice, with a pause between."""
+def _confirmed_failures(addresses: Mapping[int, Address]) -> dict[int, int]:
+    """Return :func:`~grace_ds.comm.connect.failures`, where a refusal counts only if it is met twice, with a pause between."""
     failed = failures(addresses)
     refused = {rank: addresses[rank] for rank, code in failed.items() if code == errno.ECONNREFUSED}
     if not refused:

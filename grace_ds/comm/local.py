@@ -1,4 +1,4 @@
-"""One rank: the same checks and the same code path as the other transports, with nobody to wait for."""
+"""The transport of a single rank: the same checks and the same code path as the other transports, without any waiting."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The transport over MPI (mpi4py): non-blocking calls, polled up to the time limit.
 
-Importing mpi4py's ``MPI`` initialises MPI, which may hang or abort a process that no MPI launcher has started, so it is
-imported here, late, and only after :mod:`grace_ds.comm.choose` has seen a launcher on all ranks.
+Importing mpi4py's ``MPI`` initialises MPI, which may hang or abort a process that no MPI launcher has started.  So it is
+imported only when it is needed, after :mod:`grace_ds.comm.choose` has found a launcher on all ranks.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from grace_ds.comm.framing import Bytes, FramedComm
 from grace_ds.errors import TransportError
 from grace_ds.records import Array, IntArray
 
-_HOT_HEADER = 2e-3  # seconds; the ranks of a refresh mostly come within this
+_HOT_HEADER = 2e-3  # seconds of polling without sleep; the ranks of a refresh mostly arrive within this
 _HOT_RATE = 1e8  # bytes a second; MPI may move a payload only while it is polled
 _EXIT_LEAST = 30.0  # seconds that the ranks' exits may lie apart, however short the transport's limit
-_EXIT_LOST = 2.0  # seconds for the end of a process whose world is not whole
-_abandoned: list[Any] = []  # buffers and requests of calls given up on: MPI may still write to them
+_EXIT_LOST = 2.0  # seconds for the exit of a process that has lost a rank
+_abandoned: list[Any] = []  # requests and buffers of abandoned calls, kept alive because MPI may still write to them
 
 
 def _mpi() -> Any:
-    """mpi4py's MPI module.  Finalisation stays mpi4py's: at exit, and only if it was mpi4py that initialised."""
+    """Return mpi4py's MPI module.  mpi4py also finalises MPI: at exit, and only if it has initialised it."""
     from mpi4py import MPI
 
     return MPI
 
 
 def world() -> tuple[int, int]:
-    """This process's (rank, size) in MPI's world; initialises MPI."""
+    """Return this process's (rank, size) in MPI's world.  Initialises MPI."""
     comm = _mpi().COMM_WORLD
     return comm.Get_rank(), comm.Get_size()
 
@@ -42,7 +42,7 @@ _exit_limits: list[float] = []  # seconds; the last one counts
 
 
 def _limit_exit(seconds: float) -> None:
-    """At exit, lets MPI_Finalize take ``seconds``; it would wait for ever for a rank that is stuck or gone."""
+    """Limit MPI_Finalize at exit to ``seconds``; it would wait for ever for a rank that is stuck or dead."""
     if not _exit_limits:
         atexit.register(_set_alarm)
     _exit_limits.append(seconds)
@@ -60,7 +60,7 @@ class _Polled(FramedComm):
 
     def _finish(self, request: Any, *buffers: Any) -> None:
         try:
-            self._wait(request.Test, _HOT_HEADER + sum(b.nbytes for b in buffers) / _HOT_RATE)
+            self._wait(request.Test, _HOT_HEADER + sum(buffer.nbytes for buffer in buffers) / _HOT_RATE)
         except BaseException:
             _abandoned.append((request, buffers))
             raise
@@ -76,7 +76,7 @@ class _Polled(FramedComm):
 
 
 class MpiComm(_Polled):
-    """A communicator of its own over the data-parallel ranks, in their order.
+    """A separate communicator over the data-parallel ranks, in their order.
 
     Collective over MPI's world, whose ranks must be torch's (:mod:`grace_ds.comm.choose` has checked it).
 
@@ -85,13 +85,13 @@ class MpiComm(_Polled):
         timeout: seconds, limit of every wait.
 
     Raises:
-        TransportError: MPI's split did not give the group asked for.
+        TransportError: MPI's split did not give the requested group.
     """
 
     def __init__(self, ranks: Sequence[int], timeout: float) -> None:
         me = world()[0]
         super().__init__(rank=list(ranks).index(me), size=len(ranks), timeout=timeout)
-        # A split is a communicator with a context of its own: no message of the job's can be taken for one of ours.
+        # A split has its own communication context, so messages of the job cannot be confused with those of GRACE.
         self._comm: Any = _mpi().COMM_WORLD.Split(min(ranks), self.rank)
         if (self._comm.Get_rank(), self._comm.Get_size()) != (self.rank, self.size):
             raise TransportError(
@@ -100,49 +100,49 @@ class MpiComm(_Polled):
             )
 
     def _alltoall(self, send: IntArray) -> IntArray:
-        got = np.empty_like(send)
-        self._finish(self._comm.Ialltoall(send, got), send, got)
-        return got
+        received = np.empty_like(send)
+        self._finish(self._comm.Ialltoall(send, received), send, received)
+        return received
 
     def _alltoallv(self, send: Bytes, out_counts: list[int], in_counts: list[int]) -> Bytes:
-        got = np.empty(sum(in_counts), np.uint8)
-        starts = [[sum(c[:p]) for p in range(self.size)] for c in (out_counts, in_counts)]
+        received = np.empty(sum(in_counts), np.uint8)
+        starts = [[sum(counts[:p]) for p in range(self.size)] for counts in (out_counts, in_counts)]
         byte = _mpi().BYTE
-        there, here = [send, out_counts, starts[0], byte], [got, in_counts, starts[1], byte]
-        self._finish(self._comm.Ialltoallv(there, here), send, got)
-        return got
+        source, target = [send, out_counts, starts[0], byte], [received, in_counts, starts[1], byte]
+        self._finish(self._comm.Ialltoallv(source, target), send, received)
+        return received
 
     def _reduce(self, array: Array, op: str) -> None:
         mpi = _mpi()
-        known = {"sum": mpi.SUM, "max": mpi.MAX, "min": mpi.MIN}
-        self._finish(self._comm.Iallreduce(mpi.IN_PLACE, array, known[op]), array)
+        operations = {"sum": mpi.SUM, "max": mpi.MAX, "min": mpi.MIN}
+        self._finish(self._comm.Iallreduce(mpi.IN_PLACE, array, operations[op]), array)
 
     def _spread(self, payload: Bytes, root: int) -> None:
         self._finish(self._comm.Ibcast(payload, root), payload)
 
-    def _release(self, together: bool) -> None:
-        # A free is collective; and with a call still under way it would wait for that.
-        if together and not self._retired and not _mpi().Is_finalized():
+    def _release(self, collective: bool) -> None:
+        # Free is collective, and it would also wait for a call that is still under way.
+        if collective and not self._retired and not _mpi().Is_finalized():
             self._comm.Free()
         self._comm = None
 
 
 class Handshake(_Polled):
-    """MPI's world before anything is known of it: one exchange that shows whether it is torch's world too."""
+    """One exchange over MPI's world that shows whether it is the same as torch's world."""
 
     def __init__(self, timeout: float) -> None:
         super().__init__(*world(), timeout)
 
     def check(self, torch_rank: int, token: int) -> str:
-        """Collective over MPI's world.  Empty, or why these processes are not torch's in torch's order.
+        """Return why MPI's processes are not torch's in torch's order; empty if they are.  Collective over MPI's world.
 
         Args:
             torch_rank: of this process.
-            token: the same number on all ranks of one torch world, and of no other.
+            token: a number that is the same on all ranks of this torch world and differs from that of any other.
         """
         self._doing = "handshake"
-        mine, got = np.array([torch_rank, token], np.int64), np.empty((self.size, 2), np.int64)
-        request = _mpi().COMM_WORLD.Iallgather(mine, got)
-        self._guard(self._finish, request, mine, got)
-        wanted = np.column_stack([np.arange(self.size), np.full(self.size, token)])
-        return "" if (got == wanted).all() else f"MPI's ranks have torch ranks {got[:, 0].tolist()}"
+        mine, received = np.array([torch_rank, token], np.int64), np.empty((self.size, 2), np.int64)
+        request = _mpi().COMM_WORLD.Iallgather(mine, received)
+        self._guard(self._finish, request, mine, received)
+        expected = np.column_stack([np.arange(self.size), np.full(self.size, token)])
+        return "" if (received == expected).all() else f"MPI's ranks have torch ranks {received[:, 0].tolist()}"

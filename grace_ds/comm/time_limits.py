@@ -1,7 +1,7 @@
-"""The job's time limit, given to the groups that were made without one.
+"""Give the job's time limit to the process groups that were made without one.
 
-``deepspeed.init_distributed(timeout=...)`` reaches torch's default group only: DeepSpeed makes ZeRO's groups by
-``new_group(ranks)``, and so they wait torch's 30 minutes for a peer whose link is cut (10 minutes over NCCL).
+``deepspeed.init_distributed(timeout=...)`` reaches torch's default group only.  DeepSpeed makes ZeRO's groups by
+``new_group(ranks)``, so they wait torch's 30 minutes for a peer whose link is cut (10 minutes over NCCL).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ log = logging.getLogger("grace_ds")
 
 
 def job_limit() -> timedelta | None:
-    """Time limit of torch's default group; None without one, or over a backend that tells none."""
+    """Return the time limit of torch's default group; None without such a group, or if its backend gives none."""
     import torch.distributed as dist
 
     return _limit(dist.group.WORLD) if dist.is_initialized() else None
 
 
 def adopt_job_limit() -> int:
-    """Gives every group of this process that waits torch's default time the default group's limit; returns how many.
+    """Give the default group's limit to every group of this process that has torch's default; return how many changed.
 
-    Groups that were made with a limit of their own keep it.  Not collective: a limit is this rank's affair.
+    Groups that were made with a limit of their own keep it.  Not collective: a limit applies to this rank only.
     """
     limit = job_limit()
     if limit is None:
@@ -32,8 +32,8 @@ def adopt_job_limit() -> int:
 
     changed = 0
     for group in list(c10d._world.pg_map):
-        usual = c10d._get_default_timeout(c10d.Backend(c10d.get_backend(group)))
-        if _limit(group) == usual != limit:
+        torch_default = c10d._get_default_timeout(c10d.Backend(c10d.get_backend(group)))
+        if _limit(group) == torch_default != limit:
             c10d._set_pg_timeout(limit, group)
             changed += 1
     if changed:
@@ -42,10 +42,10 @@ def adopt_job_limit() -> int:
 
 
 def within_job_limit(seconds: float) -> float:
-    """``seconds``, or half of the job's own time limit where that is not longer.
+    """Return ``seconds``, or half of the job's own time limit if that limit is not longer than ``seconds``.
 
-    Ranks that wait in a refresh may be waited for by others in the job's own collectives.  If both limits ran out together,
-    the job would end of a refresh that was only to be given up.
+    While some ranks wait in a refresh, others may wait for them in the job's own collectives.  If both limits expired at the
+    same time, a refresh that should only be given up would end the job.
     """
     limit = job_limit()
     if limit is None or seconds < limit.total_seconds():
@@ -67,7 +67,7 @@ def within_job_limit(seconds: float) -> float:
 def _limit(group: Any) -> timedelta | None:
     for device in group._device_types:
         options = getattr(group._get_backend(device), "options", None)
-        found = getattr(options, "_timeout", None)
-        if isinstance(found, timedelta):
-            return found
+        timeout = getattr(options, "_timeout", None)
+        if isinstance(timeout, timedelta):
+            return timeout
     return None

@@ -1,1 +1,1 @@
-"""The configuration: schema and loading."""
+"""The configuration: its schema, and how it is loaded and checked."""

@@ -1,6 +1,6 @@
-"""Texts that stand in a config as ``${...}``: used as what they stand for, written and shown as they were given.
+"""Handle config texts of the form ``${...}``: use the resolved value, but write and show the text as it was given.
 
-What an interpolation brings may be a secret (``${oc.env:TOKEN}``), and neither a file nor a message is the place for it.
+The value of an interpolation may be a secret (``${oc.env:TOKEN}``), which must appear neither in a file nor in a message.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ import re
 from typing import Any
 
 _VARIABLE = re.compile(r"\$\{\s*oc\.env\s*:\s*([A-Za-z_]\w*)")
-_SHORTEST = 4  # characters of a value that is hidden: a shorter one is no secret, and part of many words
+_SHORTEST = 4  # least length of a value that is hidden: a shorter one is no secret, and is part of many words
 
 
 class Interpolated(str):
-    """A text with the interpolation that it came from; ``repr`` shows the latter.
+    """A resolved text with the interpolation that it came from; ``repr`` shows the interpolation.
 
     Attributes:
-        source: as it was given.
-        whole: whether that stands for the whole list that the text is in.
+        source: the text as it was given.
+        whole: whether ``source`` stands for the whole list that this text is in.
     """
 
     source: str
     whole: bool
 
     def __new__(cls, value: str, source: str = "", whole: bool = False) -> Interpolated:
-        """``value`` as it is used."""
+        """Make the text ``value`` that came from the interpolation ``source``."""
         text = super().__new__(cls, value)
         text.source, text.whole = source, whole
         return text
@@ -35,7 +35,11 @@ class Interpolated(str):
 
 
 def marked(resolved: Any, raw: Any) -> Any:
-    """``resolved`` (dicts, lists and values) with the texts that are interpolations in ``raw``, of the same form, marked."""
+    """Return ``resolved`` (dicts, lists and values) with the texts that are interpolations in ``raw`` marked.
+
+    Args:
+        raw: of the same form as ``resolved``, before interpolations are resolved.
+    """
     if isinstance(resolved, dict) and isinstance(raw, dict):
         return {key: marked(value, raw.get(key)) for key, value in resolved.items()}
     if isinstance(resolved, list) and isinstance(raw, list) and len(raw) == len(resolved):
@@ -48,7 +52,7 @@ def marked(resolved: Any, raw: Any) -> Any:
 
 
 def unresolved(tree: Any) -> Any:
-    """``tree`` as it was given: marked texts in the place of what they stand for."""
+    """Return ``tree`` as it was given: with the interpolations instead of their values."""
     if isinstance(tree, dict):
         return {key: unresolved(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -58,7 +62,7 @@ def unresolved(tree: Any) -> Any:
 
 
 def hidden(message: str, given: Any) -> str:
-    """``message`` without the values of the environment variables that the config ``given`` names."""
+    """Return ``message`` without the values of the environment variables that the config ``given`` names."""
     for name in sorted(set(_VARIABLE.findall(str(given)))):
         value = os.environ.get(name, "")
         if len(value) >= _SHORTEST:

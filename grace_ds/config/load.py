@@ -1,7 +1,7 @@
-"""From a DeepSpeed config to a checked :class:`GraceConfig`: defaults ← file ← ds_config block ← dotlist.
+"""Load a checked :class:`GraceConfig` from a DeepSpeed config: defaults ← file ← ds_config block ← dotlist.
 
-Everything that can be wrong is said before training, with the path of the key, its value, the nearest known name and
-the cure.  All ranks read the same config, so all ranks raise the same error.
+Every mistake is reported before training, with the path of the key, its value, the nearest known name and the cure.  All
+ranks read the same config, so all ranks raise the same error.
 """
 
 from __future__ import annotations
@@ -29,42 +29,42 @@ log = logging.getLogger("grace_ds")
 
 HOME = "data_efficiency.data_sampling.grace"
 ALIAS = "grace_ds"
-_ABSENT = object()  # a key that is not there, as opposed to null
+_ABSENT = object()  # marks a missing key, as opposed to null
 
 
 def read_ds_config(config: str | Path | Mapping[str, Any]) -> Plain:
-    """A DeepSpeed config as a dict: the mapping itself (not copied), or the JSON file that it names.
+    """Return a DeepSpeed config as a dict: the mapping itself (not copied), or the content of a JSON file.
 
     Raises:
         ConfigError: the file is missing or no JSON object.
     """
     if isinstance(config, Mapping):
         return cast(Plain, config)
-    import hjson  # DeepSpeed's own reader: a config with comments that it takes must not fail here
+    import hjson  # DeepSpeed's own reader, so that a config with comments is accepted here too
 
     try:
         loaded = hjson.loads(Path(config).read_text(), object_pairs_hook=_without_repeats)
-    except OSError as e:
-        raise ConfigError(f"DeepSpeed config {str(config)!r} cannot be read ({e.strerror}); give an existing file") from e
-    except hjson.HjsonDecodeError as e:
-        raise ConfigError(f"DeepSpeed config {str(config)!r} is no JSON: line {e.lineno}: {e.msg}") from e
-    except (ValueError, RecursionError) as e:  # no text, too deep, or a key given twice
-        raise ConfigError(f"DeepSpeed config {str(config)!r} is no JSON: {e}") from e
+    except OSError as error:
+        raise ConfigError(f"DeepSpeed config {str(config)!r} cannot be read ({error.strerror}); give an existing file") from error
+    except hjson.HjsonDecodeError as error:
+        raise ConfigError(f"DeepSpeed config {str(config)!r} is no JSON: line {error.lineno}: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # no text, too deep, or a key given twice
+        raise ConfigError(f"DeepSpeed config {str(config)!r} is no JSON: {error}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"DeepSpeed config {str(config)!r} holds a {type(loaded).__name__}; it must be a JSON object")
     return loaded
 
 
 def find_block(ds_config: Mapping[str, Any]) -> tuple[str, Plain] | None:
-    """The grace block of a DeepSpeed config and its path; None where there is none.
+    """Return the path of the grace block of a DeepSpeed config, and the block; None if there is none.
 
     Raises:
         ConfigError: a block at a wrong place, two blocks, or ``data_efficiency``/``data_sampling`` not enabled.
     """
-    found = [path for path in _paths_of_blocks(ds_config) if path not in (HOME, ALIAS)]
-    if found:
+    misplaced = [path for path in _paths_of_blocks(ds_config) if path not in (HOME, ALIAS)]
+    if misplaced:
         raise ConfigError(
-            f"a grace block stands at {found[0]!r}, where DeepSpeed ignores it; move it to {HOME!r} (or top-level {ALIAS!r})"
+            f"a grace block stands at {misplaced[0]!r}, where DeepSpeed ignores it; move it to {HOME!r} (or top-level {ALIAS!r})"
         )
     home, alias = _get(ds_config, HOME, _ABSENT), ds_config.get(ALIAS, _ABSENT)
     if home is not _ABSENT and alias is not _ABSENT:
@@ -82,11 +82,12 @@ def find_block(ds_config: Mapping[str, Any]) -> tuple[str, Plain] | None:
 
 
 def load_config(block: Mapping[str, Any], path: str = HOME, dotlist: Sequence[str] = ()) -> GraceConfig:
-    """The checked configuration from a block, over the defaults; ``dotlist`` (``a.b=c``) goes last.
+    """Return the checked configuration: the defaults, overridden by a block, overridden by ``dotlist`` (``a.b=c``).
 
     Args:
-        block: the user's keys.  The key ``file``, where given, names a YAML file that lies under the block.
-        path: where the block stands, for messages.
+        block: the user's keys.  The key ``file``, if given, names a YAML file whose keys the block overrides.
+        path: of the block in the config, for messages.
+        dotlist: assignments that override the block.
 
     Raises:
         ConfigError: unknown key, wrong type or impossible combination.
@@ -97,19 +98,19 @@ def load_config(block: Mapping[str, Any], path: str = HOME, dotlist: Sequence[st
         if "file" in given:
             layers.append(_read_file(given.pop("file"), path))
         layers += [OmegaConf.create(given), OmegaConf.from_dotlist(list(dotlist))]
-    except (OmegaConfBaseException, TypeError, ValueError) as e:
-        raise ConfigError(f"{path} cannot be read: {_first_line(e)}") from e
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {_first_line(error)}") from error
     try:
         return _checked(layers, path)
-    except ConfigError as e:
-        raise ConfigError(hidden(str(e), [OmegaConf.to_container(layer, resolve=False) for layer in layers])) from None
+    except ConfigError as error:
+        raise ConfigError(hidden(str(error), [OmegaConf.to_container(layer, resolve=False) for layer in layers])) from None
 
 
 def _checked(layers: Sequence[Any], path: str) -> GraceConfig:
-    """The layers over the defaults, the last one on top.
+    """Return the layers merged over the defaults, the last one on top, and checked.
 
     Raises:
-        ConfigError: as :func:`load_config`; the message may hold what interpolations have brought.
+        ConfigError: as :func:`load_config`; the message may hold values of interpolations.
     """
     merged = OmegaConf.structured(GraceConfig)
     for layer in layers:
@@ -120,10 +121,10 @@ def _checked(layers: Sequence[Any], path: str) -> GraceConfig:
         try:
             merged = OmegaConf.merge(merged, OmegaConf.create(raw))
             config = cast(GraceConfig, OmegaConf.to_object(merged))
-        except (OmegaConfBaseException, RecursionError) as e:  # what is left are interpolations
-            key = getattr(e, "full_key", "") or "an interpolation"
-            raise ConfigError(f"{path}.{key} = {_get(raw, key)!r} cannot be resolved: {_first_line(e)}") from None
-    # Once more, for what interpolations have brought.
+        except (OmegaConfBaseException, RecursionError) as error:  # the types are checked, so only interpolations can fail
+            key = getattr(error, "full_key", "") or "an interpolation"
+            raise ConfigError(f"{path}.{key} = {_get(raw, key)!r} cannot be resolved: {_first_line(error)}") from None
+    # Check the types again, for the values of interpolations.
     check_types(dataclasses.asdict(config), GraceConfig(), path)
     _mark(config, OmegaConf.to_container(merged, resolve=False))
     if config.recipe in schema.RENAMED_RECIPES:
@@ -136,7 +137,7 @@ def _checked(layers: Sequence[Any], path: str) -> GraceConfig:
 
 
 def _mark(section: Any, raw: Any) -> None:
-    """Marks the texts of a section of the schema that are interpolations in ``raw``, so that files and messages can tell."""
+    """Mark the texts of a section of the schema that are interpolations in ``raw``, for files and messages."""
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         if dataclasses.is_dataclass(value):
@@ -146,10 +147,10 @@ def _mark(section: Any, raw: Any) -> None:
 
 
 def _rename(raw: Plain, path: str) -> None:
-    """Puts what stands under an old key of ``raw`` under the new one, and says so.
+    """Move values under old keys of ``raw`` to the new keys, in place, with a warning.
 
     Raises:
-        ConfigError: both are given.
+        ConfigError: both the old and the new key are given.
     """
     for old, new in schema.RENAMED.items():
         parent, _, key = old.rpartition(".")
@@ -164,10 +165,10 @@ def _rename(raw: Plain, path: str) -> None:
 
 
 def _refuse_removed(raw: Plain, path: str) -> None:
-    """Says what to do instead of a key that is no longer there.
+    """Refuse keys that no longer exist.
 
     Raises:
-        ConfigError: such a key is given.
+        ConfigError: such a key is given; with what to do instead.
     """
     for key, cure in schema.REMOVED.items():
         if _get(raw, key, _ABSENT) is not _ABSENT:
@@ -175,7 +176,7 @@ def _refuse_removed(raw: Plain, path: str) -> None:
 
 
 def validate(config: GraceConfig, path: str = HOME) -> None:
-    """Every rule that a type cannot say.
+    """Check every rule that a type cannot express.
 
     Raises:
         ConfigError: naming the key, its value and what is allowed.
@@ -270,7 +271,7 @@ def _validate_combinations(config: GraceConfig, path: str) -> None:
 
 
 def refuse_curriculum(ds_config: Mapping[str, Any]) -> None:
-    """DeepSpeed's curriculum sampler overwrites every other sampler: refuse to run beside it.
+    """Refuse DeepSpeed's curriculum sampler, which replaces every other sampler.
 
     Raises:
         ConfigError: curriculum learning is enabled.
@@ -284,9 +285,9 @@ def refuse_curriculum(ds_config: Mapping[str, Any]) -> None:
 
 
 def write_resolved(config: GraceConfig, directory: str | Path) -> Path:
-    """Writes ``grace_resolved.yaml`` into ``directory`` (made if missing); returns its path.  For one rank only.
+    """Write ``grace_resolved.yaml`` into ``directory`` (made if missing) and return its path.  For one rank only.
 
-    Interpolations are written as they were given, for they may stand for secrets, and only the owner can read the file.
+    Interpolations are written as they were given, because their values may be secrets; only the owner can read the file.
     """
     target = Path(directory) / "grace_resolved.yaml"
     tree = unresolved(dataclasses.asdict(config))
@@ -309,33 +310,37 @@ def _enabled(ds_config: Mapping[str, Any], path: str) -> bool:
 
 
 def _paths_of_blocks(node: Any, prefix: str = "") -> list[str]:
-    """Paths of every key that can only be ours, at whatever depth."""
-    found: list[str] = []
+    """Return the paths of all keys that can only be a grace block, at any depth."""
+    paths: list[str] = []
     if isinstance(node, Mapping):
         for key, value in node.items():
             path = f"{prefix}{key}"
             if key in ("grace", "grace_ds"):
-                found.append(path)
+                paths.append(path)
             else:
-                found += _paths_of_blocks(value, path + ".")
-    return found
+                paths += _paths_of_blocks(value, path + ".")
+    return paths
 
 
 def _read_file(file: Any, path: str) -> DictConfig:
-    """The YAML file that a block names."""
+    """Read the YAML file that a block names.
+
+    Raises:
+        ConfigError: it cannot be read, or is no mapping.
+    """
     try:
         if not isinstance(file, str):
             raise TypeError("it must be a path")
         loaded = OmegaConf.load(file)
-    except (OSError, OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as e:
-        raise ConfigError(f"{path}.file = {file!r} cannot be read: {e}") from e
+    except (OSError, OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}.file = {file!r} cannot be read: {error}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}.file holds no mapping of keys to values; write it as YAML keys")
     return loaded
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> Plain:
-    """An object of the JSON file; DeepSpeed refuses a key that is given twice, so do we."""
+    """Return an object of the JSON file; refuse a key that is given twice, as DeepSpeed does."""
     keys = [key for key, _ in pairs]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:

@@ -1,6 +1,6 @@
-"""Every key of the configuration with its default and its meaning, read off the schema's own source.
+"""List every key of the configuration with its default and its meaning, read from the schema's own source.
 
-The meaning is the comment behind the field: there is no second place that could say something else.
+The meaning is the comment behind the field, so that it is written in one place only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Key:
         path: as written in a dotlist, ``refresh.interval_steps``.
         kind: its type, in words.
         default: as JSON.
-        meaning: one line; empty where the schema says none.
+        meaning: one line; empty if the schema gives none.
     """
 
     path: str
@@ -36,29 +36,29 @@ class Key:
 
 
 def keys(cls: type = schema.GraceConfig, prefix: str = "") -> Iterator[Key]:
-    """All keys, in the schema's order; those of a section after one another."""
-    said, hints = _comments(cls), typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
-        kind = hints[f.name]
+    """Yield all keys, in the schema's order; those of a section after one another."""
+    comments, hints = _comments(cls), typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kind = hints[field.name]
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            yield from keys(kind, f"{prefix}{f.name}.")
+            yield from keys(kind, f"{prefix}{field.name}.")
             continue
-        value = f.default if f.default is not dataclasses.MISSING else _made(f)
-        yield Key(prefix + f.name, _words(kind), json.dumps(value), said.get(f.name, ""))
+        value = field.default if field.default is not dataclasses.MISSING else _default_of(field)
+        yield Key(prefix + field.name, _type_name(kind), json.dumps(value), comments.get(field.name, ""))
 
 
 def sections() -> dict[str, str]:
-    """Section → what it is for; the top level under the empty name."""
-    found = {"": _summary(schema.GraceConfig)}
-    for f in dataclasses.fields(schema.GraceConfig):
-        kind = typing.get_type_hints(schema.GraceConfig)[f.name]
+    """Return section → what it is for; the top level under the empty name."""
+    summaries = {"": _summary(schema.GraceConfig)}
+    for field in dataclasses.fields(schema.GraceConfig):
+        kind = typing.get_type_hints(schema.GraceConfig)[field.name]
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            found[f.name] = _summary(kind)
-    return found
+            summaries[field.name] = _summary(kind)
+    return summaries
 
 
 def markdown() -> str:
-    """The reference as a page."""
+    """Return the reference as a Markdown page."""
     lines = [
         "# Configuration",
         "",
@@ -66,7 +66,7 @@ def markdown() -> str:
         "under `data_efficiency.data_sampling.grace` (or at the top under `grace_ds`); an unknown key is an error that tells",
         "the nearest name.",
     ]
-    every = list(keys())
+    all_keys = list(keys())
     for section, summary in sections().items():
         lines += [
             "",
@@ -77,7 +77,7 @@ def markdown() -> str:
             "| key | type | default | meaning |",
             "| --- | --- | --- | --- |",
         ]
-        for key in every:
+        for key in all_keys:
             head, _, name = key.path.rpartition(".")
             if head == section:
                 cells = (f"`{name}`", key.kind, f"`{key.default}`", key.meaning)
@@ -86,40 +86,40 @@ def markdown() -> str:
 
 
 def listed() -> str:
-    """The reference as lines for a terminal."""
-    every = list(keys())
-    wide, value = max(len(k.path) for k in every), max(len(k.default) for k in every)
-    return "".join(f"{k.path:<{wide}}  {k.default:<{value}}  {k.meaning}\n".rstrip() + "\n" for k in every)
+    """Return the reference as lines for a terminal."""
+    all_keys = list(keys())
+    wide, value = max(len(key.path) for key in all_keys), max(len(key.default) for key in all_keys)
+    return "".join(f"{key.path:<{wide}}  {key.default:<{value}}  {key.meaning}\n".rstrip() + "\n" for key in all_keys)
 
 
 def _comments(cls: type) -> dict[str, str]:
-    """Field → the comment at the end of its line."""
-    found: dict[str, str] = {}
+    """Return field → the comment at the end of its line."""
+    comments: dict[str, str] = {}
     name = ""
     source = io.StringIO(inspect.getsource(cls))
     for token in tokenize.generate_tokens(source.readline):
         if token.type == tokenize.COMMENT and name:
-            found[name] = token.string.lstrip("# ").strip()
+            comments[name] = token.string.lstrip("# ").strip()
         elif token.type == tokenize.NAME and not name and token.start[1] == 4:
             name = token.string
         elif token.type in (tokenize.NEWLINE, tokenize.NL):
             name = ""
-    return found
+    return comments
 
 
 def _summary(cls: type) -> str:
     return (inspect.getdoc(cls) or "").split("\n\n")[0].replace("``", "`")
 
 
-def _made(f: dataclasses.Field[Any]) -> Any:
-    assert f.default_factory is not dataclasses.MISSING
-    return f.default_factory()
+def _default_of(field: dataclasses.Field[Any]) -> Any:
+    assert field.default_factory is not dataclasses.MISSING
+    return field.default_factory()
 
 
-def _words(kind: Any) -> str:
-    args = [a for a in typing.get_args(kind) if a is not type(None)]
+def _type_name(kind: Any) -> str:
+    args = [arg for arg in typing.get_args(kind) if arg is not type(None)]
     if typing.get_origin(kind) is list:
         return f"list of {args[0].__name__}"
     if args:
-        return " or ".join([*(a.__name__ for a in args), "null"])
+        return " or ".join([*(arg.__name__ for arg in args), "null"])
     return str(getattr(kind, "__name__", kind))

@@ -1,7 +1,7 @@
-"""The configuration, typed and closed: every key that grace_ds knows, its default, and what it means.
+"""Define the configuration: every key that grace_ds knows, with its type, its default and its meaning.
 
-Plain dataclasses used as OmegaConf structured configs.  An unknown key or a wrong type is an error with the key's path;
-rules that span several keys are in :func:`grace_ds.config.load.validate`.
+The sections are plain dataclasses, used as OmegaConf structured configs.  An unknown key or a wrong type is an error with the
+key's path; rules that span several keys are in :func:`grace_ds.config.load.validate`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 from grace_ds import recipes, registry
 
 MODES = ("train", "shadow")
-RENAMED_RECIPES = {"prior": "content"}  # old names, taken with a warning for one version
-RENAMED = {"harvest": "collect", "graph.leaf": "graph.backend"}  # old keys, taken with a warning for one version
+RENAMED_RECIPES = {"prior": "content"}  # old names, accepted with a warning for one version
+RENAMED = {"harvest": "collect", "graph.leaf": "graph.backend"}  # old keys, accepted with a warning for one version
 REMOVED = {  # keys of the first version → what to do instead
     "collect.every": "set collect.share, the share of the steps that are collected, at most",
     "graph.residuals": "leave it out: recipe grace always spreads along the graph; ablate: [graph] does without",
@@ -28,8 +28,8 @@ TIERS = ("auto", "exact", "clustered")
 REDUCTIONS = ("mean", "sum")
 MISSING_STATE = ("rebuild", "error")
 FAILED_SAVE = ("warn", "error")
-WARMUP_SHARE = 20  # a run of known length opens for at most this part of it
-LEAST_COLLECTED = 8  # steps between two refreshes that are collected at the least, where there are so many
+WARMUP_SHARE = 20  # the warm-up of a run of known length lasts at most one part in so many of it
+LEAST_COLLECTED = 8  # fewest steps between two refreshes that are collected, if there are so many
 
 
 @dataclass
@@ -150,7 +150,7 @@ class GraceConfig:
 
     @property
     def warmup_steps(self) -> int:
-        """Optimizer steps at the start of a run that are trained on the pool as it is, though the window is looked at."""
+        """Optimizer steps at the start of a run that train on the unfiltered pool, while signals are already collected."""
         if self.start_step >= 0:
             return 0
         interval = self.refresh.interval_steps
@@ -158,7 +158,7 @@ class GraceConfig:
 
     @property
     def learning(self) -> int:
-        """Optimizer steps at the start of a run whose influences are learned from but not yet chosen by."""
+        """Optimizer steps at the start of a run whose influences are fitted but do not yet weigh samples."""
         return self.refresh.interval_steps if self.start_step < 0 else 0
 
     @property
@@ -168,18 +168,18 @@ class GraceConfig:
 
     @property
     def collects(self) -> bool:
-        """Whether any decision of this run asks for what the job's backward tells."""
+        """Whether any decision of this run needs gradients or losses from the job's own training."""
         return bool(self.parts & {"gradients", "loss"} and registry.objectives.get(self.selection.objective).weighs)
 
     @property
     def learned_shares(self) -> tuple[float, float]:
-        """Shares of gradient sketch and hidden state in a row of the graph; 0 where the run has none or they are switched off."""
+        """Shares of gradient sketch and hidden state in a row of the graph; 0 if the run has none or they are switched off."""
         learned = self.collects and "sketches" in self.parts
         return (self.graph.sketch_share, self.graph.hidden_share) if learned else (0.0, 0.0)
 
     @property
     def builds_graph(self) -> bool:
-        """Whether any decision of this run asks for the k-NN graph."""
+        """Whether any decision of this run needs the k-NN graph."""
         objective = registry.objectives.get(self.selection.objective)
         return bool(objective.covers or ("graph" in self.parts and objective.weighs))
 
@@ -190,7 +190,7 @@ class GraceConfig:
 
     @property
     def collect_every(self) -> int:
-        """Each how many steps one is collected, at the least: by ``collect.share``, but some between any two refreshes."""
+        """Smallest k such that every k-th step is collected: from ``collect.share``, but with some between any two refreshes."""
         return max(1, min(ceil(1 / self.collect.share), self.refresh.interval_steps // LEAST_COLLECTED))
 
 

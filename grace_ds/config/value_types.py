@@ -1,7 +1,7 @@
-"""Whether every value of a block has the type that the schema gives it, before OmegaConf converts what it can.
+"""Check that every value of a block has the type that the schema gives it, before OmegaConf converts values.
 
-OmegaConf would take ``true`` for 1, 5 for "5" and "1_0" for 10, which nobody means: here a value is taken at its word or
-refused, with its path and what belongs there.
+OmegaConf would convert ``true`` to 1, 5 to "5" and "1_0" to 10, which is hardly ever intended.  Here a value is accepted
+unchanged or refused, with its path and the type that is expected.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 
 from grace_ds.errors import ConfigError
 
-_LARGEST = 2**53  # whole numbers that every reader of JSON keeps
+_LARGEST = 2**53  # whole numbers below it are exact in every JSON reader
 _WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", list: "a list of texts"}
 
 
 def check_types(given: Mapping[Any, Any], section: Any, path: str) -> None:
-    """Compares a block with a section of the schema, all the way down.
+    """Compare a block with a section of the schema, including its subsections.
 
     Args:
-        given: keys and values as read.  Texts with an interpolation (``${...}``) pass: what they stand for is not known yet.
+        given: keys and values as read.  Texts with an interpolation (``${...}``) pass, as their values are not known yet.
         section: an instance of the section's dataclass.
         path: of the section, for messages.
 
@@ -50,7 +50,7 @@ def _check_value(value: Any, hint: Any, path: str) -> None:
     kinds = typing.get_args(hint) if typing.get_origin(hint) is not list else ()
     if type(None) in kinds and value is None:
         return
-    kind = next((k for k in kinds if k is not type(None)), typing.get_origin(hint) or hint)
+    kind = next((member for member in kinds if member is not type(None)), typing.get_origin(hint) or hint)
     if not _is(value, kind):
         also = " or null" if type(None) in kinds else ""
         raise ConfigError(f"{path} = {value!r} has the wrong type: it must be {_WORDS[kind]}{also}")
@@ -60,7 +60,7 @@ def _is(value: Any, kind: type) -> bool:
     if kind is list:
         return isinstance(value, list) and all(_is(item, str) for item in value)
     if kind is str:
-        return isinstance(value, str) and value != "???"  # OmegaConf's mark of a value that is still to be given
+        return isinstance(value, str) and value != "???"  # OmegaConf's marker of a missing value
     if kind is bool or isinstance(value, bool):
         return kind is bool and isinstance(value, bool)
     if not isinstance(value, int | float) or (kind is int and not isinstance(value, int)):

@@ -1,1 +1,1 @@
-"""Ties to the host frameworks."""
+"""Connect GRACE to the host frameworks: DeepSpeed, transformers and Megatron."""

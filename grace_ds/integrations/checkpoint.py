@@ -1,8 +1,8 @@
-"""Our part of a checkpoint: files of our own beside the engine's, written before it, read after it.
+"""Save and load GRACE's part of a checkpoint: files beside the engine's, written before them and read after them.
 
-``TAG/grace_ds/`` holds the bucket files of the tables and of the window (each rank its own), the published schedules, the
-visit counts, the trusted basis and gradient, and ``manifest.json`` with every scalar and every file's digest.  The manifest's own
-digest goes into the engine's client state, so a checkpoint and a foreign or torn folder cannot be taken for one another.
+``TAG/grace_ds/`` holds the bucket files of the tables and of the window (one per rank), the published schedules, the visit
+counts, the trusted basis and gradient, and ``manifest.json`` with every scalar and every file's digest.  The manifest's own
+digest goes into the engine's client state, so that a folder that is torn or of another checkpoint is detected.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ FOLDER = "grace_ds"
 
 
 def save(controller: Controller, engine: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """``engine.save_checkpoint`` with our state: ours first, so that the engine's ``latest`` names a complete checkpoint.
+    """Save GRACE's state and then call ``engine.save_checkpoint``, so that the engine's ``latest`` names a complete checkpoint.
 
-    Where our state cannot be written, the engine's checkpoint is saved without it, and the log says so.
+    If GRACE's state cannot be written, the engine's checkpoint is saved without it, with a warning in the log.
 
     Raises:
-        CheckpointError: our state cannot be written and ``checkpoint.on_failed_save: error``; on every rank.
+        CheckpointError: GRACE's state cannot be written and ``checkpoint.on_failed_save: error``; on every rank.
     """
     bound = inspect.signature(original).bind(*args, **kwargs)
     bound.apply_defaults()
-    given = bound.arguments
-    tag = str(given["tag"]) if given["tag"] is not None else f"global_step{engine.global_steps}"
-    folder = Path(given["save_dir"]) / tag / FOLDER
-    state = _written(controller, folder, tag)
+    arguments = bound.arguments
+    tag = str(arguments["tag"]) if arguments["tag"] is not None else f"global_step{engine.global_steps}"
+    folder = Path(arguments["save_dir"]) / tag / FOLDER
+    state = _try_write(controller, folder, tag)
     if state is not None:
-        given["tag"], given["client_state"] = tag, {**(given["client_state"] or {}), FOLDER: state}
-    elif controller.comm.rank == 0:  # what an earlier checkpoint by the same tag has left is not this one's
+        arguments["tag"], arguments["client_state"] = tag, {**(arguments["client_state"] or {}), FOLDER: state}
+    elif controller.comm.rank == 0:  # files of an earlier checkpoint with the same tag do not belong to this one
         with contextlib.suppress(OSError):
             (folder / MANIFEST).unlink(missing_ok=True)
     return original(*bound.args, **bound.kwargs)
 
 
-def _written(controller: Controller, folder: Path, tag: str) -> dict[str, Any] | None:
-    """Our part of the client state, once our files are written; None on every rank where they are not.  Collective."""
+def _try_write(controller: Controller, folder: Path, tag: str) -> dict[str, Any] | None:
+    """Write GRACE's files and return its client state; None on every rank if they could not be written.  Collective."""
     if not controller.all_live():
         log.warning("GRACE is frozen (its transport has failed): checkpoint %s goes without its state", tag)
         return None
@@ -74,7 +74,7 @@ def _written(controller: Controller, folder: Path, tag: str) -> dict[str, Any] |
 
 
 def load(controller: Controller, engine: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """``engine.load_checkpoint`` with our state; a checkpoint without one is taken up at its step, or refused.
+    """Call ``engine.load_checkpoint`` and then load GRACE's state; a checkpoint without it is resumed at its step, or refused.
 
     Raises:
         CheckpointError: the state is missing and ``on_missing_state: error``, damaged and ``on_damaged_state: error``, of
@@ -124,14 +124,14 @@ def load(controller: Controller, engine: Any, original: Callable[..., Any], *arg
 
 
 def _load_frozen(controller: Controller, read: Callable[[], CheckpointState | None], step: int) -> None:
-    """Takes a frozen run up at a checkpoint: no collective of ours, and yet the same order of samples on every rank."""
+    """Resume a frozen run at a checkpoint, without GRACE's transport, and with the same order of samples on every rank."""
     saved: CheckpointState | None = None
     try:
         saved = read()
     except CheckpointError as error:
         log.warning("GRACE is frozen, and the checkpoint's state cannot be read: %s", error)
     whole = saved is not None and bool(saved.schedules) and controller.config.replay is None
-    # Schedules count where every rank has read them; the table and the rest are not needed any more.
+    # Schedules count only if every rank has read them; the table and the rest are no longer needed.
     if controller.agreement.all_agree(whole) and saved is not None:
         controller.book.replace(saved.schedules)
         controller.counted, controller.lead, controller.visits = saved.numbers["counted"], saved.numbers["lead"], saved.visits
@@ -146,10 +146,10 @@ def _load_frozen(controller: Controller, read: Callable[[], CheckpointState | No
 
 
 def write(controller: Controller, folder: Path, tag: str) -> dict[str, Any]:
-    """Writes our files into ``folder``; returns the client state, the same on all ranks.  Collective."""
+    """Write GRACE's files into ``folder`` and return the client state, the same on all ranks.  Collective."""
     if controller.collector is not None:
-        # The table at the next refresh must not depend on whether somebody saved in between, nor on the number of
-        # ranks that load: what is still on its way to its owner is delivered now.
+        # The table at the next refresh must not depend on whether a checkpoint was saved in between, nor on the number of
+        # ranks that load it.  So rows that their owners do not have yet are delivered now.
         collect = controller.collector.pending(controller.comm)
         received, _ = gather_rows(controller.comm, collect.rows, controller.context.pool.n)
         losses, _ = gather_rows(controller.comm, collect.losses, controller.context.pool.n)
@@ -157,20 +157,20 @@ def write(controller: Controller, folder: Path, tag: str) -> dict[str, Any]:
         controller.collector.drained(collect.running_mean)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        mine = controller.table.save(folder, controller.comm.rank, controller.comm.size) | controller.seen.save(
+        digests = controller.table.save(folder, controller.comm.rank, controller.comm.size) | controller.seen.save(
             folder, controller.comm.rank, controller.comm.size
         )
         window, shared = controller.kept.save(
             folder, bool(controller.context.pool.advance), controller.comm.rank, controller.comm.size
         )
-        mine |= window
+        digests |= window
         if controller.comm.rank == 0:
-            mine |= _write_shared(controller, folder, shared)
+            digests |= _write_shared(controller, folder, shared)
     except OSError as error:
         raise CheckpointError(f"GRACE state cannot be written to {folder} ({error}); free space or mend the path") from error
     controller.lead = int(controller.comm.allreduce(np.array([controller.lead], np.int64), "max")[0])
-    parts = controller.comm.allgather(np.frombuffer(json.dumps(mine).encode(), np.uint8))
-    files = {name: named for part in parts for name, named in json.loads(part.tobytes()).items()}
+    parts = controller.comm.allgather(np.frombuffer(json.dumps(digests).encode(), np.uint8))
+    files = {name: file_digest for part in parts for name, file_digest in json.loads(part.tobytes()).items()}
     manifest = json.dumps({"schema": SCHEMA, "files": files, **scalars(controller)}, indent=1, sort_keys=True).encode()
     if controller.comm.rank == 0:
         write_atomic(folder / MANIFEST, manifest)
@@ -178,22 +178,24 @@ def write(controller: Controller, folder: Path, tag: str) -> dict[str, Any]:
 
 
 def check(controller: Controller, saved: CheckpointState, state: dict[str, Any], step: int) -> None:
-    """Whether a state can be taken over by this run, at the engine's step.
+    """Check that this run can take over a saved state at the engine's step.
 
     Raises:
         CheckpointError: it is of another step, dataset, batch geometry or other layers.
     """
-    folder, at, n = saved.folder, saved.numbers, controller.context.pool.n
-    if at["samples"] != n:
-        raise CheckpointError(f"{folder} was made with a dataset of {at['samples']} samples, this one has {n}; use the same data")
-    if not at["step"] == step == state.get("step"):
+    folder, numbers, n = saved.folder, saved.numbers, controller.context.pool.n
+    if numbers["samples"] != n:
         raise CheckpointError(
-            f"{folder} is of step {at['step']}, the engine's checkpoint of step {step} (client state: {state.get('step')!r}): "
-            "they do not belong together; use an older checkpoint"
+            f"{folder} was made with a dataset of {numbers['samples']} samples, this one has {n}; use the same data"
         )
-    if at["cursor"] % controller.geometry.micro:
+    if not numbers["step"] == step == state.get("step"):
         raise CheckpointError(
-            f"{folder} stands at sample {at['cursor']}, no multiple of ranks × micro-batch = {controller.geometry.micro}; "
+            f"{folder} is of step {numbers['step']}, the engine's checkpoint of step {step} "
+            f"(client state: {state.get('step')!r}): they do not belong together; use an older checkpoint"
+        )
+    if numbers["cursor"] % controller.geometry.micro:
+        raise CheckpointError(
+            f"{folder} stands at sample {numbers['cursor']}, no multiple of ranks × micro-batch = {controller.geometry.micro}; "
             f"choose a micro-batch that divides it"
         )
     if controller.collector is None:
@@ -209,29 +211,29 @@ def check(controller: Controller, saved: CheckpointState, state: dict[str, Any],
 
 
 def take_over(controller: Controller, saved: CheckpointState, step: int) -> None:
-    """Makes a state that all ranks have read and checked this run's, at any number of ranks.  Collective."""
-    at = saved.numbers
+    """Take over a state that all ranks have read and checked, whatever number of ranks wrote it.  Collective."""
+    numbers = saved.numbers
     if controller.collector is not None and saved.collect is not None:
         controller.collector.load_state_dict(saved.collect)
     if controller.config.replay is None:
         controller.book.replace(saved.schedules)
-        controller.next_refresh = at["next_refresh"]
+        controller.next_refresh = numbers["next_refresh"]
     controller.table, controller.seen, controller.kept = saved.table, saved.seen, saved.kept
     controller.visits, controller.reference = saved.visits, dict(saved.reference)
     if controller.collector is not None:
         controller.take_basis(saved.basis)
     if controller.influence_probe is not None:
         controller.influence_probe.gradient = saved.gradient
-    controller.counted, controller.lead = at["counted"], at["lead"]
-    controller.metrics.version, controller.metrics.refreshes = at["version"], at["refreshes"]
-    controller.stand_at(step, at["cursor"])
+    controller.counted, controller.lead = numbers["counted"], numbers["lead"]
+    controller.metrics.version, controller.metrics.refreshes = numbers["version"], numbers["refreshes"]
+    controller.stand_at(step, numbers["cursor"])
     if controller.config.replay is None and not saved.schedules:
         log.info("%s was saved under replay and holds no schedule: a coreset is started at step %d", saved.folder, step)
-        controller.begin_at(step, at["cursor"])
+        controller.begin_at(step, numbers["cursor"])
 
 
 def scalars(controller: Controller) -> dict[str, Any]:
-    """Everything that is equal on all ranks and fits into JSON."""
+    """Return all state that is equal on all ranks and fits into JSON."""
     return {
         "samples": controller.context.pool.n,
         "batch": controller.geometry.batch,
@@ -242,7 +244,7 @@ def scalars(controller: Controller) -> dict[str, Any]:
         "lead": controller.lead,
         "version": controller.metrics.version,
         "refreshes": controller.metrics.refreshes,
-        "reference": {str(k): v for k, v in controller.reference.items()},
+        "reference": {str(version): value for version, value in controller.reference.items()},
         "basis": None if controller.basis is None else controller.basis.version,
         "gradient": None if (gradient := _gradient(controller)) is None else gradient.version,
         "collect": None if controller.collector is None else controller.collector.state_dict(),
@@ -254,7 +256,7 @@ def _gradient(controller: Controller) -> TrustedBasis | None:
 
 
 def _write_shared(controller: Controller, folder: Path, window: dict[str, Array]) -> dict[str, str]:
-    """The files that are the same on every rank; rank 0 writes them."""
+    """Write the files that are the same on every rank and return {file name: digest}; called on rank 0."""
     digests = {}
     for schedule in controller.book.schedules if controller.config.replay is None else []:
         path = save_schedule(schedule, folder)
@@ -274,10 +276,10 @@ def _write_shared(controller: Controller, folder: Path, window: dict[str, Array]
 
 
 def _folder(path: Path, state: Any) -> Path:
-    """Our folder beside the engine's file or folder that was loaded, or beside what that was converted from.
+    """Return GRACE's folder beside the engine's loaded file or folder, or beside what that was converted from.
 
-    ``ds_to_universal`` writes the engine's part into a folder of its own and leaves ours where it is; that it is the right
-    one, its digest tells.
+    ``ds_to_universal`` writes the engine's part into a separate folder and leaves GRACE's where it is; its digest shows
+    whether it is the right one.
     """
     beside = path if path.is_dir() else path.parent
     tag = state.get("tag") if isinstance(state, dict) else None

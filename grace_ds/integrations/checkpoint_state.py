@@ -1,8 +1,8 @@
-"""What a checkpoint of ours holds, read and verified as a whole before anything of the run is touched.
+"""Read and verify GRACE's part of a checkpoint as a whole, before any state of the run is changed.
 
-Every file is named in the manifest with its digest, and the manifest's own digest stands in the engine's client state: what
-is parsed here is what was written, or an error that names the file.  Data that are intact and yet have another form come
-from another version of grace_ds, and are told so.
+The manifest names every file with its digest, and the engine's client state holds the manifest's own digest.  So either the
+parsed data are what was written, or an error names the file.  Data that are intact but have another form come from another
+version of grace_ds, and the error says so.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ SCHEMA = 3
 MANIFEST, VISITS, SHARED = "manifest.json", "visits.safetensors", "window.safetensors"
 BASIS, GRADIENT = "basis.safetensors", "gradient.safetensors"
 _SCHEDULE, _ROWS, _LOSSES, _WINDOW = "schedule-", f"{SampleRecords.name}-", f"{Losses.name}-", "window-"
-# A name is joined to the folder, so nothing else may stand in it.
+# Names are joined to the folder, so no other form is accepted.
 _PARTS = re.compile(rf"schedule-\d+\.safetensors|({_ROWS}|{_LOSSES}|{_WINDOW})b\d+-b\d+\.safetensors")
-# The manifest's numbers, which every rank has alike.
+# The manifest's numbers, equal on all ranks.
 SCALARS = ("samples", "batch", "step", "cursor", "counted", "next_refresh", "lead", "version", "refreshes")
 
 
@@ -42,14 +42,15 @@ class CheckpointState:
 
     Attributes:
         folder: that it was read from.
-        numbers: one for each of :data:`SCALARS`; all ranks.
-        reference: unit of the trusted basis of each version; all ranks.
-        schedules: published ones, in order; all ranks.
-        visit counts: all ranks.
-        basis, gradient: the trusted basis in force, and what the next one goes on from; None without; all ranks.
-        collect: the collector's, None where nothing was collected; all ranks.
+        numbers: one for each of :data:`SCALARS`; equal on all ranks.
+        reference: unit of the trusted basis of each version; equal on all ranks.
+        schedules: the published ones, in order; equal on all ranks.
+        visits: visit counts; equal on all ranks.
+        basis, gradient: the trusted basis in force, and the gradient that the next one starts from; None without; equal on all
+            ranks.
+        collect: the collector's state, None if nothing was collected; equal on all ranks.
         table, seen: the latest rows and losses of the samples that this rank owns.
-        kept: of the last refresh, of the samples that this rank owns.
+        kept: what the last refresh left, for the samples that this rank owns.
     """
 
     folder: Path
@@ -66,11 +67,11 @@ class CheckpointState:
 
 
 def read_saved(folder: Path, state: Any, rank: int, world: int, dim: int) -> CheckpointState:
-    """Reads what ``rank`` of ``world`` needs, whatever the number of ranks that wrote it.  Not collective.
+    """Read what ``rank`` of ``world`` needs, whatever number of ranks wrote it.  Not collective.
 
     Args:
-        folder: ours, beside the engine's files.
-        state: ours, from the engine's client state.
+        folder: GRACE's folder, beside the engine's files.
+        state: GRACE's entry of the engine's client state.
         dim: width of a sketch in this run.
 
     Raises:
@@ -83,8 +84,8 @@ def read_saved(folder: Path, state: Any, rank: int, world: int, dim: int) -> Che
             raise TypeError("schema or digest of another type")
     except (KeyError, TypeError) as error:
         raise DamagedState(
-            f"the engine's checkpoint beside {folder} does not say which state belongs to it ({_words(error)}): it was altered; "
-            "use an older checkpoint"
+            f"the engine's checkpoint beside {folder} does not say which state belongs to it ({_describe(error)}): it was "
+            "altered; use an older checkpoint"
         ) from error
     _refuse_schema(folder, schema)
     raw = _read_checked(folder / MANIFEST, expected)
@@ -95,15 +96,15 @@ def read_saved(folder: Path, state: Any, rank: int, world: int, dim: int) -> Che
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         # The digests have matched, so nothing is torn.
         raise CheckpointError(
-            f"{folder} does not have the form of schema {SCHEMA} ({_words(error)}): another version of grace_ds has written it; "
-            "load it with that version, or use another checkpoint"
+            f"{folder} does not have the form of schema {SCHEMA} ({_describe(error)}): another version of grace_ds has "
+            "written it; load it with that version, or use another checkpoint"
         ) from error
 
 
 def _parse(folder: Path, manifest: dict[str, Any], rank: int, world: int, dim: int) -> CheckpointState:
     files: dict[str, str] = manifest["files"]
-    ours = (VISITS, BASIS, GRADIENT, SHARED)
-    odd = [name for name in files if not _PARTS.fullmatch(name) and name not in ours]
+    known = (VISITS, BASIS, GRADIENT, SHARED)
+    odd = [name for name in files if not _PARTS.fullmatch(name) and name not in known]
     if odd:
         raise ValueError(f"unknown file {odd[0]!r}")
     numbers = {key: _whole(manifest, key) for key in SCALARS}
@@ -111,7 +112,7 @@ def _parse(folder: Path, manifest: dict[str, Any], rank: int, world: int, dim: i
     visits = _arrays(folder / VISITS, files[VISITS])
     if visits["ids"].dtype != np.int64 or visits["ids"].shape != visits["counts"].shape:
         raise ValueError("visit counts whose columns do not fit together")
-    rows, losses, windows = (_named(files, prefix) for prefix in (_ROWS, _LOSSES, _WINDOW))
+    rows, losses, windows = (_with_prefix(files, prefix) for prefix in (_ROWS, _LOSSES, _WINDOW))
     shared = _arrays(folder / SHARED, files[SHARED]) if SHARED in files else {}
     collect = manifest["collect"]
     if not isinstance(collect, dict | None):
@@ -131,8 +132,8 @@ def _parse(folder: Path, manifest: dict[str, Any], rank: int, world: int, dim: i
     )
 
 
-def _named(files: Mapping[str, str], prefix: str) -> dict[str, str]:
-    return {name: named for name, named in files.items() if name.startswith(prefix)}
+def _with_prefix(files: Mapping[str, str], prefix: str) -> dict[str, str]:
+    return {name: file_digest for name, file_digest in files.items() if name.startswith(prefix)}
 
 
 def _basis(folder: Path, manifest: dict[str, Any], key: str, name: str) -> TrustedBasis | None:
@@ -176,5 +177,5 @@ def _read_checked(path: Path, expected: str) -> bytes:
     return data
 
 
-def _words(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"lacks {error}" if isinstance(error, KeyError) else str(error)

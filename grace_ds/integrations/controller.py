@@ -1,7 +1,7 @@
-"""One job's coreset: what runs at each forward, backward, step, save and load of a DeepSpeed engine.
+"""Run one job's coreset: what happens at each forward, backward, step, save and load of a DeepSpeed engine.
 
-Everything that training needs is here in the order in which it happens; :mod:`grace_ds.integrations.handle` ties these
-methods to an engine and takes them off again.
+The methods are in the order in which training calls them; :mod:`grace_ds.integrations.handle` attaches them to an engine
+and detaches them again.
 """
 
 from __future__ import annotations
@@ -40,25 +40,24 @@ from grace_ds.utils.rng import undisturbed_rng
 
 log = logging.getLogger("grace_ds")
 
-Seen = tuple[
-    IssuedBatch, MicroBatchCapture | LossCapture | None
-]  # a training forward's batch, and what its backward is to be read into
+# The batch of a training forward, and the capture that its backward is read into.
+Seen = tuple[IssuedBatch, MicroBatchCapture | LossCapture | None]
 
 
 class Controller:
-    """The state of GRACE beside one engine.
+    """The state of GRACE for one engine.
 
     Args:
         config: resolved and checked.
         geometry: of the job's batches.
-        pipeline: of the refresh; its ``comm`` is the transport.
-        collector: with an attached sketcher; None where nothing is collected (``replay``, uniform objectives).
-        agreement: what all ranks decide alike where the transport cannot tell them.
-        call: who can be asked whether he is still there.
-        trust: fits the trusted basis at a refresh; None without a trusted set.
+        context: of the refresh; its ``comm`` is the transport.
+        collector: with an attached sketcher; None if nothing is collected (``replay``, uniform objectives).
+        agreement: decides what must be the same on all ranks when the transport has failed.
+        liveness: probes whether the other ranks' processes are alive.
+        influence_probe: fits the trusted basis at a refresh; None without a trusted set.
         write_events: called on rank 0 after each refresh.
         preview: what the dataset shows of a sample, for ``run_dir``.
-        fallback: recipe that the run goes on with where probes cannot be made; None: that is an error.
+        fallback: recipe to continue with if probes cannot be made; None: that is an error.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class Controller:
         context: RefreshContext,
         collector: GradientCollector | None,
         agreement: Agreement,
-        call: LivenessProbe,
+        liveness: LivenessProbe,
         influence_probe: InfluenceProbe | None,
         write_events: EventWriter,
         preview: Preview | None = None,
@@ -77,7 +76,7 @@ class Controller:
         self.config, self.geometry, self.context = config, geometry, context
         self.collector, self.influence_probe, self.fallback = collector, influence_probe, fallback
         self.comm: Comm = context.comm
-        self.peer_failures = PeerFailureHandler(call, self.comm, lambda: f"in training step {self.step + 1}")
+        self.peer_failures = PeerFailureHandler(liveness, self.comm, lambda: f"in training step {self.step + 1}")
         self.agreement = agreement
         self.runner = RefreshRunner(context, collector, influence_probe, agreement, self.peer_failures)
         self.recorder = Recorder(config.run_dir, write_events, preview) if self.comm.rank == 0 else Recorder(None, None)
@@ -85,7 +84,7 @@ class Controller:
         self.book = ScheduleBook()
         self.in_flight = InFlightBatches(geometry)
         self.watch = StepWatch()
-        self.sampler: Stream | None = None  # None in shadow mode: the job's own sampler feeds it
+        self.sampler: Stream | None = None  # None in shadow mode: the job's own sampler feeds the engine
         self.table = Table(SampleRecords.empty(config.collect.dim))
         self.seen = Table(Losses.empty())
         self.kept = RefreshState()
@@ -93,7 +92,7 @@ class Controller:
         self.reference: dict[int, float] = {}
         self.counted = 0  # position up to which the visits are counted
         self.cursor = 0  # position of the first sample not yet trained on
-        self.lead = 0  # samples by which the loaders have run ahead of the cursor at most
+        self.lead = 0  # most samples by which the loaders have run ahead of the cursor
         self.step = 0
         self.next_refresh = 0
         self._closed = False
@@ -102,21 +101,21 @@ class Controller:
         self._last_seconds = 0.0
         self.metrics = Metrics()
         self._current: Seen | None = None
-        self.weighed: IssuedBatch | None = None  # the batch that the last training forward was about
+        self.weighed: IssuedBatch | None = None  # the batch of the last training forward
         self._trained: list[Seen] = []
-        self._unwatched: list[Seen] = []  # forwards of the step whose output shows no tensor that a gradient could come back to
-        self._stood, self._ramped = 0, False  # micro-batches at the last step; the batch has changed in this one
+        self._unwatched: list[Seen] = []  # forwards of the step whose output holds no tensor that requires a gradient
+        self._last_frontier, self._ramped = 0, False  # micro-batches at the last step; the batch has changed in this one
         self._clock = time.perf_counter()
 
     @property
     def frozen(self) -> bool:
-        """Whether no refresh is made any more: the transport has failed, as far as this rank knows, or GRACE is detached."""
+        """Whether refreshes have ended: the transport has failed, as far as this rank knows, or GRACE is detached."""
         return self._closed or bool(self.agreement.frozen)
 
-    # -- where the run stands ------------------------------------------------------------------------------------------
+    # -- state of the run ----------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Makes the first schedule (or takes up the recorded ones), before training.  Collective."""
+        """Make the first schedule, or load the recorded ones, before training.  Collective."""
         if self.config.replay is not None:
             self.book.replace(load_book(self.config.replay).schedules)
             log.info("replaying %d schedules from %s", len(self.book.schedules), self.config.replay)
@@ -124,7 +123,7 @@ class Controller:
             self.refresh()
 
     def begin_at(self, step: int, cursor: int) -> None:
-        """Makes a first schedule at a step and a position, after a checkpoint that holds none.  Collective."""
+        """Make a first schedule at a step and a position, after a checkpoint that holds none.  Collective."""
         self.stand_at(step, cursor)
         self.counted, self.lead, self.kept = cursor, 0, RefreshState()
         if self.config.replay is None:
@@ -132,51 +131,51 @@ class Controller:
             self.refresh()
 
     def stand_at(self, step: int, cursor: int) -> None:
-        """Moves to a step and a position; batches that are out are forgotten."""
+        """Move to a step and a position; forget the batches in flight."""
         self.step, self.cursor = step, cursor
         self.in_flight.clear()
         self._current, self._trained, self._unwatched = None, [], []
         self.recorder.forget()
         self._clock = time.perf_counter()
         self.watch.restart(cursor)
-        self._stood = cursor // self.geometry.micro
+        self._last_frontier = cursor // self.geometry.micro
         if self.sampler is not None:
-            self.sampler.frontier = self.sampler.issued = self._stood
+            self.sampler.frontier = self.sampler.issued = self._last_frontier
 
     def snapshot(self) -> dict[str, Any]:
-        """The metrics as a plain dict, with the clocks read now."""
-        m = self.metrics
+        """Return the metrics as a plain dict, with the clocks read now."""
+        metrics = self.metrics
         if self.collector is not None:
-            m.collect_seconds = self.collector.total_seconds
-        now = m.train_seconds + time.perf_counter() - self._clock
+            metrics.collect_seconds = self.collector.total_seconds
+        train_seconds = metrics.train_seconds + time.perf_counter() - self._clock
         return {
-            **dataclasses.asdict(m),
+            **dataclasses.asdict(metrics),
             **self.watch.counts(),
             "unrecognised": self.in_flight.unrecognised,
             "transport": self.comm.name,
             "probe_samples": self.influence_probe.probed if self.influence_probe is not None else 0,
-            "train_seconds": now,
+            "train_seconds": train_seconds,
             "step": self.step,
             "cursor": self.cursor,
             "frozen": self.frozen,
         }
 
-    def close(self, together: bool = True) -> None:
-        """Removes the layer hooks and closes the transport.  A second call does nothing.
+    def close(self, collective: bool = True) -> None:
+        """Remove the layer hooks and close the transport.  A second call does nothing.
 
         Args:
-            together: whether the other ranks do so too, now.
+            collective: whether the other ranks do so now too.
         """
         self._closed = True
         if self.collector is not None:
             self.collector.sketcher.detach()
         self.peer_failures.close()
-        self.comm.close(together)
+        self.comm.close(collective)
 
     # -- the micro-batch -----------------------------------------------------------------------------------------------
 
     def before_forward(self, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
-        """At the start of a grad-enabled training forward: recognises the batch and opens the hooks for it."""
+        """Recognise the batch at the start of a grad-enabled training forward, and open the hooks for it."""
         issued = self.in_flight.match(inputs)
         if issued is None:
             return
@@ -193,7 +192,7 @@ class Controller:
         self._current = (issued, capture)
 
     def after_forward(self, output: Any) -> Seen | None:
-        """At its end: reads per-sample losses where the output holds the loss; returns what to pass to :meth:`on_backward`."""
+        """End the forward: read per-sample losses if the output holds the loss; return the argument of :meth:`on_backward`."""
         current, self._current = self._current, None
         if current is not None and self.influence_probe is not None:
             self.influence_probe.returned(output)
@@ -204,11 +203,11 @@ class Controller:
         return current
 
     def leave_unwatched(self, current: Seen) -> None:
-        """For a forward whose output shows no tensor that a gradient comes back to: the loss's backward, or the step, tells."""
+        """Note a forward without an output to watch: it counts as trained at the loss's backward, or else at the step."""
         self._unwatched.append(current)
 
     def observe_loss(self, loss: Any) -> None:
-        """For jobs that compute the loss outside the module: called with it before the backward."""
+        """Read the loss before its backward, for jobs that compute it outside of the module."""
         for current in self._unwatched:
             self.on_backward(current)
         self._unwatched = []
@@ -216,7 +215,7 @@ class Controller:
             self.collector.sketcher.observe_loss(loss)
 
     def on_backward(self, current: Seen) -> None:
-        """When the gradient of a bound forward arrives: from here on its batch counts as trained on."""
+        """Count the batch of a forward as trained on; called when that forward's gradient arrives."""
         if any(issued is current[0] for issued, _ in self._trained):
             return
         self.in_flight.trained(current[0])
@@ -227,16 +226,16 @@ class Controller:
 
     @property
     def capturing(self) -> bool:
-        """Whether the forward that has begun is one whose gradients are collected."""
+        """Whether gradients are collected of the forward in progress."""
         return self._current is not None and isinstance(self._current[1], MicroBatchCapture)
 
     @property
     def collecting(self) -> bool:
         """Whether the gradients of the optimizer step in progress are collected."""
-        h = self.collector
-        if h is None or self.frozen:
+        collector = self.collector
+        if collector is None or self.frozen:
             return False
-        frozen, trusted = h.sketcher.scale.frozen, self.influence_probe is not None
+        frozen, trusted = collector.sketcher.scale.frozen, self.influence_probe is not None
         if not worth_collecting(self.config, decision_of(self.book), frozen, trusted, self.basis, self.reference):
             return False
         due = (self.step + 1) % collect_every(self.config, self.book) == 0
@@ -244,13 +243,13 @@ class Controller:
 
     @property
     def reading(self) -> bool:
-        """Whether the losses of the optimizer step in progress are read, where its gradients are not collected."""
+        """Whether the losses of the optimizer step in progress are read if its gradients are not collected."""
         if self.collector is None or self.frozen or not worth_reading(self.config, decision_of(self.book)):
             return False
         return cadence.collected(self.config, self.step, self.next_refresh)
 
     def follow(self, geometry: Geometry) -> None:
-        """Takes over the batch size of the step that has just been made, where the job ramps it up; the same on all ranks.
+        """Adopt the batch size of the step that has just been made, in case the job ramps it up; the same on all ranks.
 
         Positions count samples, so only the number of steps that a schedule lasts changes.
 
@@ -271,7 +270,7 @@ class Controller:
         self._ramped = True
         self.context = dataclasses.replace(self.context, batch=geometry.batch)
         self.runner.context = self.context
-        if self.book.schedules and self.config.replay is None:  # the schedule is through sooner, or later
+        if self.book.schedules and self.config.replay is None:  # the schedule ends sooner, or later
             last = self.book.schedules[-1]
             left = (last.start + len(last) - self.cursor) // geometry.batch - slack(
                 self.config, self.config.refresh.interval_steps
@@ -281,11 +280,11 @@ class Controller:
     # -- the step ------------------------------------------------------------------------------------------------------
 
     def after_step(self, step: int, applied: bool, grad_scale: float) -> None:
-        """The one commit point: after the accumulation boundary's step.
+        """Commit an optimizer step, at the accumulation boundary; the only place where the cursor moves.
 
         Args:
             step: optimizer steps done, skipped ones included (``engine.global_steps``).
-            applied: False where the step was skipped for an overflow: the cursor moves on, no row is kept.
+            applied: False if the step was skipped for an overflow: the cursor moves on, no row is kept.
             grad_scale: accumulation steps divided by the loss scale of the step.
         """
         collected = self.collecting
@@ -308,20 +307,20 @@ class Controller:
                 self.peer_failures.check(error, f"after training step {step}, stage scale")
                 self.retire(str(error))
                 self.recorder.events({"frozen": 1.0}, self.cursor)
-        g = self.geometry
+        geometry = self.geometry
         self.step = step
         self._steps_timed += 1
         if self.sampler is not None:
-            moved = self.sampler.frontier - self._stood
+            moved = self.sampler.frontier - self._last_frontier
             if not self._ramped:  # the step that changes its own length
-                self.sampler.frontier += self.watch.advance(moved, g, self.in_flight)
+                self.sampler.frontier += self.watch.advance(moved, geometry, self.in_flight)
             self._ramped = False
-            self._stood = self.sampler.frontier
-            self.cursor = self.sampler.frontier * g.micro
-            self.lead = max(self.lead, self.sampler.issued * g.micro - self.cursor)
+            self._last_frontier = self.sampler.frontier
+            self.cursor = self.sampler.frontier * geometry.micro
+            self.lead = max(self.lead, self.sampler.issued * geometry.micro - self.cursor)
         else:
-            self.cursor += g.batch
-        with undisturbed_rng():  # all of it may read the dataset
+            self.cursor += geometry.batch
+        with undisturbed_rng():  # each of these may read the dataset
             self.recorder.settle()
             due = cadence.is_due(self.config, step, self.next_refresh) and not self.frozen and self.config.replay is None
             if self.influence_probe is not None and not self.frozen and self.influence_probe.asks(due):
@@ -330,10 +329,10 @@ class Controller:
                 self.refresh()
 
     def _settle(self, influence_probe: InfluenceProbe) -> None:
-        """Goes on without gradients, or ends the run, where a probe cannot repeat the job's call.  Collective.
+        """Continue without gradients, or end the run, if a probe cannot repeat the job's call of its model.  Collective.
 
         Raises:
-            ConfigError: the recipe was asked for by name; on every rank.
+            ConfigError: the recipe was set by name; on every rank.
         """
         try:
             why = influence_probe.settle()
@@ -355,7 +354,7 @@ class Controller:
         self._fall_back(self.fallback)
 
     def _fall_back(self, to: str) -> None:
-        """Goes on under a recipe that reads nothing from the backward; what was read so far is dropped."""
+        """Continue under a recipe that reads nothing from the backward; drop what was read so far."""
         assert self.collector is not None
         self.collector.sketcher.detach()
         self.config = dataclasses.replace(self.config, recipe=to, ablate=[])
@@ -370,63 +369,63 @@ class Controller:
     # -- the refresh ---------------------------------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Makes and publishes the next schedule, or keeps the old one if any rank fails.  Collective."""
+        """Make and publish the next schedule, or keep the old one if any rank fails.  Collective."""
         if not self.frozen and (why := self.agreement.frozen_by_any()):
             self.retire(f"on another rank: {why}")
             self.recorder.events({"frozen": 1.0}, self.cursor)
             return
-        started, m = time.perf_counter(), self.metrics
-        m.train_seconds += started - self._clock
-        result = self.runner.run_refresh(self.step, m.version + 1, self._refresh_inputs)
+        started, metrics = time.perf_counter(), self.metrics
+        metrics.train_seconds += started - self._clock
+        result = self.runner.run_refresh(self.step, metrics.version + 1, self._refresh_inputs)
         if result.lost is not None:
             self.retire(str(result.lost))
         if result.fresh is not None:
             self._take_over(result.fresh)
         else:
-            m.refresh_failures += 1
+            metrics.refresh_failures += 1
             self.next_refresh = self.step + cadence.configured_interval(self.config, self.step)
             if not self.book.schedules:
                 raise GraceError(
                     "the first schedule could not be made, so there is nothing to train on; the message above says why"
                 )
         self._last_seconds = time.perf_counter() - started
-        m.refresh_seconds += self._last_seconds
-        m.report(self._last_seconds, result.fresh.outcome if result.fresh is not None else None, self.collector)
-        m.events["frozen"] = float(self.frozen)
-        self.recorder.events(m.events, self.cursor)
+        metrics.refresh_seconds += self._last_seconds
+        metrics.report(self._last_seconds, result.fresh.outcome if result.fresh is not None else None, self.collector)
+        metrics.events["frozen"] = float(self.frozen)
+        self.recorder.events(metrics.events, self.cursor)
         self._clock = time.perf_counter()
 
     def _refresh_inputs(self) -> RefreshInputs:
-        """What this rank knows at the start of a refresh; the rows are still with the collector.  Collective."""
-        c, m = self.config, self.metrics
+        """Return what this rank knows at the start of a refresh; the collector still holds the rows.  Collective."""
+        config, metrics = self.config, self.metrics
         # The first refresh reads the whole window's content, later ones do not: its cost says nothing about theirs.
-        a_step = m.train_seconds / max(self._steps_timed, 1) if m.refreshes > 1 else None
+        step_seconds = metrics.train_seconds / max(self._steps_timed, 1) if metrics.refreshes > 1 else None
         last = self.book.schedules[-1] if self.book.schedules else None
-        core, audit = by_role(last, c.mode == "shadow")
+        core, audit = by_role(last, config.mode == "shadow")
         self.watch.compare(self.comm, self.book, self.geometry, self.cursor)
         return RefreshInputs(
-            rows=SampleRecords.empty(c.collect.dim),
+            rows=SampleRecords.empty(config.collect.dim),
             losses=Losses.empty(),
             table=self.table,
             seen=self.seen,
             visits=self.visits_now(),
             step=self.step,
-            version=m.version + 1,
+            version=metrics.version + 1,
             issued=self.issued(),
-            interval=cadence.stretched_interval(c, self.step, self._last_seconds, a_step),
+            interval=cadence.stretched_interval(config, self.step, self._last_seconds, step_seconds),
             reference=self.reference,
             decision=decision_of(self.book),
             since=int(last.meta["decided_at_step"]) if last is not None else -1,
             core=core,
             audit=audit,
-            uniform=cadence.is_uniform(c, self.step),
+            uniform=cadence.is_uniform(config, self.step),
             kept=self.kept,
-            collect_every=collect_every(c, self.book),
+            collect_every=collect_every(config, self.book),
         )
 
     def _take_over(self, fresh: AgreedRefresh) -> None:
-        """Makes what a refresh that counts has made this rank's state."""
-        # Rank 0's name is the one that is written down; a run that was taken up goes by the name that it had.
+        """Make the result of an agreed refresh this rank's state."""
+        # Rank 0's run name is the one that is recorded; a resumed run keeps its name.
         last = self.book.schedules[-1] if self.book.schedules else None
         schedule = dataclasses.replace(fresh.outcome.schedule, run=(last.run if last is not None else "") or self.run)
         outcome = dataclasses.replace(fresh.outcome, schedule=schedule)
@@ -444,21 +443,21 @@ class Controller:
         self.book.publish(schedule)
         self.book.prune(self.cursor)
         self.next_refresh = int(schedule.meta["next_refresh_step"])
-        told = {
+        totals = {
             "train_seconds": self.metrics.train_seconds,
             "refresh_seconds": self.metrics.refresh_seconds,
             "collect_seconds": self.collector.total_seconds if self.collector is not None else 0.0,
             "failures": float(self.metrics.refresh_failures),
         }
-        self.recorder.made(outcome, told)
+        self.recorder.made(outcome, totals)
         decision = decision_of(self.book)
         if self.comm.rank == 0 and decision is not None:
             log.info("schedule %d: %s: %s", schedule.version, decision.level, decision.reason)
-        if self.step > 0:  # the very first one may yet give way to a checkpoint
+        if self.step > 0:  # loading a checkpoint may still replace the very first schedule
             self.recorder.settle()
 
     def all_live(self) -> bool:
-        """Whether GRACE is frozen on no rank; the same answer on all ranks.  Collective, over the job's store."""
+        """Return whether GRACE is frozen on no rank; the same answer on all ranks.  Collective, over the job's store."""
         if self._closed:
             return False
         live = not self.frozen
@@ -469,23 +468,23 @@ class Controller:
         return False
 
     def retire(self, why: str) -> None:
-        """The transport is finished, training is not: no further refresh, nothing more to pay.  The other ranks are told."""
+        """Freeze GRACE on all ranks for reason ``why``: the transport has failed, training continues without refreshes."""
         self.agreement.freeze(why)
         if self.collector is not None:
             self.collector.sketcher.detach()
         log.error("step %d: %s; GRACE is frozen: training goes on with the schedule at hand", self.step, why)
 
     def take_basis(self, basis: TrustedBasis | None) -> None:
-        """Alignments are measured against ``basis`` from here on (None: not at all); their unit is found at the next refresh."""
+        """Measure alignments against ``basis`` from now on (None: not at all); the next refresh finds their unit."""
         assert self.collector is not None
         self.collector.sketcher.set_basis(basis)
         self.basis = basis
 
     def issued(self) -> int:
-        """Position up to which samples are spoken for: given to this rank's loader, or promised by a pending schedule.
+        """Return the position up to which samples are fixed: given to this rank's loader, or part of a pending schedule.
 
-        Near the end of an epoch a loader has less to run ahead to, but one that was resumed in the middle has not: so
-        that both give way to the next schedule at the same position, the longest lead so far counts.
+        Near the end of an epoch a loader can run ahead less far, but a loader that was resumed in the middle is not near the
+        end.  The longest lead so far counts, so that both switch to the next schedule at the same position.
         """
         if self.sampler is None:
             return self.cursor
@@ -493,7 +492,7 @@ class Controller:
         return max(self.sampler.issued * self.geometry.micro, self.cursor + self.lead, pending)
 
     def visits_now(self) -> VisitCounts:
-        """The visit counts with everything up to the cursor counted; the old one is left as it was."""
+        """Return a copy of the visit counts with everything up to the cursor counted."""
         visits = VisitCounts(self.visits.ids, self.visits.counts)
         if self.book.schedules and self.cursor > self.counted and self.config.mode == "train":
             visits.add(self.book.slots(self.counted, self.cursor - self.counted).ids)

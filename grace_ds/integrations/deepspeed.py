@@ -1,4 +1,4 @@
-"""DeepSpeed's engine and GRACE: ``initialize`` in the place of ``deepspeed.initialize``, ``attach`` for own loaders."""
+"""Add GRACE to DeepSpeed: ``initialize`` instead of ``deepspeed.initialize``, or ``attach`` for a loader of the job's own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from grace_ds.integrations.handle import Grace
 from grace_ds.integrations.trusted_set import UserInputs
 from grace_ds.monitor import progress
 
-# Kept before anybody (``grace_ds.run``) puts our function in the place of DeepSpeed's.
+# DeepSpeed's own function, kept when :func:`replace_initialize` (``grace_ds.run``) replaces it.
 _original: Callable[..., Any] | None = None
 _left_to_attach = False
 
@@ -33,22 +33,22 @@ def initialize(
     loss_fn: LossFn | None = None,
     **kwargs: Any,
 ) -> tuple[Any, Any, Any, Any]:
-    """``deepspeed.initialize`` with GRACE where the config asks for it: same arguments, same four results.
+    """Call ``deepspeed.initialize``, with GRACE if the config asks for it: same arguments, same four results.
 
     Without a grace block, or with ``enabled: false``, this is ``deepspeed.initialize`` and nothing else.  With one,
     the returned loader feeds the coreset's schedule (``mode: shadow``: the job's own batches), and ``engine.grace_ds``
     is the :class:`Grace` handle.
 
     Args:
-        trusted_data: a map-style dataset of trusted samples, items like those of ``training_data``; in the place of
-            the config's ``trusted`` file.
+        trusted_data: a map-style dataset of trusted samples, items like those of ``training_data``; instead of the
+            config's ``trusted`` file.
         validation_data: the job's validation set, map-style; only read to make sure that no trusted sample is in it.
         tokenize: text → token ids, for a ``trusted`` file of text.
-        loss_fn: (module, batch) → scalar mean loss, for the trusted probe; needed only where the module's output
-            holds no loss, or the job calls it with more than entries of the batch, cuts of them and constants.
+        loss_fn: (module, batch) → scalar mean loss, for the trusted probe; needed only if the module's output holds no
+            loss, or if the job calls the module with more than entries of the batch, slices of them and constants.
 
     Raises:
-        ConfigError: the block is wrong, or it is on and no ``training_data`` is given.
+        ConfigError: the block is wrong, or it is enabled and no ``training_data`` is given.
         DataError: the training or the trusted data cannot be used.
     """
     import deepspeed
@@ -56,8 +56,8 @@ def initialize(
     original = _original or deepspeed.initialize
     bound = inspect.signature(original).bind(*args, **kwargs)
     config = config_of(bound.arguments)
-    found = find_block(read_ds_config(config)) if config is not None else None
-    grace = load_config(found[1], found[0]) if found is not None else None
+    path_and_block = find_block(read_ds_config(config)) if config is not None else None
+    grace = load_config(path_and_block[1], path_and_block[0]) if path_and_block is not None else None
     if grace is None or not grace.enabled or _left_to_attach:
         result: tuple[Any, Any, Any, Any] = original(*args, **kwargs)
         preempt.from_environment(result[0])
@@ -71,7 +71,7 @@ def initialize(
             "before and grace_ds.attach(engine, dataset) for a loader of your own (a transformers.Trainer: "
             "grace_ds.huggingface.attach(trainer))"
         )
-    IdDataset(data)  # says what is wrong with the dataset before an engine is built
+    IdDataset(data)  # reports what is wrong with the dataset before an engine is built
     bound.arguments["training_data"] = None
     if isinstance(bound.arguments.get("config"), dict):
         bound.arguments["config"] = copy.deepcopy(bound.arguments["config"])  # DeepSpeed writes into it
@@ -85,7 +85,7 @@ def initialize(
 
 
 def replace_initialize(module: Any) -> None:
-    """Puts :func:`initialize` in the place of ``deepspeed.initialize`` in the ``deepspeed`` module, for unchanged scripts."""
+    """Replace ``deepspeed.initialize`` in the ``deepspeed`` module by :func:`initialize`, for unchanged scripts."""
     global _original
     if _original is None:
         _original = module.initialize
@@ -94,7 +94,7 @@ def replace_initialize(module: Any) -> None:
 
 @contextlib.contextmanager
 def left_to_attach() -> Iterator[None]:
-    """Within it :func:`initialize` leaves the engine to :func:`attach`: somebody makes it who has no dataset to give."""
+    """Make :func:`initialize` leave the engine to :func:`attach` within the block: its caller has no dataset to pass."""
     global _left_to_attach
     before, _left_to_attach = _left_to_attach, True
     try:
@@ -115,7 +115,7 @@ def attach(
     loss_fn: LossFn | None = None,
     sampler: Any = None,
 ) -> Grace:
-    """GRACE for a job that builds its own loader; the engine comes from plain ``deepspeed.initialize``.
+    """Add GRACE to a job that builds its own loader; the engine comes from plain ``deepspeed.initialize``.
 
     Args:
         engine: a DeepSpeed engine.
@@ -123,22 +123,22 @@ def attach(
         config: the grace block; default: the one in the engine's own config.
         collate_fn: the job's, default torch's.
         trusted_data, validation_data, tokenize, loss_fn: as for :func:`initialize`.
-        sampler: the one that the job has without GRACE, a ``DistributedSampler`` or ``SequentialSampler``: its order goes on
-            where nothing is chosen, and in shadow mode it feeds the job (any sampler will do there).  Default: a
-            ``DistributedSampler`` with seed 0, as DeepSpeed makes.
+        sampler: the job's sampler without GRACE, a ``DistributedSampler`` or ``SequentialSampler``.  Its order is used
+            wherever nothing is chosen, and in shadow mode it feeds the job (any sampler works there).  Default: a
+            ``DistributedSampler`` with seed 0, like the one that DeepSpeed makes.
 
     Returns:
         The handle; its ``loader(...)`` makes the data loader.
 
     Raises:
-        ConfigError: GRACE is off or attached already, or the order of ``sampler`` cannot be told.
+        ConfigError: GRACE is off or attached already, or the order of ``sampler`` is not a function of the position.
     """
     if config is None:
         ds_config = read_ds_config(engine.config)
-        found = find_block(ds_config)
-        if found is None:
+        path_and_block = find_block(ds_config)
+        if path_and_block is None:
             raise ConfigError(f"the engine's config holds no block {HOME!r} or {ALIAS!r}; add one, or pass config={{...}}")
-        grace = load_config(found[1], found[0])
+        grace = load_config(path_and_block[1], path_and_block[0])
         refuse_curriculum(ds_config)
     else:
         grace = load_config(config, "config")
@@ -146,7 +146,7 @@ def attach(
         raise ConfigError("grace is not enabled in this config; set enabled: true, or leave attach out and use your own loader")
     if getattr(engine, "grace_ds", None) is not None:
         raise ConfigError("GRACE is attached to this engine already; call engine.grace_ds.detach() first")
-    IdDataset(dataset)  # says what is wrong with the dataset before its length is asked for
+    IdDataset(dataset)  # reports what is wrong with the dataset before its length is asked for
     order = order_of(sampler, len(dataset), grace.seed)
     if sampler is not None and order is None and grace.mode == "train":
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What can be asked of a DeepSpeed engine, of its config argument, and of its module's output."""
+"""Read facts from a DeepSpeed engine, from its config argument, and from its module's output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grace_ds.errors import ConfigError
 
 
 def geometry_of(engine: Any) -> Geometry:
-    """How the engine's batches map to positions.
+    """Return how the engine's batches map to positions.
 
     Raises:
         ConfigError: the batch does not divide into micro-batches of the data-parallel ranks.
@@ -32,33 +32,33 @@ def geometry_of(engine: Any) -> Geometry:
 
 
 def dp_rank(engine: Any) -> int:
-    """This process's rank among the engine's data-parallel ranks."""
+    """Return this process's rank among the engine's data-parallel ranks."""
     import torch.distributed as dist
 
     return dist.get_rank(engine.data_parallel_group) if dist.is_initialized() else 0
 
 
 def is_pipeline(engine: Any) -> bool:
-    """Whether the engine is a PipelineEngine, which pulls its data itself."""
+    """Return whether the engine is a PipelineEngine, which pulls its data itself."""
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
     return isinstance(engine, PipelineEngine)
 
 
 def is_compiled(module: torch.nn.Module) -> bool:
-    """Whether calling the module runs compiled code: ``torch.compile(module)``, ``module.compile()`` or ``engine.compile()``."""
+    """Return whether the module is compiled: by ``torch.compile(module)``, ``module.compile()`` or ``engine.compile()``."""
     return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
 
 
 def shares_model(engine: Any) -> bool:
-    """Whether several ranks work on the same samples: tensor, sequence or pipeline parallelism."""
+    """Return whether several ranks work on the same samples: tensor, sequence or pipeline parallelism."""
     import torch.distributed as dist
 
     return bool(dist.is_initialized() and dist.get_world_size() > engine.dp_world_size)
 
 
 def config_of(arguments: dict[str, Any]) -> Any:
-    """The DeepSpeed config where ``deepspeed.initialize`` looks for it."""
+    """Return the DeepSpeed config from where ``deepspeed.initialize`` looks for it; None if there is none."""
     for key in ("config", "config_params"):
         if arguments.get(key) is not None:
             return arguments[key]
@@ -67,7 +67,7 @@ def config_of(arguments: dict[str, Any]) -> Any:
 
 
 def outputs(tree: Any, depth: int = 4) -> Sequence[torch.Tensor]:
-    """Every tensor in a module's output: in mappings, sequences, dataclasses and plain objects, ``depth`` of them deep."""
+    """Return every tensor in a module's output: in mappings, sequences, dataclasses and plain objects, to ``depth`` levels."""
     if isinstance(tree, torch.Tensor):
         return [tree]
     if depth == 0 or isinstance(tree, (torch.nn.Module, type, str)):
@@ -80,4 +80,4 @@ def outputs(tree: Any, depth: int = 4) -> Sequence[torch.Tensor]:
         values = [getattr(tree, field.name, None) for field in dataclasses.fields(tree)]
     else:
         values = list(getattr(tree, "__dict__", {}).values())
-    return [t for value in values for t in outputs(value, depth - 1)]
+    return [tensor for value in values for tensor in outputs(value, depth - 1)]

@@ -1,7 +1,7 @@
-"""The handle ``engine.grace_ds``: a controller tied to one DeepSpeed engine, and the job's loaders over its schedule.
+"""Attach a controller to one DeepSpeed engine (the handle ``engine.grace_ds``), and make the job's loaders over its schedule.
 
-Nothing of the engine is subclassed or wrapped as an object: methods of it are replaced on the instance by ones that call the
-original and then the controller, and two hooks watch the module; ``detach`` takes all of it off again.
+The engine is neither subclassed nor wrapped.  Some of its methods are replaced on the instance by ones that call the original
+and then the controller, and two hooks watch the module; ``detach`` undoes all of it.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ log = logging.getLogger("grace_ds")
 
 
 class Grace:
-    """The handle ``engine.grace_ds``: the controller tied to one engine.
+    """The handle ``engine.grace_ds``: the controller of one engine.
 
     Attributes:
-        controller: the state; ``controller.book`` is what the sampler reads.
-        job_shuffles: whether the engine's own sampler, which shadow mode leaves in force, shuffles.
-        job_sampler: the job's, for shadow mode; None: the engine's own.
+        controller: the state; the sampler reads ``controller.book``.
+        job_shuffles: whether the engine's own sampler, which shadow mode keeps, shuffles.
+        job_sampler: the job's sampler, for shadow mode; None: the engine's own.
     """
 
     job_shuffles = True
@@ -62,7 +62,7 @@ class Grace:
     ) -> None:
         self.engine = engine
         self._restore: list[Callable[[], None]] = []
-        _speak_up()
+        _log_to_screen()
         check_world_size(dist.get_world_size() if dist.is_initialized() else 1, os.environ)
         adopt_job_limit()
         self.dataset = IdDataset(dataset)
@@ -71,12 +71,12 @@ class Grace:
         geometry = geometry_of(engine)
         if user_inputs.order is None:
             user_inputs = dataclasses.replace(user_inputs, order=self._engine_order(len(dataset), config.seed))
-        with undisturbed_rng():  # reading the dataset must not move what the job draws from
+        with undisturbed_rng():  # reading the dataset must not change the job's random state
             self.controller: Controller = build_controller(engine, dataset, config, geometry, self.collate.collate, user_inputs)
             try:
                 self._begin(geometry, len(dataset))
             except BaseException:
-                self._take_off(together=False)
+                self._take_off(collective=False)
                 raise
 
     def _begin(self, geometry: Geometry, samples: int) -> None:
@@ -89,13 +89,13 @@ class Grace:
         self.controller.start()
         self.engine.grace_ds = self
         weights.attached(self.controller)
-        teller = progress.follow(self)
-        if teller is not None:
-            self._restore.append(teller.close)
+        follower = progress.follow(self)
+        if follower is not None:
+            self._restore.append(follower.close)
 
     @property
     def config(self) -> GraceConfig:
-        """As resolved; where ``recipe: auto`` has had to fall back, with what it fell back to."""
+        """The resolved config; if ``recipe: auto`` had to fall back, it names the recipe that is used instead."""
         return self.controller.config
 
     @property
@@ -104,11 +104,11 @@ class Grace:
         return self.controller.snapshot()
 
     def feed(self) -> Any:
-        """The loader that ``initialize`` returns."""
+        """Return the loader that ``initialize`` returns."""
         return self.deepspeed_loader()
 
     def deepspeed_loader(self, num_local_io_workers: int | None = None) -> IdLoader:
-        """The engine's own kind of loader (``engine.deepspeed_io``) over the schedule, or the job's order in shadow mode."""
+        """Return the engine's own kind of loader (``engine.deepspeed_io``) over the schedule; in shadow mode, the job's order."""
         sampler: Any = self.controller.sampler or self.job_sampler
         if sampler is None and (not self.job_shuffles or dp_rank(self.engine) != self.engine.global_rank):
             sampler = self._job_sampler()
@@ -118,10 +118,13 @@ class Grace:
         return IdLoader(inner, self.controller.in_flight)
 
     def loader(self, **options: Any) -> IdLoader:
-        """A torch ``DataLoader`` of micro-batches for a job that builds its own.
+        """Return a torch ``DataLoader`` of micro-batches for a job that builds its own loader.
 
         Args:
             options: of ``torch.utils.data.DataLoader``, without dataset, sampler, batch_size and collate_fn.
+
+        Raises:
+            ConfigError: an option is one that GRACE or the engine decides.
         """
         for key in ("dataset", "batch_size", "sampler", "batch_sampler", "shuffle", "collate_fn"):
             if key in options:
@@ -134,11 +137,11 @@ class Grace:
         return IdLoader(inner, self.controller.in_flight)
 
     def _job_sampler(self) -> DistributedSampler[Any]:
-        g = self.controller.geometry
-        return DistributedSampler(self.dataset, num_replicas=g.ranks, rank=g.rank, shuffle=self.job_shuffles)
+        geometry = self.controller.geometry
+        return DistributedSampler(self.dataset, num_replicas=geometry.ranks, rank=geometry.rank, shuffle=self.job_shuffles)
 
     def _engine_order(self, n: int, seed: int) -> Order:
-        """Of the sampler that DeepSpeed makes where it is given none."""
+        """Return the order of the sampler that DeepSpeed makes when it is given none."""
         return shuffled(n, 0, seed) if self.job_shuffles else SamplerOrder(n, shuffle=False)
 
     def _stream_sampler(self, geometry: Geometry, samples: int) -> StreamSampler:
@@ -149,13 +152,13 @@ class Grace:
     # -- hooks ---------------------------------------------------------------------------------------------------------
 
     def attach_hooks(self) -> None:
-        """Ties the controller to the engine; undone by :meth:`detach`."""
+        """Attach the controller to the engine; undone by :meth:`detach`."""
         module, controller = self.engine.module, self.controller
         pre = module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         post = module.register_forward_hook(self._after_forward)
         self._watching = [pre.remove, post.remove]
         self._restore.append(self._unwatch)
-        ours: dict[str, Callable[..., Any]] = {
+        replacements: dict[str, Callable[..., Any]] = {
             "forward": self._forward,
             "backward": self._backward,
             "step": self._step,
@@ -163,27 +166,27 @@ class Grace:
             "load_checkpoint": functools.partial(checkpoint.load, controller, self.engine),
             "destroy": self._destroy,
         }
-        self._restore += [replace_method(self.engine, name, method) for name, method in ours.items()]
+        self._restore += [replace_method(self.engine, name, method) for name, method in replacements.items()]
 
     def detach(self) -> None:
-        """Takes GRACE off the engine: hooks and methods are as before, the transport is closed.  A second call does nothing.
+        """Remove GRACE from the engine: restore its hooks and methods, close the transport.  A second call does nothing.
 
-        ``engine.destroy()`` does it too.  To be called on every rank.
+        Call it on every rank.  ``engine.destroy()`` does it too.
         """
-        self._take_off(together=True)
+        self._take_off(collective=True)
 
-    def _take_off(self, together: bool) -> None:
+    def _take_off(self, collective: bool) -> None:
         while self._restore:
             self._restore.pop()()
-        self.controller.close(together)
+        self.controller.close(collective)
         if getattr(self.engine, "grace_ds", None) is self:
             self.engine.grace_ds = None
         weights.detached(self.controller)
 
     def _destroy(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         try:
-            if not sys.is_finalizing():  # else all of it goes with the process
-                self._take_off(together=not _in_finalizer())
+            if not sys.is_finalizing():  # otherwise all of it ends with the process
+                self._take_off(collective=not _in_finalizer())
         finally:
             original(*args, **kwargs)
 
@@ -192,9 +195,9 @@ class Grace:
             self._watching.pop()()
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Stands in for the hooks on the module where that is compiled: traced, they would break its graph or never run.
+        """Run the forward, and the hooks around it if the module is compiled: traced, they would break its graph or never run.
 
-        A step whose gradients are collected runs eagerly, with the same numbers: only there the hooks on the layers fire.
+        A step whose gradients are collected runs eagerly, with the same numbers, since only then the hooks on the layers fire.
         """
         module = self.engine.module
         if not is_compiled(module):
@@ -234,26 +237,26 @@ class Grace:
         return result
 
     def _grad_scale(self) -> float:
-        """What the step's gradients are to be multiplied with to be those of its micro-batches' losses."""
+        """Return the factor that turns the step's gradients into those of its micro-batches' losses."""
         return self.controller.geometry.accumulation / float(self.engine._get_optimizer_loss_scale() or 1.0)
 
 
 def _in_finalizer() -> bool:
-    """Whether an object is being deleted: DeepSpeed's engine then calls its ``destroy``, on each rank at a time of its own."""
+    """Return whether an object is being deleted: the engine then calls its ``destroy``, on each rank at another time."""
     frame = sys._getframe()
     while frame.f_back is not None and frame.f_code.co_name != "__del__":
         frame = frame.f_back
     return frame.f_code.co_name == "__del__"
 
 
-def _speak_up() -> None:
-    """Where the job has set up no logging, rank 0 says on the screen what GRACE chose, in the form of DeepSpeed's lines."""
-    from deepspeed.utils import logger as theirs
+def _log_to_screen() -> None:
+    """Log to the screen on rank 0, in the form of DeepSpeed's lines, if the job has set up no logging."""
+    from deepspeed.utils import logger as deepspeed_logger
 
     if log.hasHandlers():
         return
     handler = logging.StreamHandler(sys.stdout)
-    if theirs.handlers:
-        handler.setFormatter(theirs.handlers[0].formatter)
+    if deepspeed_logger.handlers:
+        handler.setFormatter(deepspeed_logger.handlers[0].formatter)
     log.addHandler(handler)
     log.setLevel(logging.WARNING if dist.is_initialized() and dist.get_rank() else logging.INFO)

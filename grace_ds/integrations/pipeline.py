@@ -1,8 +1,8 @@
-"""DeepSpeed's PipelineEngine and GRACE: the schedule is fed to ``train_batch``, and a step is what it does in one call.
+"""Add GRACE to DeepSpeed's PipelineEngine: feed the schedule to ``train_batch``, one call of which is one step.
 
-The engine pulls micro-batches itself, on the first and the last stage only, and runs them through its own schedule; its
-``backward`` and ``step`` are not called.  So nothing is recognised at a forward: a step consumes as many micro-batches as the
-engine accumulates, and it is over when ``train_batch`` returns, which is also where all stages are at the same point.
+The engine pulls micro-batches itself, on the first and the last stage only, and runs them through its own pipeline schedule;
+its ``backward`` and ``step`` are not called.  So no batch is recognised at a forward.  Instead a step consumes as many
+micro-batches as the engine accumulates, and it ends when ``train_batch`` returns, where all stages are at the same point.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ from grace_ds.utils.methods import replace_method
 
 
 class EndlessSampler(StreamSampler):
-    """Goes on for ever, as the loader of a PipelineEngine does: an epoch may end in the middle of a step."""
+    """A sampler without an end, like the loader of a PipelineEngine: an epoch may end in the middle of a step."""
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        g, self.issued = self.geometry, self.frontier
-        for q in itertools.count(self.frontier):
-            start = q * g.micro + g.rank * g.rows
-            ids = self.book.slots(start, g.rows).ids.tolist()
-            self.issued = max(self.issued, q + 1)
-            yield from zip(range(start, start + g.rows), ids, strict=True)
+        geometry, self.issued = self.geometry, self.frontier
+        for micro_batch in itertools.count(self.frontier):
+            start = micro_batch * geometry.micro + geometry.rank * geometry.rows
+            ids = self.book.slots(start, geometry.rows).ids.tolist()
+            self.issued = max(self.issued, micro_batch + 1)
+            yield from zip(range(start, start + geometry.rows), ids, strict=True)
 
 
 class PipelineGrace(Grace):
     """The handle ``engine.grace_ds`` of a PipelineEngine."""
 
-    job_shuffles = False  # its default sampler does not
+    job_shuffles = False  # the engine's default sampler does not
 
     def attach_hooks(self) -> None:
-        """Replaces ``train_batch``, ``save_checkpoint``, ``load_checkpoint`` and ``destroy``; undone by :meth:`detach`."""
+        """Replace ``train_batch``, ``save_checkpoint``, ``load_checkpoint`` and ``destroy``; undone by :meth:`detach`."""
         if self.config.weights != "none":
             raise ConfigError("weights: inverse_probability is not passed on to a PipelineEngine's loss; set weights: none")
         self._fed: IdLoader | None = None
-        ours: dict[str, Callable[..., Any]] = {
+        replacements: dict[str, Callable[..., Any]] = {
             "train_batch": self._train_batch,
             "save_checkpoint": functools.partial(checkpoint.save, self.controller, self.engine),
             "load_checkpoint": self._load,
             "destroy": self._destroy,
         }
-        self._restore += [replace_method(self.engine, name, method) for name, method in ours.items()]
+        self._restore += [replace_method(self.engine, name, method) for name, method in replacements.items()]
 
     def feed(self, num_local_io_workers: int | None = None) -> Any:
-        """Gives the engine its loader, on the stages that load anything; returns what the engine then calls its own."""
+        """Give the engine its loader, on the stages that load data; return the engine's own training loader."""
         self._fed = self.deepspeed_loader(num_local_io_workers)
         if self.controller.sampler is None:  # shadow: the job's order has an end
             from deepspeed.utils import RepeatingLoader
@@ -64,24 +64,24 @@ class PipelineGrace(Grace):
         return EndlessSampler(self.controller.book, geometry, 0, -(-samples // geometry.ranks))
 
     def _train_batch(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        c, accumulation = self.controller, self.controller.geometry.accumulation
-        c.in_flight.clear()
+        controller, accumulation = self.controller, self.controller.geometry.accumulation
+        controller.in_flight.clear()
         result = original(*args, **kwargs)
         loads = self.engine.is_first_stage() or self.engine.is_last_stage()
-        if loads and len(c.in_flight) != min(accumulation, c.in_flight.most):
+        if loads and len(controller.in_flight) != min(accumulation, controller.in_flight.most):
             raise ConfigError(
-                f"train_batch took {len(c.in_flight)} micro-batches of the schedule and {accumulation} make a step: it was "
-                "given data of its own; pass iter(engine.grace_ds.loader()), or nothing"
+                f"train_batch took {len(controller.in_flight)} micro-batches of the schedule and {accumulation} make a step: "
+                "it was given data of its own; pass iter(engine.grace_ds.loader()), or nothing"
             )
-        if isinstance(c.sampler, StreamSampler):
-            c.sampler.frontier += accumulation
-            c.sampler.issued = max(c.sampler.issued, c.sampler.frontier)
-        c.in_flight.clear()
-        c.after_step(self.engine.global_steps, self.engine.was_step_applied(), 1.0)
+        if isinstance(controller.sampler, StreamSampler):
+            controller.sampler.frontier += accumulation
+            controller.sampler.issued = max(controller.sampler.issued, controller.sampler.frontier)
+        controller.in_flight.clear()
+        controller.after_step(self.engine.global_steps, self.engine.was_step_applied(), 1.0)
         return result
 
     def _load(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = checkpoint.load(self.controller, self.engine, original, *args, **kwargs)
-        if self._fed is not None:  # what an iterator has prefetched is of another place in the run
+        if self._fed is not None:  # an iterator has prefetched batches of another position in the run
             self.engine.set_dataloader(self._fed)
         return result

@@ -1,8 +1,8 @@
-"""Pre-emption: a job that is told to go saves a checkpoint on all ranks together and says that it wants to come back.
+"""Handle pre-emption: on a signal, all ranks save a checkpoint and exit with a status that asks to be started again.
 
-A scheduler warns with a signal, and not every rank gets it, nor in the same step. So the signal only sets a flag; the
-flags of all ranks are joined after every optimizer step, and where one is set all ranks save and leave. Where no step comes
-any more (the engine is destroyed, or only an evaluation is left), the signal does what it would have done without us.
+A scheduler warns with a signal, which may not reach every rank, nor all ranks in the same step.  So the signal only sets a
+flag.  The flags of all ranks are combined after every optimizer step, and if one is set all ranks save and exit.  If no
+further step comes (the engine is destroyed, or only an evaluation is left), the signal goes to its former handler.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ STEP_SECONDS = 25.0  # Slurm (KillWait) and Kubernetes kill 30 s after SIGTERM
 
 
 class PreemptionWatch:
-    """Signal handlers of this process and one small all-reduce an optimizer step, until :meth:`close`.
+    """Signal handlers of this process and one small all-reduce per optimizer step, until :meth:`close`.
 
     The engine keeps the watch alive, and not the other way round; ``engine.destroy()`` closes it.
 
     Args:
         engine: a DeepSpeed engine.
-        save_dir: folder of the checkpoint, ``engine.save_checkpoint``'s; the same on all ranks.
-        signals: names of the signals that ask for it.
+        save_dir: folder that ``engine.save_checkpoint`` writes to; the same on all ranks.
+        signals: names of the signals that announce a pre-emption.
         exit_code: of every rank, after the checkpoint.
-        step_seconds: how long after a signal a step may take to begin, or twice the longest pause between two steps so far,
-            where that is longer; then training is taken to be over, and the signal goes to its former handler.
+        step_seconds: time within which a step must begin after a signal, or twice the longest pause between two steps so far
+            if that is longer.  After it training counts as over, and the signal goes to its former handler.
 
     Raises:
-        ConfigError: a signal is not known, or this is not the main thread, where alone Python takes signals.
+        ConfigError: a signal is not known, or this is not the main thread, the only one in which Python handles signals.
     """
 
     def __init__(
@@ -61,15 +61,15 @@ class PreemptionWatch:
         self.save_dir, self.exit_code, self.step_seconds = Path(save_dir), exit_code, step_seconds
         self._engine = weakref.ref(engine)
         self._group, self._distributed = _cpu_group(), _is_distributed()
-        self._steps, self._stepping = 0, False  # those inside of an accumulation too
+        self._steps, self._stepping = 0, False  # calls of engine.step, those within an accumulation included
         self._longest, self._ended = 0.0, time.monotonic()  # seconds between two steps; when the last one ended
         self._undo = [replace_method(engine, "step", self._stepped), replace_method(engine, "destroy", self._destroyed)]
         self._signals = DeferredSignals(numbers, self._progress, self._patience)
 
     def close(self) -> None:
-        """Puts the signal handlers and the engine's methods back.  A second call does nothing.
+        """Restore the signal handlers and the engine's methods.  A second call does nothing.
 
-        A signal that came, and that no step has answered, goes to its former handler.
+        A signal that has arrived, and that no step has handled yet, goes to its former handler.
         """
         while self._undo:
             self._undo.pop()()
@@ -85,7 +85,7 @@ class PreemptionWatch:
 
     def _patience(self) -> float:
         if self._distributed and not _is_distributed():
-            return 0.0  # without its process group the job cannot train on
+            return 0.0  # without its process group the job cannot continue training
         pause = self._longest if self._steps else time.monotonic() - self._ended
         return max(self.step_seconds, 2 * pause)
 
@@ -98,9 +98,9 @@ class PreemptionWatch:
         try:
             result = original(*args, **kwargs)
             if boundary:
-                told = self._anybody()
-                if told:
-                    self._leave(engine, told)
+                number = self._signal_of_any_rank()
+                if number:
+                    self._leave(engine, number)
             return result
         finally:
             self._ended, self._steps, self._stepping = time.monotonic(), self._steps + 1, False
@@ -111,8 +111,8 @@ class PreemptionWatch:
         finally:
             self.close()
 
-    def _anybody(self) -> int:
-        """The largest signal number that any rank was sent; 0 for none.  Collective."""
+    def _signal_of_any_rank(self) -> int:
+        """Return the largest signal number that any rank has received; 0 for none.  Collective."""
         if self._group is None:
             return self._signals.noted
         import torch
@@ -122,20 +122,23 @@ class PreemptionWatch:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         return int(flag)
 
-    def _leave(self, engine: Any, told: int) -> None:
-        """Saves on all ranks and ends this one.
+    def _leave(self, engine: Any, number: int) -> None:
+        """Save a checkpoint on all ranks and exit.
+
+        Args:
+            number: of the signal that some rank has received.
 
         Raises:
             SystemExit: always, so that the script's own clean-up runs.
         """
         step = engine.global_steps
-        name = signal.Signals(told).name
+        name = signal.Signals(number).name
         log.warning("%s: saving step %d to %s, then leaving with exit status %d", name, step, self.save_dir, self.exit_code)
         engine.save_checkpoint(str(self.save_dir))
         if self._group is not None:
             import torch.distributed as dist
 
-            dist.barrier(self._group)  # a launcher ends the others as soon as one has left
+            dist.barrier(self._group)  # a launcher ends the other ranks as soon as one has exited
         log.warning("step %d is saved; started again, the job goes on from there", step)
         self._signals.settle()
         self.close()
@@ -143,16 +146,16 @@ class PreemptionWatch:
 
 
 def watch_preemption(engine: Any, save_dir: str | Path, **options: Any) -> PreemptionWatch:
-    """Watches for pre-emption: see :class:`PreemptionWatch`, whose options these are.  Collective.
+    """Watch for pre-emption; the options are those of :class:`PreemptionWatch`.  Collective.
 
-    Call it after ``initialize`` on every rank. A rank that is told to go by SIGTERM or SIGUSR1 finishes its optimizer step;
-    then all ranks call ``engine.save_checkpoint(save_dir)`` together and end with exit status 75.
+    Call it after ``initialize`` on every rank.  When a rank receives SIGTERM or SIGUSR1 it finishes its optimizer step; then
+    all ranks call ``engine.save_checkpoint(save_dir)`` together and exit with status 75.
     """
     return PreemptionWatch(engine, save_dir, **options)
 
 
 def from_environment(engine: Any) -> PreemptionWatch | None:
-    """:func:`watch_preemption` where ``grace-ds run --preempt-dir`` has asked for it, on all ranks; None elsewhere."""
+    """Call :func:`watch_preemption` if ``grace-ds run --preempt-dir`` has set a folder, on all ranks; otherwise return None."""
     folder = os.environ.get(VARIABLE)
     return watch_preemption(engine, folder) if folder else None
 
@@ -166,12 +169,12 @@ def _number(name: str) -> signal.Signals:
 
 
 def _cpu_group() -> Any:
-    """A group of all ranks that joins flags without waiting for an accelerator; None for one process."""
+    """Make a group of all ranks that combines flags without waiting for an accelerator; None for one process."""
     import torch.distributed as dist
 
     if not _is_distributed() or dist.get_world_size() == 1:
         return None
-    # As long as the job itself waits for its slowest rank, in a step or in a checkpoint.
+    # The same limit with which the job itself waits for its slowest rank, in a step or in a checkpoint.
     return dist.new_group(backend="gloo", timeout=job_limit())
 
 

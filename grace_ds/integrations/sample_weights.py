@@ -1,4 +1,4 @@
-"""``grace_ds.sample_weights()``: what the losses of the micro-batch in training are to be weighted with."""
+"""Provide ``grace_ds.sample_weights()``: the weights for the losses of the micro-batch in training."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from grace_ds.errors import ConfigError
 from grace_ds.integrations.controller import Controller
 from grace_ds.records import FloatArray
 
-# The controllers of attached engines, the last one last; an engine that nobody holds is not held here either.
+# The controllers of attached engines, in order of attachment; the references are weak and keep no engine alive.
 _attached: list[weakref.ref[Controller]] = []
 
 
 def attached(controller: Controller) -> None:
-    """From here on ``sample_weights()`` is about this controller's engine."""
+    """Make this controller's engine the default of ``sample_weights()``."""
     _attached.append(weakref.ref(controller))
 
 
 def detached(controller: Controller) -> None:
-    """And from here on no more."""
+    """Remove this controller's engine from the defaults of ``sample_weights()``."""
     _attached[:] = [other for other in _attached if other() not in (None, controller)]
 
 
 def sample_weights(engine: Any = None) -> torch.Tensor:
-    """Weights for the losses of the micro-batch that is being trained on: (rows,) float32 on the CPU, mean 1 over a coreset.
+    """Return weights for the losses of the micro-batch in training: (rows,) float32 on the CPU, mean 1 over a coreset.
 
-    With ``weights: inverse_probability`` a mean loss weighted by them estimates the window's instead of the coreset's;
-    with ``weights: none``, in shadow mode and for batches that GRACE has not issued they are ones.
+    With ``weights: inverse_probability`` a mean loss weighted by them estimates the window's mean loss instead of the
+    coreset's.  With ``weights: none``, in shadow mode and for batches that GRACE has not issued all weights are 1.
 
     Args:
-        engine: the engine; default: the one that GRACE was attached to last.
+        engine: default: the engine that GRACE was attached to last.
 
     Raises:
         ConfigError: GRACE is attached to no engine, or no training forward has begun.
@@ -57,7 +57,7 @@ def _of_last_batch(controller: Controller) -> FloatArray:
     ones = np.ones(len(issued.ids), np.float32)
     if controller.config.weights == "none" or controller.sampler is None or not issued.end:
         return ones
-    g = controller.geometry
-    slots = controller.book.slots((issued.end - 1) * g.micro + g.rank * g.rows, g.rows)
+    geometry = controller.geometry
+    slots = controller.book.slots((issued.end - 1) * geometry.micro + geometry.rank * geometry.rows, geometry.rows)
     known = dict(zip(slots.ids.tolist(), slots.weights.tolist(), strict=True))
     return np.array([known.get(i, 1.0) for i in issued.ids.tolist()], np.float32)

@@ -1,4 +1,4 @@
-"""Puts a controller together for an engine: transport, window, features, hooks, trusted set."""
+"""Build the controller of an engine from its parts: transport, window, features, hooks, trusted set."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ from grace_ds.refresh.signals import RefreshContext
 
 log = logging.getLogger("grace_ds")
 
-MISSED = 0.10  # so far off is the chance of five copies, 0.20 of a unique text's, that it is said
+# Largest error of the relative chance of a text with five copies (0.20 of a unique text's) that gives no warning.
+MISSED = 0.10
 
 
 def build_controller(
@@ -53,15 +54,15 @@ def build_controller(
     collate: Callable[[list[Any]], Any],
     user_inputs: UserInputs,
 ) -> Controller:
-    """The controller of an engine; nothing of the engine is changed yet.  Collective.
+    """Build the controller of an engine; the engine itself is not changed yet.  Collective.
 
     Args:
         dataset: the job's own, map-style.
-        collate: the job's, for the trusted probe.
-        extras: what the config cannot hold.
+        collate: the job's collate function, for the trusted probe.
+        user_inputs: the job's inputs that the config cannot hold.
 
     Raises:
-        ConfigError, DataError: what is asked for cannot be had; on every rank.
+        ConfigError, DataError: the config cannot be satisfied; on every rank.
     """
     n = len(dataset)
     if config.total_steps:
@@ -69,7 +70,7 @@ def build_controller(
         log.info("implied repeats of a chosen sample: %.2f", repeats)
     fallback = _fallback(config)
     config, sketcher = settled(config, engine)
-    # Ranks that work on the same samples must agree on them, so that all take part in one refresh.
+    # Ranks that work on the same samples must agree on them, so all of them take part in one refresh.
     group = None if shares_model(engine) else engine.data_parallel_group
     comm = choose(config.comm, dp_group=group, timeout=within_job_limit(config.refresh.timeout_seconds))
     probed = sketcher is not None and "gradients" in config.parts
@@ -111,9 +112,9 @@ def build_controller(
                 form,
             )
         show = preview_of(dataset, config.features.tokens_key)
-        agreement, call = agreement_of(comm), LivenessProbe.open(os.environ)
+        agreement, liveness = agreement_of(comm), LivenessProbe.open(os.environ)
         return Controller(
-            config, geometry, context, collector, agreement, call, influence_probe, monitor_of(engine), show, fallback
+            config, geometry, context, collector, agreement, liveness, influence_probe, monitor_of(engine), show, fallback
         )
     except BaseException:
         while undo:
@@ -122,13 +123,13 @@ def build_controller(
 
 
 def settled(config: GraceConfig, engine: Any) -> tuple[GraceConfig, Sketcher | None]:
-    """The config with ``recipe: auto`` decided, and the sketcher of the model's layers, not attached yet.
+    """Return the config with ``recipe: auto`` decided, and the sketcher of the model's layers, not attached yet.
 
-    The sketcher is None where nothing is collected.  What is decided depends on the model and its parallelism alone, so it is
-    the same on every rank.
+    The sketcher is None if nothing is collected.  The decision depends only on the model and its parallelism, so it is the
+    same on every rank.
 
     Raises:
-        ConfigError: gradients or layers are asked for by name, and cannot be had.
+        ConfigError: the config names gradients or layers that cannot be used.
     """
     fallback = _fallback(config)
     config = replace(config, recipe=recipe(config.recipe).name)
@@ -146,16 +147,16 @@ def settled(config: GraceConfig, engine: Any) -> tuple[GraceConfig, Sketcher | N
 
 
 def _fallback(config: GraceConfig) -> str | None:
-    """What ``recipe: auto`` becomes where gradients cannot be used; None where they are asked for by name."""
+    """Return what ``recipe: auto`` becomes if gradients cannot be used; None if the config names them explicitly."""
     auto = config.recipe == AUTO and list(config.collect.layers) == ["auto"]
     return recipe(config.recipe).fallback if auto else None
 
 
 def sketcher_of(config: GraceConfig, engine: Any) -> Sketcher:
-    """Of the layers that the config names.
+    """Make the sketcher of the layers that the config names.
 
     Raises:
-        ConfigError: a rank sees parts of layers only, or there is none to sketch.
+        ConfigError: a rank holds only parts of layers, or there is no layer to sketch.
     """
     if shares_model(engine) or is_pipeline(engine):
         raise ConfigError(
@@ -173,12 +174,12 @@ class Components:
 
     Attributes:
         pool: the windows.
-        order: of the corpus where nothing is chosen.
+        order: of the corpus, used wherever nothing is chosen.
         reader: of the dataset's tokens; None without content features.
         trusted: map-style dataset of trusted samples; None without.
-        prior: the trusted n-gram model; None without.
+        quality_model: the trusted n-gram model; None without.
         include, exclude: sorted ids.
-        sources: (n,) source of every sample; None where they are not known.
+        sources: (n,) source of every sample; None if they are not known.
     """
 
     pool: Pool
@@ -192,11 +193,15 @@ class Components:
 
 
 def prepare(dataset: Any, config: GraceConfig, geometry: Geometry, user_inputs: UserInputs) -> Components:
-    """Opens and checks everything that the config names."""
+    """Open and check everything that the config names.
+
+    Raises:
+        ConfigError, DataError: something cannot be read, or does not fit together.
+    """
     n = len(dataset)
     pool = Pool(n, config.window, config.budget, config.refresh.interval_steps, geometry.batch, config.seed)
-    c = config.selection
-    include, exclude = (read_ids(path, n) if path else np.empty(0, np.int64) for path in (c.include, c.exclude))
+    selection = config.selection
+    include, exclude = (read_ids(path, n) if path else np.empty(0, np.int64) for path in (selection.include, selection.exclude))
     both = np.intersect1d(include, exclude)
     if len(both):
         raise ConfigError(f"sample {int(both[0])} is in selection.include and in selection.exclude; drop it from one")
@@ -208,7 +213,7 @@ def prepare(dataset: Any, config: GraceConfig, geometry: Geometry, user_inputs: 
     if trusted is not None and reader is not None:
         tokens = TokenReader(trusted, config.features.tokens_key, config.features.max_tokens).all()
         quality_model = QualityModel.fit(tokens.flat, tokens.offsets)
-    sources = read_sources(c.sources, n) if c.sources is not None else None
+    sources = read_sources(selection.sources, n) if selection.sources is not None else None
     order = user_inputs.order or SeededOrder(n, config.seed)
     return Components(pool, order, reader, trusted, quality_model, include, exclude, sources)
 
@@ -221,7 +226,12 @@ def refresh_context(
     arrange: Callable[[Schedule], Schedule] | None = None,
     device: str = "cpu",
 ) -> RefreshContext:
-    """What a refresh works on."""
+    """Return the context of all refreshes of the run.
+
+    Args:
+        arrange: what root does to a schedule before it is published; None: nothing.
+        device: of the job's model, as torch names it.
+    """
     labels = parts.sources
     return RefreshContext(
         comm=comm,
@@ -241,49 +251,49 @@ def refresh_context(
 
 
 def _chart(config: GraceConfig, parts: Components) -> PCAProjection | None:
-    """Of the samples' tokens; None where they are not read."""
-    f = config.features
-    return None if parts.reader is None else PCAProjection(parts.reader.dataset, f.tokens_key, f.dim, config.seed)
+    """Return the projection of the samples' tokens; None if tokens are not read."""
+    features = config.features
+    return None if parts.reader is None else PCAProjection(parts.reader.dataset, features.tokens_key, features.dim, config.seed)
 
 
 class Contents:
-    """Content features of the window's samples: those that stay are kept, those that enter are read."""
+    """Content features of the window's samples: kept for samples that stay, read for samples that enter."""
 
     def __init__(self, comm: Comm, config: GraceConfig, parts: Components) -> None:
         self.comm, self.config, self.parts = comm, config, parts
         self._warned = False
 
     def __call__(self, kept: ContentFeatures | None, ids: IntArray) -> ContentFeatures:
-        """Features of ``ids`` (n,), sorted, this rank's share of the window.  Collective where the window has moved.
+        """Return the features of ``ids`` (n,), sorted: this rank's share of the window.  Collective if the window has moved.
 
         Args:
-            kept: of the window before, on all ranks or on none.
+            kept: features of the previous window, on all ranks or on none.
         """
-        reader, c, rolls = self.parts.reader, self.config, bool(self.parts.pool.advance)
+        reader, config, rolls = self.parts.reader, self.config, bool(self.parts.pool.advance)
         if reader is None:
             return ContentFeatures(ids, np.zeros(len(ids), np.float32), None, None, None)
         if kept is not None and not rolls:
             return kept
-        common: dict[str, Any] = {"dim": c.features.dim, "seed": c.seed, "trusted": self.parts.quality_model}
+        common: dict[str, Any] = {"dim": config.features.dim, "seed": config.seed, "trusted": self.parts.quality_model}
         common["allreduce"] = self.comm.allreduce
         if kept is not None:
-            found = follow_window(kept, reader, ids, **common)
+            features = follow_window(kept, reader, ids, **common)
         else:
-            found = content_features(
+            features = content_features(
                 reader,
                 ids,
                 **common,
                 want_density=True,
-                want_tfidf=c.builds_graph,
-                want_statistics=c.collects,
-                cache_dir=c.features.cache_dir,
+                want_tfidf=config.builds_graph,
+                want_statistics=config.collects,
+                cache_dir=config.features.cache_dir,
                 keep_counts=rolls,
             )
-        self._watch(found.density_ratio)
-        return found
+        self._watch(features.density_ratio)
+        return features
 
     def _watch(self, ratio: float) -> None:
-        """Says once, on rank 0, that the 6-gram counts no longer tell copies from unique texts."""
+        """Warn once, on rank 0, if the 6-gram counts no longer distinguish copies from unique texts."""
         if abs(ratio - 1 / COPIES) > MISSED and self.comm.rank == 0 and not self._warned:
             self._warned = True
             log.warning(

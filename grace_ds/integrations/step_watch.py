@@ -1,4 +1,4 @@
-"""What must hold of every step and is watched: each breach is counted, and the first one is told with its cure."""
+"""Check invariants of every training step: each violation is counted, and the first one is logged with its cure."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from grace_ds.records import Array, IntArray
 
 log = logging.getLogger("grace_ds")
 
-_FOLDED = 1024  # batches after which their hashes are summed up
-PATIENCE = 2  # optimizer steps without a batch that is recognised, from the first on, after which steps are counted instead
+_FOLDED = 1024  # batches after which their hashes are summed
+PATIENCE = 2  # first optimizer steps without a recognised batch, after which steps are counted instead
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _FINISH = np.uint64(0xBF58476D1CE4E5B9)
 
 
 @dataclass
 class StepWatch:
-    """The watch over one engine's steps, on this rank.
+    """The checks of one engine's steps, on this rank.
 
     Attributes:
         slips: steps at which the position moved by another amount than a batch.
         empty_steps: steps whose gradients were to be collected and gave no row.
-        mismatches: refreshes before which the ranks had not trained on what the schedule says.
-        counting: no batch has been recognised so far, so that the position moves by a batch a step.
+        mismatches: refreshes before which the ranks had not trained on the scheduled samples.
+        counting: no batch has been recognised so far, so the position moves by a batch per step.
     """
 
     slips: int = 0
@@ -44,37 +44,37 @@ class StepWatch:
     _trail: Trail = field(default_factory=lambda: Trail())
 
     def counts(self) -> dict[str, int]:
-        """For the metrics."""
+        """Return the counts by the names that they have among the metrics."""
         return {"position_slips": self.slips, "empty_steps": self.empty_steps, "order_mismatches": self.mismatches}
 
     def trained(self, issued: IssuedBatch, geometry: Geometry) -> None:
-        """A batch of the schedule has been through a backward."""
+        """Record that a batch of the schedule has been through a backward."""
         if issued.end:
             self._trail.add(issued, geometry)
 
     def advance(self, moved: int, geometry: Geometry, in_flight: InFlightBatches) -> int:
-        """After an optimizer step: by how many micro-batches the position has to be moved on where batches are not recognised.
+        """Check the movement of an optimizer step; return the micro-batches to add to the position if none is recognised.
 
         Args:
-            moved: micro-batches that the step's own batches have moved it by.
+            moved: micro-batches by which the step's recognised batches have moved the position.
         """
-        wanted = geometry.accumulation
-        if moved == wanted or (moved == 0 and not len(in_flight)):  # a step on data of another source moves nothing
+        expected = geometry.accumulation
+        if moved == expected or (moved == 0 and not len(in_flight)):  # a step on data of another source does not move it
             self._still = 0
             return 0
         if moved == 0 and not in_flight.recognised:
-            return self._count(wanted, in_flight)
+            return self._count(expected, in_flight)
         self.slips += moved != 0
         if moved and self.slips == 1:
             log.warning(
                 "an optimizer step moved the order of samples on by %d micro-batches, and %d make a step: a batch that the "
                 "loader gave was not trained on, or one was trained on in two steps; such samples are passed over",
                 moved,
-                wanted,
+                expected,
             )
         return 0
 
-    def _count(self, wanted: int, in_flight: InFlightBatches) -> int:
+    def _count(self, expected: int, in_flight: InFlightBatches) -> int:
         self._still += 1
         if not self.counting and self._still < PATIENCE:
             return 0
@@ -85,15 +85,16 @@ class StepWatch:
                 "the batches that the model is given are not recognised as the loader's: they are changed on the way, beyond a "
                 "cut of some columns, another type or device. Samples are counted by optimizer steps, %d micro-batches each, "
                 "and no gradients or losses are collected; change them in collate_fn instead, or set recipe: content",
-                wanted,
+                expected,
             )
-        return in_flight.pass_over(steps * wanted)
+        return in_flight.pass_over(steps * expected)
 
     def collected(self, rows: int, expected: bool) -> None:
-        """A step whose gradients were collected has given so many rows.
+        """Check the number of rows of a step whose gradients were collected.
 
         Args:
-            expected: batches of the schedule were trained on in it, and the scale of the layers is known.
+            rows: that the step has given.
+            expected: whether it must give rows: it trained on batches of the schedule, and the scale of the layers is known.
         """
         if rows or not expected:
             return
@@ -106,7 +107,7 @@ class StepWatch:
             )
 
     def compare(self, comm: Comm, book: ScheduleBook, geometry: Geometry, cursor: int) -> None:
-        """Whether the ranks together have trained on what the schedule says since the last call.  Collective."""
+        """Check that the ranks together have trained on the scheduled samples since the last call.  Collective."""
         trail, self._trail = self._trail, Trail(cursor)
         lowest, highest = (int(comm.allreduce(np.array([cursor], np.int64), op)[0]) for op in ("min", "max"))
         mine = np.array([trail.digest(geometry).astype(np.int64), trail.batches, trail.unknown], np.int64)
@@ -124,7 +125,7 @@ class StepWatch:
             self._mismatch(f"from sample {trail.since} to {cursor} the ranks have not trained on what the schedule says")
 
     def published(self, meta: Mapping[str, Any]) -> None:
-        """A schedule with this account of itself has been published."""
+        """Check the ``meta`` of a schedule that has been published."""
         share, window, coreset = meta.get("effective_share"), int(meta["window"]), int(meta["coreset"])
         if share is not None and share * window < coreset and not self._thin:
             self._thin = True
@@ -147,7 +148,7 @@ class StepWatch:
             )
 
     def restart(self, cursor: int) -> None:
-        """Begins anew at a position, as after a checkpoint was loaded."""
+        """Start again at a position, as after loading a checkpoint."""
         self._trail, self._still = Trail(cursor), 0
 
     def _mismatch(self, what: str) -> None:
@@ -161,12 +162,12 @@ class StepWatch:
 
 
 class Trail:
-    """A digest of the (position, sample) pairs that a rank has trained on; that of all ranks is the sum of theirs.
+    """A digest of the (position, sample) pairs that a rank has trained on; digests of several ranks add up.
 
     Attributes:
-        since: position from which on; -1 where it is not known.
-        batches: that were added.
-        unknown: batches of which it is not known which samples they hold.
+        since: position of the first pair; -1 if it is not known.
+        batches: number of batches added.
+        unknown: number of batches whose samples are not known.
     """
 
     def __init__(self, since: int = -1) -> None:
@@ -176,19 +177,19 @@ class Trail:
         self._ids: list[IntArray] = []
 
     def add(self, issued: IssuedBatch, geometry: Geometry) -> None:
-        """Adds a batch of the schedule."""
+        """Add a batch of the schedule."""
         self._firsts.append((issued.end - 1) * geometry.micro + geometry.rank * geometry.rows)
         self._ids.append(issued.ids)
         if len(self._ids) == _FOLDED:
             self._fold(geometry)
 
     def digest(self, geometry: Geometry) -> Any:
-        """uint64, a sum of hashes, so that the order of the batches does not matter."""
+        """Return the digest, uint64: a sum of hashes, so that the order of the batches does not matter."""
         self._fold(geometry)
         return self._sum
 
     def _fold(self, geometry: Geometry) -> None:
-        """Sums up what has been added: hashing batch by batch would cost a hundred times as much a step."""
+        """Sum the hashes of the batches added; hashing them one by one would cost a hundred times as much per step."""
         whole = [len(ids) == geometry.rows and not bool((ids < 0).any()) for ids in self._ids]
         self.unknown += whole.count(False)
         self.batches += whole.count(True)
@@ -202,8 +203,8 @@ class Trail:
 
 def _digest(positions: IntArray, ids: IntArray) -> Any:
     with np.errstate(over="ignore"):
-        x: Array = positions.astype(np.uint64) * _MIX + ids.astype(np.uint64)
-        x ^= x >> np.uint64(32)
-        x *= _FINISH
-        x ^= x >> np.uint64(29)
-        return np.uint64(np.add.reduce(x * _FINISH, dtype=np.uint64))
+        mixed: Array = positions.astype(np.uint64) * _MIX + ids.astype(np.uint64)
+        mixed ^= mixed >> np.uint64(32)
+        mixed *= _FINISH
+        mixed ^= mixed >> np.uint64(29)
+        return np.uint64(np.add.reduce(mixed * _FINISH, dtype=np.uint64))

@@ -1,4 +1,4 @@
-"""Where the trusted set comes from: the job, a file, or the pool's own typical samples."""
+"""Obtain the trusted set: from the job, from a file, or from the pool's own typical samples."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _LEAST = 4  # two halves of two
 
 @dataclass(frozen=True)
 class UserInputs:
-    """What a job hands over beside its config; None where it does not.
+    """What a job passes in addition to its config; None for what it does not pass.
 
     Attributes:
-        trusted_data: a map-style dataset of trusted samples, in the place of ``config.trusted``.
-        validation_data: the job's validation set, map-style; only looked at to make sure that it holds no trusted sample.
+        trusted_data: a map-style dataset of trusted samples, instead of ``config.trusted``.
+        validation_data: the job's validation set, map-style; only read to make sure that it holds no trusted sample.
         tokenize: text → token ids, for a trusted file of text.
-        loss_fn: (module, batch) → scalar mean loss, where the module's output holds none.
-        order: of the job's own sampler, which goes on where nothing is chosen; None: one of GRACE's own.
+        loss_fn: (module, batch) → scalar mean loss, if the module's output holds none.
+        order: of the job's own sampler, used wherever nothing is chosen; None: an order of GRACE's own.
     """
 
     trusted_data: Any = None
@@ -43,17 +43,20 @@ class UserInputs:
 
 
 def trusted_set(dataset: Any, reader: TokenReader | None, config: GraceConfig, user_inputs: UserInputs) -> Any:
-    """The trusted samples, map-style, items like those of ``dataset``; None where there are none and none are to be made.
+    """Return the trusted samples, map-style, with items like those of ``dataset``.
+
+    Returns:
+        None if none are given and the config asks for no typical samples instead, or the pool is too small for them.
 
     Raises:
-        DataError: it is too small, cannot be read, or shares a sample with the validation set.
+        DataError: the set is too small, cannot be read, or shares a sample with the validation set.
     """
     trusted = user_inputs.trusted_data
     if trusted is None and config.trusted is not None:
         probed = config.replay is None and config.collects and "gradients" in config.parts
         with undisturbed_rng():
-            like = dataset[0]
-        trusted = load_trusted(config.trusted, like, user_inputs.tokenize, key=_key(like, config), probed=probed)
+            example = dataset[0]
+        trusted = load_trusted(config.trusted, example, user_inputs.tokenize, key=_key(example, config), probed=probed)
     if trusted is None:
         return _typical_of(dataset, reader, config.seed) if reader is not None and config.pseudo_trusted else None
     if len(trusted) < _LEAST:
@@ -63,32 +66,32 @@ def trusted_set(dataset: Any, reader: TokenReader | None, config: GraceConfig, u
     return trusted
 
 
-def _key(like: Any, config: GraceConfig) -> Any:
-    """Where an item has its token ids; None where it has none, or is them."""
+def _key(item: Any, config: GraceConfig) -> Any:
+    """Return the key of an item's token ids; None if the item has none, or if it consists of them."""
     try:
-        return key_of(like, config.features.tokens_key)
+        return key_of(item, config.features.tokens_key)
     except DataError:
         return None
 
 
 def _typical_of(dataset: Any, reader: TokenReader, seed: int) -> Any:
-    """The pool's most typical samples, the same on every rank: each reads the same few thousand itself."""
+    """Return the pool's most typical samples; the same on every rank, because each reads the same few thousand."""
     n = len(dataset)
     ids = np.sort(Permutation(n, seed)(np.arange(min(n, LOOKED_AT))))
     tokens = reader.all(ids)
-    found = typical(tokens.flat, tokens.offsets)
-    chosen = ids[found.positions]
+    selected = typical(tokens.flat, tokens.offsets)
+    chosen = ids[selected.positions]
     if len(chosen) < _LEAST:
         log.warning("no trusted set, and the pool is too small to find typical samples in: density alone selects")
         return None
-    if found.smaller:
+    if selected.smaller:
         log.warning(
             "no trusted set, and the pool has two kinds of text, shares %.2f and %.2f of its samples; of the typical ones that "
             "stand in for a trusted set a share of %.2f is of the smaller kind: give a trusted set (trusted, or trusted_data=) "
             "to say which is good",
-            1 - found.smaller,
-            found.smaller,
-            found.among,
+            1 - selected.smaller,
+            selected.smaller,
+            selected.among,
         )
     log.info("no trusted set: the %d most typical of %d samples of the pool stand in for one", len(chosen), len(ids))
     return TrustedDataset([dataset[int(i)] for i in chosen])

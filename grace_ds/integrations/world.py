@@ -1,4 +1,4 @@
-"""Whether the ranks that a launcher started have found one another."""
+"""Check that the ranks that a launcher has started form one world."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from grace_ds.errors import ConfigError
 
-# How many tasks a launcher says that it has started together, and how they become one world.
+# Launcher, variable with the number of tasks that it has started together, and how these become one world.
 _STARTED = (
     (
         "srun",
@@ -20,16 +20,16 @@ _STARTED = (
 
 
 def check_world_size(world: int, environ: Mapping[str, str]) -> None:
-    """Refuses to go on where a launcher has started more tasks than torch's world has ranks.
+    """Raise an error if a launcher has started more tasks than torch's world has ranks.
 
-    Such tasks would each train alone, on all of the data, and nobody would be told.
+    Without this check each of these tasks would silently train alone, on all of the data.
 
     Args:
-        world: ranks of torch's world; 1 where it is not initialised.
+        world: ranks of torch's world; 1 if it is not initialised.
         environ: of this process.
 
     Raises:
-        ConfigError: on every task alike; with the cure.
+        ConfigError: there are more tasks than ranks; on every task, with the cure.
     """
     for launcher, key, cure in _STARTED:
         tasks = environ.get(key, "")

@@ -1,1 +1,1 @@
-"""What a run tells of itself: metrics, the schedules it keeps, progress."""
+"""Report on a run: its metrics, the schedules that it keeps, its progress."""

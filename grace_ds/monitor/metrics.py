@@ -1,6 +1,6 @@
-"""What a run tells about itself: its totals, the ``Grace/*`` events of each refresh, the schedules kept in ``run_dir``.
+"""Record what a run does: its totals, the ``Grace/*`` events of each refresh, the schedules kept in ``run_dir``.
 
-Nothing here may stop training: what cannot be written is said in the log.
+Nothing here may stop training: if something cannot be written, a warning goes to the log.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from grace_ds.utils.rng import undisturbed_rng
 log = logging.getLogger("grace_ds")
 
 PREVIEW_CHARACTERS, PREVIEW_TOKENS = 300, 96
-PREVIEW_SECONDS = 10.0  # that rank 0 reads the dataset for one account at most: the other ranks wait in the next step
+PREVIEW_SECONDS = 10.0  # most time that rank 0 reads the dataset for one account; the other ranks wait in the next step
 MAP, MAP_CHARACTERS, MAP_TOKENS = "map.json", 160, 48
 Preview = Callable[[int], dict[str, Any]]  # dataset id → entries beside its reasons
 EventWriter = Callable[[dict[str, float], int], None]  # events by name, samples trained on so far
@@ -44,11 +44,11 @@ class Metrics:
 
     Attributes:
         collected_rows: rows of gradients that all ranks have collected and gathered, at refreshes.
-        gathered_bytes: that all ranks have handed to the transport for it.
-        propagated_rows: samples of all ranks that the last refresh has reached along the graph, without a row of their own.
+        gathered_bytes: bytes that all ranks have passed to the transport for it.
+        propagated_rows: samples of all ranks without a row of their own that the last refresh has reached along the graph.
         graph_builds, graph_repairs: how often the graph was built, and how often it was repaired.
-        graph_first_seconds: of the build made last.
-        graph_repair_seconds: mean of the repairs since; 0 before the first.
+        graph_first_seconds: duration of the last build.
+        graph_repair_seconds: mean duration of the repairs since; 0 before the first.
     """
 
     refreshes: int = 0
@@ -69,14 +69,19 @@ class Metrics:
     events: dict[str, float] = field(default_factory=dict)
 
     def count(self, schedule: Schedule, previous: Schedule | None) -> None:
-        """Counts a refresh that has published ``schedule`` after ``previous``."""
+        """Count a refresh that has published ``schedule`` after ``previous``."""
         self.version, self.refreshes = schedule.version, self.refreshes + 1
         self.coreset_size = int(schedule.meta["coreset"])
         if previous is not None:
             self.churn.append(1.0 - float(np.isin(_core(schedule), _core(previous)).mean()))
 
     def report(self, seconds: float, outcome: RefreshResult | None, collector: GradientCollector | None) -> None:
-        """Makes the events of the refresh that took ``seconds``; ``outcome`` is None where it was given up."""
+        """Make the events of a refresh that took ``seconds``.
+
+        Args:
+            outcome: of the refresh; None if it was given up.
+            collector: of this rank; None if nothing is collected.
+        """
         events = {
             "version": float(self.version),
             "refresh_seconds": seconds,
@@ -102,14 +107,14 @@ class Metrics:
                 )
             guard = outcome.schedule.meta.get("guard", {})
             if guard:
-                # 0 is uniform, so that a curve that falls to the floor is a guard that has stopped paying.
+                # 0 is uniform, so a curve at 0 shows that the guard has stepped all the way down.
                 events["guard/level"] = float(depth(guard["level"]))
             keys = ("loss_share", "core_minus_audit", "low", "high", "prediction_skill")
-            events |= {f"guard/{k}": float(guard[k]) for k in keys if k in guard}
+            events |= {f"guard/{key}": float(guard[key]) for key in keys if key in guard}
         self.events = events
 
     def _add_up(self, outcome: RefreshResult) -> None:
-        """Adds a refresh that counts to the totals."""
+        """Add a successful refresh to the totals."""
         counts, seconds, graph = outcome.counts, outcome.seconds.get("graph", 0.0), outcome.kept.graph
         self.collected_rows += int(counts["received"])
         self.gathered_bytes += int(counts["gathered_bytes"])
@@ -125,7 +130,7 @@ class Metrics:
 
 
 def keep_config(config: GraceConfig) -> None:
-    """Keeps the resolved config in its ``run_dir``."""
+    """Keep the resolved config in its ``run_dir``."""
     try:
         write_resolved(config, str(config.run_dir))
     except OSError as error:
@@ -133,12 +138,12 @@ def keep_config(config: GraceConfig) -> None:
 
 
 class Recorder:
-    """Writes down what a run does.
+    """Records what a run does.
 
     Args:
         run_dir: where every schedule is kept for ``trace`` and ``replay``, with a line about its refresh; None: nowhere.
-        write_events: takes the events; None: nobody does.
-        preview: what the dataset shows of a sample, JSON-able, beside its reasons; None: nothing.
+        write_events: receives the events; None: they are dropped.
+        preview: returns what the dataset shows of a sample, JSON-able, to stand beside its reasons; None: nothing is shown.
     """
 
     def __init__(self, run_dir: str | None, write_events: EventWriter | None, preview: Preview | None = None) -> None:
@@ -147,20 +152,20 @@ class Recorder:
         self._mapped: dict[int, dict[str, Any]] = {}
 
     def events(self, events: dict[str, float], samples: int) -> None:
-        """Passes events on, with the number of samples trained on so far."""
+        """Pass events on, with the number of samples trained on so far."""
         if self.write_events is not None:
             self.write_events(events, samples)
 
     def made(self, outcome: RefreshResult, totals: dict[str, float] | None = None) -> None:
-        """A refresh counts; it is kept, with the run's ``totals`` before it, once :meth:`settle` says that training goes on."""
+        """Note a successful refresh and the run's ``totals`` before it; :meth:`settle` keeps both once training continues."""
         self._waiting = outcome, totals or {}
 
     def forget(self) -> None:
-        """What was made last is not part of the run: a checkpoint has been loaded."""
+        """Drop the last refresh, which is not part of the run because a checkpoint has been loaded."""
         self._waiting = None
 
     def settle(self) -> None:
-        """Keeps what was made last."""
+        """Keep the last refresh on disk."""
         waiting, self._waiting = self._waiting, None
         if waiting is None or self.run_dir is None:
             return
@@ -182,11 +187,11 @@ class Recorder:
                     "%s holds what another run has left there: it is renamed to *.abandoned; give every run a run_dir of its own",
                     self.run_dir,
                 )
-                for left in (folder.parent / "refreshes.jsonl", folder.parent / "reports"):
-                    _set_aside(left)
+                for leftover in (folder.parent / "refreshes.jsonl", folder.parent / "reports"):
+                    _set_aside(leftover)
             save_schedule(schedule, folder)
-            with (folder.parent / "refreshes.jsonl").open("a") as f:
-                f.write(json.dumps(line) + "\n")
+            with (folder.parent / "refreshes.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
         except OSError as error:
             log.warning("schedule %d could not be kept in %s (%s); training goes on", schedule.version, self.run_dir, error)
         if outcome.explanation is not None:
@@ -194,20 +199,20 @@ class Recorder:
 
 
 def _set_aside(path: Path) -> None:
-    """Renames a file or folder, if it is there, to the first of ``STEM.abandoned``, ``STEM-1.abandoned`` … that is free."""
+    """Rename a file or folder, if it exists, to the first of ``STEM.abandoned``, ``STEM-1.abandoned`` … that is free."""
     if path.exists():
         names = itertools.chain([path.stem], (f"{path.stem}-{i}" for i in itertools.count(1)))
-        path.rename(next(to for name in names if not (to := path.with_name(f"{name}.abandoned")).exists()))
+        path.rename(next(target for name in names if not (target := path.with_name(f"{name}.abandoned")).exists()))
 
 
 def keep_explanation(
     explanation: dict[str, Any], folder: Path, preview: Preview | None, known: dict[int, dict[str, Any]]
 ) -> None:
-    """Writes ``report-VERSION.json`` and ``map.json`` with what the dataset shows of their samples.
+    """Write ``report-VERSION.json`` and ``map.json`` with previews of their samples.
 
     Args:
-        preview: None shows nothing.  It is asked for :data:`PREVIEW_SECONDS`; samples after that stand there by their ids alone.
-        known: by id, what the dataset has shown of the samples of the last map; they tend to be the same ones.
+        preview: of a sample; None: no previews.  It is called for :data:`PREVIEW_SECONDS`; later samples are shown by their ids.
+        known: previews of the last map's samples, by id, which tend to be the same ones; updated in place.
     """
     version, ends, unread = explanation["version"], time.monotonic() + PREVIEW_SECONDS, 0
 
@@ -247,21 +252,21 @@ def keep_explanation(
 
 
 def _short(shown: dict[str, Any]) -> dict[str, Any]:
-    """Less of a sample than a table shows: there are many of them."""
+    """Return a shorter preview than a table shows, because a map has many samples."""
     return {key: value[: MAP_CHARACTERS if key == "text" else MAP_TOKENS] for key, value in shown.items()}
 
 
 def _holds_a_used_map(folder: Path, version: int) -> bool:
-    """Whether the map that is there is of an earlier schedule that a coreset was drawn for: it says more than one of a pause."""
+    """Return whether the existing map is of an earlier schedule with a coreset, which is worth more than one without."""
     try:
-        there = json.loads((folder / MAP).read_text("utf-8"))
-        return bool(there["used"]) and int(there["version"]) < version
+        existing = json.loads((folder / MAP).read_text("utf-8"))
+        return bool(existing["used"]) and int(existing["version"]) < version
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def preview_of(dataset: Any, tokens_key: str) -> Preview:
-    """Shows a sample's ``text``, where its item is a mapping that holds one, and its first token ids."""
+    """Return a function that shows the start of a sample's ``text``, or its first token ids if its item holds no text."""
 
     def show(sample: int) -> dict[str, Any]:
         item = dataset[sample]
@@ -270,7 +275,7 @@ def preview_of(dataset: Any, tokens_key: str) -> Preview:
         if isinstance(text, str):
             shown["text"] = text[:PREVIEW_CHARACTERS]
         else:
-            with contextlib.suppress(DataError):  # what has no tokens is shown by its id alone
+            with contextlib.suppress(DataError):  # an item without tokens is shown by its id alone
                 shown["tokens"] = tokens_of(item, tokens_key)[:PREVIEW_TOKENS].tolist()
         return shown
 
@@ -278,7 +283,7 @@ def preview_of(dataset: Any, tokens_key: str) -> Preview:
 
 
 def monitor_of(engine: Any) -> EventWriter:
-    """Writes events to the engine's monitor, where one is enabled."""
+    """Return a function that writes events to the engine's monitor, if one is enabled."""
 
     def write(events: dict[str, float], samples: int) -> None:
         monitor = getattr(engine, "monitor", None)

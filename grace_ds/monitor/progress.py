@@ -1,6 +1,6 @@
-"""What rank 0 tells while a job runs, for ``--progress``: values that exist already, at most twice a second.
+"""Report the progress of a running job from rank 0, for ``--progress``: values that exist already, at most twice a second.
 
-Nothing of a step waits for it: no collective, no device synchronisation, and what nobody takes is dropped.
+No training step waits for it: it uses no collective and no device synchronisation, and drops reports that are not read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from grace_ds.utils.methods import replace_method
 
 log = logging.getLogger("grace_ds")
 
-VARIABLE = "GRACE_DS_PROGRESS"  # path of a datagram socket that draws, or LINES; set by ``--progress``
+VARIABLE = "GRACE_DS_PROGRESS"  # path of the datagram socket of the view, or LINES; set by ``--progress``
 LINES = "lines"
 DRAWN_EVERY, LINE_EVERY = 0.5, 60.0  # seconds
 Facts = dict[str, Any]
@@ -29,32 +29,32 @@ Say = Callable[[Facts], None]
 
 
 def follow(handle: Any) -> ProgressReporter | None:
-    """Tells of the job behind the handle ``engine.grace_ds``, where ``--progress`` asks for it; on rank 0, None elsewhere."""
-    where = os.environ.get(VARIABLE)
-    if not where or handle.controller.comm.rank != 0:
+    """Report on the job of the handle ``engine.grace_ds`` if ``--progress`` asks for it; on rank 0, None elsewhere."""
+    destination = os.environ.get(VARIABLE)
+    if not destination or handle.controller.comm.rank != 0:
         return None
-    teller = ProgressReporter(handle.controller, *_speaker(where))
-    _tellers.add(teller)
-    teller.tell()
-    return teller
+    reporter = ProgressReporter(handle.controller, *_speaker(destination))
+    _reporters.add(reporter)
+    reporter.tell()
+    return reporter
 
 
 def say_off() -> None:
-    """Says that the job's config has no GRACE to tell of."""
-    where = os.environ.get(VARIABLE)
-    if where and int(os.environ.get("RANK", "0")) == 0:
-        _speaker(where)[0]({"off": True})
+    """Report, on rank 0, that GRACE is off in the job's config."""
+    destination = os.environ.get(VARIABLE)
+    if destination and int(os.environ.get("RANK", "0")) == 0:
+        _speaker(destination)[0]({"off": True})
 
 
 def line(facts: Facts) -> str:
-    """One plain line."""
+    """Return the facts as one plain line."""
     if facts.get("off"):
         return "grace: off in this job's config, so there is no progress to tell"
     return "grace: " + "; ".join(part for part in (where_it_is(facts), schedule(facts), cost(facts), guard(facts)) if part)
 
 
 def where_it_is(facts: Facts) -> str:
-    """Step, loss, pace."""
+    """Return step, loss and seconds per step as text."""
     parts = [f"step {facts['step']:,}" + (f"/{facts['steps']:,}" if facts["steps"] else "")]
     parts += [f"loss {facts['loss']:.4f}"] if facts["loss"] is not None else []
     parts += [f"{facts['step_seconds']:.3g} s/step"] if facts["step_seconds"] else []
@@ -62,7 +62,7 @@ def where_it_is(facts: Facts) -> str:
 
 
 def schedule(facts: Facts) -> str:
-    """The schedule in force, and when the next one comes."""
+    """Return the schedule in force, and when the next one is due, as text."""
     chosen = f"{facts['coreset']:,} of {facts['window']:,} samples" if facts["chosen"] else "the whole pool, uniform order"
     due = (
         "no further refresh"
@@ -76,13 +76,13 @@ def schedule(facts: Facts) -> str:
 
 
 def cost(facts: Facts) -> str:
-    """GRACE's share of the time so far."""
+    """Return GRACE's share of the time so far as text."""
     both = facts["refresh_share"] + facts["collect_share"]
     return f"overhead {both:.1%} (refreshes {facts['refresh_share']:.1%}, collect {facts['collect_share']:.1%})"
 
 
 def guard(facts: Facts) -> str:
-    """The guard's last decision, and states that change what all of it means."""
+    """Return the guard's last decision, and states that change its meaning (frozen, shadow mode), as text."""
     parts = ["frozen: no refresh any more"] if facts["frozen"] else []
     parts += ["shadow mode: the job's own order is trained on"] if facts["shadow"] else []
     parts += [f"guard {facts['level']}: {facts['reason']}"] if facts["level"] else []
@@ -98,29 +98,33 @@ class ProgressReporter:
 
     Args:
         controller: of this rank, which is rank 0.
-        say: takes the facts.
-        every: seconds between two of them; where they are drawn, a refresh is told at once.
+        say: receives the facts.
+        every: seconds between two reports; a refresh is also reported at once if the reports go to a view.
     """
 
     def __init__(self, controller: Any, say: Say, every: float) -> None:
         self.controller, self.say, self.every = controller, say, every
         self._loss = LossReader()
         self._due = 0.0
-        self._seen: tuple[float, int] | None = None  # seconds of training and step at the last telling
+        self._seen: tuple[float, int] | None = None  # seconds of training and step at the last report
         self._undo = [
             replace_method(controller, "after_step", self.stepped),
             replace_method(controller, "observe_loss", self.heard),
         ]
 
     def heard(self, original: Callable[..., Any], loss: Any) -> Any:
-        """At each backward."""
+        """Keep the loss at each backward, and call the controller's own method."""
         self._loss.offer(loss)
         return original(loss)
 
     def stepped(self, original: Callable[..., Any], step: int, *args: Any, **kwargs: Any) -> Any:
-        """Around the controller's own work after an optimizer step, refreshes among it."""
-        c = self.controller
-        due = cadence.is_due(c.config, step, c.next_refresh) and not c.frozen and c.config.replay is None
+        """Report around the controller's own work after an optimizer step, which may include a refresh."""
+        controller = self.controller
+        due = (
+            cadence.is_due(controller.config, step, controller.next_refresh)
+            and not controller.frozen
+            and controller.config.replay is None
+        )
         refreshing = due and self.every < LINE_EVERY
         if refreshing:
             self.tell(step)
@@ -130,51 +134,65 @@ class ProgressReporter:
         return result
 
     def tell(self, step: int | None = None) -> None:
-        """Says how the run stands; ``step``: done, where the controller does not know it yet."""
+        """Report the state of the run.
+
+        Args:
+            step: optimizer steps done, if the controller does not know them yet.
+        """
         self._due = time.monotonic() + self.every
         try:
             self.say(self.facts(step))
-        except Exception as error:  # never the job's affair
-            self.say = _nobody
+        except Exception as error:  # a failed report must not affect the job
+            self.say = _discard
             log.warning("the progress cannot be told any more (%s: %s); training goes on", type(error).__name__, error)
 
     def close(self) -> None:
-        """Says how the run stands for the last time.  A second call does nothing."""
+        """Report the state of the run for the last time.  A second call does nothing."""
         while self._undo:
             self._undo.pop()()
         self.tell()
-        say, self.say = self.say, _nobody
+        say, self.say = self.say, _discard
         if isinstance(say, _Datagrams):
             say.close()
 
     def facts(self, step: int | None = None) -> Facts:
-        """JSON-able; shares are of the wall time since the start, validation and saving included."""
-        c, m = self.controller, self.controller.snapshot()
-        at = c.step if step is None else step
-        meta = c.book.schedules[-1].meta if c.book.schedules else {}
-        told: dict[str, Any] = dict(meta.get("guard") or {})
-        over = c.frozen or c.config.replay is not None or 0 < c.config.total_steps <= c.next_refresh
-        total = max(m["train_seconds"] + m["refresh_seconds"], 1e-9)
-        before, self._seen = self._seen, (m["train_seconds"], at)
-        pace = (m["train_seconds"] - before[0]) / (at - before[1]) if before is not None and at > before[1] else None
+        """Return the state of the run, JSON-able; shares are of the wall time since the start, validation and saving included.
+
+        Args:
+            step: as for :meth:`tell`.
+        """
+        controller, metrics = self.controller, self.controller.snapshot()
+        current = controller.step if step is None else step
+        meta = controller.book.schedules[-1].meta if controller.book.schedules else {}
+        decision: dict[str, Any] = dict(meta.get("guard") or {})
+        over = (
+            controller.frozen
+            or controller.config.replay is not None
+            or 0 < controller.config.total_steps <= controller.next_refresh
+        )
+        total = max(metrics["train_seconds"] + metrics["refresh_seconds"], 1e-9)
+        before, self._seen = self._seen, (metrics["train_seconds"], current)
+        pace = (
+            (metrics["train_seconds"] - before[0]) / (current - before[1]) if before is not None and current > before[1] else None
+        )
         return {
-            "step": at,
-            "steps": c.config.total_steps,
+            "step": current,
+            "steps": controller.config.total_steps,
             "loss": self._loss.read(),
             "step_seconds": pace,
-            "version": m["version"],
+            "version": metrics["version"],
             "chosen": meta.get("objective", "uniform") != "uniform",
             "coreset": int(meta.get("coreset", 0)),
             "window": int(meta.get("window", 0)),
-            "age": at - int(meta.get("decided_at_step", at)),
-            "next": None if over else max(0, c.next_refresh - at),
-            "failures": m["refresh_failures"],
-            "refresh_share": m["refresh_seconds"] / total,
-            "collect_share": m["collect_seconds"] / total,
-            "level": str(told.get("level", "")),
-            "reason": str(told.get("reason", "")),
-            "frozen": c.frozen,
-            "shadow": c.config.mode == "shadow",
+            "age": current - int(meta.get("decided_at_step", current)),
+            "next": None if over else max(0, controller.next_refresh - current),
+            "failures": metrics["refresh_failures"],
+            "refresh_share": metrics["refresh_seconds"] / total,
+            "collect_share": metrics["collect_seconds"] / total,
+            "level": str(decision.get("level", "")),
+            "reason": str(decision.get("reason", "")),
+            "frozen": controller.frozen,
+            "shadow": controller.config.mode == "shadow",
         }
 
 
@@ -188,12 +206,15 @@ class LossReader:
         self._value: float | None = None
 
     def offer(self, loss: Any) -> None:
-        """Keeps a scalar tensor; nothing is computed."""
+        """Keep a scalar tensor without computing anything."""
         if hasattr(loss, "numel") and loss.numel() == 1:
             self._latest = loss.detach()
 
     def read(self) -> float | None:
-        """The loss: on a GPU the one that was asked for at the reading before, once its copy has come; None without any."""
+        """Return the loss, or None without any.
+
+        On a GPU it is the loss whose copy was started at an earlier call, once that copy is complete.
+        """
         if self._latest is None or self._latest.device.type == "cpu":
             return self._value if self._latest is None else float(self._latest)
         if self._latest.device.type != "cuda":
@@ -210,37 +231,37 @@ class LossReader:
         return self._value
 
 
-def _speaker(where: str) -> tuple[Say, float]:
-    """What takes the facts, and how often."""
-    if where == LINES or not os.path.exists(where):  # rank 0 may run on another host than what draws
+def _speaker(destination: str) -> tuple[Say, float]:
+    """Return the function that receives the facts, and the seconds between two calls of it."""
+    if destination == LINES or not os.path.exists(destination):  # rank 0 may run on another host than the view
         return lambda facts: print(line(facts), flush=True), LINE_EVERY
-    return _Datagrams(where), DRAWN_EVERY
+    return _Datagrams(destination), DRAWN_EVERY
 
 
 class _Datagrams:
-    """Sends facts to a datagram socket at the path ``where``."""
+    """Sends facts to a datagram socket at the path ``destination``."""
 
-    def __init__(self, where: str) -> None:
-        self._where, self._sender = where, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    def __init__(self, destination: str) -> None:
+        self._destination, self._sender = destination, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._sender.setblocking(False)
 
     def __call__(self, facts: Facts) -> None:
-        # Where it is busy, or gone, the next word will do.
+        # If the receiver is busy or gone, the report is dropped.
         with contextlib.suppress(BlockingIOError, ConnectionRefusedError, FileNotFoundError):
-            self._sender.sendto(json.dumps(facts).encode(), self._where)
+            self._sender.sendto(json.dumps(facts).encode(), self._destination)
 
     def close(self) -> None:
         self._sender.close()
 
 
-def _nobody(facts: Facts) -> None:
+def _discard(facts: Facts) -> None:
     pass
 
 
-_tellers: weakref.WeakSet[ProgressReporter] = weakref.WeakSet()
+_reporters: weakref.WeakSet[ProgressReporter] = weakref.WeakSet()
 
 
 @atexit.register
-def _tell_the_end() -> None:
-    for teller in list(_tellers):
-        teller.close()
+def _close_all() -> None:
+    for reporter in list(_reporters):
+        reporter.close()

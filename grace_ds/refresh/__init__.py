@@ -1,1 +1,1 @@
-"""The refresh: collected rows in, the next schedule out.  :mod:`grace_ds.refresh.line` has one statement a stage."""
+"""The refresh: from collected rows to the next schedule.  :mod:`grace_ds.refresh.line` has one statement per stage."""

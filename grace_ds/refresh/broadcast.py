@@ -1,4 +1,4 @@
-"""Publishing a schedule: from rank 0 to every data-parallel rank, then the agreement on where it takes over."""
+"""Publish a schedule from rank 0 to every data-parallel rank, and agree on the position where it takes over."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from grace_ds.records import Schedule
 
 
 def broadcast_schedule(comm: Comm, schedule: Schedule | None, root: int = 0) -> Schedule:
-    """``root``'s schedule on every rank, checked by its digest.
+    """Return ``root``'s schedule on every rank, checked by its digest.  Collective.
+
+    Args:
+        schedule: the one to publish, on ``root``; ignored elsewhere.
 
     Raises:
-        TransportError: what arrived on some rank is not what was sent; raised on every rank.
+        TransportError: some rank received another schedule than was sent; raised on every rank.
     """
     facts = b""
     if comm.rank == root:
@@ -40,14 +43,14 @@ def broadcast_schedule(comm: Comm, schedule: Schedule | None, root: int = 0) -> 
         meta=header["meta"],
         run=header["run"],
     )
-    digests = [d.tobytes().decode() for d in comm.allgather(np.frombuffer(received.digest().encode(), np.uint8))]
+    digests = [part.tobytes().decode() for part in comm.allgather(np.frombuffer(received.digest().encode(), np.uint8))]
     if len(set(digests)) != 1:
         raise TransportError(f"schedule {received.version} differs between ranks after the broadcast: {digests}")
     return received
 
 
 def activation(comm: Comm, issued: int, batch: int) -> int:
-    """Position of the next global batch that no rank's loader has been given samples of.
+    """Return the position of the first global batch of which no rank's loader has samples yet.  Collective.
 
     Args:
         issued: samples (over all ranks) that this rank's sampler has handed out, prefetch included.

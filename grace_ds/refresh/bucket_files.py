@@ -1,7 +1,7 @@
-"""Columns of samples on disk, cut by bucket, so that any number of ranks can read what any other number has written.
+"""Store columns of samples on disk, split by bucket, so that any number of ranks can read what any other number has written.
 
-Every rank writes one file of the samples that it owns, ``PREFIX-bXXXX-bYYYY.safetensors``, and says its digest; a reader asks
-for the buckets that it owns now.
+Every rank writes one file with the samples that it owns, ``PREFIX-bXXXX-bYYYY.safetensors``, and returns its digest.  A reader
+loads the buckets that it owns now.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Columns = dict[str, Array]
 def save_columns(
     directory: str | os.PathLike[str], prefix: str, schema: int, columns: Mapping[str, Array], rank: int, world: int
 ) -> dict[str, str]:
-    """Writes this rank's samples, atomically; files of another world size in ``directory`` stay untouched.
+    """Write this rank's samples, atomically; files of another world size in ``directory`` stay untouched.
 
     Args:
-        columns: ``ids`` (n,) int64, sorted, unique, of this rank's own samples, and others of n rows.
+        columns: ``ids`` (n,) int64, sorted, unique, of samples that this rank owns, and other columns of n rows.
 
     Returns:
-        {file name: digest}: at most one file, none where this rank owns no bucket.  The checkpoint's manifest needs the union
+        {file name: digest}: at most one file, none if this rank owns no bucket.  The checkpoint's manifest needs the union
         over all ranks.
 
     Raises:
@@ -40,13 +40,15 @@ def save_columns(
     """
     if (owner_of(columns["ids"], world) != rank).any():
         raise DataError(f"rank {rank} of {world} holds rows of samples that it does not own; gather them first")
-    mine = buckets_of(rank, world)
-    if not len(mine):
+    buckets = buckets_of(rank, world)
+    if not len(buckets):
         return {}
     from safetensors.numpy import save
 
-    data = save({**{n: np.ascontiguousarray(c) for n, c in columns.items()}, "schema": np.array([schema], np.int64)})
-    name = f"{prefix}-b{mine[0]:04d}-b{mine[-1]:04d}.safetensors"
+    data = save(
+        {**{key: np.ascontiguousarray(column) for key, column in columns.items()}, "schema": np.array([schema], np.int64)}
+    )
+    name = f"{prefix}-b{buckets[0]:04d}-b{buckets[-1]:04d}.safetensors"
     write_atomic(Path(directory) / name, data)
     return {name: digest_of(data)}
 
@@ -60,37 +62,37 @@ def load_columns(
     world: int,
     names: tuple[str, ...] | None = None,
 ) -> list[tuple[Path, Columns]]:
-    """The samples of the buckets that ``rank`` of ``world`` owns, whatever the world size was that wrote them.
+    """Load the samples of the buckets that ``rank`` of ``world`` owns, whatever world size wrote them.
 
     Args:
         files: {file name: digest} of all ranks that took part in the save.
         names: of the columns that a file must have; None: any.
 
     Returns:
-        For each file that holds any of those buckets its path and its columns, ids sorted, those of other owners left out.
+        For each file that holds any of those buckets its path and its columns: ids sorted, samples of other owners left out.
 
     Raises:
         CheckpointError: a file is missing, changed, of another schema or form, or the files overlap or leave gaps.
     """
-    mine, found = buckets_of(rank, world), []
+    mine, loaded = buckets_of(rank, world), []
     for name, buckets in _ranges(prefix, files).items():
         if mine.start < buckets.stop and buckets.start < mine.stop:
             path = Path(directory) / name
             columns = _read(path, prefix, schema, files[name], buckets, names)
             own = owner_of(columns["ids"], world) == rank
-            found.append((path, {key: column[own] for key, column in columns.items()}))
-    return found
+            loaded.append((path, {key: column[own] for key, column in columns.items()}))
+    return loaded
 
 
 def _ranges(prefix: str, files: Mapping[str, str]) -> dict[str, range]:
-    """{file name: its buckets} in order; together they must be all buckets, once."""
-    pattern, found = re.compile(rf"{prefix}-b(\d{{4}})-b(\d{{4}})\.safetensors"), {}
+    """Return {file name: its buckets} in order of the buckets, and check that the files hold each bucket exactly once."""
+    pattern, ranges = re.compile(rf"{prefix}-b(\d{{4}})-b(\d{{4}})\.safetensors"), {}
     for name in files:
         match = pattern.fullmatch(name)
         if match is None:
             raise CheckpointError(f"{name!r} is not a file of {prefix} ({prefix}-bXXXX-bYYYY.safetensors)")
-        found[name] = range(int(match[1]), int(match[2]) + 1)
-    ordered = dict(sorted(found.items(), key=lambda item: item[1].start))
+        ranges[name] = range(int(match[1]), int(match[2]) + 1)
+    ordered = dict(sorted(ranges.items(), key=lambda item: item[1].start))
     at = 0
     for name, buckets in ordered.items():
         if buckets.start != at or not len(buckets):
@@ -103,7 +105,7 @@ def _ranges(prefix: str, files: Mapping[str, str]) -> dict[str, range]:
 
 
 def _read(path: Path, prefix: str, schema: int, digest: str, buckets: range, names: tuple[str, ...] | None) -> Columns:
-    """One file, verified: what is parsed is what was hashed."""
+    """Read and verify one file: the bytes that are parsed are those that were hashed."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -115,12 +117,12 @@ def _read(path: Path, prefix: str, schema: int, digest: str, buckets: range, nam
         raise DamagedState(f"{path} has digest {digest_of(data)}, not {digest}: torn or changed; load another checkpoint")
     try:
         columns: Columns = load(data)
-        found, ids = int(columns.pop("schema")[0]), columns["ids"]
+        stored_schema, ids = int(columns.pop("schema")[0]), columns["ids"]
     except (SafetensorError, KeyError, IndexError) as error:
         raise CheckpointError(f"{path} is not a file of {prefix} ({error!r}); load another checkpoint") from error
-    if found != schema or (names is not None and set(columns) != set(names)):
+    if stored_schema != schema or (names is not None and set(columns) != set(names)):
         raise CheckpointError(
-            f"{path} has schema {found} with columns {sorted(columns)}; this version reads {schema}; "
+            f"{path} has schema {stored_schema} with columns {sorted(columns)}; this version reads {schema}; "
             "load it with the grace_ds that wrote it, or use another checkpoint"
         )
     odd = [name for name, column in columns.items() if column.ndim == 0 or len(column) != len(ids)]

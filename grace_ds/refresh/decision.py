@@ -1,6 +1,6 @@
-"""What the schedule in force says of itself: the guard's decision, who was chosen, whether collecting can be of use.
+"""Read from the schedule in force the guard's decision, the chosen samples, and whether collecting can be of use.
 
-Pure functions; all that they read is equal on all ranks.
+These are pure functions of values that are equal on all ranks.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from grace_ds.selection.guard import Decision, from_meta
 
 
 def decision_of(book: ScheduleBook) -> Decision | None:
-    """Of the guard, for the schedule made last; None before it, or where it decided nothing."""
+    """Return the guard's decision for the schedule made last; None before the first, or if the guard decided nothing."""
     return from_meta(book.schedules[-1].meta.get("guard")) if book.schedules else None
 
 
 def collect_every(config: GraceConfig, book: ScheduleBook) -> int:
-    """Each how many optimizer steps one is collected under the schedule made last."""
+    """Return k such that every k-th optimizer step is collected under the schedule made last."""
     return int(book.schedules[-1].meta.get("collect_every", config.collect_every)) if book.schedules else config.collect_every
 
 
 def by_role(last: Schedule | None, shadow: bool) -> tuple[IntArray, IntArray | None]:
-    """The samples that the schedule made last has chosen, and those that they are to be compared with.
+    """Return the samples that the schedule made last has chosen, and those to compare them with: (n,), (m,) int64.
 
-    Both are empty for a uniform one, which has chosen nobody.  In shadow mode the job trains on its own samples, so those
-    not chosen are there in plenty: None, all others.
+    Both are empty for a uniform schedule, which chooses no sample.  In shadow mode the job trains on its own samples, so
+    there are plenty that were not chosen: the second result is None, which means all others.
     """
     if last is None or last.meta.get("objective") == "uniform":
         return np.empty(0, np.int64), np.empty(0, np.int64)
@@ -46,14 +46,14 @@ def worth_collecting(
     basis: TrustedBasis | None,
     reference: Mapping[int, float],
 ) -> bool:
-    """Whether a gradient collected now can be of use: not while the guard does without gradients.
+    """Return whether a gradient collected now can be of use: not while the guard does without gradients.
 
     Args:
         decision: of the guard.
-        scale_frozen: the layers' scale is known; the first collected step gives it.
-        trusted: there is a trusted set.
-        basis: in force.
-        reference: basis version → unit of influences along it, 0 where they cannot be judged by.
+        scale_frozen: whether the layers' scale is known; the first collected step gives it.
+        trusted: whether there is a trusted set.
+        basis: the trusted basis in force.
+        reference: basis version → unit of influences along it; 0 if influences along it are not usable.
     """
     if decision is not None and decision.off >= {"gradients", "sketches"}:
         return False
@@ -65,5 +65,5 @@ def worth_collecting(
 
 
 def worth_reading(config: GraceConfig, decision: Decision | None) -> bool:
-    """Whether a loss read now can be of use."""
+    """Return whether a loss read now can be of use."""
     return "loss" in config.parts and (decision is None or "loss" not in decision.off)

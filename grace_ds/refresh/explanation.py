@@ -1,6 +1,7 @@
-"""What one refresh saw and decided, small enough to keep: histograms of its signals and a few samples with their reasons.
+"""Summarise what one refresh saw and decided: histograms of its signals, and a few samples with their reasons.
 
-Belongs to the refresh's own layer, beside :mod:`grace_ds.refresh.choice`; ``grace-ds report`` draws it.
+The summary is small enough to keep; ``grace-ds report`` draws it.  Belongs to the refresh's own layer, like
+:mod:`grace_ds.refresh.choice`.
 """
 
 from __future__ import annotations
@@ -24,17 +25,16 @@ _SALT = 0x9027
 
 
 def explanation(context: RefreshContext, signals: Signals, schedule: Schedule) -> dict[str, Any] | None:
-    """A JSON-able account of how ``schedule`` came about; on root.  At most some hundred kilobytes, whatever the window.
+    """Return a JSON-able account of how ``schedule`` was made; on root.  At most some hundred kilobytes for any window.
 
-    Nothing of the schedule depends on it: what goes wrong here is said in the log, and None is returned.
+    The schedule does not depend on it: an error here is logged, and the result is None.
 
     Returns:
-        ``version``, ``step``, ``level`` (whose probabilities these are), ``used`` (False where the order is uniform all the
-        same), ``window`` (samples), ``histograms`` (name → ``edges``, ``window`` and ``core`` counts, ``unknown``) and
-        ``samples``: ``id``, ``group`` (most, least, chosen, passed_over), ``chance`` relative to the most likely sample,
-        ``factors`` whose product it is, ``signals`` (null where unknown), ``role``.  With ``context.chart`` ``map``: where some
-        of the window's samples lie, ``ids``, ``x``, ``y``, ``explained``, ``chance``, ``influence``, ``loss``, ``crowding``,
-        ``chosen``.
+        ``version``, ``step``, ``level`` (recipe of the probabilities), ``used`` (False if the order is uniform all the same),
+        ``window`` (samples), ``histograms`` (name → ``edges``, ``window`` and ``core`` counts, ``unknown``) and ``samples``:
+        ``id``, ``group`` (most, least, chosen, passed_over), ``chance`` relative to the most likely sample, ``factors`` whose
+        product it is, ``signals`` (null if unknown), ``role``.  With ``context.chart`` also ``map``: where some of the window's
+        samples lie, as ``ids``, ``x``, ``y``, ``explained``, ``chance``, ``influence``, ``loss``, ``crowding``, ``chosen``.
     """
     try:
         return _explanation(context, signals, schedule)
@@ -46,7 +46,7 @@ def explanation(context: RefreshContext, signals: Signals, schedule: Schedule) -
 def _explanation(context: RefreshContext, signals: Signals, schedule: Schedule) -> dict[str, Any]:
     used = schedule.meta["objective"] != "uniform"
     level = recipe(str(schedule.meta.get("drawn_by") or schedule.meta["guard"]["level"]))
-    if not level.content:  # a pause: what the guard looked at
+    if not level.content:  # selection is paused: explain the recipe that the guard judged
         level = content_of(context.recipe)
     factors = level.factors(signals, frozenset(schedule.meta.get("parts", ())))
     log_p = log_importance(level, signals, frozenset(schedule.meta.get("parts", ())))
@@ -59,8 +59,8 @@ def _explanation(context: RefreshContext, signals: Signals, schedule: Schedule) 
         "influence": signals.influence,
         "crowding": signals.crowding,
     }
-    histograms = {name: _histogram(v, core) for name, v in values.items() if np.isfinite(v).any()}
-    told = {
+    histograms = {name: _histogram(value, core) for name, value in values.items() if np.isfinite(value).any()}
+    account = {
         "version": schedule.version,
         "step": schedule.meta["decided_at_step"],
         "level": level.name,
@@ -70,33 +70,35 @@ def _explanation(context: RefreshContext, signals: Signals, schedule: Schedule) 
         "histograms": histograms,
         "samples": _samples(context.config.seed, signals, factors, log_p, core, schedule),
     }
-    return told if context.chart is None else {**told, "map": _map(context.chart(signals.ids), signals, log_p, core)}
+    return account if context.chart is None else {**account, "map": _map(context.chart(signals.ids), signals, log_p, core)}
 
 
 def _map(places: ProjectedSamples, signals: Signals, log_p: Array, core: Array) -> dict[str, Any]:
-    """The places with what is known of each sample; ``chance`` is the decadic logarithm, 0 for the likeliest of the window."""
-    at = np.searchsorted(signals.ids, places.ids)
+    """Return the places with the signals of each sample; ``chance`` is its log10 relative to the likeliest of the window."""
+    position = np.searchsorted(signals.ids, places.ids)
     return {
         "ids": places.ids.tolist(),
-        "x": [_number(v) for v in places.xy[:, 0]],
-        "y": [_number(v) for v in places.xy[:, 1]],
-        "explained": [_number(v) for v in places.explained],
-        "chance": [_number(v) for v in (log_p[at] - log_p.max()) / np.log(10)],
-        "influence": [_number(v) for v in signals.influence[at]],
-        "loss": [_number(v) for v in signals.loss[at]],
-        "crowding": [_number(v) for v in signals.crowding[at]],
-        "chosen": core[at].tolist(),
+        "x": [_number(value) for value in places.xy[:, 0]],
+        "y": [_number(value) for value in places.xy[:, 1]],
+        "explained": [_number(value) for value in places.explained],
+        "chance": [_number(value) for value in (log_p[position] - log_p.max()) / np.log(10)],
+        "influence": [_number(value) for value in signals.influence[position]],
+        "loss": [_number(value) for value in signals.loss[position]],
+        "crowding": [_number(value) for value in signals.crowding[position]],
+        "chosen": core[position].tolist(),
     }
 
 
 def _histogram(values: Array, core: Array) -> dict[str, Any]:
-    """Counts in ``BINS`` equal bins over the finite values, of the window and of the scheduled core."""
+    """Return the counts in ``BINS`` equal bins over the finite values, of the window and of the scheduled core."""
     known = np.isfinite(values)
     low, high = float(values[known].min()), float(values[known].max())
     span = (low, high if high > low else low + 1)
-    counts, edges = np.histogram(values[known], BINS, span)  # by arithmetic; with given edges it would search
+    counts, edges = np.histogram(
+        values[known], BINS, span
+    )  # given a span NumPy computes the bin of a value; given edges it would search
     return {
-        "edges": [round(float(e), 5) for e in edges],
+        "edges": [round(float(edge), 5) for edge in edges],
         "window": counts.tolist(),
         "core": np.histogram(values[known & core], BINS, span)[0].tolist(),
         "unknown": int((~known).sum()),
@@ -104,9 +106,9 @@ def _histogram(values: Array, core: Array) -> dict[str, Any]:
 
 
 def _samples(seed: int, signals: Signals, parts: Factors, log_p: Array, core: Array, schedule: Schedule) -> list[dict[str, Any]]:
-    """The likeliest, the least likely, and draws from those that are in the schedule and those that are not."""
+    """Return the likeliest and the least likely samples, and draws from those in the schedule and those outside of it."""
     rng = np.random.Generator(np.random.Philox(key=[seed ^ _SALT, schedule.version]))
-    # Many samples share the highest or the lowest chance: which of them are shown must not follow their ids.
+    # Many samples share the highest or the lowest chance; which of them are shown must not depend on their ids.
     tie = rng.random(len(log_p)) * 1e-9
     count = min(GROUP, len(log_p))
     groups = {
@@ -115,21 +117,21 @@ def _samples(seed: int, signals: Signals, parts: Factors, log_p: Array, core: Ar
         "chosen": _draw(rng, np.flatnonzero(core)),
         "passed_over": _draw(rng, np.flatnonzero(~core)),
     }
-    best, out, met = float(log_p.max()), [], set()
-    here = np.isin(schedule.ids, signals.ids[np.unique(np.concatenate(list(groups.values())))])
-    roles = dict(zip(schedule.ids[here].tolist(), schedule.roles[here].tolist(), strict=True))
-    for group, at in groups.items():
-        for i in at.tolist():
-            if i in met:
+    best, out, shown = float(log_p.max()), [], set()
+    listed = np.isin(schedule.ids, signals.ids[np.unique(np.concatenate(list(groups.values())))])
+    roles = dict(zip(schedule.ids[listed].tolist(), schedule.roles[listed].tolist(), strict=True))
+    for group, positions in groups.items():
+        for i in positions.tolist():
+            if i in shown:
                 continue
-            met.add(i)
+            shown.add(i)
             role = roles.get(int(signals.ids[i]))
             out.append(
                 {
                     "id": int(signals.ids[i]),
                     "group": group,
                     "chance": _number(np.exp(log_p[i] - best)),
-                    "factors": {name: _number(v[i]) for name, v in parts.items()},
+                    "factors": {name: _number(values[i]) for name, values in parts.items()},
                     "signals": {
                         name: _number(getattr(signals, name)[i])
                         for name in ("quality", "density", "loss", "influence", "crowding")

@@ -1,7 +1,7 @@
-"""Rows and values travel to the ranks that own their ids.
+"""Exchange rows and values with the ranks that own their ids.
 
-Rows are collected wherever a sample was trained on, and kept where its bucket lives (:mod:`grace_ds.comm.buckets`).
-``gather_rows`` brings them home; a :class:`Route` reads values of any samples from their owners.
+A row is collected on the rank that trained on the sample, and kept on the rank that owns the sample's bucket
+(:mod:`grace_ds.comm.buckets`).  ``gather_rows`` sends rows to their owners; a :class:`Route` reads values from the owners.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from grace_ds.records import Array, C, Columns, IntArray
 
 @dataclass(frozen=True)
 class Sent:
-    """What this rank has sent, and which of its rows it has dropped.
+    """What this rank has sent, and how many of its rows it has dropped.
 
     Attributes:
-        bytes: handed to the exchange, those that stay on this rank included.
-        out_of_range: id outside of the dataset: padding of an incomplete batch.
-        not_finite: NaN or infinity in what they tell, as after an overflow of the loss scale.
+        bytes: passed to the exchange, those that stay on this rank included.
+        out_of_range: rows with an id outside of the dataset: padding of an incomplete batch.
+        not_finite: rows with NaN or infinity among their values, as after an overflow of the loss scale.
     """
 
     bytes: int
@@ -32,15 +32,15 @@ class Sent:
 
 
 def gather_rows(comm: Comm, rows: C, n_dataset: int) -> tuple[C, Sent]:
-    """Sends each row to the owner of its id.  Collective.
+    """Send each row to the owner of its id, and return the rows that this rank owns.  Collective.
 
     Args:
-        rows: of this rank, any order, with repeats and padding.
-        n_dataset: samples in the dataset; other ids are dropped.
+        rows: of this rank, in any order, with repeats and padding.
+        n_dataset: samples in the dataset; rows with other ids are dropped.
 
     Returns:
-        The rows that this rank owns, from all ranks: sorted by id, repeats kept (of equal ids by step, and of equal
-        steps by what the rows say, never by who has sent them); and what this rank has sent and dropped.
+        The rows that this rank owns, from all ranks, sorted by id; and what this rank has sent and dropped.  Repeats are
+        kept: rows of equal ids are sorted by step, and those of equal steps by their values, never by their sender.
     """
     inside = (rows.ids >= 0) & (rows.ids < n_dataset)
     finite = rows.finite()
@@ -49,25 +49,25 @@ def gather_rows(comm: Comm, rows: C, n_dataset: int) -> tuple[C, Sent]:
     packed = np.empty(len(kept), kind)
     for f in fields(rows):
         packed[f.name] = getattr(rows, f.name)[kept]
-    got = np.concatenate(comm.exchange(_by_owner(_flat(packed), owner_of(rows.ids[kept], comm.size), comm.size)[0]))
-    back = got.reshape(-1).view(kind)
-    # A sample that stands twice in a batch may come from two ranks with two rows (dropout), of which the table keeps the
-    # last: which one that is must not depend on the number of ranks.
-    scalars = sorted(f.name for f in fields(rows) if f.name not in ("ids", "step") and back[f.name].ndim == 1)
-    back = back[np.lexsort([back[name] for name in (*scalars, "step", "ids")])]
+    received = np.concatenate(comm.exchange(_by_owner(_flat(packed), owner_of(rows.ids[kept], comm.size), comm.size)[0]))
+    unpacked = received.reshape(-1).view(kind)
+    # A sample that occurs twice in a batch may come from two ranks with two different rows (dropout).  The table keeps the
+    # last one, and which one that is must not depend on the number of ranks.
+    scalars = sorted(f.name for f in fields(rows) if f.name not in ("ids", "step") and unpacked[f.name].ndim == 1)
+    unpacked = unpacked[np.lexsort([unpacked[name] for name in (*scalars, "step", "ids")])]
     sent = Sent(packed.nbytes, int((~inside).sum()), int((inside & ~finite).sum()))
-    return type(rows)(**{f.name: np.ascontiguousarray(back[f.name]) for f in fields(rows)}), sent
+    return type(rows)(**{f.name: np.ascontiguousarray(unpacked[f.name]) for f in fields(rows)}), sent
 
 
 @dataclass(frozen=True)
 class Route:
-    """How values of some samples are read from their owners: worked out once, used as often as the values change.
+    """How values of some samples are read from their owners: computed once, used as often as the values change.
 
     Attributes:
-        place: (q,) int32 or int64, where each wanted sample stands in what :meth:`exchange` returns.
-        comm: between the ranks.
-        asked: of each rank, positions among this rank's samples that it wants; -1 for one that is not here.
-        order: (u,) int64, of the answers in rank order, their places.
+        place: (q,) int32 or int64, row of each wanted sample in the result of :meth:`exchange`.
+        comm: transport between the ranks.
+        asked: for each rank, positions among this rank's samples that it wants; -1 for a sample that is not here.
+        order: (u,) int64, row of each answer in the result of :meth:`exchange`; the answers are in rank order.
     """
 
     comm: Comm
@@ -77,7 +77,7 @@ class Route:
 
     @staticmethod
     def of(comm: Comm, ids_wanted: IntArray, ids_here: IntArray) -> Route:
-        """Collective: one exchange.
+        """Return the route to ``ids_wanted``.  Collective: one exchange.
 
         Args:
             ids_wanted: (q,) int64, any order, with repeats; negative ids are padding.
@@ -97,16 +97,16 @@ class Route:
         return Route(comm, place, asked, order)
 
     def exchange(self, values: Array, fill: float = 0.0) -> Array:
-        """The values of the wanted samples, each once, and a last row of ``fill``.  Collective: one exchange.
+        """Return the values of the wanted samples, each once, and a last row of ``fill``.  Collective: one exchange.
 
         Args:
             values: (n, ...) of this rank's samples; dtype and trailing axes the same on all ranks.
-            fill: of samples that nobody has.
+            fill: value of samples that no rank has.
 
         Returns:
-            (u + 1, ...) in ``values``' dtype, to be read at :attr:`place`.
+            (u + 1, ...) in ``values``' dtype, to be indexed by :attr:`place`.
         """
-        answers = [_taken(values, at, fill) for at in self.asked]
+        answers = [_taken(values, position, fill) for position in self.asked]
         out = np.full((len(self.order) + 1, *values.shape[1:]), fill, values.dtype)
         start = 0
         for part in self.comm.exchange(answers):
@@ -116,37 +116,44 @@ class Route:
 
 
 def _record(rows: Columns) -> np.dtype[np.void]:
-    """One packed row: all columns of ``rows`` side by side."""
+    """Return the dtype of one packed row: all columns of ``rows`` side by side."""
     columns = [(f.name, getattr(rows, f.name)) for f in fields(rows)]
     return np.dtype([(name, column.dtype, column.shape[1:]) for name, column in columns])
 
 
 def _flat(packed: Array) -> Array:
-    """(n,) records as (n, bytes) uint8; the row width travels as a trailing axis, so unequal dims are caught."""
+    """Return (n,) records as (n, bytes) uint8; the row width is a trailing axis, so unequal widths are detected."""
     return packed.view(np.uint8).reshape(len(packed), packed.dtype.itemsize)
 
 
-def _by_owner(x: Array, owner: IntArray, world: int) -> tuple[list[Array], IntArray]:
-    """Splits axis 0 of ``x`` by owner, order kept within each; also the positions in the new order."""
+def _by_owner(array: Array, owner: IntArray, world: int) -> tuple[list[Array], IntArray]:
+    """Split axis 0 of ``array`` by owner, order kept within each; also return the positions in the new order."""
     order = np.argsort(owner, kind="stable")
     cuts = np.cumsum(np.bincount(owner, minlength=world))[:-1]
-    return np.split(x[order], cuts), order
+    return np.split(array[order], cuts), order
 
 
 def _distinct(wanted: IntArray) -> tuple[IntArray, Array]:
-    """(u,) int64, the ids of ``wanted`` (q,), sorted, each once, without padding; (q,) where each stands there, u at padding."""
+    """Return the distinct ids of ``wanted`` and the position of each of its entries among them.
+
+    Args:
+        wanted: (q,) int64, any order, with repeats; negative ids are padding.
+
+    Returns:
+        (u,) int64, sorted, each id once, without padding; and (q,) int32 or int64 positions, u at padding.
+    """
     span = int(wanted.max(initial=-1)) + 1
     if span <= min(len(wanted), 2**31 - 2) and wanted.min(initial=0) >= -1:  # some ten times faster than sorting, and no larger
-        there = np.zeros(span + 1, bool)
-        there[wanted] = True
-        there[-1] = False  # which no id has: where padding looks
-        known = np.flatnonzero(there)
-        number = np.cumsum(there, dtype=np.int32)
+        present = np.zeros(span + 1, bool)
+        present[wanted] = True
+        present[-1] = False  # the entry that padding (-1) refers to; no id has it
+        known = np.flatnonzero(present)
+        number = np.cumsum(present, dtype=np.int32)
         number[:-1] -= 1
         return known, number[wanted]
     unique = np.unique(wanted)
     place: IntArray = np.searchsorted(unique, wanted)  # less memory than np.unique's own inverse
-    padding = int(np.searchsorted(unique, 0))  # at most one entry is left after these: all of them become the last row
+    padding = int(np.searchsorted(unique, 0))  # number of distinct negative ids: all of them refer to the last row
     place -= padding
     known = unique[padding:]
     place[place < 0] = len(known)
@@ -154,15 +161,15 @@ def _distinct(wanted: IntArray) -> tuple[IntArray, Array]:
 
 
 def _positions(ids: IntArray, ids_here: IntArray) -> IntArray:
-    """(q,) int64, where each of ``ids`` stands in ``ids_here``; -1 where it does not."""
+    """Return the position of each of ``ids`` in ``ids_here``: (q,) int64, -1 if it is not there."""
     if not len(ids_here):
         return np.full(len(ids), -1, np.int64)
-    at = np.minimum(np.searchsorted(ids_here, ids), len(ids_here) - 1)
-    return np.where(ids_here[at] == ids, at, -1).astype(np.int64)
+    position = np.minimum(np.searchsorted(ids_here, ids), len(ids_here) - 1)
+    return np.where(ids_here[position] == ids, position, -1).astype(np.int64)
 
 
-def _taken(values: Array, at: IntArray, fill: float) -> Array:
-    out = np.full((len(at), *values.shape[1:]), fill, values.dtype)
-    hit = at >= 0
-    out[hit] = values[at[hit]]
+def _taken(values: Array, position: IntArray, fill: float) -> Array:
+    out = np.full((len(position), *values.shape[1:]), fill, values.dtype)
+    hit = position >= 0
+    out[hit] = values[position[hit]]
     return out

@@ -1,11 +1,11 @@
-"""What collected alignments say of every sample of the window, in the trusted set's own measure.
+"""Predict the influence of every sample of the window from collected alignments, on the scale of the trusted set.
 
 An alignment, times its gradient's length, is the sample's influence: by how much a step on it would lower the trusted
-loss, to first order.  A single one is mostly noise, and all of a window drift together as the model moves.  So they are
-predicted from content statistics, and a sample is judged by where it stands among the *trusted* samples' predictions:
-what drifts for all, drifts for those too.
+loss, to first order.  A single influence is mostly noise, and all influences of a window drift together as the model
+changes.  So they are predicted from content statistics, and a sample is judged by its position among the predictions for
+*trusted* samples, which drift in the same way.
 
-Belongs to the refresh's own layer, beside :mod:`grace_ds.refresh.signals`.
+Belongs to the refresh's own layer, like :mod:`grace_ds.refresh.signals`.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from grace_ds.records import Array, FloatArray, IntArray, SampleRecords
 from grace_ds.refresh.table import Table
 from grace_ds.selection.ridge import TARGET_CLIP, Ridge, columns, design, normal_equations, weight_of
 
-TOLERANCE = 0.1  # of the variance that is explained: an error of the fit below it is not worth more labels
-LEAST_DEVIATION = 0.02  # of the trusted predictions, in trusted medians: below it they say nothing about their spread
+TOLERANCE = 0.1  # of the explained variance: a smaller error of the fit does not justify more labels
+LEAST_DEVIATION = 0.02  # of the trusted predictions, in trusted medians: smaller deviations are not meaningful
 
 
 @dataclass(frozen=True)
 class ContentFit:
-    """A signal of this rank's n samples, predicted from what their content tells.
+    """A signal of this rank's n samples, predicted from their content.
 
     Attributes:
         ridge: the fit, equal on all ranks.
         predicted: (n,) float32, in the signal's unit.
-        labels: effective number of samples over all ranks that the signal was measured of, each counted by what it is worth.
-        explained: share of their variance that the other half of them predicts; 0 where it is none.
+        labels: effective number of measured samples over all ranks: the sum of their confidences.
+        explained: share of the labels' variance that a fit to the other half of them predicts; 0 if it predicts nothing.
     """
 
     ridge: Ridge
@@ -47,7 +47,7 @@ class ContentFit:
 
 @dataclass(frozen=True)
 class Influence:
-    """Of this rank's n samples, in units of the trusted median at the fit of a label's basis.
+    """Predicted influence of this rank's n samples, in units of the trusted median at the fit of a label's basis.
 
     Attributes:
         fit: of the influences to content.
@@ -59,25 +59,36 @@ class Influence:
     deviation: float
 
     def standard(self, value: Array) -> FloatArray:
-        """``value`` (n,) in deviations from the trusted samples' predictions."""
+        """Return ``value`` (n,) in deviations from the trusted samples' predictions: (n,) float32."""
         return np.asarray((value - self.centre) / self.deviation, np.float32)
 
 
 def labels(rows: SampleRecords, reference: Mapping[int, float]) -> FloatArray:
-    """(n,) float32 influence of each row in units of its basis' trusted median; NaN where that is unknown or not positive."""
+    """Return the influence of each row in units of its basis' trusted median: (n,) float32.
+
+    Args:
+        rows: n collected rows.
+        reference: basis version → trusted median.
+
+    Returns:
+        NaN for rows whose median is unknown or not positive.
+    """
     out = np.full(len(rows), np.nan, np.float32)
     for version, unit in reference.items():
         if unit > 0:
-            mine = rows.basis == version
-            out[mine] = rows.influence[mine] * rows.norm[mine] / np.float32(unit)
+            of_basis = rows.basis == version
+            out[of_basis] = rows.influence[of_basis] * rows.norm[of_basis] / np.float32(unit)
     return out
 
 
 def enough_labels(explained: float) -> float:
-    """Labels from which on more of them would hardly improve the predictions; infinity where nothing is predicted yet.
+    """Return the number of labels beyond which the predictions hardly improve; infinity while nothing is predicted.
 
-    The expected squared error of p coefficients fitted to n labels is p sigma^2 / n above the least one (ordinary least
-    squares); n is enough where that is :data:`TOLERANCE` of the variance that is explained.
+    The expected squared error of p coefficients fitted to n labels is p sigma^2 / n above the smallest possible one (ordinary
+    least squares); n is enough if that is :data:`TOLERANCE` of the explained variance.
+
+    Args:
+        explained: share of the labels' variance that is explained.
     """
     if explained <= 0:
         return float("inf")
@@ -85,15 +96,15 @@ def enough_labels(explained: float) -> float:
 
 
 def fit_content(comm: Comm, content: ContentFeatures, label: FloatArray, confidence: Array) -> ContentFit | None:
-    """Predicts a signal of this rank's samples from all ranks' labels.  Collective; the same bits for any number of ranks.
+    """Predict a signal of this rank's samples from all ranks' labels.  Collective; the same bits for any number of ranks.
 
     Args:
         content: of this rank's n samples.
-        label: (n,) float32; NaN where the sample has none.
-        confidence: (n,) in [0, 1], what a label is worth at its age.
+        label: (n,) float32; NaN if the sample has none.
+        confidence: (n,) in [0, 1], weight of a label at its age.
 
     Returns:
-        None where there is nothing to learn from: no statistics, or no label on any rank.
+        None if there is nothing to learn from: no statistics, or no label on any rank.
     """
     if content.statistics is None:
         return None
@@ -113,35 +124,48 @@ def fit_content(comm: Comm, content: ContentFeatures, label: FloatArray, confide
 def predict_influence(
     comm: Comm, content: ContentFeatures, trusted: FloatArray | None, label: FloatArray, confidence: Array
 ) -> Influence | None:
-    """Predicts the influence of this rank's samples, and where trusted samples stand.  Collective, as :func:`fit_content`.
+    """Predict the influence of this rank's samples and of trusted ones.  Collective, as :func:`fit_content`.
 
     Args:
-        trusted: (m, s) float32, statistics of held-out trusted samples, all ranks alike; None without a trusted model.
+        trusted: (m, s) float32, statistics of held-out trusted samples, equal on all ranks; None without a trusted model.
+
+    Returns:
+        None without a trusted model, or if there is nothing to learn from.
     """
     fit = fit_content(comm, content, label, confidence) if trusted is not None else None
     if fit is None or trusted is None:
         return None
-    # A trusted sample is no copy of anything in the pool: density 0.
-    among = fit.ridge.predict(design(_with_density(trusted, np.zeros(len(trusted), np.float32))))
-    return Influence(fit, *tail_location(among, least=LEAST_DEVIATION))
+    # A trusted sample is no copy of a sample in the pool: density 0.
+    predictions = fit.ridge.predict(design(_with_density(trusted, np.zeros(len(trusted), np.float32))))
+    return Influence(fit, *tail_location(predictions, least=LEAST_DEVIATION))
 
 
 def forecast(
     comm: Comm, content: ContentFeatures, table: Table[SampleRecords], old: Array, reference: Mapping[int, float]
 ) -> FloatArray:
-    """(n,) float32: what the rows ``old`` (n,) bool of this rank's table say of the influence of each; NaN: nothing.
+    """Predict the influence of each sample of this rank's table from its old rows only.  Collective, as :func:`fit_content`.
 
-    Collective, as :func:`fit_content`; from content alone, since what goes along the graph has heard of the new rows.
+    Content is the only predictor, because values spread along the graph already contain the new rows.
+
+    Args:
+        content: of this rank's samples of the window.
+        old: (n,) bool, rows of ``table`` to predict from.
+
+    Returns:
+        (n,) float32; NaN if nothing can be predicted.
     """
-    at = np.searchsorted(content.ids, table.ids)  # a table holds samples of the window
+    position = np.searchsorted(content.ids, table.ids)  # a table holds samples of the window
     label = np.full(len(content.ids), np.nan, np.float32)
-    label[at] = np.where(old, labels(table.rows, reference), np.nan)
+    label[position] = np.where(old, labels(table.rows, reference), np.nan)
     fit = fit_content(comm, content, label, np.ones(len(label)))
-    return fit.predicted[at] if fit is not None else np.full(len(at), np.nan, np.float32)
+    return fit.predicted[position] if fit is not None else np.full(len(position), np.nan, np.float32)
 
 
 def _explained(comm: Comm, sums: IntArray, rows: Array, label: FloatArray, halves: Sequence[IntArray]) -> float:
-    """Share of the labels' variance that the other half of them predicts.  Collective; the same bits for any number of ranks."""
+    """Return the share of the labels' variance that a fit to their other half predicts.
+
+    Collective; the same bits for any number of ranks.
+    """
     fitted = [Ridge.solve(equations) for equations in sums]
     if fitted[0] is None or fitted[1] is None:
         return 0.0
@@ -149,7 +173,9 @@ def _explained(comm: Comm, sums: IntArray, rows: Array, label: FloatArray, halve
     for half, other in zip(halves, (fitted[1], fitted[0]), strict=True):
         clipped = np.clip(label[half].astype(np.float64), -TARGET_CLIP, TARGET_CLIP)
         error = clipped - other.predict(rows[half])
-        parts.append([len(half), *(np.rint(v * 2.0**16).astype(np.int64).sum() for v in (error**2, clipped**2, clipped))])
+        parts.append(
+            [len(half), *(np.rint(values * 2.0**16).astype(np.int64).sum() for values in (error**2, clipped**2, clipped))]
+        )
     n, squares, total, first = comm.allreduce(np.sum(parts, axis=0).astype(np.int64)) / np.array([1, *[2.0**16] * 3])
     variance = total - first**2 / max(n, 1)
     return max(0.0, 1 - squares / variance) if variance > 0 else 0.0

@@ -1,9 +1,9 @@
-"""The straight line: collected rows in, the next schedule out, one statement a stage, the same on every rank.
+"""Run a refresh, from collected rows to the next schedule: one statement per stage, the same on every rank.
 
     gather → table → content → embed → graph → propagate → select → broadcast
 
-A refresh is a function of its inputs: it changes nothing outside.  If any rank raises, every rank leaves with an
-exception and the caller keeps the old table, the old graph and the old schedule.
+A refresh is a function of its inputs and changes nothing else.  If any rank raises, every rank leaves with an exception, and
+the caller keeps the old table, the old graph and the old schedule.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from grace_ds.refresh.table import Table, owner_of
 
 @dataclass(frozen=True)
 class RefreshResult:
-    """What a refresh made.
+    """The result of a refresh.
 
     Attributes:
-        schedule: all ranks alike.
-        table, seen: this rank's.
-        kept: this rank's, for the next refresh.
+        schedule: equal on all ranks.
+        table, seen: this rank's rows and losses.
+        kept: this rank's state for the next refresh.
         seconds: by stage.
         counts: of this rank.
-        explanation: how the schedule came about, for ``run_dir``; on root only, None without one or where nothing was weighed.
+        explanation: how the schedule was made, for ``run_dir``; on root only, None without it or if nothing was weighed.
     """
 
     schedule: Schedule
@@ -62,7 +62,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Counts the seconds of the block under ``stage``."""
+        """Add the seconds of the block to ``stage``, and name the stage in errors that leave the block."""
         start = time.perf_counter()
         try:
             with during(stage):
@@ -72,12 +72,12 @@ class Stopwatch:
 
 
 def refresh(context: RefreshContext, inputs: RefreshInputs) -> RefreshResult:
-    """Chooses and publishes the next schedule.  Collective.
+    """Choose and publish the next schedule.  Collective.
 
     Raises:
         PeerFailed: another rank failed; nothing has changed.
-        TransportTimeout: a peer did not come in time.
-        Exception: this rank failed; the caller must tell the others by ``comm.abort()``.
+        TransportTimeout: a peer did not join in time.
+        Exception: this rank failed; the caller must inform the other ranks by ``comm.abort()``.
     """
     clock = Stopwatch()
     with clock("gather"):
@@ -88,7 +88,7 @@ def refresh(context: RefreshContext, inputs: RefreshInputs) -> RefreshResult:
         window = context.pool.window_at(inputs.version)
         own = window[owner_of(window, context.comm.size) == context.comm.rank]
         table, latest = inputs.table.merge(received).keep(window), inputs.seen.merge(read).keep(window)
-    kept, picture, counts = inputs.kept, None, {}
+    kept, account, counts = inputs.kept, None, {}
     if inputs.uniform:
         with clock("select"):
             schedule = uniform_schedule(context, inputs, start) if context.comm.rank == 0 else None
@@ -108,9 +108,9 @@ def refresh(context: RefreshContext, inputs: RefreshInputs) -> RefreshResult:
             schedule = choose(context, inputs, start, local, signals, edges, seen) if signals is not None else None
         with clock("explanation"):
             if signals is not None and schedule is not None and context.config.run_dir is not None:
-                picture = explanation(context, signals, schedule)
+                account = explanation(context, signals, schedule)
         kept, counts = RefreshState(content, learned, graph), {"propagated": float(local.reached), "graph_searched": 0.0}
-        if graph is not None and context.comm.rank == 0:  # the same number on all ranks: counted once
+        if graph is not None and context.comm.rank == 0:  # equal on all ranks, so it is counted once
             counts["graph_searched"] = float(graph.searched)
         if not math.isnan(content.density_ratio):
             counts["density_ratio"] = content.density_ratio if context.comm.rank == 0 else 0.0
@@ -126,22 +126,22 @@ def refresh(context: RefreshContext, inputs: RefreshInputs) -> RefreshResult:
         "padding_dropped": float(sent.out_of_range),
         "nonfinite_dropped": float(sent.not_finite),
     }
-    return RefreshResult(schedule, table, latest, kept, clock.seconds, counts, picture)
+    return RefreshResult(schedule, table, latest, kept, clock.seconds, counts, account)
 
 
 def rows_of(
     context: RefreshContext, inputs: RefreshInputs, own: IntArray, content: ContentFeatures, table: Table[SampleRecords]
 ) -> tuple[Learned | None, FloatArray | None]:
-    """What the model says of this rank's samples, and the rows of the one k-NN graph, for all that needs one.  Collective.
+    """Return the learned features of this rank's samples, and the rows of the k-NN graph.  Collective.
 
-    Both are None where nothing needs a graph; the first where its rows are content alone.
+    Without any use for a graph the rows are None, and the learned features are those of the last refresh.  If the rows
+    consist of content only, the learned features are None.
     """
-    wanted = "graph" in active_parts(context, inputs) or context.config.covers
-    if (
-        not (wanted and context.config.builds_graph) or inputs.step < context.config.warmup_steps
-    ):  # while a run opens nothing is chosen
+    needed = "graph" in active_parts(context, inputs) or context.config.covers
+    # During the warm-up nothing is chosen, so no graph is needed.
+    if not (needed and context.config.builds_graph) or inputs.step < context.config.warmup_steps:
         return inputs.kept.learned, None
-    assert content.vectors is not None  # the same parts ask for them
+    assert content.vectors is not None  # whatever needs the graph needs them too
     shares = context.config.learned_shares
     if not any(shares):
         return None, content.vectors
@@ -150,18 +150,21 @@ def rows_of(
 
 
 def graph_of(context: RefreshContext, inputs: RefreshInputs, own: IntArray, rows: FloatArray | None) -> KeptGraph | None:
-    """The one k-NN graph of the window over ``rows`` (n, d), for all that needs one; None without rows.  Collective."""
+    """Return the k-NN graph of the window over ``rows`` (n, d), which all its users share; None without rows.  Collective."""
     if rows is None:
         return None
     return follow(context.comm, inputs.kept.graph, own, rows, context.config.graph, context.config.graph.drift, context.device)
 
 
 def edges_on_root(context: RefreshContext, own: IntArray, graph: KeptGraph | None) -> Neighbours | None:
-    """The graph over all samples of the window, rows in order of id, for facility location; on root only, None elsewhere."""
+    """Return the graph over all samples of the window, rows in order of id, for facility location.  Collective.
+
+    On root only; None on the other ranks, and for other objectives.
+    """
     if graph is None or not context.config.covers:
         return None
     local = graph.neighbours()
-    parts = [context.comm.gather(a) for a in (own, local.ids, local.similarity)]
+    parts = [context.comm.gather(array) for array in (own, local.ids, local.similarity)]
     if context.comm.rank != 0:
         return None
     ids, neighbours, similarity = (np.concatenate(part) for part in parts if part is not None)
@@ -170,17 +173,18 @@ def edges_on_root(context: RefreshContext, own: IntArray, graph: KeptGraph | Non
 
 
 def by_role(context: RefreshContext, inputs: RefreshInputs, table: Table[SampleRecords], content: ContentFeatures) -> Seen | None:
-    """Influences collected since the last schedule, core and audit apart, and as predicted; None but on root.  Collective.
+    """Return the influences collected since the last schedule, by role, and their predictions.  Collective.
 
-    From the table, not from what has just come: a checkpoint in between must not change what is seen.
+    On root; None on the other ranks.  They are read from the table, not from the rows just received, because a checkpoint in
+    between must not change them.
     """
     new = (table.last > inputs.since) & bool(len(inputs.core))
     expected = np.full(len(table), np.nan, np.float32)
-    # Labels of a model's first steps mislead: the guard does not judge by what they predict.
+    # Labels of a model's first steps are misleading: the guard does not use predictions from them.
     if context.config.guard.enabled and inputs.since >= context.config.learning and "gradients" in active_parts(context, inputs):
         expected = forecast(context.comm, content, table, ~new, inputs.reference)
     rows = table.rows.take(new)
-    parts = [context.comm.gather(a) for a in (rows.ids, labels(rows, inputs.reference), expected[new])]
+    parts = [context.comm.gather(array) for array in (rows.ids, labels(rows, inputs.reference), expected[new])]
     if any(part is None for part in parts):
         return None
     ids, label, expected = (np.concatenate(part) for part in parts if part is not None)

@@ -1,10 +1,10 @@
-"""A map of the window: where a few of its samples lie by their content, on two axes.
+"""Map a few samples of the window to two axes by their content.
 
-Each sample is its TF-IDF vector, by the formula that the k-NN graph is built from (:mod:`grace_ds.features.tfidf`), with
-document frequencies of the mapped samples alone and of their first tokens only. The axes are the two principal ones: those
-that hold most of the vectors' variance. What the map shows is groups that share words (a language, a kind of junk, copies of
-one text). What it does not show: most of the variance (``explained`` says how little two axes hold of it), so that samples
-which lie together may differ, and nothing of gradients, of the graph's edges or of distances beyond these axes.
+Each sample is represented by its TF-IDF vector, with the formula of the k-NN graph (:mod:`grace_ds.features.tfidf`), but with
+document frequencies of the mapped samples alone and of their first tokens only.  The axes are the two principal ones: those
+that hold most of the vectors' variance.  The map shows groups that share words (a language, a kind of junk, copies of one
+text).  It does not show most of the variance (``explained`` says how little of it two axes hold), so samples that lie close
+together may differ.  It shows nothing of gradients, of the graph's edges or of distances beyond these axes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from grace_ds.records import FloatArray, IntArray
 from grace_ds.selection.gumbel import random_words
 
 POINTS = 1500  # samples mapped
-TOKENS = 512  # of each that are looked at
+TOKENS = 512  # of each sample that are read
 _PURPOSE = 0x3A9
 
 
@@ -39,7 +39,7 @@ class ProjectedSamples:
 
 
 class PCAProjection:
-    """Places of a uniform draw of the window's samples; read once for as long as the draw is the same.  Local, on root.
+    """Maps a uniform draw of the window's samples; the samples are read only when the draw changes.  Local, on root.
 
     Args:
         dataset: the job's, map-style.
@@ -53,24 +53,24 @@ class PCAProjection:
         self._last: ProjectedSamples | None = None
 
     def __call__(self, window: IntArray) -> ProjectedSamples:
-        """Of at most ``POINTS`` of ``window`` (n,) int64, sorted: those that a hash of their ids picks, in any version."""
+        """Map at most ``POINTS`` of ``window`` (n,) int64, sorted: a hash of the ids picks the same samples in every version."""
         ids = window
         if len(window) > POINTS:
             words = random_words(self.seed, 0, _PURPOSE, window)
             ids = window[np.sort(np.argpartition(words, POINTS - 1)[:POINTS])]
         if self._last is None or not np.array_equal(self._last.ids, ids):
-            found = content_features(
+            features = content_features(
                 self.reader, ids, dim=self.dim, seed=self.seed, allreduce=lambda counts: counts, want_density=False
             )
-            assert found.vectors is not None  # they are wanted by default
-            self._last = ProjectedSamples(ids, *principal(found.vectors))
+            assert features.vectors is not None  # they are computed by default
+            self._last = ProjectedSamples(ids, *principal(features.vectors))
         return self._last
 
 
 def principal(vectors: FloatArray) -> tuple[FloatArray, tuple[float, float]]:
-    """(n, 2) float32 of vectors (n, d) on their two principal axes, and the share of their variance on each.
+    """Return vectors (n, d) on their two principal axes, (n, 2) float32, and the share of their variance on each axis.
 
-    Each axis points to where its largest coordinate is positive, so that the same vectors give the same map.
+    The sign of each axis makes its largest coordinate positive, so that the same vectors give the same map.
     """
     centred = vectors.astype(np.float64) - vectors.mean(0, dtype=np.float64)
     values, axes = np.linalg.eigh(centred.T @ centred)
@@ -79,5 +79,5 @@ def principal(vectors: FloatArray) -> tuple[FloatArray, tuple[float, float]]:
     if len(xy):
         xy *= np.where(np.take_along_axis(xy, np.abs(xy).argmax(0)[None], 0) < 0, -1.0, 1.0)
     total = float(values.sum())
-    first, second = (float(v) / total if total > 0 else 0.0 for v in values[-1:-3:-1])
+    first, second = (float(value) / total if total > 0 else 0.0 for value in values[-1:-3:-1])
     return xy.astype(np.float32), (first, second)

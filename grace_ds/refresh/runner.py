@@ -1,7 +1,7 @@
-"""One attempt at a refresh: it counts on every rank, or on none.
+"""Attempt a refresh so that it succeeds on every rank or on none.
 
-Whatever goes wrong on whatever rank, all ranks come out of :meth:`RefreshRunner.run_refresh` with the same answer, and nothing
-of this rank's state has been touched: taking the result over is the caller's.
+Whatever fails on any rank, all ranks leave :meth:`RefreshRunner.run_refresh` with the same outcome, and this rank's state has
+not been changed: the caller takes over the result.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ log = logging.getLogger("grace_ds")
 
 @dataclass(frozen=True)
 class AgreedRefresh:
-    """What a refresh that counts has made, for this rank to take over.
+    """The result of a refresh that succeeded on all ranks, for this rank to take over.
 
     Attributes:
-        inputs: what it was made from; its rows now stand in the outcome's table.
+        inputs: of the refresh; the outcome's table now holds their rows.
         outcome: the schedule and the table; its counts are of all ranks.
         running_mean: of the loss, for :meth:`~grace_ds.gradients.collector.GradientCollector.drained`.
-        fitted: the trusted basis fitted on the way; None where none was.
+        fitted: the trusted basis fitted in this refresh; None if none was.
     """
 
     inputs: RefreshInputs
@@ -48,8 +48,8 @@ class RefreshAttempt:
     """How an attempt ended.
 
     Attributes:
-        fresh: None where it was given up, on every rank.
-        lost: why the transport is finished; None while it works.
+        fresh: the result; None if the attempt was given up, on every rank.
+        lost: the error that has ended the transport; None while it works.
     """
 
     fresh: AgreedRefresh | None
@@ -60,11 +60,11 @@ class RefreshRunner:
     """Attempts refreshes.
 
     Args:
-        pipeline: of the refresh; its ``comm`` is the transport.
-        collector: None where nothing is collected.
-        trust: fits the trusted basis; None without a trusted set.
-        agreement: of last resort.
-        peer_failures: tells a rank that is late from one that is lost.
+        context: of the refresh; its ``comm`` is the transport.
+        collector: None if nothing is collected.
+        influence_probe: fits the trusted basis; None without a trusted set.
+        agreement: decides whether a refresh counts when the transport has failed.
+        peer_failures: distinguishes a late rank from a lost one.
     """
 
     def __init__(
@@ -81,19 +81,19 @@ class RefreshRunner:
         self._attempts = 0
 
     def change(self, context: RefreshContext) -> None:
-        """Goes on with ``context``, without anything that is read from the backward."""
+        """Continue with ``context``, and without anything that is read from the backward."""
         self.context, self.collector, self.influence_probe = context, None, None
 
     def run_refresh(self, step: int, version: int, inputs_of: Callable[[], RefreshInputs]) -> RefreshAttempt:
-        """Makes schedule ``version`` after ``step`` optimizer steps.  Collective; no exception leaves another rank waiting.
+        """Make schedule ``version`` after ``step`` optimizer steps.  Collective; no exception leaves another rank waiting.
 
         Args:
-            stand: gives what this rank knows by itself: all inputs but the rows, with the interval that it would choose.
-                Called in here, so that an error in it is agreed on like any other; it may use the transport.
+            inputs_of: returns what this rank knows locally: all inputs except the rows, with the interval that it would choose.
+                It is called in here, so that an error in it is agreed on like any other; it may use the transport.
 
         Raises:
             PeerLost: a rank's process has ended.
-            ProbeFailed: a probe has failed where other ranks wait for this one in the job's own collective.
+            ProbeFailed: a probe has failed while other ranks wait for this one in the job's own collective.
         """
         self._attempts += 1
         where = f"in refresh {version} at step {step}"
@@ -115,30 +115,32 @@ class RefreshRunner:
             return RefreshAttempt(None, self._tell_others(where))
 
     def _make(self, inputs_of: Callable[[], RefreshInputs]) -> AgreedRefresh:
-        x = inputs_of()
+        inputs = inputs_of()
         # Every rank has its own clock; rank 0's decides.
-        interval = int(self.comm.broadcast(np.array([x.interval], np.int64))[0])
-        reference, fitted = x.reference, None
-        wanted = self._wants_basis(x, interval) and cadence.basis_due(reference, x.version)
+        interval = int(self.comm.broadcast(np.array([inputs.interval], np.int64))[0])
+        reference, fitted = inputs.reference, None
+        wanted = self._wants_basis(inputs, interval) and cadence.basis_due(reference, inputs.version)
         if self.influence_probe is not None and self.influence_probe.ready and wanted:
             with during("trusted basis"):
-                fitted = self.influence_probe.fit(x.version, self.context.pool.window_at(x.version))
-            reference = {**reference, x.version: fitted.unit}
-        x, mean = dataclasses.replace(x, interval=interval, reference=reference), None
+                fitted = self.influence_probe.fit(inputs.version, self.context.pool.window_at(inputs.version))
+            reference = {**reference, inputs.version: fitted.unit}
+        inputs, mean = dataclasses.replace(inputs, interval=interval, reference=reference), None
         if self.collector is not None:
             with during("collect"):
                 collect = self.collector.pending(self.comm)
-            x, mean = dataclasses.replace(x, rows=collect.rows, losses=collect.losses), collect.running_mean
-        weighed = mean is not None and not x.uniform and "loss" in weighed_parts(self.context, x)
+            inputs, mean = dataclasses.replace(inputs, rows=collect.rows, losses=collect.losses), collect.running_mean
+        weighed = mean is not None and not inputs.uniform and "loss" in weighed_parts(self.context, inputs)
         if self.influence_probe is not None and self.influence_probe.ready and mean is not None and weighed:
             with during("trusted losses"):
-                x = dataclasses.replace(x, loss_limits=Limits.around(self.influence_probe.losses(x.version) - np.float32(mean)))
-        outcome = refresh(self.context, x)
+                inputs = dataclasses.replace(
+                    inputs, loss_limits=Limits.around(self.influence_probe.losses(inputs.version) - np.float32(mean))
+                )
+        outcome = refresh(self.context, inputs)
         outcome = dataclasses.replace(outcome, counts=self._of_all_ranks(outcome.counts))
-        return AgreedRefresh(x, outcome, mean, fitted)
+        return AgreedRefresh(inputs, outcome, mean, fitted)
 
     def _of_all_ranks(self, counts: dict[str, float]) -> dict[str, float]:
-        """Counts added up over the ranks, with those of the collection: rank 0 writes them down for everybody."""
+        """Return the counts and those of the collection, summed over the ranks: rank 0 records them for all.  Collective."""
         if self.collector is not None:
             counts = counts | {
                 "rows_dropped": float(self.collector.rows_dropped),
@@ -148,14 +150,18 @@ class RefreshRunner:
         return dict(zip(counts, total.tolist(), strict=True))
 
     def _wants_basis(self, inputs: RefreshInputs, interval: int) -> bool:
-        """Whether a trusted basis can be fitted now, and will be used: not while the guard has stepped down."""
+        """Return whether a trusted basis can be fitted now, and will be used: not while the guard has stepped down."""
         if self.collector is None or not self.collector.sketcher.scale.frozen:
             return False
-        looked_at = "gradients" in active_parts(self.context, inputs)
-        return looked_at and cadence.wants_basis(self.context.config, inputs.step, interval)
+        uses_gradients = "gradients" in active_parts(self.context, inputs)
+        return uses_gradients and cadence.wants_basis(self.context.config, inputs.step, interval)
 
     def _agree(self, where: str) -> TransportError | None:
-        """Returns when the refresh counts on every rank, with what has befallen the transport; raises when it does not."""
+        """Return once the refresh counts on every rank, with the transport's error if it has failed meanwhile.
+
+        Raises:
+            TransportError: the refresh does not count.
+        """
         try:
             with during("agreement"):
                 self.comm.agree()
@@ -163,7 +169,7 @@ class RefreshRunner:
             raise
         except TransportError as error:
             self.peer_failures.check(error, where)  # the store may lie on the host that is lost
-            # Every rank may have come and only the answer been lost: then the others have published, and so must we.
+            # Perhaps every rank has joined and only the answer was lost: then the others have published, and so must this rank.
             if not self.agreement.abort(self._attempts):
                 raise
             return error

@@ -1,7 +1,7 @@
-"""What a refresh knows of every sample of the window, and how it comes to know it.
+"""Compute the signals of every sample of the window from the results of the refresh's stages.
 
-First half of the refresh's own layer (the second is :mod:`grace_ds.refresh.choice`): it puts the stages' results together and
-belongs to none of them.
+This is the first half of the refresh's own layer (the second is :mod:`grace_ds.refresh.choice`), which combines the stages'
+results and belongs to none of them.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ class RefreshContext:
         comm: transport between the data-parallel ranks.
         config: of the run.
         pool: the windows of the corpus.
-        order: of the corpus where nothing is chosen.
+        order: of the corpus, used wherever nothing is chosen.
         batch: samples of one optimizer step over all ranks.
-        contents: content features of the window's samples that this rank owns: those of the last refresh (None: there are
-            none) and the sorted ids now → features in the same order.
+        contents: (features of the last refresh or None, sorted ids) → content features in the order of the ids, of the
+            window's samples that this rank owns.
         include, exclude: sorted ids that every / no coreset holds.
-        sources: ids (n,) → the source of each, (n,) int64; None where they are not known.
+        sources: ids (n,) → the source of each, (n,) int64; None if they are not known.
         trusted: (m, s) float32, content statistics of held-out trusted samples; None without a trusted model.
-        arrange: what root does to a schedule before it is published; None: nothing.
-        chart: root's map of the window's samples (sorted ids in), for ``run_dir``; None: none.
-        device: of the job's model, as torch calls it; the graph is searched and scores are spread there where that can be.
+        arrange: applied by root to a schedule before it is published; None: nothing.
+        chart: sorted ids of the window → map of some of them, on root, for ``run_dir``; None: no map.
+        device: of the job's model, as torch names it; the graph is searched and scores are spread there if possible.
     """
 
     comm: Comm
@@ -79,20 +79,20 @@ class RefreshInputs:
     Attributes:
         rows, losses: collected, and read, since the last refresh, in the order of the steps.
         table, seen: the latest rows and losses of earlier refreshes, of the samples that this rank owns.
-        visit counts: uses of each sample so far (all ranks alike).
+        visits: uses of each sample so far (equal on all ranks).
         step: optimizer steps done.
         version: of the schedule to be made.
         issued: samples over all ranks that this rank's loader has been given.
         interval: optimizer steps until the next refresh.
-        reference: basis version → median influence of trusted samples at its fit; 0 where it is not to be judged by.
+        reference: basis version → median influence of trusted samples at its fit; 0 if it is not usable.
         loss_limits: fitted to trusted samples' losses less the running mean; None if losses are not weighed or cannot be read.
         decision: of the guard for the schedule in force; None before the first.
         since: optimizer steps done when the schedule in force was made.
-        core: (m,) int64: samples that it has chosen; empty for a uniform one.
-        audit: (m,) int64: samples that it holds unchosen; None (shadow mode): all that are not in ``core``.
+        core: (m,) int64: samples that it has chosen; empty for a uniform schedule.
+        audit: (m,) int64: samples that it holds without having chosen them; None (shadow mode): all that are not in ``core``.
         uniform: make a schedule of the whole corpus in uniform order (before ``start_step``, after ``stop_step``).
-        kept: by the refresh before.
-        collect_every: each how many optimizer steps one was collected since.
+        kept: state left by the previous refresh.
+        collect_every: k if every k-th optimizer step was collected since.
     """
 
     rows: SampleRecords
@@ -116,12 +116,12 @@ class RefreshInputs:
 
 
 def active_parts(context: RefreshContext, inputs: RefreshInputs) -> frozenset[str]:
-    """The parts of the recipe that this refresh pays for: those of the schedule in force, all where the guard looks again."""
+    """Return the parts of the recipe that this refresh computes: those of the schedule in force, or all if the guard retests."""
     return context.config.parts - (inputs.decision.unpaid(inputs.version) if inputs.decision is not None else frozenset())
 
 
 def weighed_parts(context: RefreshContext, inputs: RefreshInputs) -> frozenset[str]:
-    """The active parts that a sample may be weighed by: the few influences and losses of a fresh model's first steps mislead."""
+    """Return the active parts that may weigh a sample: not gradients and losses of a fresh model's first steps, which mislead."""
     early = {"gradients", "loss"} if inputs.step < context.config.learning else set()
     return active_parts(context, inputs) - early
 
@@ -135,40 +135,43 @@ def estimate(
     seen: Table[Losses],
     graph: KeptGraph | None,
 ) -> Estimate:
-    """Loss, influence and crowding of every sample of this rank: its own, what its content tells, and along the graph.
+    """Estimate loss, influence and crowding of every sample of this rank.  Collective.
 
-    Collective.
+    The estimates use the sample's own rows, its content, and its neighbours in the graph.
 
     Args:
-        table, seen: the latest row and loss of each sample, those of this refresh among them.
+        own: (n,) int64, sorted, this rank's samples of the window.
+        content: features of these samples.
+        table, seen: the latest row and loss of each sample, those of this refresh included.
+        graph: over the window; None: estimate without one.
     """
-    n, nan, g = len(own), np.float32(np.nan), context.config.graph
+    n, nan, settings = len(own), np.float32(np.nan), context.config.graph
     loss, label = np.full((2, n), nan, np.float32)
-    at, stale = found_in(table, own, inputs.step)
-    if "gradients" in context.config.parts:  # of what is switched off nothing is known
-        label[at >= 0] = labels(table.rows, inputs.reference)[at[at >= 0]]
+    measured_at, stale = found_in(table, own, inputs.step)
+    if "gradients" in context.config.parts:  # nothing is known of parts that are switched off
+        label[measured_at >= 0] = labels(table.rows, inputs.reference)[measured_at[measured_at >= 0]]
     seen_at, unread = found_in(seen if "loss" in context.config.parts else Table(Losses.empty()), own, inputs.step)
     loss[seen_at >= 0] = seen.rows.loss[seen_at[seen_at >= 0]]
     ages = np.floor(np.stack([unread, stale], 1) / context.config.refresh.interval_steps)  # in refreshes
     centre = _exact_mean(context.comm, loss)
-    found = predict_influence(context.comm, content, context.trusted, label, confidence(ages[:, 1], g.decay))
-    # What goes along the edges is centred: the loss by its mean, the influence by what content tells of it already.
-    rest = label - found.fit.predicted if found is not None else np.full(n, nan, np.float32)
+    predicted = predict_influence(context.comm, content, context.trusted, label, confidence(ages[:, 1], settings.decay))
+    # Values that spread along the edges are centred: the loss by its mean, the influence by its prediction from content.
+    rest = label - predicted.fit.predicted if predicted is not None else np.full(n, nan, np.float32)
     values, crowded, disagreement = np.stack([loss - centre, rest], 1), np.full(n, nan, np.float32), np.full(n, nan, np.float32)
     reached = 0
     if graph is not None:
         edges = graph.neighbours()
         similarity, route = edges.similarity, Route.of(context.comm, edges.ids.reshape(-1), own)
-        del edges  # the route has taken the place of its ids
+        del edges  # the route replaces its ids
         result = _along(context, route, values, ages, similarity)
-        # A signal that nobody was measured with stays unknown: shrinking it to a mean of nothing would invent it.
+        # A signal that was measured of no sample stays unknown: there is no mean to shrink it to.
         unseen = context.comm.allreduce(np.isfinite(values).sum(0).astype(np.int64)) == 0
         values, disagreement = to_host(result.values), to_host(result.disagreement)
         values[:, unseen] = np.nan
-        crowded, reached = crowding(similarity), int((to_host(result.reached) & (at < 0) & (seen_at < 0)).sum())
+        crowded, reached = crowding(similarity), int((to_host(result.reached) & (measured_at < 0) & (seen_at < 0)).sum())
     influence = np.full(n, nan, np.float32)
-    if found is not None:
-        influence = found.standard(found.fit.predicted + (np.nan_to_num(values[:, 1]) if graph is not None else 0))
+    if predicted is not None:
+        influence = predicted.standard(predicted.fit.predicted + (np.nan_to_num(values[:, 1]) if graph is not None else 0))
     quality = content.quality if content.quality is not None else np.full(n, nan, np.float32)
     spread_loss = np.asarray(values[:, 0] + centre, np.float32)
     loss_pass = np.full(n, nan, np.float32)
@@ -176,22 +179,26 @@ def estimate(
         loss_pass = inputs.loss_limits.quality(spread_loss[:, None].astype(np.float64)).astype(np.float32)
     since = np.minimum(stale, unread)
     signals = Signals(own, spread_loss, influence, content.density, quality, loss_pass, crowded, since, disagreement)
-    if found is None:
+    if predicted is None:
         return Estimate(signals, reached)
-    return Estimate(signals, reached, found.fit.labels, found.fit.explained)
+    return Estimate(signals, reached, predicted.fit.labels, predicted.fit.explained)
 
 
 def found_in(table: Table[C], own: IntArray, step: int) -> tuple[IntArray, FloatArray]:
-    """(n,) where the samples ``own`` stand in a table, -1 outside of it, and optimizer steps since they were measured, inf."""
-    at = table.lookup(own)
+    """Return the positions of the samples ``own`` (n,) in a table, and the optimizer steps since they were measured.
+
+    Returns:
+        (n,) int64, -1 for samples that the table lacks; and (n,) float32, infinity for those.
+    """
+    position = table.lookup(own)
     since = np.full(len(own), np.inf, np.float32)
-    since[at >= 0] = np.maximum(0, step - table.rows.step[at[at >= 0]])
-    return at, since
+    since[position >= 0] = np.maximum(0, step - table.rows.step[position[position >= 0]])
+    return position, since
 
 
 def _along(context: RefreshContext, route: Route, values: FloatArray, ages: Array, similarity: FloatArray) -> Propagated:
-    """``values`` (n, s), of those ages, spread along the graph; arrays of the device that the run computes on.  Collective."""
-    g = context.config.graph
+    """Return ``values`` (n, s) of these ages spread along the graph, as arrays on the device of the run.  Collective."""
+    graph = context.config.graph
 
     def exchange(facts: Array) -> Any:
         return to_device(route.exchange(to_host(facts)), context.device)
@@ -199,17 +206,17 @@ def _along(context: RefreshContext, route: Route, values: FloatArray, ages: Arra
     arrays = (values, ages, route.place.reshape(similarity.shape), similarity)
     with device_memory(context.device):
         own_values, own_ages, place, close = (to_device(array, context.device) for array in arrays)
-        return propagate(own_values, own_ages, place, close, exchange, hops=g.hops, shrink=g.shrink, decay=g.decay)
+        return propagate(own_values, own_ages, place, close, exchange, hops=graph.hops, shrink=graph.shrink, decay=graph.decay)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is believed of this rank's samples.
+    """The estimated signals of this rank's samples.
 
     Attributes:
         signals: of all of them.
-        reached: how many that were never measured got a loss or an influence along the graph.
-        labels: effective number of influences measured, over all ranks; 0 without any.
+        reached: number of samples that were never measured and got a loss or an influence along the graph.
+        labels: effective number of measured influences, over all ranks; 0 without any.
         explained: share of their variance that content predicts.
     """
 
@@ -220,7 +227,7 @@ class Estimate:
 
 
 def gather_on_root(comm: Comm, signals: Signals) -> Signals | None:
-    """All ranks' signals on root, sorted by id; None on the other ranks."""
+    """Gather all ranks' signals on root, sorted by id; None on the other ranks.  Collective."""
     names = [f.name for f in fields(Signals) if f.name != "ids"]
     ids = comm.gather(signals.ids)
     columns = comm.gather(np.stack([getattr(signals, name) for name in names], 1).astype(np.float32))
@@ -232,7 +239,10 @@ def gather_on_root(comm: Comm, signals: Signals) -> Signals | None:
 
 
 def _exact_mean(comm: Comm, values: Array) -> float:
-    """Mean of the finite entries of all ranks' ``values`` (n,), the same bits for any number of ranks; 0 where there is none."""
+    """Return the mean of the finite entries of all ranks' ``values`` (n,); 0 if there are none.
+
+    Collective; the same bits for any number of ranks.
+    """
     finite = np.isfinite(values)
     grid = np.rint(np.where(finite, np.clip(values, -1e4, 1e4), 0).astype(np.float64) * 2.0**20).astype(np.int64)
     total, count = comm.allreduce(np.array([grid.sum(), finite.sum()], np.int64))

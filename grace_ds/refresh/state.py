@@ -1,8 +1,8 @@
-"""What one refresh leaves to the next, and its files in a checkpoint.
+"""Hold the state that one refresh leaves to the next, and store it in a checkpoint.
 
-A resumed run must go on with the very graph that the undisturbed one has.  What depends on the window alone is computed anew:
-content, and the graph over it, where the window stands still.  The rest is saved: content and counts of a window that
-rolls, the learned parts, and a graph that has been repaired.  Belongs to the refresh's own layer.
+A resumed run must continue with exactly the graph of the uninterrupted run.  State that depends only on the window is
+computed again: content, and the graph over it, if the window does not move.  The rest is saved: content and counts of a
+rolling window, the learned parts, and a graph that has been repaired.  Belongs to the refresh's own layer.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _GRAPH, _LEARNED = ("X", "where", "keys", "depth"), ("step", "values")
 
 @dataclass(frozen=True)
 class RefreshState:
-    """What one refresh leaves to the next, of this rank's samples of the window; None where there is nothing.
+    """What one refresh leaves to the next, of this rank's samples of the window; None for parts that do not exist.
 
     Attributes:
-        content: features; only those of samples that enter the window are computed anew.
-        learned: what the model says of the samples; only of new rows it is computed anew.
-        graph: the k-NN graph; only what has come, gone or moved is searched for anew.
+        content: features; computed only for samples that enter the window.
+        learned: learned parts of the samples; computed again only for samples with new rows.
+        graph: the k-NN graph; searched again only for rows that are new, removed or moved.
     """
 
     content: ContentFeatures | None = None
@@ -42,25 +42,25 @@ class RefreshState:
     graph: KeptGraph | None = None
 
     def save(self, directory: str | os.PathLike[str], rolls: bool, rank: int, world: int) -> tuple[dict[str, str], Columns]:
-        """Writes what a resumed run cannot compute anew.
+        """Write the state that a resumed run cannot compute again.
 
         Args:
             rolls: whether the window moves.
 
         Returns:
-            {file name: digest} of this rank's file, if there is one, and what is equal on all ranks, for rank 0 to write.
+            {file name: digest} of this rank's file, if there is one; and arrays that are equal on all ranks, for rank 0 to write.
         """
         columns: dict[str, Array] = {}
         shared: dict[str, Array] = {}
         if self.content is not None and rolls:
-            columns |= {f"content.{n}": c for n in COLUMNS[1:] if (c := getattr(self.content, n)) is not None}
+            columns |= {f"content.{name}": column for name in COLUMNS[1:] if (column := getattr(self.content, name)) is not None}
             shared |= {f"counts.{name}": value for name, value in vars(self.content.counts).items()}
         if self.learned is not None:
             columns |= {f"learned.{name}": getattr(self.learned, name) for name in _LEARNED}
-        g = self.graph
-        if g is not None and (rolls or self.learned is not None or not g.exact):
-            columns |= {f"graph.{name}": getattr(g, name) for name in _GRAPH}
-            shared |= {"graph.centroids": g.centroids, "graph.facts": np.array([g.k, g.exact], np.int64)}
+        graph = self.graph
+        if graph is not None and (rolls or self.learned is not None or not graph.exact):
+            columns |= {f"graph.{name}": getattr(graph, name) for name in _GRAPH}
+            shared |= {"graph.centroids": graph.centroids, "graph.facts": np.array([graph.k, graph.exact], np.int64)}
         if not columns:
             return {}, {}
         ids = next(part.ids for part in (self.content, self.learned, self.graph) if part is not None)
@@ -70,11 +70,11 @@ class RefreshState:
     def load(
         directory: str | os.PathLike[str], files: Mapping[str, str], shared: Mapping[str, Array], rank: int, world: int
     ) -> RefreshState:
-        """What ``rank`` of ``world`` owns of what any number of ranks has written.
+        """Load what ``rank`` of ``world`` owns, whatever number of ranks wrote it.
 
         Args:
-            files: {file name: digest} of all ranks; none: there was nothing to save.
-            shared: what is equal on all ranks.
+            files: {file name: digest} of all ranks; empty: there was nothing to save.
+            shared: the arrays that are equal on all ranks.
 
         Raises:
             CheckpointError: a file is missing, changed, or of another form.
@@ -98,9 +98,9 @@ class RefreshState:
 def _content(columns: Columns, shared: Mapping[str, Array]) -> ContentFeatures | None:
     if "content.density" not in columns:
         return None
-    found: dict[str, Any] = {name: columns.get(f"content.{name}") for name in COLUMNS[1:]}
+    arrays: dict[str, Any] = {name: columns.get(f"content.{name}") for name in COLUMNS[1:]}
     counts = Counts(*(shared[f"counts.{name}"] for name in COUNTS))
-    return ContentFeatures(columns["ids"], **found, counts=counts)
+    return ContentFeatures(columns["ids"], **arrays, counts=counts)
 
 
 def _learned(columns: Columns) -> Learned | None:

@@ -1,7 +1,7 @@
-"""The table: what this rank remembers of the samples it owns, and its files in a checkpoint.
+"""Keep the latest measurements of the samples that this rank owns in a table, and store it in a checkpoint.
 
-A table is a value: ``merge`` and ``keep`` return a new one, so that a refresh that fails half-way leaves the old table
-as it was.  On disk it is cut by bucket (:mod:`grace_ds.comm.buckets`), so any number of ranks can read what any other number
+A table is immutable: ``merge`` and ``keep`` return a new one, so that a refresh that fails half-way leaves the old table as
+it was.  On disk it is split by bucket (:mod:`grace_ds.comm.buckets`), so any number of ranks can read what any other number
 has written.
 """
 
@@ -27,7 +27,7 @@ SCHEMA = 3
 
 @dataclass(frozen=True)
 class Table(Generic[C]):
-    """The latest of what was measured of each of this rank's samples.
+    """The latest measurement of each of this rank's samples.
 
     Attributes:
         rows: n rows sorted by id, unique.
@@ -49,9 +49,9 @@ class Table(Generic[C]):
         return self.rows.step
 
     def merge(self, rows: C) -> Table[C]:
-        """A table with ``rows`` (any order, repeats allowed) added: of each id the row with the latest step.
+        """Return a table with ``rows`` (any order, repeats allowed) added: of each id the row with the latest step.
 
-        At equal steps the row further back in ``rows`` wins, and any of ``rows`` over the one held so far.
+        At equal steps the row further back in ``rows`` wins, and any of ``rows`` wins over the one held so far.
 
         Raises:
             DataError: a column of ``rows`` has another width.
@@ -70,35 +70,35 @@ class Table(Generic[C]):
         return Table(type(rows)(**merged))
 
     def keep(self, window_ids: IntArray) -> Table[C]:
-        """A table without the samples outside of ``window_ids`` (any order)."""
+        """Return a table without the samples outside of ``window_ids`` (any order)."""
         stays = np.isin(self.ids, window_ids)
-        return self if stays.all() else Table(self.rows.take(stays))  # no second copy of all sketches where none goes
+        return self if stays.all() else Table(self.rows.take(stays))  # no second copy of all sketches if none is dropped
 
     def lookup(self, ids: IntArray) -> IntArray:
-        """Position of each of ``ids`` in this table: (q,) int64, -1 where it has none."""
+        """Return the position of each of ``ids`` in this table: (q,) int64, -1 if the table lacks it."""
         ids = np.asarray(ids, np.int64)
         if not len(self):
             return np.full(len(ids), -1, np.int64)
-        at = np.minimum(np.searchsorted(self.ids, ids), len(self) - 1)
-        return np.where(self.ids[at] == ids, at, -1).astype(np.int64)
+        position = np.minimum(np.searchsorted(self.ids, ids), len(self) - 1)
+        return np.where(self.ids[position] == ids, position, -1).astype(np.int64)
 
     def save(self, directory: str | os.PathLike[str], rank: int, world: int) -> dict[str, str]:
-        """Writes this rank's buckets, atomically; files of another world size in ``directory`` stay untouched.
+        """Write this rank's buckets, atomically; files of another world size in ``directory`` stay untouched.
 
         Returns:
-            {file name: digest}: at most one file, none where this rank owns no bucket.  The checkpoint's manifest needs
-            the union over all ranks.
+            {file name: digest}: at most one file, none if this rank owns no bucket.  The checkpoint's manifest needs the
+            union over all ranks.
         """
         columns = {f.name: getattr(self.rows, f.name) for f in fields(self.rows)}
         return save_columns(directory, self.rows.name, SCHEMA, columns, rank, world)
 
     @staticmethod
     def load(directory: str | os.PathLike[str], files: Mapping[str, str], rank: int, world: int, empty: C) -> Table[C]:
-        """Reads the buckets that ``rank`` of ``world`` owns, whatever the world size was that wrote them.
+        """Load the buckets that ``rank`` of ``world`` owns, whatever world size wrote them.
 
         Args:
             files: {file name: digest} of all ranks that took part in the save.
-            empty: no rows, of the widths that this run has.
+            empty: no rows, with the types and widths of this run.
 
         Raises:
             CheckpointError: a file is missing, changed, of another schema or width, or the files overlap or leave gaps.
@@ -112,7 +112,7 @@ class Table(Generic[C]):
 
 
 def _pick(old: Array, new: Array, index: IntArray) -> Array:
-    """Elements ``index`` of old and new joined, without joining them: sketches are large."""
+    """Return elements ``index`` of the concatenation of old and new, without concatenating them: sketches are large."""
     out = np.empty((len(index), *old.shape[1:]), old.dtype)
     is_new = index >= len(old)
     out[~is_new] = old[index[~is_new]]
@@ -121,15 +121,15 @@ def _pick(old: Array, new: Array, index: IntArray) -> Array:
 
 
 def _parsed(path: Path, columns: dict[str, Array], empty: C) -> C:
-    """The rows of one file, of the types and widths that this run has."""
-    usual = {name: getattr(empty, name) for name in columns}
-    odd = [n for n, found in columns.items() if found.dtype != usual[n].dtype or found.ndim != usual[n].ndim]
+    """Return the rows of one file, checked to have the types and widths of this run."""
+    expected = {name: getattr(empty, name) for name in columns}
+    odd = [name for name, column in columns.items() if column.dtype != expected[name].dtype or column.ndim != expected[name].ndim]
     if odd:
         raise CheckpointError(f"{path} has columns of another type or length: {', '.join(odd)}; load another checkpoint")
-    for name, found in columns.items():
-        if found.shape[1:] != usual[name].shape[1:]:
+    for name, column in columns.items():
+        if column.shape[1:] != expected[name].shape[1:]:
             key = "collect.dim" if name == "sketch" else name
             raise CheckpointError(
-                f"{path} has {name} of width {found.shape[1]}, this run {key}={usual[name].shape[1]}; use the same in both"
+                f"{path} has {name} of width {column.shape[1]}, this run {key}={expected[name].shape[1]}; use the same in both"
             )
     return type(empty)(**columns)

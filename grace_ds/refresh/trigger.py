@@ -1,6 +1,6 @@
-"""When: the steps that are collected, the steps between two refreshes, the steps that a coreset is asked for.
+"""Decide when to collect, when to refresh, and at which steps a coreset is used.
 
-Pure functions of the config and of the number of optimizer steps done.
+These are pure functions of the config and of the number of optimizer steps done.
 """
 
 from __future__ import annotations
@@ -12,44 +12,44 @@ from grace_ds.config.schema import GraceConfig
 
 
 def is_due(config: GraceConfig, step: int, next_refresh: int) -> bool:
-    """Whether a refresh is made after ``step`` steps; not after the last one, whose schedule nobody would train on."""
+    """Return whether a refresh is made after ``step`` steps; not after the last one, whose schedule would not be used."""
     return next_refresh <= step != config.total_steps
 
 
 def collected(config: GraceConfig, step: int, next_refresh: int) -> bool:
-    """Whether rows of the optimizer step after ``step`` can still be of use to a coreset."""
+    """Return whether rows of the optimizer step after ``step`` can still be of use to a coreset."""
     return step >= config.start_step - config.refresh.interval_steps and not _ends(config, step, next_refresh)
 
 
 def is_uniform(config: GraceConfig, step: int) -> bool:
-    """Whether the schedule made at ``step`` is the corpus in uniform order: before ``start_step``, from ``stop_step`` on."""
+    """Return whether the schedule made at ``step`` is in uniform order: before ``start_step``, and from ``stop_step`` on."""
     return step < config.start_step or _stopped(config, step)
 
 
 def wants_basis(config: GraceConfig, step: int, interval: int) -> bool:
-    """Whether rows will be collected with a trusted basis fitted at ``step``, before the refresh ``interval`` steps later."""
+    """Return whether rows will be collected with a trusted basis fitted at ``step``, in the ``interval`` steps after it."""
     return step + interval > config.start_step - config.refresh.interval_steps and not _ends(config, step, step + interval)
 
 
 def basis_due(units: Mapping[int, float], version: int) -> bool:
-    """Whether it is worth fitting a trusted basis with schedule ``version``.
+    """Return whether it is worth fitting a trusted basis with schedule ``version``.
 
-    Always while influences can be judged by; after m bases in a row that could not, 2^m versions after the last of them:
-    what does not help is looked at again, ever more rarely.
+    It always is while the bases are usable.  After m unusable bases in a row the next one is fitted 2^m versions after the
+    last of them, so that an unhelpful basis is retried at growing intervals.
 
     Args:
-        units: version of each basis that was judged → its unit, 0 where it could not be judged by.
+        units: version of each basis that was judged → its unit; 0 if it was not usable.
     """
     judged = sorted(units)
-    misses = next((m for m, v in enumerate(reversed(judged)) if units[v] > 0), len(judged))
+    misses = next((count for count, fitted in enumerate(reversed(judged)) if units[fitted] > 0), len(judged))
     return not misses or version >= judged[-1] + 2**misses
 
 
 def configured_interval(config: GraceConfig, step: int) -> int:
-    """Optimizer steps from ``step`` to the next refresh, as the config has it.
+    """Return the optimizer steps from ``step`` to the next refresh, according to the config.
 
-    The first coreset comes when the warm-up is over.  A run that uses gradients opens in two halves: the first gives the model
-    and the layers' scale that a trusted basis is fitted to, the second the first influences.
+    The first coreset is made when the warm-up is over.  The warm-up of a run that uses gradients has two halves.  The first
+    gives the model and the layers' scale that a trusted basis is fitted to, the second gives the first influences.
     """
     if step < config.start_step:
         return config.start_step - step
@@ -60,11 +60,11 @@ def configured_interval(config: GraceConfig, step: int) -> int:
 
 
 def stretched_interval(config: GraceConfig, step: int, refresh_seconds: float, step_seconds: float | None) -> int:
-    """The configured interval, stretched under ``cadence: adaptive`` so that refreshes stay below ``max_overhead``.
+    """Return the configured interval, stretched under ``cadence: adaptive`` so that refreshes stay below ``max_overhead``.
 
     Args:
-        refresh_seconds: that the last refresh took on this rank.
-        step_seconds: of an optimizer step on this rank, refreshes left out; None while nothing can be said.
+        refresh_seconds: duration of the last refresh on this rank.
+        step_seconds: duration of an optimizer step on this rank, without refreshes; None while it is not known.
     """
     steps = configured_interval(config, step)
     if config.refresh.cadence == "fixed" or step < max(config.start_step, config.warmup_steps) or not step_seconds:
@@ -73,7 +73,7 @@ def stretched_interval(config: GraceConfig, step: int, refresh_seconds: float, s
 
 
 def _ends(config: GraceConfig, step: int, next_refresh: int) -> bool:
-    """Whether no refresh of this run will choose by what is collected after ``step``."""
+    """Return whether no refresh of this run will choose by rows collected after ``step``."""
     return _stopped(config, step) or step < config.total_steps <= next_refresh
 
 

@@ -112,7 +112,7 @@ def test_a_late_rank_is_told_from_a_lost_one(alone: PeerFailureHandler) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         s.listen()
-        alone.call.addresses[1] = s.getsockname()
+        alone.liveness.addresses[1] = s.getsockname()
         alone.check(TransportTimeout("late"), "in refresh 2")  # returns: it lives
 
 
@@ -164,8 +164,8 @@ def test_one_refusal_does_not_say_that_a_process_has_ended(alone: PeerFailureHan
 def test_a_rank_that_only_does_not_answer_ends_nothing(
     alone: PeerFailureHandler, mute: tuple[str, int], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gone = alone.call.addresses[1]
-    alone.call.addresses[1] = mute
+    gone = alone.liveness.addresses[1]
+    alone.liveness.addresses[1] = mute
     with caplog.at_level(logging.WARNING, "grace_ds"):
         alone.check(TransportTimeout("late"), "in refresh 2")  # returns: GRACE freezes, the job goes on
         alone.check(TransportError("broken"), "in refresh 3")
@@ -174,8 +174,8 @@ def test_a_rank_that_only_does_not_answer_ends_nothing(
     assert "noticed by rank 0 in refresh 2" in said[0] and "the job goes on" in said[0]
     end_by(TransportError("x"))  # the job's own collective has failed: now it is the best guess, and said
     assert "lost: rank 1 on b (its host cannot be reached)" in capsys.readouterr().err
-    alone.call.addresses.append(gone)
-    alone.call.names.append("c")
+    alone.liveness.addresses.append(gone)
+    alone.liveness.names.append("c")
     with pytest.raises(PeerLost, match=r"rank 1 on b \(its host .*\), rank 2 on c \(its process has ended\)"):
         alone.check(TransportTimeout("late"), "in refresh 2")
 
@@ -228,6 +228,6 @@ def test_closing_puts_the_hook_back_and_a_rank_by_itself_asks_nobody() -> None:
     before = sys.excepthook
     peer_failures = PeerFailureHandler(LivenessProbe(0, [], []), LocalComm(), lambda: "")
     assert sys.excepthook is not before
-    assert peer_failures.call.absent(patience=60.0) == {}
+    assert peer_failures.liveness.absent(patience=60.0) == {}
     peer_failures.close()
     assert sys.excepthook is before

@@ -1,1 +1,1 @@
-"""GRACE under ``transformers.Trainer``; the public side is :mod:`grace_ds.huggingface`."""
+"""Run GRACE under ``transformers.Trainer``; the public interface is :mod:`grace_ds.huggingface`."""

@@ -1,8 +1,8 @@
-"""One Trainer and GRACE: where its engine is caught, and what its training step tells.
+"""Attach GRACE to one Trainer: find its engine, and follow its training steps.
 
-Three methods are replaced on instances: ``trainer.get_train_dataloader``, whose loader gets ids; ``accelerator.prepare``,
-which makes the engine, after which GRACE is attached, before the Trainer loads a checkpoint into it; and
-``trainer.training_step``, where a batch is really trained on.
+Three methods are replaced on instances.  The loader of ``trainer.get_train_dataloader`` gets ids.  ``accelerator.prepare``
+makes the engine; GRACE is attached right after it, before the Trainer loads a checkpoint.  ``trainer.training_step`` shows
+which batch is really trained on.
 """
 
 from __future__ import annotations
@@ -29,11 +29,16 @@ from grace_ds.utils.methods import replace_method
 
 
 def attach(trainer: Any, user_inputs: UserInputs) -> TrainerJob | None:
-    """Ties GRACE to a Trainer that has not trained yet; None where its config has no block, or one that is not enabled."""
+    """Attach GRACE to a Trainer that has not trained yet; return None if its config has no grace block, or a disabled one.
+
+    Raises:
+        ConfigError: the block is wrong, or the Trainer cannot train on a coreset.
+        DataError: the training set cannot be read by index.
+    """
     refuse_without_deepspeed(trainer)
     ds_config = read_ds_config(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
-    found = find_block(ds_config)
-    config = load_config(found[1], found[0]) if found is not None else None
+    path_and_block = find_block(ds_config)
+    config = load_config(path_and_block[1], path_and_block[0]) if path_and_block is not None else None
     if config is None or not config.enabled:
         return None
     refuse_curriculum(ds_config)
@@ -45,7 +50,7 @@ def attach(trainer: Any, user_inputs: UserInputs) -> TrainerJob | None:
 
 
 class TrainerJob:
-    """GRACE beside one Trainer, over all of its ``train()`` calls.
+    """The state of GRACE for one Trainer, over all of its ``train()`` calls.
 
     Attributes:
         handle: of the engine in training; None before there is one.
@@ -54,7 +59,7 @@ class TrainerJob:
     def __init__(self, trainer: Any, config: GraceConfig, user_inputs: UserInputs) -> None:
         self.trainer, self.config, self.user_inputs = trainer, config, user_inputs
         self.handle: TrainerGrace | None = None
-        self._loader: Any = None  # made for an engine that is still to come
+        self._loader: Any = None  # made before the engine that it is for
         replace_method(trainer, "get_train_dataloader", self._get_train_dataloader)
         replace_method(trainer, "training_step", self._training_step)
         replace_method(trainer.accelerator, "prepare", self._prepare)
@@ -68,12 +73,12 @@ class TrainerJob:
         with left_to_attach():
             result = original(*args, **kwargs)
         engine = _engine_in(result)
-        # ``evaluate`` makes an engine of its own under ZeRO-3, which is not for training.
+        # Under ZeRO-3 ``evaluate`` makes another engine, which is not for training.
         if engine is not None and self._loader is not None and self.trainer.is_in_train:
             loader, self._loader = self._loader, None
             if self.handle is not None:
                 self.handle.detach()
-            self.handle = TrainerGrace(self.trainer, engine, loader, self.config, self._extras(loader))
+            self.handle = TrainerGrace(self.trainer, engine, loader, self.config, self._completed_inputs(loader))
         return result
 
     def _training_step(self, original: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -85,28 +90,28 @@ class TrainerJob:
         self.handle.begin(inputs, args[0] if args else kwargs.get("num_items_in_batch"))
         return original(model, inputs, *args, **kwargs)
 
-    def _extras(self, loader: Any) -> UserInputs:
-        """What the user has handed over, with what the Trainer knows anyway."""
-        trainer, given = self.trainer, self.user_inputs
-        validation = given.validation_data
-        if validation is None and (given.trusted_data is not None or self.config.trusted is not None):
+    def _completed_inputs(self, loader: Any) -> UserInputs:
+        """Return the user's inputs, completed by what the Trainer knows."""
+        trainer, inputs = self.trainer, self.user_inputs
+        validation = inputs.validation_data
+        if validation is None and (inputs.trusted_data is not None or self.config.trusted is not None):
             validation = _joined(trainer.eval_dataset)
         return dataclasses.replace(
-            given,
-            trusted_data=self._like_the_pool(given.trusted_data),
+            inputs,
+            trusted_data=self._like_the_pool(inputs.trusted_data),
             validation_data=validation,
-            loss_fn=given.loss_fn or self._mean_loss,
+            loss_fn=inputs.loss_fn or self._mean_loss,
             order=order_of(loader.batch_sampler.shuffler, len(loader.dataset.base), self.config.seed),
         )
 
     def _like_the_pool(self, data: Any) -> Any:
-        """A trusted set of the ``datasets`` library without the columns that the Trainer takes from its training set."""
+        """Return a trusted set of the ``datasets`` library without the columns that the Trainer removes from its training set."""
         if data is None or not hasattr(data, "column_names"):
             return data
         return self.trainer._remove_unused_columns(data, description="trusted")
 
     def _mean_loss(self, module: torch.nn.Module, batch: Any) -> torch.Tensor:
-        """The Trainer's own loss, as the mean over the batch's tokens: without the accumulated batch's token count."""
+        """Return the Trainer's own loss as the mean over the batch's tokens: without the accumulated batch's token count."""
         loss: torch.Tensor = self.trainer.compute_loss(module, self.trainer._prepare_inputs(batch))
         return loss
 
@@ -117,14 +122,18 @@ class TrainerGrace(Grace):
     def __init__(self, trainer: Any, engine: Any, loader: Any, config: GraceConfig, user_inputs: UserInputs) -> None:
         self.trainer = trainer
         self.batches: ScheduleBatches = loader.batch_sampler
-        self._items: Any = None  # tokens that the step's losses are divided by; None: each micro-batch by its own
+        self._items: Any = None  # tokens that the step's losses are divided by; None: each micro-batch by its own number
         self._first = True
         super().__init__(engine, loader.dataset.base, config, loader.collate_fn._collate_ids.collate, user_inputs)
         stream = self.controller.sampler
         self.batches.stream = stream if isinstance(stream, StreamSampler) else None
 
     def feed(self) -> Any:
-        """Not here: the Trainer has its loader."""
+        """Raise an error: the Trainer has its own loader.
+
+        Raises:
+            ConfigError: always.
+        """
         raise ConfigError("a Trainer feeds its own engine; call trainer.train()")
 
     def _stream_sampler(self, geometry: Geometry, samples: int) -> StreamSampler:
@@ -137,41 +146,41 @@ class TrainerGrace(Grace):
         return StreamSampler(self.controller.book, geometry, len(self.batches), samples)
 
     def attach_hooks(self) -> None:
-        """As on every engine; loading a checkpoint also says what the Trainer will skip."""
+        """Attach the hooks of every engine; loading a checkpoint also finds how many micro-batches the Trainer will skip."""
         super().attach_hooks()
         self._restore.append(replace_method(self.engine, "load_checkpoint", self._load))
 
     def _load(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        trainer, gas = self.trainer, self.trainer.args.gradient_accumulation_steps
-        updates = max(math.ceil(len(self.batches) / gas), 1)  # of an epoch, as the Trainer counts them
+        trainer, accumulation = self.trainer, self.trainer.args.gradient_accumulation_steps
+        updates = max(math.ceil(len(self.batches) / accumulation), 1)  # of an epoch, as the Trainer counts them
         skips = not trainer.args.ignore_data_skip
-        self.batches.skipped = trainer.state.global_step % updates * gas if skips else 0
+        self.batches.skipped = trainer.state.global_step % updates * accumulation if skips else 0
         self._first = True
         return result
 
     # -- the micro-batch -----------------------------------------------------------------------------------------------
 
     def begin(self, inputs: Any, items: Any) -> None:
-        """At the start of a training step: the batch's ids are taken out of it, and it is known to be out.
+        """Start a training step: take the ids out of its batch, and record the batch as in flight.
 
         Args:
             inputs: the Trainer's batch.
             items: tokens that the losses of the step's micro-batches are divided by, of all ranks or of this one; None:
-                each is a mean.
+                each loss is a mean.
 
         Raises:
-            GraceError: the batch is not the schedule's, or the Trainer has passed over samples of it.
+            GraceError: the batch is not the schedule's, or the Trainer has skipped samples of it.
         """
-        found, stream = take_ids(inputs), self.controller.sampler
-        if stream is not None and (found is None or int(found[0]) < 0):
+        taken, stream = take_ids(inputs), self.controller.sampler
+        if stream is not None and (taken is None or int(taken[0]) < 0):
             raise GraceError(
                 "a training batch does not come from the schedule: it was made by hand, or train() was called a second time on "
                 "the same engine; leave the Trainer's loader and batches as they are, and make a new Trainer to train again"
             )
-        if found is None:  # shadow mode, and a batch of the job's own making
+        if taken is None:  # shadow mode, and a batch that the job has made itself
             return
-        positions, ids = found
+        positions, ids = taken
         self._items = items
         micro = int(positions[0]) // self.controller.geometry.micro
         if self._first and stream is not None and micro != stream.frontier:
@@ -183,7 +192,10 @@ class TrainerGrace(Grace):
         self.controller.in_flight.issue(positions, ids, inputs)
 
     def _grad_scale(self) -> float:
-        """The Trainer divides losses itself: by all tokens of the accumulated batch, or by its micro-batches."""
+        """Return the scale of the step's gradients under the Trainer, which divides its losses itself.
+
+        It divides them by all tokens of the accumulated batch, or by the number of its micro-batches.
+        """
         trainer, collector = self.trainer, self.controller.collector
         if collector is None:
             return 1.0
@@ -196,7 +208,7 @@ class TrainerGrace(Grace):
 
 
 def _engine_in(result: Any) -> Any:
-    """The DeepSpeed engine among what ``accelerator.prepare`` has returned; None where there is none."""
+    """Return the DeepSpeed engine among the results of ``accelerator.prepare``; None if there is none."""
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     parts = result if isinstance(result, tuple | list) else (result,)
@@ -204,7 +216,7 @@ def _engine_in(result: Any) -> Any:
 
 
 def _joined(data: Any) -> Any:
-    """A Trainer's evaluation set as one map-style dataset; None where it has none that can be read by index."""
+    """Return a Trainer's evaluation set as one map-style dataset; None if it has none that can be read by index."""
     parts = list(data.values()) if isinstance(data, dict) else [data]
     if any(not (hasattr(part, "__len__") and hasattr(part, "__getitem__")) for part in parts):
         return None

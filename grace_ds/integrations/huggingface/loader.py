@@ -1,8 +1,8 @@
-"""The Trainer's training loader with the schedule in it.
+"""Rebuild the Trainer's training loader so that it reads the schedule.
 
-Accelerate reads one batch ahead, moves batches, rebuilds the loader to skip what was trained on before a resume, and has a
-loader class of its own.  So nothing is wrapped around the loader: positions and ids ride inside each batch, under a key that is
-taken out right before the training step, and of the loader only the dataset, the batch sampler and the collate function are ours.
+Accelerate reads one batch ahead, moves batches, rebuilds the loader to skip what was trained on before a resume, and has its
+own loader class.  So the loader is not wrapped.  Each batch carries its positions and ids under a key that is removed right
+before the training step, and only the loader's dataset, batch sampler and collate function are replaced.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from grace_ds.errors import ConfigError, DataError, GraceError
 from grace_ds.records import IntArray
 
 KEY = "grace_ds_ids"
-_DROPPED = (-2, -2)  # stands for a sample of a batch that the Trainer is to skip and never to read
+_DROPPED = (-2, -2)  # index of a sample in a batch that the Trainer must skip without reading it
 
-# What a loader passes on when it is rebuilt; accelerate does the same to skip batches.
+# Options that a rebuilt loader keeps; accelerate does the same to skip batches.
 _OPTIONS = (
     "num_workers",
     "pin_memory",
@@ -41,11 +41,11 @@ _OPTIONS = (
 
 @dataclass(frozen=True, eq=False)
 class BatchIds:
-    """Which samples a batch holds.  No tensor, so that nobody moves it to a device.
+    """The samples of a batch.  Not a tensor, so that it is not moved to a device.
 
     Attributes:
         first: position of its first sample; -1 in a batch of the job's own order.
-        ids: (rows,) int64, dataset ids of its rows; -1 where the collate function hid which sample a row is.
+        ids: (rows,) int64, dataset ids of its rows; -1 if the collate function hides which sample a row is.
     """
 
     first: int
@@ -53,7 +53,7 @@ class BatchIds:
 
 
 class TrainerDataset(IdDataset):
-    """The training set with pairs (position, id) for indices."""
+    """The training set, indexed by pairs (position, id)."""
 
     def __init__(self, base: Any) -> None:
         super().__init__(base)
@@ -80,7 +80,11 @@ class TrainerCollate:
         self._collate_ids = IdCollate(collate)
 
     def __call__(self, items: list[tuple[int, int, Any]]) -> Any:
-        """Collates ``items`` of a :class:`TrainerDataset`."""
+        """Collate ``items`` of a :class:`TrainerDataset`.
+
+        Raises:
+            DataError: the job's collate function returns no mapping.
+        """
         positions, ids, batch = self._collate_ids(items)
         if not isinstance(batch, MutableMapping):
             raise DataError(f"data_collator returned a {type(batch).__name__}; a Trainer's batches are dicts: return one")
@@ -89,14 +93,15 @@ class TrainerCollate:
 
 
 class ScheduleBatches(BatchSampler):
-    """This rank's micro-batches of an epoch: of the schedule once GRACE has an engine, of the job's own order before.
+    """This rank's micro-batches of an epoch: those of the schedule once GRACE has an engine, the job's own before that.
 
     Args:
-        own: the job's, of this rank; its attributes are seen through this one, as accelerate sets epochs on them.
+        own: the job's batch sampler of this rank; its attributes are visible through this one, because accelerate sets epochs
+            on them.
 
     Attributes:
         stream: the schedule's pairs; None before there is an engine, and in shadow mode.
-        skipped: micro-batches that the Trainer is going to drop at the start of the next iteration.
+        skipped: micro-batches that the Trainer will drop at the start of the next iteration.
     """
 
     def __init__(self, own: Any) -> None:
@@ -108,14 +113,16 @@ class ScheduleBatches(BatchSampler):
         return len(self.own)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "own":  # while it is unpickled
+        if name == "own":  # while this object is unpickled
             raise AttributeError(name)
         return getattr(self.own, name)
 
     @property
     def shuffler(self) -> Any:
-        """The sampler that the job's batches are cut from; None where there is none to be found."""
-        return getattr(getattr(self.own, "batch_sampler", self.own), "sampler", None)  # of several ranks accelerate wraps it
+        """The sampler that the job's batches are cut from; None if it cannot be found."""
+        return getattr(
+            getattr(self.own, "batch_sampler", self.own), "sampler", None
+        )  # accelerate wraps it if there are several ranks
 
     def __iter__(self) -> Iterator[Any]:
         if self.stream is None:
@@ -124,17 +131,17 @@ class ScheduleBatches(BatchSampler):
         skipped, self.skipped = self.skipped, 0
         for _ in range(skipped):
             yield [_DROPPED]
-        # The stream begins where training stands, whatever a loader had read ahead.
+        # The stream begins at the position of training, whatever a loader had read ahead.
         pairs = iter(self.stream)
         for _ in range(len(self) - skipped):
             yield list(islice(pairs, self.stream.geometry.rows))
 
 
 def rebuilt(stock: Any) -> Any:
-    """The Trainer's prepared training loader, of the same class and options, with positions and ids.
+    """Return the Trainer's prepared training loader, with the same class and options, and with positions and ids.
 
     Raises:
-        ConfigError: it is of a kind whose batches do not stay on the rank that reads them.
+        ConfigError: its class sends batches to other ranks than the one that reads them.
     """
     from accelerate.data_loader import DataLoaderShard
 
@@ -157,8 +164,8 @@ def rebuilt(stock: Any) -> Any:
 
 
 def take_ids(inputs: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(positions (1,), ids (rows,)), both int64, out of a batch; None where it holds none."""
-    found = inputs.pop(KEY, None) if isinstance(inputs, MutableMapping) else None
-    if found is None:
+    """Remove and return (positions (1,), ids (rows,)), both int64, of a batch; None if it holds none."""
+    batch_ids = inputs.pop(KEY, None) if isinstance(inputs, MutableMapping) else None
+    if batch_ids is None:
         return None
-    return torch.tensor([found.first]), torch.from_numpy(np.asarray(found.ids, np.int64))
+    return torch.tensor([batch_ids.first]), torch.from_numpy(np.asarray(batch_ids.ids, np.int64))

@@ -1,4 +1,4 @@
-"""What a Trainer may ask for that a coreset cannot give: said before training, with the value and the cure."""
+"""Refuse Trainer settings that a coreset cannot satisfy, before training, with the value and the cure."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from grace_ds.errors import ConfigError, DataError
 
 
 def refuse_without_deepspeed(trainer: Any) -> None:
-    """GRACE is tied to a DeepSpeed engine.
+    """Refuse a Trainer without DeepSpeed, because GRACE needs its engine.
 
     Raises:
-        ConfigError: the Trainer will not make one.
+        ConfigError: the Trainer will not make a DeepSpeed engine.
     """
     if not getattr(trainer, "is_deepspeed_enabled", False):
         raise ConfigError(
@@ -24,7 +24,7 @@ def refuse_without_deepspeed(trainer: Any) -> None:
 
 
 def refuse_data(trainer: Any) -> None:
-    """A coreset is drawn by id.
+    """Refuse a training set without ids, because a coreset is drawn by id.
 
     Raises:
         ConfigError: there is no training set.
@@ -42,14 +42,14 @@ def refuse_data(trainer: Any) -> None:
 
 
 def refuse_settings(trainer: Any, config: GraceConfig) -> None:
-    """Settings under which batches are not what positions are counted in.
+    """Refuse settings under which the batches would not be the units in which positions are counted.
 
     Raises:
-        ConfigError: names the setting, its value and the cure.
+        ConfigError: a setting is of this kind; with its name, its value and the cure.
     """
     args = trainer.args
     accelerate = args.accelerator_config
-    asked = [
+    settings = [
         ("auto_find_batch_size", args.auto_find_batch_size, "the batch would change under the schedule: set it to False"),
         (
             "accelerator_config.dispatch_batches",
@@ -66,11 +66,13 @@ def refuse_settings(trainer: Any, config: GraceConfig) -> None:
     strategy = getattr(args, "train_sampling_strategy", "random")
     strategy = getattr(strategy, "value", strategy)
     fixed = ("random",) if config.mode == "train" else ("random", "sequential")
-    asked.append(("train_sampling_strategy", strategy if strategy not in fixed else False, _OWN_ORDER))
+    settings.append(("train_sampling_strategy", strategy if strategy not in fixed else False, _OWN_ORDER))
     for name in ("tp", "cp", "sp"):
         size = getattr(trainer, f"get_{name}_size", lambda: 1)()
-        asked.append((f"{name}_size", size if size > 1 else False, "ranks that share samples were not tried here: set it to 1"))
-    for name, value, cure in asked:
+        settings.append(
+            (f"{name}_size", size if size > 1 else False, "ranks that share samples were not tried here: set it to 1")
+        )
+    for name, value, cure in settings:
         if value:
             raise ConfigError(f"TrainingArguments: {name} = {value!r} cannot be had with GRACE: {cure}")
 

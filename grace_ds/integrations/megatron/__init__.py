@@ -1,1 +1,1 @@
-"""GRACE in a Megatron job: the training dataset wrapped, the optimizer's steps counted; see :mod:`grace_ds.megatron`."""
+"""Run GRACE in a Megatron job: wrap the training dataset, count the optimizer's steps; see :mod:`grace_ds.megatron`."""

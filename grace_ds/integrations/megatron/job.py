@@ -1,8 +1,8 @@
-"""One Megatron job: the dataset's side (:func:`wrap`) and the model's side (:func:`attach`), brought together here.
+"""Run one Megatron job: connect the dataset's side (:func:`wrap`) and the model's side (:func:`attach`).
 
-Position p of the run is row ``p`` of what Megatron's sampler walks through, ``consumed_samples`` is where it stands, and a
-refresh is made right after the optimizer's step: there every rank comes by once a step, whatever the pipeline does, whether
-the step was run twice, and whether it was applied.  Only ranks that hold the dataset take part in it; the others see no
+Position p of the run is row ``p`` of what Megatron's sampler iterates over, and ``consumed_samples`` is the current position.
+A refresh is made right after the optimizer's step, which every rank makes once per step, whatever the pipeline does, whether
+the step was run twice, and whether it was applied.  Only ranks that hold the dataset take part in a refresh; the others see no
 data and need no schedule.
 """
 
@@ -47,7 +47,7 @@ log = logging.getLogger("grace_ds")
 
 
 class Position:
-    """Where the run stands, in micro-batches over all ranks; a :class:`~grace_ds.data.sampler.Stream`."""
+    """The position of the run, in micro-batches over all ranks; a :class:`~grace_ds.data.sampler.Stream`."""
 
     def __init__(self, frontier: int) -> None:
         self.frontier = self.issued = frontier
@@ -58,12 +58,12 @@ class Feed:
 
     Args:
         controller: without hooks on any engine; driven by :meth:`after_step`.
-        corpus: what its ids mean.
+        corpus: defines what the ids mean.
         facts: of the job.
-        train: whether the schedule is fed; else the job's own order is, and the rest is for the log.
+        train: whether the job trains on the schedule; otherwise it keeps its own order, and the schedule is only logged.
 
     Attributes:
-        ring: None where the schedule is not fed.
+        ring: None if the job does not train on the schedule.
     """
 
     def __init__(self, controller: Controller, corpus: Corpus, facts: Facts, train: bool) -> None:
@@ -71,78 +71,90 @@ class Feed:
         self.position = Position(facts.consumed // facts.geometry.micro)
         self.ring: Ring | None = None
         if train:
-            c = controller.config
-            interval = max(c.refresh.interval_steps, c.start_step, 1)
+            config = controller.config
+            interval = max(config.refresh.interval_steps, config.start_step, 1)
             self.ring = Ring((2 * interval + facts.lag + 1) * facts.geometry.batch)
             controller.sampler = self.position
 
     def start(self, run_dir: str | None) -> None:
-        """Takes the run up, or makes its first schedule.  Collective over the ranks with data."""
-        c, facts = self.controller, self.facts
-        step, replay = facts.consumed // facts.geometry.batch, c.config.replay is not None
-        if facts.consumed and not replay and resume(c, run_dir, self.corpus.digest, step, facts.consumed):
-            log.info("step %d: %d schedules taken up from %s", step, len(c.book.schedules), run_dir)
+        """Resume the run, or make its first schedule.  Collective over the ranks with data.
+
+        Raises:
+            CheckpointError: the run cannot be resumed from ``run_dir``; on every rank.
+        """
+        controller, facts = self.controller, self.facts
+        step, replay = facts.consumed // facts.geometry.batch, controller.config.replay is not None
+        if facts.consumed and not replay and resume(controller, run_dir, self.corpus.digest, step, facts.consumed):
+            log.info("step %d: %d schedules taken up from %s", step, len(controller.book.schedules), run_dir)
         else:
             self._begin(run_dir, step)
-        run_on_all_ranks(c.comm, lambda: self._keep(run_dir))
-        c.recorder.settle()
+        run_on_all_ranks(controller.comm, lambda: self._keep(run_dir))
+        controller.recorder.settle()
         self._publish()
 
     def _begin(self, run_dir: str | None, step: int) -> None:
-        """Makes the run's first schedule, wherever the job stands."""
-        c, consumed, replay = self.controller, self.facts.consumed, self.controller.config.replay is not None
-        if consumed and not replay and c.config.checkpoint.on_missing_state == "error":
+        """Make the run's first schedule, at whatever step the job is."""
+        controller, consumed, replay = self.controller, self.facts.consumed, self.controller.config.replay is not None
+        if consumed and not replay and controller.config.checkpoint.on_missing_state == "error":
             raise CheckpointError(
                 f"{consumed} samples are consumed, and run_dir {run_dir} holds no schedule of this run; set "
                 "checkpoint.on_missing_state: rebuild to begin a coreset here"
             )
         if run_dir is not None and not replay:
-            run_on_all_ranks(c.comm, lambda: begin(run_dir) if c.comm.rank == 0 else None)
+            run_on_all_ranks(controller.comm, lambda: begin(run_dir) if controller.comm.rank == 0 else None)
         if consumed:
             if not replay:
                 log.warning("%d samples are consumed, and run_dir %s holds no schedule: a coreset is begun", consumed, run_dir)
-            c.begin_at(step, consumed)
+            controller.begin_at(step, consumed)
         if replay or not consumed:
-            c.start()
+            controller.start()
 
     def _keep(self, run_dir: str | None) -> None:
-        """Writes down what the run is, on one rank."""
+        """Record what the run is, on rank 0."""
         if run_dir is not None and self.controller.comm.rank == 0:
             keep_facts(run_dir, self.corpus.digest, len(self.corpus), self.facts.geometry.batch)
             keep_config(self.controller.config)
 
     def after_step(self, applied: bool) -> None:
-        """To be called after the optimizer's step, on every rank with data.  Collective where a refresh is due."""
-        g = self.facts.geometry
-        cursor = self.facts.cursor_after(self.controller.cursor + g.batch)
-        self.position.frontier = cursor // g.micro
-        self.position.issued = self.position.frontier + self.facts.lag * g.accumulation
-        self.controller.after_step(cursor // g.batch, applied, 1.0)
+        """Follow an optimizer step; call it on every rank with data.  Collective if a refresh is due.
+
+        Args:
+            applied: False if the step was skipped for an overflow.
+        """
+        geometry = self.facts.geometry
+        cursor = self.facts.cursor_after(self.controller.cursor + geometry.batch)
+        self.position.frontier = cursor // geometry.micro
+        self.position.issued = self.position.frontier + self.facts.lag * geometry.accumulation
+        self.controller.after_step(cursor // geometry.batch, applied, 1.0)
         self._publish()
 
     def slots(self, start: int, count: int) -> ScheduleSlice:
-        """The samples of positions ``start … start + count - 1``, for whoever has to know what a step consists of."""
+        """Return the samples of positions ``start … start + count - 1``."""
         return self.controller.book.slots(start, count)
 
     def ids(self, step: int, micro: int) -> IntArray:
-        """(rows,) int64: this data-parallel rank's samples of micro-batch ``micro`` of the step after ``step`` steps."""
+        """Return this data-parallel rank's samples of micro-batch ``micro`` of the step after ``step`` steps: (rows,) int64.
+
+        Raises:
+            ConfigError: the job does not train on the schedule.
+        """
         if self.ring is None:
             raise ConfigError("mode: shadow leaves the job its own order, and its samples have no ids here; use mode: train")
-        g = self.facts.geometry
-        start = step * g.batch + micro * g.micro + g.rank * g.rows
-        return self.slots(start, g.rows).ids
+        geometry = self.facts.geometry
+        start = step * geometry.batch + micro * geometry.micro + geometry.rank * geometry.rows
+        return self.slots(start, geometry.rows).ids
 
     def _publish(self) -> None:
-        """Tells the workers everything up to where the next schedule may begin, as far as the ring reaches."""
+        """Publish to the data workers the ids up to where the next schedule may begin, as far as the ring reaches."""
         if self.ring is None:
             return
-        c, g = self.controller, self.facts.geometry
-        fence = (max(c.next_refresh, c.step + 1) + self.facts.lag) * g.batch
-        if c.frozen or c.config.replay is not None:
-            fence = c.cursor + self.ring.capacity
-        start, end = max(self.ring.end, c.cursor), min(fence, c.cursor + self.ring.capacity)
+        controller, geometry = self.controller, self.facts.geometry
+        fence = (max(controller.next_refresh, controller.step + 1) + self.facts.lag) * geometry.batch
+        if controller.frozen or controller.config.replay is not None:
+            fence = controller.cursor + self.ring.capacity
+        start, end = max(self.ring.end, controller.cursor), min(fence, controller.cursor + self.ring.capacity)
         if end > start:
-            self.ring.write(start, c.book.slots(start, end - start).ids)
+            self.ring.write(start, controller.book.slots(start, end - start).ids)
 
 
 class Job:
@@ -159,7 +171,7 @@ class Job:
         self._restore: list[Callable[[], None]] = []
 
     def attach(self, model: nn.Module, optimizer: Any) -> None:
-        """Watches ``model`` for its first training forward, which tells the optimizer where none is given."""
+        """Follow ``optimizer``, or the one that the first training forward of ``model`` reveals if none is given."""
         if optimizer is not None:
             self._follow(optimizer)
             return
@@ -168,7 +180,7 @@ class Job:
             self._restore.append(chunk.register_forward_pre_hook(self._find_optimizer).remove)
 
     def detach(self) -> None:
-        """Takes everything off again and closes the transport."""
+        """Remove all hooks and replaced methods, and close the transport."""
         while self._restore:
             self._restore.pop()()
         self._optimizer = None
@@ -232,14 +244,14 @@ def wrap(
     if not grace.enabled:
         job.wrapped = True
         return train_ds
-    _speak_up()
+    _log_to_screen()
     settle(grace)
     check_world_size(dist.get_world_size() if dist.is_initialized() else 1, os.environ)
     facts = facts_of(consumed_samples, micro_batch_size, global_batch_size, num_workers, lag)
-    # The first schedule is used until the second takes over, ``lag`` steps after it is made.
+    # The first schedule is used until the second one takes over, ``lag`` steps after the second one is made.
     grace.refresh.slack_steps = max(slack(grace, grace.refresh.interval_steps), facts.lag)
     comm = transport(grace, train_ds is not None)
-    call = LivenessProbe.open(os.environ)
+    liveness = LivenessProbe.open(os.environ)
     corpus = corpus_on_all_ranks(train_ds)
     job.wrapped = True
     if train_ds is None or corpus is None:
@@ -249,17 +261,17 @@ def wrap(
     parts: Components = run_on_all_ranks(comm, lambda: prepare(texts, grace, facts.geometry, user_inputs))
     blend = corpus.blend
     arrange = None if blend is None else lambda schedule: follow(blend, schedule)
-    pipeline = refresh_context(comm, grace, facts.geometry, parts, arrange)
+    context = refresh_context(comm, grace, facts.geometry, parts, arrange)
     show = preview_of(texts, grace.features.tokens_key)
     agreement = agreement_of(comm)
-    controller = Controller(grace, facts.geometry, pipeline, None, agreement, call, None, lambda *_: None, show)
+    controller = Controller(grace, facts.geometry, context, None, agreement, liveness, None, lambda *_: None, show)
     job.feed = Feed(controller, corpus, facts, grace.mode == "train")
     job.feed.start(grace.run_dir)
     return train_ds if job.feed.ring is None else Scheduled(corpus, job.feed.ring, len(train_ds))
 
 
-def _speak_up() -> None:
-    """Where the job has set up no logging, rank 0 says on the screen what GRACE chose."""
+def _log_to_screen() -> None:
+    """Log to the screen on rank 0 if the job has set up no logging."""
     if log.hasHandlers():
         return
     handler = logging.StreamHandler(sys.stdout)
@@ -269,11 +281,15 @@ def _speak_up() -> None:
 
 
 def settle(config: GraceConfig) -> None:
-    """Makes ``recipe: auto`` the most that works in a Megatron job; raises a ConfigError for what does not."""
-    most = recipe(config.recipe)
-    if config.recipe == AUTO and config.collects and most.fallback is not None:
-        log.info("recipe: auto is %s in a Megatron job, which gradients cannot be read from yet", most.fallback)
-        config.recipe, config.ablate = most.fallback, []
+    """Replace ``recipe: auto`` by the most capable recipe that works in a Megatron job; changes ``config`` in place.
+
+    Raises:
+        ConfigError: the config asks for something that does not work in a Megatron job.
+    """
+    requested = recipe(config.recipe)
+    if config.recipe == AUTO and config.collects and requested.fallback is not None:
+        log.info("recipe: auto is %s in a Megatron job, which gradients cannot be read from yet", requested.fallback)
+        config.recipe, config.ablate = requested.fallback, []
     if config.collects:
         raise ConfigError(
             f"recipe: {config.recipe} cannot run in a Megatron job yet: influence needs the second moments of whole layers, and "
@@ -284,7 +300,16 @@ def settle(config: GraceConfig) -> None:
 
 
 def transport(config: GraceConfig, data: bool) -> Comm:
-    """Between the ranks that hold the dataset; every other rank is alone.  Collective over all ranks."""
+    """Return the transport between the ranks that hold the dataset; any other rank gets one for itself alone.
+
+    Collective over all ranks.
+
+    Args:
+        data: whether this rank holds the dataset.
+
+    Raises:
+        ConfigError: no rank holds a dataset.
+    """
     if not dist.is_initialized():
         return choose(config.comm, timeout=within_job_limit(config.refresh.timeout_seconds))
     holding: list[Any] = [None] * dist.get_world_size()
@@ -299,7 +324,7 @@ def transport(config: GraceConfig, data: bool) -> Comm:
 
 
 def corpus_on_all_ranks(train_ds: Any) -> Corpus | None:
-    """The corpus, built in step with all ranks."""
+    """Return the corpus.  Collective: rank 0 builds what is not cached, then the other ranks read it."""
     if not dist.is_initialized():
         return one_epoch(train_ds, True, lambda: None)
     return one_epoch(train_ds, dist.get_rank() == 0, dist.barrier)

@@ -1,4 +1,4 @@
-"""What must be known of a Megatron job: where it stands, its batches, how far its data workers run ahead."""
+"""Read what GRACE must know of a Megatron job: its position, its batches, and how far its data workers run ahead."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _PREFETCH = 2  # micro-batches that torch's loader keeps in flight for each work
 
 @dataclass(frozen=True)
 class Facts:
-    """Of one job.
+    """The facts of one job.
 
     Attributes:
-        geometry: how positions map to data-parallel ranks; that of Megatron's ``single`` sampler.
+        geometry: how positions map to data-parallel ranks, as in Megatron's ``single`` sampler.
         consumed: samples trained on when the run began or was resumed.
         lag: optimizer steps by which a schedule is published ahead of its first sample.
         args: Megatron-LM's own arguments; None without its training loop.
@@ -29,9 +29,9 @@ class Facts:
     args: Any = None
 
     def cursor_after(self, counted: int) -> int:
-        """Samples consumed after the step that is just over: Megatron's own word, else what was counted.
+        """Return the samples consumed after the step that has just ended: Megatron's own number, otherwise ``counted``.
 
-        Megatron also counts iterations that it skips on purpose, which no optimizer step tells of.
+        Megatron also counts iterations that it skips on purpose, which have no optimizer step.
         """
         if self.args is None:
             return counted
@@ -39,10 +39,10 @@ class Facts:
 
 
 def facts_of(consumed: int | None, micro: int | None, batch: int | None, workers: int | None, lag: int | None) -> Facts:
-    """The facts as given, or else as Megatron-LM's arguments have them.
+    """Return the facts as given, or otherwise from Megatron-LM's arguments.
 
     Raises:
-        ConfigError: something is neither given nor known, or does not fit together; on every rank alike.
+        ConfigError: a value is neither given nor known, or the values do not fit together; on every rank.
     """
     args = _arguments()
     if args is not None:
@@ -72,22 +72,22 @@ def facts_of(consumed: int | None, micro: int | None, batch: int | None, workers
     return Facts(geometry, consumed, needed + 1 if lag is None else lag, args)
 
 
-def _known(name: str, given: int | None, args: Any, theirs: str) -> int:
+def _known(name: str, given: int | None, args: Any, megatron_name: str) -> int:
     if given is not None:
         return int(given)
-    found = getattr(args, theirs, None)
-    if found is None:
+    value = getattr(args, megatron_name, None)
+    if value is None:
         raise ConfigError(f"{name} is not known: there are no arguments of Megatron-LM in this process; pass {name}=… to wrap")
-    return int(found)
+    return int(value)
 
 
 def _arguments() -> Any:
-    """Megatron-LM's arguments where its training loop runs in this process."""
+    """Return Megatron-LM's arguments if its training loop runs in this process; otherwise None."""
     module = sys.modules.get("megatron.training.global_vars") or sys.modules.get("megatron.global_vars")
     return getattr(module, "_GLOBAL_ARGS", None)
 
 
-# Arguments of Megatron-LM under which position p is not row p of the dataset, or a step not what it seems.
+# Arguments of Megatron-LM under which position p is not row p of the dataset, or a step is not one of the same size.
 _REFUSED = {
     "rampup_batch_size": "it changes the samples of a step during the run, and refreshes are counted in steps",
     "phase_transition_iterations": "the dataset begins again at each phase, and its positions are then no more those of the run",
@@ -108,7 +108,7 @@ def _refuse(args: Any) -> None:
 
 
 def _data_parallel() -> tuple[int, int]:
-    """(size, rank) of this rank's data-parallel group, context-parallel ranks counted as one."""
+    """Return (size, rank) of this rank's data-parallel group, context-parallel ranks counted as one."""
     module = sys.modules.get("megatron.core.parallel_state")
     if module is None or not module.model_parallel_is_initialized():
         import torch.distributed as dist

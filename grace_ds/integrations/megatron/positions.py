@@ -1,8 +1,8 @@
-"""Which sample stands at a position, told to the data workers through shared memory.
+"""Pass the id of the sample at each position to the data workers, through shared memory.
 
-The ring is anonymous: torch unlinks the segment as soon as the processes hold it, so that nothing is left behind, however
-the job ends.  Every entry carries its position, so that a reader knows an entry that is not there yet, or not any more,
-from one that is.
+The segment is anonymous: torch unlinks it as soon as the processes hold it, so that nothing is left behind, however the job
+ends.  Every entry carries its position, so that a reader can distinguish a valid entry from one that is not published yet or
+has been overwritten.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CURE = (
 
 
 class Ring:
-    """Ids of the positions around the cursor.
+    """A ring buffer with the ids of the positions around the cursor.
 
     Args:
         capacity: positions that it holds at once; 16 bytes each.
@@ -38,25 +38,25 @@ class Ring:
             tensor.share_memory_()  # type: ignore[no-untyped-call]
 
     def write(self, start: int, ids: IntArray) -> None:
-        """Publishes the ids (n,) of the positions from ``start`` on; those ``capacity`` before them are forgotten."""
-        at = torch.from_numpy(np.arange(start, start + len(ids), dtype=np.int64))
-        slots = at % self.capacity
-        self._positions[slots] = -1  # no reader may take a half-written entry for a whole one
+        """Publish the ids (n,) of the positions from ``start`` on, over those of the positions ``capacity`` before."""
+        positions = torch.from_numpy(np.arange(start, start + len(ids), dtype=np.int64))
+        slots = positions % self.capacity
+        self._positions[slots] = -1  # a reader must not accept a half-written entry
         self._ids[slots] = torch.from_numpy(np.ascontiguousarray(ids))
-        self._positions[slots] = at
+        self._positions[slots] = positions
         self.end = start + len(ids)
 
     def read(self, position: int) -> int:
-        """The id at ``position``; in any process.
+        """Return the id at ``position``; in any process.
 
         Raises:
             DataError: it is not published, or has been overwritten.
         """
         slot = position % self.capacity
         before = int(self._positions[slot])
-        found = int(self._ids[slot])
+        sample = int(self._ids[slot])
         if before == position == int(self._positions[slot]):
-            return found
+            return sample
         if before < position:
             raise DataError(
                 f"sample {position} of the run is asked for, and the schedule is not published that far (found {before}): either "
@@ -66,9 +66,9 @@ class Ring:
 
 
 class Scheduled(Dataset[Any]):
-    """The job's training dataset with the schedule's samples in it: position p of the run → ``corpus[ring[p]]``.
+    """The job's training dataset with the schedule's samples: position p of the run → ``corpus[ring[p]]``.
 
-    As long as the job's own; it travels to data workers with a share in the ring.
+    It is as long as the job's own dataset, and it is sent to data workers together with a handle on the shared ring.
     """
 
     def __init__(self, corpus: Any, ring: Ring, length: int) -> None:

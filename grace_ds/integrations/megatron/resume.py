@@ -1,8 +1,8 @@
-"""A run taken up again: its schedules are in ``run_dir``, and everything else follows from them and the samples consumed.
+"""Resume a run from the schedules in its ``run_dir``; everything else follows from them and the samples consumed.
 
-Megatron's checkpoints are its own (several formats, written asynchronously), and it resumes by ``consumed_samples`` alone.
-So does GRACE: the schedules decided up to that step are read back, later ones are of a future that did not happen and are
-put aside.
+GRACE does not extend Megatron's checkpoints, which have several formats and are written asynchronously.  Megatron resumes by
+``consumed_samples`` alone, and so does GRACE: it reads back the schedules decided up to that step, and puts aside later ones,
+which the resumed run has not reached.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ _FACTS = "dataset.json"
 
 
 def keep_facts(run_dir: str, digest: str, samples: int, batch: int) -> None:
-    """Writes down what the run's ids mean; on one rank."""
+    """Record what the run's ids mean; on rank 0.
+
+    Raises:
+        CheckpointError: ``run_dir`` cannot be written.
+    """
     facts = {"digest": digest, "samples": samples, "batch": batch}
     try:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
@@ -38,27 +42,25 @@ def keep_facts(run_dir: str, digest: str, samples: int, batch: int) -> None:
 
 
 def resume(controller: Controller, run_dir: str | None, digest: str, step: int, cursor: int) -> bool:
-    """Puts the controller where the run stood after ``step`` steps.  Collective.
+    """Restore the controller to its state after ``step`` steps.  Collective.
 
     Returns:
-        Whether there was anything to take up; False on every rank where not.
+        Whether there was anything to resume; the same on every rank.
 
     Raises:
-        CheckpointError: on every rank: another dataset, or schedules that are missing or damaged.
+        CheckpointError: the run had another dataset, or schedules are missing or damaged; on every rank.
     """
-    found = run_on_all_ranks(
+    saved = run_on_all_ranks(
         controller.comm, lambda: _read(run_dir, digest, controller, step, cursor) if controller.comm.rank == 0 else []
     )
-    count = int(controller.comm.broadcast(np.array([len(found)], np.int64))[0])
+    count = int(controller.comm.broadcast(np.array([len(saved)], np.int64))[0])
     if not count:
         return False
-    schedules = [broadcast_schedule(controller.comm, found[i] if found else None) for i in range(count)]
+    schedules = [broadcast_schedule(controller.comm, saved[i] if saved else None) for i in range(count)]
     last = schedules[-1]
     controller.book.replace(schedules)
-    controller.visits, controller.counted = (
-        VisitCounts(),
-        schedules[0].start,
-    )  # counted anew at the next refresh, from all schedules
+    # The visits are counted again at the next refresh, from all schedules.
+    controller.visits, controller.counted = VisitCounts(), schedules[0].start
     controller.metrics.version, controller.metrics.refreshes = last.version, last.version + 1
     controller.next_refresh = int(last.meta["next_refresh_step"])
     controller.stand_at(step, cursor)
@@ -66,7 +68,7 @@ def resume(controller: Controller, run_dir: str | None, digest: str, step: int, 
 
 
 def _read(run_dir: str | None, digest: str, controller: Controller, step: int, cursor: int) -> list[Schedule]:
-    """The schedules of the run so far, on one rank; later ones are put aside."""
+    """Return the schedules of the run so far, on one rank; put later ones aside."""
     folder = Path(run_dir or "") / "schedules"
     if run_dir is None or not (Path(run_dir) / _FACTS).is_file():
         return []
@@ -89,8 +91,8 @@ def _read(run_dir: str | None, digest: str, controller: Controller, step: int, c
             path.rename(path.with_suffix(".abandoned"))
         else:
             kept.append(schedule)
-    if kept and [s.version for s in kept] != list(range(len(kept))):
-        missing = sorted(set(range(len(kept))) - {s.version for s in kept})
+    if kept and [schedule.version for schedule in kept] != list(range(len(kept))):
+        missing = sorted(set(range(len(kept))) - {schedule.version for schedule in kept})
         raise CheckpointError(f"{folder} lacks schedule {missing[0]}; restore it, or give a fresh run_dir")
     if kept and kept[0].start > cursor:
         raise CheckpointError(f"{folder} begins at sample {kept[0].start}, and the job resumes at {cursor}; give a fresh run_dir")
@@ -98,7 +100,7 @@ def _read(run_dir: str | None, digest: str, controller: Controller, step: int, c
 
 
 def begin(run_dir: str) -> None:
-    """Puts schedules aside that an earlier run left in ``run_dir``: this one begins at its first step.  On one rank."""
+    """Put aside the schedules that an earlier run has left in ``run_dir``, for a run that begins there.  On one rank."""
     folder = Path(run_dir) / "schedules"
     if folder.is_dir():
         number = next(i for i in itertools.count() if not folder.with_name(f"schedules-{i}").exists())
