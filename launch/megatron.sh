@@ -20,4 +20,4 @@ except Exception as error:
     raise SystemExit(str(error).splitlines()[0])
 ' "$@")" || die "the config cannot be used: the line above says why"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$processes" "$ROOT/launch/megatron_gpt.py" "$@"
+exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$processes" "$ROOT/examples/megatron_core/pretrain_gpt.py" "$@"

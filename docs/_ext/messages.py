@@ -55,7 +55,7 @@ def messages() -> list[Message]:
     """All of them, by file and line."""
     kinds = _kinds()
     found: list[Message] = []
-    for path in sorted((ROOT / "grace_ds").rglob("*.py")):
+    for path in sorted([*(ROOT / "grace_ds").rglob("*.py"), *(ROOT / "examples" / "grace_ds_quickstart").glob("*.py")]):
         found += _of_module(path, kinds)
     for path in sorted((ROOT / "launch").rglob("*.s*")):
         found += _of_script(path)

@@ -71,9 +71,7 @@ class FeaturesConfig:
 class GraphConfig:
     """The k-NN graph of the window: scores travel along it, and it tells how crowded a sample's neighbourhood is."""
 
-    backend: str = (
-        "auto"  # torch: exact | faiss: exact, tuned from 100,000 rows | cuvs: GPU | auto: cuvs on GPUs, else faiss, torch
-    )
+    backend: str = "auto"  # torch: exact | faiss: exact, tuned from 100,000 rows | cuvs: GPU | auto: cuvs on GPUs, faiss, torch
     tier: str = "auto"  # exact: every pair; clustered: rows that share a cluster; auto: clustered from 30,000 rows where it pays
     executor: str = "ring"  # ring: over the job's transport; dask: a Dask cluster inside the job, started for each graph
     clusters: int = 0  # of the clustered tier; 0: the square root of the rows
@@ -138,9 +136,7 @@ class GraceConfig:
     pseudo_trusted: bool = True  # without a trusted set: take the pool's most typical samples for one
     weights: str = "none"  # what grace_ds.sample_weights() gives: none (ones) | inverse_probability
     comm: str = "auto"  # auto | mpi | torch | local
-    plugins: list[str] = field(
-        default_factory=list
-    )  # modules that register recipes, objectives, back ends, transports or layer rules
+    plugins: list[str] = field(default_factory=list)  # modules to import first: recipes, objectives and the like
     run_dir: str | None = None  # where the resolved config and every schedule are kept; null: nowhere
     replay: str | None = None  # folder of schedules of an earlier run: feed those, choose nothing
     debug: bool = False  # full tracebacks

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from array_api_compat import array_namespace, device
 
-from grace_ds.errors import ConfigError, DataError
+from grace_ds.errors import DataError
 from grace_ds.records import Array, FloatArray, IntArray
 
 FloatRows = npt.NDArray[np.float64]
@@ -76,10 +76,9 @@ def propagate(
         decay: confidence kept per refresh of age, in (0, 1].
 
     Raises:
-        ConfigError: ``hops``, ``shrink`` or ``decay`` is out of range.
         DataError: the shapes do not fit together.
     """
-    _check(own, own_ages, place, similarity, hops, shrink, decay)
+    _check(own, own_ages, place, similarity)
     xp = array_namespace(own, similarity)
     known = ~xp.isnan(own)
     value = _double(xp.where(known, own, 0.0))
@@ -214,13 +213,7 @@ def _spread(facts: Array, place: IntArray, similarity: FloatArray, evidence: Flo
     return result
 
 
-def _check(own: Array, own_ages: Array, place: Array, similarity: Array, hops: int, shrink: float, decay: float) -> None:
-    if hops < 1:
-        raise ConfigError(f"graph.hops is {hops}: scores travel at least one hop; to send none, set ablate: [graph]")
-    if not shrink > 0:
-        raise ConfigError(f"graph.shrink is {shrink}: it must be above 0, or a row without evidence has no value")
-    if not 0 < decay <= 1:
-        raise ConfigError(f"graph.decay is {decay}: it is the confidence kept per refresh, above 0 and at most 1")
+def _check(own: Array, own_ages: Array, place: Array, similarity: Array) -> None:
     n, s = own.shape
     k = similarity.shape[-1]
     want = {"own_ages": (n, s), "place": (n, k), "similarity": (n, k)}

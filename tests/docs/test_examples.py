@@ -65,7 +65,7 @@ def test_configurations_are_read_by_the_real_loader(block: Block) -> None:
 
 
 def test_the_examples_configurations_are_sound() -> None:
-    files = sorted((ROOT / "docs" / "examples").glob("*.json"))
+    files = sorted((ROOT / "examples" / "train").glob("*.json"))
     assert files
     for file in files:
         found = find_block(json.loads(file.read_text()))
@@ -85,7 +85,7 @@ def runnable() -> list[object]:
 
 @pytest.mark.parametrize("page", runnable())
 def test_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path) -> None:
-    for folder in ("docs/examples", "configs"):
+    for folder in ("examples/train", "configs"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     scripts = str(Path(sys.executable).parent)
     env = {

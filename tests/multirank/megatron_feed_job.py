@@ -55,7 +55,7 @@ def datasets(folder: Path, names: list[str], steps: int = STEPS, seed: int = 1) 
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-    from launch.megatron_gpt import Bytes
+    from examples.megatron_core.pretrain_gpt import Bytes
 
     config = GPTDatasetConfig(
         random_seed=seed,
@@ -96,7 +96,7 @@ class Trainer:
     def __init__(self, train: Any, consumed: int = 0, workers: int = 0) -> None:
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-        from launch import megatron_gpt as example
+        from examples.megatron_core import pretrain_gpt as example
 
         self.example, self.consumed = example, consumed
         self.c = OmegaConf.merge(

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from grace_ds import registry
 from grace_ds.comm.choose import choose
 from grace_ds.config.schema import GraphConfig
 from grace_ds.errors import ExecutorError, GraceError, PeerFailed
-from grace_ds.graph.backends import _FACTORIES
 from grace_ds.graph.backends.torch_backend import TorchBackend
 from grace_ds.graph.build import knn
 from grace_ds.graph.dask import cluster as dask_cluster
@@ -93,7 +93,7 @@ def broken(world: World, what: str) -> tuple[str, float, bool, bool]:
     ids, x = mine(world)
     right = knn(comm, ids, x, ids, x, config("exact", "ring"))
     before = children(), listening()
-    _FACTORIES["stuck"] = lambda recall: Stuck()
+    registry.backends.register("stuck")(lambda recall: Stuck())
     Stuck.what = what if world.rank == world.size - 1 else ""
     if what == "kill scheduler" and world.rank == 0:
         threading.Thread(target=kill_scheduler, daemon=True).start()

@@ -40,7 +40,7 @@ def test_the_example_runs_to_its_end_and_a_second_call_goes_on(tmp_path: Path) -
     deepspeed = Path(sys.executable).with_name("deepspeed")
 
     def train(*more: str) -> str:
-        launch = [deepspeed, "--num_accelerators", "2", "--master_port", str(free_port()), "launch/huggingface_sft.py"]
+        launch = [deepspeed, "--num_accelerators", "2", "--master_port", str(free_port()), "examples/huggingface/sft.py"]
         where = ["--model", tmp_path / "model", "--data", data, "--out", tmp_path / "out"]
         return run_command([*launch, *where, *more], timeout=200, env=environment(tmp_path))
 

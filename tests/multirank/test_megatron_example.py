@@ -22,7 +22,7 @@ SHORT = ["train.steps=12", "train.log_every=1", "grace.refresh.interval_steps=5"
 def train(out: Path, processes: int, *settings: str) -> dict[str, float]:
     """Step (or "end", for the validation) → loss."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    said = run_command([*launch, "launch/megatron_gpt.py", CONFIG, f"out={out}", *SHORT, *settings], timeout=180)
+    said = run_command([*launch, "examples/megatron_core/pretrain_gpt.py", CONFIG, f"out={out}", *SHORT, *settings], timeout=180)
     losses = {step: float(loss) for step, loss in re.findall(r"step (\d+): loss ([\d.]+)", said)}
     return losses | {"end": float(re.findall(r"validation loss ([\d.]+)", said)[0])}
 

@@ -21,6 +21,7 @@ from grace_ds.config.load import HOME, find_block, load_config, read_ds_config, 
 from grace_ds.config.reference import keys
 from grace_ds.config.schema import GraceConfig
 from grace_ds.errors import ConfigError
+from grace_ds.recipes import names
 
 
 def ds(grace: Any, **more: Any) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def test_an_old_name_of_a_recipe_is_taken_with_a_warning(caplog: pytest.LogCaptu
     with caplog.at_level("WARNING"):
         assert load_config({"recipe": "${oc.env:NOT_SET,prior}"}).recipe == "content"
         assert "now called" in caplog.text
-    assert set(schema.RENAMED_RECIPES).isdisjoint(schema.RECIPES) and set(schema.RENAMED_RECIPES.values()) <= set(schema.RECIPES)
+    assert set(schema.RENAMED_RECIPES).isdisjoint(names()) and set(schema.RENAMED_RECIPES.values()) <= set(names())
 
 
 def test_old_keys_are_taken_with_a_warning_and_never_beside_the_new_ones(caplog: pytest.LogCaptureFixture) -> None:

@@ -39,7 +39,7 @@ FACTS: dict[str, Any] = {
 OURS = "import sys; from grace_ds.cli.launch import supervise; from grace_ds.cli.live import Screen\n"
 OURS += "with Screen() as s: status = supervise([sys.executable, '-c', sys.argv[1]], s.environment, s.streams)\n"
 OURS += "sys.exit(status)"
-TELL = "import os, sys, time\nfrom grace_ds.integrations import progress as p\n"
+TELL = "import os, sys, time\nfrom grace_ds.monitor import progress as p\n"
 TELL += f"p._speaker(os.environ[p.VARIABLE])[0]({FACTS!r})\n"
 
 

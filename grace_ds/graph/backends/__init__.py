@@ -132,10 +132,8 @@ def choose(name: str, rows: int, recall: float = 0.99, *, device: str = "cpu") -
             that :func:`agreed` gives: all must take the same backend.
 
     Raises:
-        ConfigError: the name is unknown, its library is missing, or ``recall`` is out of range.
+        ConfigError: the name is unknown, its library is missing.
     """
-    if not 0.0 < recall <= 1.0:
-        raise ConfigError(f"graph.recall is {recall}; it is a share of true neighbours: set it above 0 and at most 1")
     if name == "auto":
         name, why = automatic(device, rows)
         log.info("graph.backend auto: %s (%s)", name, why)

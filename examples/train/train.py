@@ -1,6 +1,6 @@
 """An ordinary DeepSpeed job, which knows nothing of GRACE: a small byte-level GPT on the Python library's own sources.
 
-deepspeed docs/examples/train.py --deepspeed_config docs/examples/ds.json
+deepspeed examples/train/train.py --deepspeed_config examples/train/ds.json
 """
 
 import argparse

@@ -244,5 +244,5 @@ def start(c: DictConfig) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
-        raise SystemExit("usage: megatron_gpt.py CONFIG.yaml [key=value ...]")
+        raise SystemExit("usage: pretrain_gpt.py CONFIG.yaml [key=value ...]")
     main(OmegaConf.merge(OmegaConf.load(sys.argv[1]), OmegaConf.from_dotlist(sys.argv[2:])))  # type: ignore[arg-type]
