@@ -158,7 +158,7 @@ def test_one_refusal_does_not_say_that_a_process_has_ended(alone: PeerFailureHan
             s.listen()
 
         monkeypatch.setattr(rollcall, "time", SimpleNamespace(sleep=back, monotonic=time.monotonic))
-        assert alone.call.absent() == {} and len(pauses) == 1
+        assert alone.liveness.absent() == {} and len(pauses) == 1
 
 
 def test_a_rank_that_only_does_not_answer_ends_nothing(
