@@ -185,7 +185,7 @@ class NgramCounts:
         return self._quantile(grams.bins, grams, minus=1)
 
     def tried(self, block: TokenBlock) -> npt.NDArray[np.float64]:
-        """Return the chances 1 / (1 + density) that new texts would have, (m, 2) float64: once and ``COPIES`` times in the window.
+        """Return the chances 1 / (1 + density) of new texts, (m, 2) float64: present once, and present ``COPIES`` times.
 
         A new text has the 6-grams of a sample, moved to other bins; there is one for each of the m samples with a 6-gram.  The
         correct values are 1 and 1 / ``COPIES``; a table that is too full gives both nearly the same.
