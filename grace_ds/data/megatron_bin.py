@@ -99,10 +99,10 @@ class MMapTokens(Dataset[dict[str, torch.Tensor]]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        sizes = file_size(self.layout.idx), file_size(self.layout.bin)
-        if sizes != self.layout.sizes:
+        found = file_size(self.layout.idx), file_size(self.layout.bin)
+        if found != self.layout.sizes:
             raise DataError(
-                f"{self.layout.prefix}: .idx and .bin have {sizes} bytes and had {self.layout.sizes} when the dataset was made: "
+                f"{self.layout.prefix}: .idx and .bin have {found} bytes and had {self.layout.sizes} when the dataset was made: "
                 "leave a corpus in use alone, and make the dataset anew"
             )
         self._open()

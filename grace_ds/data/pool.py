@@ -116,9 +116,7 @@ def read_ids(path: str | Path, n: int) -> IntArray:
     ids = _npy_integers(file).astype(np.int64) if file.suffix == ".npy" else _text_ids(file)
     bad = ids[(ids < 0) | (ids >= n)]
     if len(bad):
-        raise DataError(
-            f"{file}: id {bad[0]} is outside of the dataset's [0, {n}) ({len(bad)} such): was the file made for it?"
-        )
+        raise DataError(f"{file}: id {bad[0]} is outside of the dataset's [0, {n}) ({len(bad)} such): was the file made for it?")
     unique: IntArray = np.unique(ids)
     return unique
 

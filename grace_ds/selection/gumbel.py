@@ -169,7 +169,7 @@ def _bars(ids: IntArray, log_p: Floats, shift: float, seed: int, version: int, k
 
 
 def _reaching(ids: IntArray, log_p: Floats, shift: float, seed: int, version: int, bar: float, level: int, k: int) -> IntArray:
-    """Return the positions, ascending, of the k perturbed log-probabilities above ``bar`` or among the first ``level`` equal ones.
+    """Return the positions, ascending, of the k perturbed log-probabilities above ``bar``, or the first ``level`` equal to it.
 
     They are computed a second time, which is cheaper than keeping them next to the copy that was partitioned.
     """
