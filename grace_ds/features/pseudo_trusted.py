@@ -27,7 +27,7 @@ SEARCHED, BEGINNING = 1024, 128  # samples, and tokens of each, in which two kin
 ROUNDS = 6  # of fitting two models and dividing the samples between them
 SETTLED = 0.995  # stop when more than this share of the samples did not change in a round
 APART = 0.12  # nats per token by which two models must predict samples better than one
-CLOSE = 0.25  # minimum share of the smaller kind to report it
+CLOSE = 0.25  # minimum share at which a smaller kind is left out and reported
 
 Kinds = npt.NDArray[np.bool_]
 

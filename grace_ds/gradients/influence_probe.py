@@ -137,7 +137,7 @@ class InfluenceProbe:
     # -- the job's call ------------------------------------------------------------------------------------------------
 
     def saw(self, args: tuple[Any, ...], kwargs: dict[str, Any], issued: IssuedBatch) -> None:
-        """Learn from the begin of a training forward: the job has called its module with the batch ``issued``."""
+        """Learn from the start of a training forward: the job has called its module with the batch ``issued``."""
         if self.call is not None and self.call.watching:
             self.call.learn(args, kwargs, issued)
 
@@ -168,8 +168,8 @@ class InfluenceProbe:
         assert self.call is not None
         # A gradient that exists already comes from a checkpoint: an earlier process of the run has proven the call.
         known = self.call.known(proven=self.gradient is not None)
-        mine = [known, known and self.call.seen > 1, self.call.verdict()]
-        answers = [json.loads(x.tobytes()) for x in self.comm.allgather(np.frombuffer(json.dumps(mine).encode(), np.uint8))]
+        answer = [known, known and self.call.seen > 1, self.call.verdict()]
+        answers = [json.loads(x.tobytes()) for x in self.comm.allgather(np.frombuffer(json.dumps(answer).encode(), np.uint8))]
         self.ready, self._settled = all(known for known, _, _ in answers), all(seen_twice for _, seen_twice, _ in answers)
         self.call.look_again()
         why = next((f"{reason} (rank {rank})" for rank, (_, _, reason) in enumerate(answers) if reason), "")
@@ -223,9 +223,9 @@ class InfluenceProbe:
         nothing.
         """
         ids = self._draw(self.halves[0], version, 0, FORWARDS)
-        mine = probe_losses(self.module, self._batches(self.dataset, ids), self.loss_fn)
-        everyone: FloatArray = np.concatenate(self.comm.allgather(mine))
-        return everyone[np.isfinite(everyone)]
+        local = probe_losses(self.module, self._batches(self.dataset, ids), self.loss_fn)
+        all_losses: FloatArray = np.concatenate(self.comm.allgather(local))
+        return all_losses[np.isfinite(all_losses)]
 
     def _unit(self, basis: TrustedBasis, ids: IntArray) -> float:
         before = self.sketcher.basis
@@ -234,16 +234,16 @@ class InfluenceProbe:
             collected = probe_rows(self.module, self._batches(self.dataset, ids), self.loss_fn, self.sketcher)
         finally:
             self.sketcher.set_basis(before)
-        mine = np.concatenate([rows.influence * rows.norm for rows in collected]) if collected else np.empty(0, np.float32)
-        everyone = np.concatenate(self.comm.allgather(mine.astype(np.float32)))
-        everyone = everyone[np.isfinite(everyone)]
-        if not len(everyone):
+        local = np.concatenate([rows.influence * rows.norm for rows in collected]) if collected else np.empty(0, np.float32)
+        influences = np.concatenate(self.comm.allgather(local.astype(np.float32)))
+        influences = influences[np.isfinite(influences)]
+        if not len(influences):
             raise DataError("no trusted sample has a finite gradient; check the trusted set, or set recipe: content")
-        unit, error = unit_of(everyone)
+        unit, error = unit_of(influences)
         if self.comm.rank == 0:
             verdict = "used" if unit else "left out: the trusted halves do not agree"
             message = "basis %d: median influence of the other trusted half %.3g, standard error %.2g: %s"
-            log.info(message, basis.version, float(np.median(everyone)), error, verdict)
+            log.info(message, basis.version, float(np.median(influences)), error, verdict)
         return unit
 
     def _draw(self, ids: IntArray, version: int, purpose: int, count: int) -> IntArray:

@@ -132,21 +132,21 @@ def select_parallel(
     Raises:
         ConfigError: on every rank: a layer of Transformer Engine, a pattern that matches nothing, or no layer left.
     """
-    mine, skipped, engine = _found(chunks)
-    facts = {name: (*rule.features(module), block) for name, (module, rule, block) in mine.items()}
-    everyone = share((facts, engine))
-    _refuse_engine([name for _, names in everyone for name in names])
+    local, skipped, engine = _found(chunks)
+    facts = {name: (*rule.features(module), block) for name, (module, rule, block) in local.items()}
+    all_ranks = share((facts, engine))
+    _refuse_engine([name for _, names in all_ranks for name in names])
     if skipped:
         log.info("%d linear layers of experts are not sketched, e.g. %s", len(skipped), skipped[0])
     union: dict[str, tuple[int, int, Any]] = {}
-    for found, _ in everyone:
+    for found, _ in all_ranks:
         for name, entry in found.items():
             if union.setdefault(name, entry) != entry:
                 both = f"{entry[:2]} on one rank and {union[name][:2]} on another"
                 raise ConfigError(f"layer {name} is {both}: its blocks need a global layer_number")
     names = sorted(union, key=lambda name: _order(name, union[name][2]))
     kept = _chosen(names, union, patterns, exclude)
-    return [_layer(name, mine.get(name), union[name], tp_rank, time_major) for name in kept]
+    return [_layer(name, local.get(name), union[name], tp_rank, time_major) for name in kept]
 
 
 def global_name(chunk: nn.Module, name: str) -> tuple[str, tuple[str, int] | None]:

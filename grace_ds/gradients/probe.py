@@ -122,7 +122,7 @@ def probe_basis(module: nn.Module, batches: Batches, loss_fn: LossFn, sketcher: 
 def probe_losses(module: nn.Module, batches: Batches, loss_fn: LossFn) -> FloatArray:
     """Return the losses of the samples of ``batches``, (n,) float32, nats per token.
 
-    Batches whose per-sample losses cannot be per_sample are left out.
+    Batches whose per-sample losses cannot be read are left out.
 
     Args:
         module, batches, loss_fn: as for :func:`probe_rows`; there is no backward pass.

@@ -147,20 +147,20 @@ class ShardedGradientCollector(GradientCollector):
         parts = [np.concatenate([self._coordinates(capture), _losses(capture)[1][:, None]], 1) for capture in captures]
         total, start = self._sum(np.concatenate(parts).astype(np.float32)), 0
         for capture in captures if self.leader else ():
-            mine = total[start : start + len(capture.ids)]
+            rows = total[start : start + len(capture.ids)]
             start += len(capture.ids)
-            self.rows_dropped += len(mine)
-            tokens = mine[:, -1]
+            self.rows_dropped += len(rows)
+            tokens = rows[:, -1]
             counts = np.rint(tokens).astype(np.int64) if np.isfinite(tokens).all() and (tokens > 0).any() else None
-            factor = row_factor(len(mine), grad_scale, self.config.reduction, counts)
-            squares = np.square(mine[:, :-1].reshape(len(mine), len(self.sketcher.layers), -1), dtype=np.float64).sum(2)
+            factor = row_factor(len(rows), grad_scale, self.config.reduction, counts)
+            squares = np.square(rows[:, :-1].reshape(len(rows), len(self.sketcher.layers), -1), dtype=np.float64).sum(2)
             self.sketcher.scale.add(squares * (factor[:, None] * capture.plan.unit) ** 2)
         sums = self.sketcher.scale.sums()
         if comm is not None:
             sums = comm.allreduce(sums)
-        everyone = self.peers.allreduce(sums if self.leader else np.zeros_like(sums))
-        if everyone[-1] > 0:
-            self.sketcher.scale.freeze(everyone)
+        shared_sums = self.peers.allreduce(sums if self.leader else np.zeros_like(sums))
+        if shared_sums[-1] > 0:
+            self.sketcher.scale.freeze(shared_sums)
 
     def _coordinates(self, capture: MicroBatchCapture) -> npt.NDArray[np.float32]:
         coordinates = capture.coordinates().reshape(len(capture.ids), -1)

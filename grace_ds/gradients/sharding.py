@@ -49,9 +49,9 @@ class Split:
             return projected
         import torch.distributed as dist
 
-        mine = projected.contiguous()
-        parts = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(parts, mine, group=self.gather)
+        local = projected.contiguous()
+        parts = [torch.empty_like(local) for _ in range(self.size)]
+        dist.all_gather(parts, local, group=self.gather)
         return torch.cat(parts, 1)
 
 

@@ -164,9 +164,9 @@ class LocalRows:
 
     def pack(self, wave: list[Task], owner: int) -> Packed:
         """Return this rank's rows for the wave's tasks of rank ``owner``."""
-        mine = [t for t in wave if t.owner == owner]
-        index = self._index.rows([Task(t.cluster, 0, 1, owner) for t in mine])
-        return Packed(*index, None if self.alike else self._queries.rows(mine))
+        tasks = [task for task in wave if task.owner == owner]
+        index = self._index.rows([Task(task.cluster, 0, 1, owner) for task in tasks])
+        return Packed(*index, None if self.alike else self._queries.rows(tasks))
 
     def take(self, wave: list[Task], answers: list[IntArray]) -> None:
         """Merge the owners' results: ``answers[p]`` holds the keys of rank p's tasks, one after another."""

@@ -35,8 +35,8 @@ def draw(comm: Comm, ids: IntArray, wanted: int, *columns: Array) -> list[Array]
     """
     total = int(comm.allreduce(np.array([len(ids)], np.int64))[0])
     share = min(1.0, wanted / max(total, 1))
-    mine = splitmix64(ids.view(np.uint64) ^ np.uint64(0x5A17_B0DD_C0DE)) <= np.uint64(min(share * 2.0**64, 2.0**64 - 2048))
-    parts = [np.concatenate(comm.allgather(np.ascontiguousarray(a[mine]))) for a in (ids, *columns)]
+    drawn = splitmix64(ids.view(np.uint64) ^ np.uint64(0x5A17_B0DD_C0DE)) <= np.uint64(min(share * 2.0**64, 2.0**64 - 2048))
+    parts = [np.concatenate(comm.allgather(np.ascontiguousarray(a[drawn]))) for a in (ids, *columns)]
     order = np.argsort(parts[0], kind="stable")
     return [np.ascontiguousarray(a[order]) for a in parts]
 

@@ -71,12 +71,12 @@ def insert(ids: IntArray, X: FloatArray, where: Array, keys: IntArray, depth: In
     return keys
 
 
-def _shared(here: Array, there: Array) -> list[tuple[IntArray, IntArray]]:
+def _shared(where: Array, moved_where: Array) -> list[tuple[IntArray, IntArray]]:
     """Return (rows, moved rows) of each cluster that has both."""
-    if not here.shape[1]:
-        return [(np.arange(len(here)), np.arange(len(there)))]
-    mine, theirs = _by_cluster(here), _by_cluster(there)
-    return [(mine[c], columns) for c, columns in theirs.items() if c in mine]
+    if not where.shape[1]:
+        return [(np.arange(len(where)), np.arange(len(moved_where)))]
+    own_rows, moved_rows = _by_cluster(where), _by_cluster(moved_where)
+    return [(own_rows[c], columns) for c, columns in moved_rows.items() if c in own_rows]
 
 
 def _by_cluster(where: Array) -> dict[int, IntArray]:

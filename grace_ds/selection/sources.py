@@ -46,7 +46,7 @@ def by_source(
         ConfigError: more than ``k`` ids must be in.
 
     Returns:
-        The coreset; weights of mean 1, with which a weighted mean over it estimates the mean over the window, for any source mix.
+        The coreset; weights of mean 1, with which a weighted mean over it estimates that over the window, sources included.
     """
     _, source = np.unique(labels, return_inverse=True)
     window_counts, required, eligible = np.bincount(source), np.isin(ids, include), np.isfinite(log_p) & ~np.isin(ids, exclude)

@@ -127,9 +127,9 @@ class CuvsBackend:
         similarity = np.empty((len(Q), kept), np.float32)
         for lo in range(0, len(Q), QUERY_BLOCK):
             block = _on_device(Q[lo : lo + QUERY_BLOCK], index.X.dtype)
-            near, who = self._block(index, block, kept)
+            near, neighbours = self._block(index, block, kept)
             self.resources.sync()
-            position[lo : lo + len(block)] = cupy.asnumpy(who)
+            position[lo : lo + len(block)] = cupy.asnumpy(neighbours)
             similarity[lo : lo + len(block)] = cupy.asnumpy(near)
         there = (position >= 0) & (position < len(index.ids))  # cuVS marks missing neighbours in more than one way
         return padded(np.where(there, index.ids[np.where(there, position, 0)], -1), np.where(there, similarity, -np.inf), k)
@@ -141,9 +141,9 @@ class CuvsBackend:
 
         if index.compressed is not None:
             return self._probe(index, Q, k, *index.compressed)
-        near, who = cupy.empty((len(Q), k), cupy.float32), cupy.empty((len(Q), k), cupy.int64)
-        brute_force.search(index.core, Q, k, neighbors=who, distances=near, resources=self.resources)
-        return near, who
+        near, neighbours = cupy.empty((len(Q), k), cupy.float32), cupy.empty((len(Q), k), cupy.int64)
+        brute_force.search(index.core, Q, k, neighbors=neighbours, distances=near, resources=self.resources)
+        return near, neighbours
 
     def _probe(self, index: CuvsIndex, Q: Any, k: int, core: Any, probes: int) -> tuple[Any, Any]:
         """Return the candidates from the compressed lists, compared again using the rows themselves."""
@@ -158,9 +158,9 @@ class CuvsBackend:
         )
         # If the lists held too few rows, a candidate refers to no row, and refine would read past the end.
         some = cupy.clip(some, 0, len(index.ids) - 1)
-        near, who = cupy.empty((len(Q), k), cupy.float32), cupy.empty((len(Q), k), cupy.int64)
-        refine(index.X, Q, some, k=k, metric="inner_product", indices=who, distances=near, resources=self.resources)
-        return near, who
+        near, neighbours = cupy.empty((len(Q), k), cupy.float32), cupy.empty((len(Q), k), cupy.int64)
+        refine(index.X, Q, some, k=k, metric="inner_product", indices=neighbours, distances=near, resources=self.resources)
+        return near, neighbours
 
     def _sample(self, index: CuvsIndex, rows: Any, k: int) -> tuple[Any, Any]:
         """Return (positions in ``rows`` of a sample, the similarity of each one's true k-th nearest)."""
@@ -169,9 +169,9 @@ class CuvsBackend:
 
         positions = np.linspace(0, len(rows) - 1, min(SAMPLE_QUERIES, len(rows))).astype(np.int64)
         core = brute_force.build(index.X, metric="inner_product", resources=self.resources)
-        near, who = cupy.empty((len(positions), k), cupy.float32), cupy.empty((len(positions), k), cupy.int64)
+        near, neighbours = cupy.empty((len(positions), k), cupy.float32), cupy.empty((len(positions), k), cupy.int64)
         sample = cupy.ascontiguousarray(rows[cupy.asarray(positions)])
-        brute_force.search(core, sample, k, neighbors=who, distances=near, resources=self.resources)
+        brute_force.search(core, sample, k, neighbors=neighbours, distances=near, resources=self.resources)
         self.resources.sync()
         return positions, near[:, -1:] - 1e-6
 
