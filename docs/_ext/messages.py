@@ -123,8 +123,8 @@ def _of_module(path: Path, kinds: set[str]) -> Iterator[Message]:
                 called = ast.unparse(node.func)
                 if called == "super().__init__" and path.name == "errors.py":
                     yield Message(_name(path), node.lineno, "PeerFailed", _words(node.args[0], names))
-                elif called in _WARNS or called == "self._tell":
-                    text = _warning(node.args[called == "self._tell" :], names)
+                elif called in _WARNS or called == "self._warn_once":
+                    text = _warning(node.args[called == "self._warn_once" :], names)
                     if text:
                         yield Message(_name(path), node.lineno, "warning in the log", text)
 

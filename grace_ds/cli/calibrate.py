@@ -1,6 +1,6 @@
-"""``grace-ds plan --calibrate``: the planner's rates measured where it runs, in some seconds, by the code that a job runs.
+"""Measure the planner's rates for ``grace-ds plan --calibrate``, in some seconds, with the code that a job runs.
 
-Started by a launcher (``torchrun``, ``mpirun``) every rank takes part, and the transport between them is measured too.
+If a launcher (``torchrun``, ``mpirun``) starts it, every rank takes part, and the transport between them is measured too.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from grace_ds.refresh.table import Table
 from grace_ds.utils.grid import on_grid
 from grace_ds.utils.heap import trim_heap
 
-FEW, TOKENS, MOST = 64, 600_000, 8_000  # rows of the small refresh; of the large one, all its tokens, and rows at most
-ANCHORS = 3_000  # of the small graph
-WORDS = 1 << 20  # of the all-reduce
+FEW, TOKENS, MOST = 64, 600_000, 8_000  # rows of the small refresh; total tokens and maximum rows of the large one
+ANCHORS = 3_000  # rows per rank of the small graph
+WORDS = 1 << 20  # int64 numbers of the all-reduce
 
 
 def world() -> tuple[Comm, bool]:
-    """The transport between the ranks that this process was started with, and whether this is the one that speaks.
+    """Return the transport between the ranks that this process was started with, and whether this rank prints the result.
 
     Raises:
-        ConfigError: there are several ranks, and torch cannot bring them together.
+        ConfigError: there are several ranks, and torch cannot connect them.
     """
     import torch.distributed as dist
 
@@ -68,13 +68,14 @@ def world() -> tuple[Comm, bool]:
 
 
 def calibrate(config: GraceConfig, dim: int, tokens: int, hidden: int, comm: Comm) -> Rates:
-    """Measured rates, equal on all ranks: each is the slowest rank's.  Collective; about ten seconds.
+    """Measure the rates; equal on all ranks, each is the slowest rank's.  Collective; takes about ten seconds.
 
     Args:
         config: of the job.
         dim: ``features.dim``.
         tokens: of a sample.
-        hidden: width of the model's layers; 0: not known.
+        hidden: width of the model's layers; 0: unknown.
+        comm: between the ranks.
     """
     config = copy.deepcopy(config)
     config.features.dim, config.run_dir, config.features.cache_dir = dim, None, None
@@ -84,11 +85,11 @@ def calibrate(config: GraceConfig, dim: int, tokens: int, hidden: int, comm: Com
     if bare.covers:
         bare.selection.objective = "sample"
     many = max(8 * FEW, min(MOST, TOKENS // tokens))
-    # Memory first: what a first refresh brings with it is still to be loaded.
+    # Measure memory first: the first refresh still has to load libraries and tables.
     first = _measured(comm, config, FEW * comm.size, tokens)
     few = min((_measured(comm, bare, FEW * comm.size, tokens) for _ in range(2)), key=lambda taken: taken.seconds)
     large = _measured(comm, bare, many * comm.size, tokens)
-    found = {
+    values = {
         "fixed_bytes": first.peak or Rates.fixed_bytes,
         "resting_bytes": first.stays if first.peak else Rates.resting_bytes,
         "fixed_feature_seconds": few.feature_seconds,
@@ -100,17 +101,17 @@ def calibrate(config: GraceConfig, dim: int, tokens: int, hidden: int, comm: Com
         "narrow_gflops": -narrow(hidden, config.collect.rank) if hidden else 0.0,
         "gbits": -1e-9 * link(comm) if comm.size > 1 else -Rates.gbits,
     }  # speeds are negative, so that of each the largest is the worst
-    slow = comm.allreduce(np.array(list(found.values()), np.float64), "max")
-    agreed = {name: abs(float(value)) for name, value in zip(found, slow, strict=True)}
-    told = [
+    slowest = comm.allreduce(np.array(list(values.values()), np.float64), "max")
+    agreed = {name: abs(float(value)) for name, value in zip(values, slowest, strict=True)}
+    measured = [
         name for name in agreed if not (name == "gbits" and comm.size == 1) and not (name.endswith("bytes") and not first.peak)
     ]
-    rates = Rates().having(MEASURED, **{name: agreed[name] for name in told}, measured_ranks=comm.size)
+    rates = Rates().having(MEASURED, **{name: agreed[name] for name in measured}, measured_ranks=comm.size)
     return rates.having(MEASURED, graph=graph_factor(comm, config, dim, rates))
 
 
 def products(dim: int, seconds: float = 0.3) -> float:
-    """10⁹ operations a second of this machine's products, of the shape that the graph makes them in; one thread."""
+    """Return the speed of this machine's products in the shapes of the graph, 10⁹ operations per second; one thread."""
     import torch
 
     rows = torch.from_numpy(np.random.default_rng(0).standard_normal((512, dim), np.float32))
@@ -119,7 +120,7 @@ def products(dim: int, seconds: float = 0.3) -> float:
 
 
 def narrow(hidden: int, rank: int, seconds: float = 0.3) -> float:
-    """10⁹ operations a second of the collection's projections of a layer ``hidden`` wide."""
+    """Return the speed of the collection's projections of a layer ``hidden`` wide, 10⁹ operations per second."""
     import torch
 
     side = Side(np.concatenate([bases("calibration", 0, rank, hidden, hidden)[0]] * (1 + -(-TRUSTED_RANK // rank))))
@@ -129,7 +130,7 @@ def narrow(hidden: int, rank: int, seconds: float = 0.3) -> float:
 
 
 def link(comm: Comm) -> float:
-    """Bits a second that a rank sends in an all-reduce of 8 MB."""
+    """Return the bits per second that a rank sends in an all-reduce of 8 MB."""
     x = np.ones(WORDS, np.int64)
     comm.allreduce(x)
     started = time.perf_counter()
@@ -139,7 +140,7 @@ def link(comm: Comm) -> float:
 
 
 def graph_factor(comm: Comm, config: GraceConfig, dim: int, rates: Rates) -> float:
-    """CPU seconds of a real small graph over those counted for it; the slowest rank's."""
+    """Return the CPU seconds of a real small graph relative to the estimate for it; the slowest rank's."""
     rng = np.random.default_rng(comm.rank)
     x = rng.standard_normal((ANCHORS, dim), np.float32)
     x = on_grid(x / np.linalg.norm(x, axis=1, keepdims=True))
@@ -155,7 +156,7 @@ def graph_factor(comm: Comm, config: GraceConfig, dim: int, rates: Rates) -> flo
 
 @dataclass
 class _Taken:
-    """What a refresh took on this rank: seconds, CPU seconds, those of the features, bytes at the peak, bytes that stay."""
+    """Cost of a refresh on this rank: seconds, CPU seconds, those of the features, bytes at the peak, bytes that stay."""
 
     seconds: float = 0.0
     cpu: float = 0.0
@@ -166,9 +167,9 @@ class _Taken:
 
 
 def _measured(comm: Comm, config: GraceConfig, n: int, tokens: int) -> _Taken:
-    """A refresh of ``n`` samples of all ranks; bytes are 0 where the system does not tell them."""
+    """Measure a refresh of ``n`` samples of all ranks; bytes are 0 if the system does not report them."""
     data, trusted = _Tokens(n, tokens), _Tokens(96, tokens, 1)
-    before, out = _resident(), _Taken()
+    before, cost = _resident(), _Taken()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # a new high-water mark
     config = copy.deepcopy(config)
@@ -181,23 +182,23 @@ def _measured(comm: Comm, config: GraceConfig, n: int, tokens: int) -> _Taken:
     def contents(kept: ContentFeatures | None, ids: IntArray) -> ContentFeatures:
         started, cpu = time.perf_counter(), time.process_time()
         features = read(kept, ids)
-        out.feature_seconds, out.feature_cpu = time.perf_counter() - started, time.process_time() - cpu
+        cost.feature_seconds, cost.feature_cpu = time.perf_counter() - started, time.process_time() - cpu
         return features
 
     rows = _collected(n, comm, config.collect.dim) if config.collects else SampleRecords.empty(config.collect.dim)
     nothing = Table(SampleRecords.empty(config.collect.dim)), Table(Losses.empty())
-    x = RefreshInputs(rows, rows.losses, *nothing, VisitCounts(), 40, 1, 0, 1, {0: 0.4})
+    inputs = RefreshInputs(rows, rows.losses, *nothing, VisitCounts(), 40, 1, 0, 1, {0: 0.4})
     comm.agree()
     started, cpu = time.perf_counter(), time.process_time()
-    refresh(dataclasses.replace(context, contents=contents), x)
-    out.seconds, out.cpu = time.perf_counter() - started, time.process_time() - cpu
-    out.peak = max(0.0, _status("VmHWM") - before)
-    out.stays = max(0.0, _resident() - before)
-    return out
+    refresh(dataclasses.replace(context, contents=contents), inputs)
+    cost.seconds, cost.cpu = time.perf_counter() - started, time.process_time() - cpu
+    cost.peak = max(0.0, _status("VmHWM") - before)
+    cost.stays = max(0.0, _resident() - before)
+    return cost
 
 
 def _collected(n: int, comm: Comm, dim: int) -> SampleRecords:
-    """Rows as if each rank had collected its share of the samples."""
+    """Return rows as if each rank had collected its share of the samples."""
     rng = np.random.default_rng(comm.rank)
     ids = np.arange(comm.rank, n, comm.size, dtype=np.int64)
     sketch = rng.standard_normal((len(ids), dim), np.float32).astype(np.float16)
@@ -209,7 +210,7 @@ def _collected(n: int, comm: Comm, dim: int) -> SampleRecords:
 
 
 class _Tokens:
-    """Rows of tokens in the proportions of text: the r-th most frequent in proportion to 1 / r."""
+    """Rows of tokens with the frequencies of text: the r-th most frequent token in proportion to 1 / r."""
 
     def __init__(self, n: int, tokens: int, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
@@ -223,11 +224,11 @@ class _Tokens:
 
 
 def _each(work: Callable[[], Any], seconds: float) -> float:
-    """CPU seconds of one call, on one thread, after a first that is not counted."""
+    """Return the CPU seconds of one call, on one thread, after a first call that is not counted."""
     import torch
 
     threads, done = torch.get_num_threads(), 0
-    torch.set_num_threads(1)  # several count their waiting for one another on a busy machine
+    torch.set_num_threads(1)  # several threads would count the time they wait for one another on a busy machine
     try:
         work()
         started = time.thread_time()
@@ -246,7 +247,7 @@ def _resident() -> float:
 
 
 def _status(key: str) -> float:
-    """A figure of /proc/self/status, bytes; 0 where there is none."""
+    """Return a figure of /proc/self/status in bytes; 0 if there is none."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return float(next(line.split()[1] for line in lines if line.startswith(key + ":"))) * 1024

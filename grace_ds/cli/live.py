@@ -1,7 +1,7 @@
-"""``grace-ds run --progress`` on a terminal: a few lines below the job's own output that say how the run stands.
+"""Show a few lines about the run below the job's own output on a terminal: ``grace-ds run --progress``.
 
-The job writes into a pseudo-terminal of ours, so that it finds the terminal that it would have had; whole lines of it are
-passed on above the view, in their colours. One thread reads, draws and is the only one that writes to the screen.
+The job writes into a pseudo-terminal of this process, so that it finds the terminal that it would have had.  Whole lines are
+passed on above the view, in their colours.  One thread reads and draws, and only that thread writes to the screen.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from typing import IO, Any
 from grace_ds.errors import ConfigError
 from grace_ds.monitor import progress
 
-PICTURES = 0.25  # seconds between two
-SILENCE = 10.0  # seconds without a word after which the view says so
+PICTURES = 0.25  # seconds between two pictures
+SILENCE = 10.0  # seconds without a message after which the view says so
 
 
 def is_screen(stream: IO[str]) -> bool:
-    """Whether there is a terminal that can be drawn on."""
+    """Return whether ``stream`` is a terminal that can be drawn on."""
     return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
 
 
 class Screen:
-    """The view, from ``with`` to the block's end; whatever happens in between, the terminal is as it was afterwards.
+    """The view, within its ``with`` block; afterwards the terminal is always as it was before.
 
     Attributes:
-        streams: of :class:`subprocess.Popen`, for the job.
-        environment: for the job.
+        streams: arguments of :class:`subprocess.Popen`, for the job.
+        environment: additional variables for the job.
 
     Raises:
         ConfigError: rich is not installed.
@@ -54,7 +54,7 @@ class Screen:
             raise ConfigError("--progress needs rich; pip install 'grace_ds[report]'") from error
         self.console = Console(file=sys.stdout, highlight=False)
         self.facts: progress.Facts = {}
-        self._told, self._partial, self._ended = time.monotonic(), "", False
+        self._last_message, self._partial, self._ended = time.monotonic(), "", False
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stop = threading.Event()
         self._live = Live(
@@ -94,11 +94,11 @@ class Screen:
                     self._print(self._partial)
                     self._partial = ""
                 self._live.refresh()
-        except Exception as error:  # the job's output must go on, and its pseudo-terminal must be emptied
+        except Exception as error:  # the job's output must continue, and its pseudo-terminal must be drained
             self._pass_on(f"grace-ds: the view is given up ({type(error).__name__}: {error})\n")
 
     def _pass_on(self, text: str) -> None:
-        """Writes the job's output as it comes, until there is no more."""
+        """Copy the job's output to the screen until it ends."""
         stopping = False
         while text or not stopping:
             with contextlib.suppress(OSError):  # a screen that is gone
@@ -108,12 +108,12 @@ class Screen:
             text = self._read(PICTURES)
 
     def _turn(self) -> bool:
-        """Reads what there is and draws; False when the job is over and everything of it has been read."""
+        """Read the available output and draw; return False when the job is over and all of its output has been read."""
         stopping = self._stop.is_set()
         data = self._read(0.0 if stopping else PICTURES)
         if data:
             *whole, rest = (self._partial + data).split("\n")
-            self._partial = rest if len(rest) < 65536 else ""  # a bar that never ends its line
+            self._partial = rest if len(rest) < 65536 else ""  # drop a progress bar that never ends its line
             if whole:
                 self._print("\n".join(map(_overwritten, whole)))
         self._resize()
@@ -121,11 +121,11 @@ class Screen:
         return bool(data) or not stopping
 
     def _read(self, seconds: float) -> str:
-        """The job's next output; takes facts on the way."""
-        both: list[Any] = [self._master, self._socket]
-        ready = select.select(both, [], [], seconds)[0]
+        """Return the job's next output; receive facts on the way."""
+        sources: list[Any] = [self._master, self._socket]
+        ready = select.select(sources, [], [], seconds)[0]
         if self._socket in ready:
-            self.facts, self._told = json.loads(self._socket.recv(65536)), time.monotonic()
+            self.facts, self._last_message = json.loads(self._socket.recv(65536)), time.monotonic()
         return self._decoder.decode(os.read(self._master, 65536)) if self._master in ready else ""
 
     def _print(self, text: str) -> None:
@@ -134,7 +134,7 @@ class Screen:
         self.console.print(Text.from_ansi(text), soft_wrap=True)
 
     def _resize(self) -> None:
-        """Gives the job's terminal the size of ours."""
+        """Give the job's terminal the size of the real one."""
         with contextlib.suppress(OSError):
             size = fcntl.ioctl(sys.stdout.fileno(), termios.TIOCGWINSZ, bytes(8))
             if size != fcntl.ioctl(self._slave, termios.TIOCGWINSZ, bytes(8)):
@@ -146,31 +146,31 @@ class Screen:
         from rich.text import Text
 
         partial = _overwritten(self._partial).rstrip()
-        above = [Text.from_ansi(partial)] if partial else []  # such as the job's own bar, which has not ended its line
-        below = [Text(said) for said in self._said()]
-        for one in above + below:
-            one.no_wrap, one.overflow = True, "ellipsis"
+        above = [Text.from_ansi(partial)] if partial else []  # such as the job's progress bar, which has not ended its line
+        below = [Text(text) for text in self._lines()]
+        for line in above + below:
+            line.no_wrap, line.overflow = True, "ellipsis"
         return Group(*above, Rule("GRACE", style="dim"), *below)
 
-    def _said(self) -> list[str]:
-        f = self.facts
-        if not f:
+    def _lines(self) -> list[str]:
+        facts = self.facts
+        if not facts:
             return ["ended before GRACE was attached" if self._ended else "waiting for rank 0 to attach GRACE"]
-        if f.get("off"):
-            return [progress.line(f).removeprefix("grace: ")]
-        quiet = time.monotonic() - self._told
+        if facts.get("off"):
+            return [progress.line(facts).removeprefix("grace: ")]
+        quiet = time.monotonic() - self._last_message
         state = "  ended" if self._ended else f"  last word {quiet:.0f} s ago" if quiet > SILENCE else ""
-        said = [progress.where_it_is(f) + state, progress.schedule(f), progress.cost(f), progress.guard(f)]
-        return [part for part in said if part]
+        lines = [progress.where_it_is(facts) + state, progress.schedule(facts), progress.cost(facts), progress.guard(facts)]
+        return [part for part in lines if part]
 
 
 def _overwritten(line: str) -> str:
-    """What a terminal shows of a line: that which follows its last carriage return, as bars use it."""
+    """Return what a terminal shows of a line: the text after its last carriage return, as progress bars use it."""
     return line.rstrip("\r").rpartition("\r")[2]
 
 
 def _as_written(end: int) -> None:
-    """Lets a pseudo-terminal pass on what is written, without carriage returns put in."""
-    how = termios.tcgetattr(end)
-    how[1] &= ~termios.OPOST
-    termios.tcsetattr(end, termios.TCSANOW, how)
+    """Make a pseudo-terminal pass on output unchanged, without inserted carriage returns."""
+    attributes = termios.tcgetattr(end)
+    attributes[1] &= ~termios.OPOST
+    termios.tcsetattr(end, termios.TCSANOW, attributes)

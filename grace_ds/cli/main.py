@@ -1,4 +1,4 @@
-"""``grace-ds``: run a script with GRACE, read a schedule back, look at a machine, or at sizes, before a job does."""
+"""Run the command ``grace-ds``: run a script with GRACE, read a schedule back, check a machine, or plan a job's sizes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from grace_ds.cli.commandline import Parser, amount, count, in_one_line, nearest
 from grace_ds.cli.launch import USAGE, run
 from grace_ds.errors import GraceError
 
-_OURS = ("--preempt-dir", "--progress", "--debug")  # options of run that are not the launcher's
+_OWN_OPTIONS = ("--preempt-dir", "--progress", "--debug")  # options of ``grace-ds run`` itself, not of the launcher
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     top = Parser(
         prog="grace-ds",
         description="Train on a small, always fresh part of a corpus: GRACE coreset selection for DeepSpeed jobs.",
@@ -165,41 +165,41 @@ def _report(args: argparse.Namespace) -> str:
     from grace_ds.report.terminal import terminal
 
     run = load_run(args.where, Options(args.tokenizer, args.sources, args.losses))
-    said = terminal(run, colour=sys.stdout.isatty()) if args.terminal else ""
+    summary = terminal(run, colour=sys.stdout.isatty()) if args.terminal else ""
     target = args.html or (None if args.terminal else run.folder / "report.html")
     if target is None:
-        return said
+        return summary
     try:
         target.write_text(page(run), "utf-8")
     except OSError as error:
         raise GraceError(f"the page cannot be written to {target} ({error.strerror}); name another place with --html") from error
-    return said + f"written: {target}\n"
+    return summary + f"written: {target}\n"
 
 
 def _plan(args: argparse.Namespace) -> str:
     from grace_ds.cli.plan import Sizes
     from grace_ds.cli.plan_model import Model
     from grace_ds.cli.plan_rates import Rates
-    from grace_ds.cli.plan_summary import told
+    from grace_ds.cli.plan_summary import render
     from grace_ds.config.load import load_config
 
     config = load_config({}, dotlist=args.set)
     model = Model.of(args.parameters, args.layers, args.hidden, args.vocab)
     words = (args.samples, args.dim, args.ranks, args.batch, args.interval, args.budget, args.tokens, args.steps)
     sizes = Sizes(*words, args.gflops, args.gbits, model, args.step_seconds, args.tflops, args.item_seconds, Rates())
-    speaks = True
+    prints = True
     if args.calibrate:
         from grace_ds.cli.calibrate import calibrate, world
 
-        comm, speaks = world()
+        comm, prints = world()
         rates = calibrate(config, args.dim, args.tokens, model.hidden if model is not None else 0, comm)
         comm.close()
         sizes = dataclasses.replace(sizes, rates=rates)
-    return told(sizes, config, args.json) if speaks else ""
+    return render(sizes, config, args.json) if prints else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status.  Errors are one line unless ``--debug``."""
+    """Run a command and return the exit status.  Errors are one line unless ``--debug``."""
     words = list(sys.argv[1:] if argv is None else argv)
     return in_one_line("grace-ds", lambda: _command(words), wants_debug(words))
 
@@ -207,38 +207,40 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(words: list[str]) -> int:
     command = next((i for i, word in enumerate(words) if not word.startswith("-")), len(words))
     if words[command : command + 1] == ["run"] and words[command + 1 : command + 2] not in (["-h"], ["--help"]):
-        # Not by argparse: it would take the launcher's options for its own.
-        return run(_ours_first(words[command + 1 :]))
+        # argparse would take the launcher's options for its own.
+        return run(_own_options_first(words[command + 1 :]))
     args = parser().parse_args(words)
     if args.command == "doctor":
         return _doctor(args)
     commands = {"config": _config, "plan": _plan, "report": _report, "trace": _trace}
     sys.stdout.write(commands[args.command](args))
-    sys.stdout.flush()  # a reader that has gone is noticed here, where it can be told from an error
+    sys.stdout.flush()  # detect a closed pipe here, where it can be distinguished from an error
     return 0
 
 
-def _ours_first(words: Sequence[str]) -> list[str]:
-    """The words of ``run`` with our options before the launcher's; ``--debug``, which is taken up already, left out.
+def _own_options_first(words: Sequence[str]) -> list[str]:
+    """Return the words of ``run`` with its own options before the launcher's.
+
+    ``--debug`` is handled already and left out.
 
     Raises:
-        GraceError: an option before the script is almost one of ours.
+        GraceError: an option before the script is almost one of ``grace-ds run``.
     """
     script = next((i for i, word in enumerate(words) if word.endswith(".py")), len(words))
-    ours: list[str] = []
-    theirs: list[str] = []
+    own: list[str] = []
+    launchers: list[str] = []
     before = iter(words[:script])
     for word in before:
         name, equals, value = word.partition("=")
-        if name not in _OURS:
-            if name.startswith("--") and (near := nearest(name, _OURS)):
+        if name not in _OWN_OPTIONS:
+            if name.startswith("--") and (near := nearest(name, _OWN_OPTIONS)):
                 raise GraceError(f"run: there is no option {name}{near}")
-            theirs.append(word)
+            launchers.append(word)
         elif name == "--preempt-dir":
-            ours += [name, value if equals else next(before, "")]
+            own += [name, value if equals else next(before, "")]
         elif name != "--debug":
-            ours.append(word)
-    return [*filter(None, ours), *theirs, *words[script:]]
+            own.append(word)
+    return [*filter(None, own), *launchers, *words[script:]]
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -248,8 +250,8 @@ def _doctor(args: argparse.Namespace) -> int:
     job = None
     if args.config is not None:
         job = Job(args.config, args.parameters, args.samples, args.ranks, args.here if args.here is not None else args.ranks)
-    said, status = doctor(os.environ, args.shared, args.json, job)
-    sys.stdout.write(said)
+    report, status = doctor(os.environ, args.shared, args.json, job)
+    sys.stdout.write(report)
     return status
 
 

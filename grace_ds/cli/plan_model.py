@@ -1,7 +1,7 @@
-"""What a training step costs, and what the collection adds to it: counted from the shapes of a transformer.
+"""Count what a training step costs, and what the collection adds to it, from the shapes of a transformer.
 
-Multiplications and additions count as two operations.  A linear layer of w weights takes 2 w a token forward and 4 w
-backward; attention scores and their product with the values, 4 T H a token and layer forward, twice that backward.
+Multiplications and additions count as two operations.  A linear layer of w weights takes 2 w per token forward and 4 w
+backward; attention scores and their product with the values, 4 T H per token and layer forward, twice that backward.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from grace_ds.errors import ConfigError
 from grace_ds.gradients.basis import TRUSTED_RANK
 from grace_ds.gradients.kfac import RANK as MOMENT_RANK
 
-ASPECT = 128  # hidden width over layers, where only the parameters are given: between GPT-3's and Llama's
-BYTES_AN_OPERATION = 0.008  # of a GPU's memory traffic against its training rate: an H100 at 400 TFLOP/s
+ASPECT = 128  # hidden width over layers if only the parameters are given: between GPT-3's and Llama's
+BYTES_AN_OPERATION = 0.008  # memory traffic of a GPU relative to its training rate: an H100 at 400 TFLOP/s
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Model:
     """A decoder of equal blocks: query-key-value H x 3H, output H x H, up H x 4H, down 4H x H.
 
     Attributes:
-        layers: blocks.
+        layers: number of blocks.
         hidden: H.
-        vocab: of the head.
-        assumed: whether the shape was made up from the number of parameters.
+        vocab: size of the head's vocabulary.
+        assumed: whether the shape was derived from the number of parameters.
     """
 
     layers: int
@@ -36,10 +36,10 @@ class Model:
 
     @staticmethod
     def of(parameters: float, layers: int, hidden: int, vocab: int) -> Model | None:
-        """From what the command line says; None where it says nothing.
+        """Build the model from the options of the command line; None without any.
 
         Raises:
-            ConfigError: half of a shape.
+            ConfigError: only half of a shape is given.
         """
         if bool(layers) != bool(hidden):
             raise ConfigError("--layers and --hidden make a shape together; give both, or --parameters alone")
@@ -52,11 +52,11 @@ class Model:
 
     @property
     def weights(self) -> float:
-        """Of the blocks and the head."""
+        """Number of weights of the blocks and the head."""
         return 12.0 * self.layers * self.hidden**2 + self.vocab * self.hidden
 
     def flop(self, tokens: int) -> float:
-        """Of one sample of ``tokens`` tokens, forward and backward."""
+        """Return the operations of one sample of ``tokens`` tokens, forward and backward."""
         return tokens * (6.0 * self.weights + 12.0 * self.layers * tokens * self.hidden)
 
     @property
@@ -68,7 +68,7 @@ class Model:
 
 @dataclass(frozen=True)
 class CollectCost:
-    """What the hooks add, for one sample.
+    """Cost of the hooks, for one sample.
 
     Attributes:
         flop: projections of both sides and their products, with a trusted basis in force.
@@ -82,7 +82,7 @@ class CollectCost:
 
     @staticmethod
     def of(model: Model, config: CollectConfig, tokens: int, basis: bool = True) -> CollectCost:
-        """By the sketch's formula ``P_in aᵀ (P_out gᵀ)ᵀ``, rank + trusted rank rows a side (grace_ds.gradients.capture)."""
+        """Count by the sketch's formula ``P_in aᵀ (P_out gᵀ)ᵀ``, with rank + trusted rank rows per side (gradients.capture)."""
         width = config.rank + (TRUSTED_RANK if basis else 0)
         sides = sum(a + b for a, b in model.sketched)
         flop = tokens * (2.0 * width * sides + 2.0 * width**2 * len(model.sketched))
@@ -90,19 +90,22 @@ class CollectCost:
 
 
 def probe_flop(model: Model, config: CollectConfig, tokens: int) -> float:
-    """Of one probed sample: a step's, and the sketch of second moments A Ω of both sides, Ω of ``MOMENT_RANK`` columns."""
+    """Return the operations of one probed sample.
+
+    A step's, and the sketch of second moments A Ω of both sides, Ω of ``MOMENT_RANK`` columns.
+    """
     sides = sum(a + b for a, b in model.sketched)
     return model.flop(tokens) + CollectCost.of(model, config, tokens).flop + tokens * 4.0 * MOMENT_RANK * sides
 
 
 @dataclass(frozen=True)
 class BreakEven:
-    """What GRACE must save to pay for itself, in optimizer steps of the job without it.
+    """Savings that GRACE needs to pay for itself, in optimizer steps of the job without it.
 
     Attributes:
-        overhead: GRACE's seconds over the seconds of the steps that it trains.
-        ratio: uniform's steps over GRACE's at equal loss from which GRACE is ahead.
-        steps: that GRACE has at most, where the uniform run has ``uniform``; 0 where that is not known.
+        overhead: seconds of GRACE relative to the seconds of the training steps.
+        ratio: steps of uniform over those of GRACE at equal loss; above this value GRACE is ahead.
+        steps: maximum steps of GRACE in the time of ``uniform`` steps of a uniform run; 0 if unknown.
         uniform: steps of the run.
     """
 
@@ -113,10 +116,11 @@ class BreakEven:
 
     @staticmethod
     def of(step: float, collect: float, first: float, later: float, interval: int, uniform: int) -> BreakEven:
-        """From seconds of a step without GRACE, of the collection in one, of the first refresh and of each other one.
+        """Compute from the seconds of a step without GRACE, of the collection in it, of the first refresh and of each other one.
 
-        Time spent alike: s (step + collect) + first + later (s / interval - 1) = uniform · step; without a number of steps the
-        first refresh counts for nothing.
+        At equal time: s (step + collect) + first + later (s / interval - 1) = uniform · step.
+
+        If the number of steps is unknown, the first refresh is not counted.
         """
         a_step = step + collect + later / interval
         if not uniform:

@@ -1,4 +1,4 @@
-"""The plan in words: lines with the origin of each figure, a table of what-ifs, or JSON."""
+"""Render the plan: lines with the origin of each figure, a table of what-ifs, or JSON."""
 
 from __future__ import annotations
 
@@ -18,27 +18,29 @@ from grace_ds.recipes import DEFAULT
 Change = Callable[[Sizes, GraceConfig], Sizes]
 
 
-def told(sizes: Sizes, config: GraceConfig, as_json: bool) -> str:
-    """The plan and its what-ifs.
+def render(sizes: Sizes, config: GraceConfig, as_json: bool) -> str:
+    """Render the plan and its what-ifs as text or JSON.
 
     Raises:
-        ConfigError, DataError: sizes that no job can have.
+        ConfigError, DataError: the sizes are impossible.
     """
-    found = plan(sizes, config)
-    others = [(name, found if change is None else _other(sizes, config, change)) for name, change in _changes(sizes, config)]
+    current = plan(sizes, config)
+    others = [(name, current if change is None else _other(sizes, config, change)) for name, change in _changes(sizes, config)]
     if as_json:
-        return json.dumps(_json(sizes, found, others), indent=1) + "\n"
-    lines = [*_refresh_lines(found), *_memory_lines(found), *_even_lines(found)]
+        return json.dumps(_json(sizes, current, others), indent=1) + "\n"
+    lines = [*_refresh_lines(current), *_memory_lines(current), *_even_lines(current)]
     width = max(len(name) for name, _ in lines)
     body = "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
-    if not found.builds:
+    if not current.builds:
         body += f"\nTo build it: --set recipe={DEFAULT}"
-    return body + "\n\n" + _table(others) + "\n\n" + _origins(sizes, found)
+    return body + "\n\n" + _table(others) + "\n\n" + _origins(sizes, current)
 
 
 def _refresh_lines(plan: RefreshPlan) -> list[tuple[str, str]]:
-    g = plan.graph
-    how = f"{g.tier} ({g.why})" + (f", {g.clusters:,} clusters, overlap about {g.overlap}" if g.clusters else "")
+    graph = plan.graph
+    how = f"{graph.tier} ({graph.why})" + (
+        f", {graph.clusters:,} clusters, overlap about {graph.overlap}" if graph.clusters else ""
+    )
     again = "at each refresh: the window rolls" if plan.rolls else "once: the window stays"
     return [
         ("window", f"{plan.window:,} samples"),
@@ -52,13 +54,13 @@ def _refresh_lines(plan: RefreshPlan) -> list[tuple[str, str]]:
         ("  trusted probes", f"{plan.probe_seconds:.2f}"),
         ("  graph", f"{plan.graph_seconds:.1f} at {plan.gflops:.0f} Gflop/s" + ("" if plan.builds else ", not counted in")),
         ("graph", how if plan.builds else f"not built by this configuration; if it were: {how}"),
-        ("graph, operations a rank", f"{g.flop:.2e}"),
-        ("graph, sent by a rank", _bytes(g.wire_bytes)),
+        ("graph, operations a rank", f"{graph.flop:.2e}"),
+        ("graph, sent by a rank", _bytes(graph.wire_bytes)),
     ]
 
 
 def _memory_lines(plan: RefreshPlan) -> list[tuple[str, str]]:
-    g = plan.graph
+    graph = plan.graph
     return [
         ("memory of a rank: features", _bytes(plan.features_bytes)),
         ("  collected rows", _bytes(plan.table_bytes)),
@@ -66,8 +68,8 @@ def _memory_lines(plan: RefreshPlan) -> list[tuple[str, str]]:
         ("  code and libraries", _bytes(plan.resting_bytes)),
         ("  held between refreshes", _bytes(plan.held_bytes)),
         ("  features, while computed", _bytes(plan.scratch_bytes)),
-        ("  graph, at its peak", _bytes(g.host_bytes)),
-        ("  graph, on the GPU", _bytes(g.device_bytes) if g.device_bytes else "none: a CPU backend"),
+        ("  graph, at its peak", _bytes(graph.host_bytes)),
+        ("  graph, on the GPU", _bytes(graph.device_bytes) if graph.device_bytes else "none: a CPU backend"),
         ("  selection, on rank 0", _bytes(plan.select_bytes)),
         ("  in all, at the peak", _bytes(plan.peak_bytes)),
         ("  hooks, within a step", f"{_bytes(plan.collect_bytes)}, on the device"),
@@ -85,15 +87,15 @@ def _even_lines(plan: RefreshPlan) -> list[tuple[str, str]]:
             *lines,
             ("break-even", f"not known: {'a step is' if not plan.step_seconds else 'collecting is'} not known"),
         ]
-    e = plan.even
-    lines.append(("overhead", f"{e.overhead:.2%} of the steps' time"))
-    saved = f": {e.uniform - e.steps:,} of {e.uniform:,} to be saved" if e.uniform else ""
-    lines.append(("break-even", f"where uniform needs {e.ratio:.4f} × the steps for the same loss{saved}"))
+    even = plan.even
+    lines.append(("overhead", f"{even.overhead:.2%} of the steps' time"))
+    saved = f": {even.uniform - even.steps:,} of {even.uniform:,} to be saved" if even.uniform else ""
+    lines.append(("break-even", f"where uniform needs {even.ratio:.4f} × the steps for the same loss{saved}"))
     return lines
 
 
 def _changes(sizes: Sizes, config: GraceConfig) -> list[tuple[str, Change | None]]:
-    """Name → what is otherwise."""
+    """Return name → change of each what-if; None for the plan itself."""
 
     def recipe(name: str) -> Change:
         def change(sizes: Sizes, config: GraceConfig) -> Sizes:
@@ -117,8 +119,8 @@ def _changes(sizes: Sizes, config: GraceConfig) -> list[tuple[str, Change | None
         return change
 
     rows: list[tuple[str, Change | None]] = [("as asked", None)]
-    asked = recipes.recipe(config.recipe)
-    rows += [(f"recipe {name}", recipe(name)) for name in recipes.names()[::-1] if name != asked.name]
+    configured = recipes.recipe(config.recipe)
+    rows += [(f"recipe {name}", recipe(name)) for name in recipes.names()[::-1] if name != configured.name]
     rows += [(f"without {part}", without(part)) for part in sorted(config.parts)]
     if plan(sizes, config).builds:
         rows += [(f"tier {name}", tier(name)) for name in ("exact", "clustered")]
@@ -133,10 +135,10 @@ def _changes(sizes: Sizes, config: GraceConfig) -> list[tuple[str, Change | None
 
 
 def _other(sizes: Sizes, config: GraceConfig, change: Change) -> RefreshPlan | str:
-    """The plan with something otherwise; in words why there can be none."""
+    """Return the plan after a change; the reason in words if it is impossible."""
     other = copy.deepcopy(config)
     changed = change(sizes, other)
-    if changed.ranks != sizes.ranks and sizes.step_seconds:  # the same batch, over more ranks
+    if changed.ranks != sizes.ranks and sizes.step_seconds:  # the same batch over more ranks
         changed = replace(changed, step_seconds=sizes.step_seconds * sizes.ranks / changed.ranks)
     try:
         return plan(changed, other)
@@ -165,45 +167,45 @@ def _table(others: list[tuple[str, RefreshPlan | str]]) -> str:
 
 
 def _origins(sizes: Sizes, plan: RefreshPlan) -> str:
-    """Which figures are counted, measured, given and assumed."""
-    r = sizes.rates
+    """Return which figures are counted, measured, given and assumed, in lines."""
+    rates = sizes.rates
     gflops = "given" if sizes.gflops else MEASURED
-    item = ("given", sizes.item_seconds) if sizes.item_seconds else (r.of("item_seconds"), r.item_seconds)
-    gbits = ("given", sizes.gbits) if sizes.gbits else (r.of("gbits"), r.gbits)
+    item = ("given", sizes.item_seconds) if sizes.item_seconds else (rates.of("item_seconds"), rates.item_seconds)
+    gbits = ("given", sizes.gbits) if sizes.gbits else (rates.of("gbits"), rates.gbits)
     shape = ""
     if sizes.model is not None:
         m = sizes.model
         shape = f", the model as {m.layers} blocks of width {m.hidden}" + (" (assumed from its parameters)" if m.assumed else "")
-    rates = [
+    figures = [
         (f"products {plan.gflops:.0f} Gflop/s", gflops),
-        (f"features {1e-6 / max(r.token_seconds, 1e-12):.1f}M tokens a second", r.of("token_seconds")),
+        (f"features {1e-6 / max(rates.token_seconds, 1e-12):.1f}M tokens a second", rates.of("token_seconds")),
         (f"the dataset hands a sample out in {1e6 * item[1]:.0f} µs", item[0]),
-        (f"choice {1e6 * r.sample_seconds:.1f} µs a sample", r.of("sample_seconds")),
+        (f"choice {1e6 * rates.sample_seconds:.1f} µs a sample", rates.of("sample_seconds")),
         (f"between ranks {gbits[1]:.1f} Gbit/s", gbits[0]),
-        (f"graph {r.graph:.2f} × its count", r.of("graph")),
-        (f"wall {r.busy:.2f} × CPU", r.of("busy")),
-        (f"a refresh at least {r.fixed_seconds + r.fixed_feature_seconds:.2f} s", r.of("fixed_seconds")),
-        (f"and {_bytes(r.fixed_bytes)}", r.of("fixed_bytes")),
+        (f"graph {rates.graph:.2f} × its count", rates.of("graph")),
+        (f"wall {rates.busy:.2f} × CPU", rates.of("busy")),
+        (f"a refresh at least {rates.fixed_seconds + rates.fixed_feature_seconds:.2f} s", rates.of("fixed_seconds")),
+        (f"and {_bytes(rates.fixed_bytes)}", rates.of("fixed_bytes")),
     ]
-    origins = dict.fromkeys(origin for _, origin in rates)
-    lines = [f"{origin.capitalize()}: " + "; ".join(name for name, its in rates if its == origin) + "." for origin in origins]
+    origins = dict.fromkeys(origin for _, origin in figures)
+    lines = [f"{origin.capitalize()}: " + "; ".join(name for name, its in figures if its == origin) + "." for origin in origins]
     lines = [
         f"Counted: bytes, operations, window, repeats{shape}.",
         f"A step: {plan.step_origin}.",
         *lines,
         "Expected, not measured: bytes within about 15 %, seconds within a factor of two.",
     ]
-    if r.of("token_seconds") != MEASURED:
+    if rates.of("token_seconds") != MEASURED:
         lines.append("--calibrate measures the assumed ones here, in some seconds.")
     return "\n".join(lines) + "\n"
 
 
-def _json(sizes: Sizes, found: RefreshPlan, others: list[tuple[str, RefreshPlan | str]]) -> dict[str, Any]:
+def _json(sizes: Sizes, current: RefreshPlan, others: list[tuple[str, RefreshPlan | str]]) -> dict[str, Any]:
     def one(plan: RefreshPlan) -> dict[str, Any]:
         return {**asdict(plan), "held_bytes": plan.held_bytes, "peak_bytes": plan.peak_bytes}
 
     what_if = {name: one(p) if not isinstance(p, str) else {"error": p} for name, p in others[1:]}
-    return {**one(found), "sizes": asdict(sizes), "what_if": what_if}
+    return {**one(current), "sizes": asdict(sizes), "what_if": what_if}
 
 
 def _bytes(n: float) -> str:

@@ -1,4 +1,4 @@
-"""``grace-ds trace``: the samples of one global batch, from the schedules that a run has kept."""
+"""List the samples of one global batch, from the schedules that a run has kept: ``grace-ds trace``."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from grace_ds.records import Role
 
 
 def trace(where: str, step: int, *, as_json: bool = False) -> str:
-    """Text (or JSON) of the samples of optimizer step ``step`` (from 0): position, id, role, weight, version.
+    """Return the samples of optimizer step ``step`` (from 0) as text or JSON: position, id, role, weight, version.
 
     Args:
         where: a run_dir, its ``schedules`` folder, or the ``grace_ds`` folder of a checkpoint.
+        step: number of the optimizer step.
+        as_json: return JSON.
 
     Raises:
-        GraceError: no schedules there, or the step lies before the first of them.
+        GraceError: there are no schedules, or the step lies before the first of them.
     """
     folder = Path(where)
     for candidate in (folder / "schedules", folder / "grace_ds"):

@@ -1,7 +1,7 @@
-"""Ids that travel: the job's dataset, collate function and loader, with the position and the id beside each sample.
+"""Carry sample ids through the job's dataset, collate function and loader.
 
-The sampler hands pairs (position, id) to the dataset in the place of indices; dataset and collate carry them through the loader
-(worker processes and pinning included); the loader takes them off again and notes which batch is out.
+The sampler passes pairs (position, id) to the dataset instead of indices.  Dataset and collate function carry them through
+the loader (worker processes and pinning included).  The loader removes them again and records which batch was issued.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from grace_ds.utils.rng import undisturbed_rng
 
 
 class IdDataset(Dataset[Any]):
-    """The job's map-style dataset, returning (position, id, item) for such a pair, (-1, id, item) for a plain index."""
+    """The job's map-style dataset; it returns (position, id, item) for such a pair, (-1, id, item) for a plain index."""
 
     def __init__(self, base: Any) -> None:
         if not (hasattr(base, "__getitem__") and hasattr(base, "__len__")):
@@ -28,7 +28,7 @@ class IdDataset(Dataset[Any]):
             )
         self.base = base
         if hasattr(base, "__getitems__"):
-            # The loader looks for this attribute; it must be there only if the base has it.
+            # The loader checks for this attribute; it must exist only if the base has it.
             self.__getitems__ = self._getitems
 
     def __len__(self) -> int:
@@ -39,19 +39,19 @@ class IdDataset(Dataset[Any]):
         return position, sample, self.base[sample]
 
     def _getitems(self, indices: Sequence[Any]) -> list[tuple[int, int, Any]]:
-        pairs = [t if isinstance(t, tuple) else (-1, int(t)) for t in indices]
+        pairs = [index if isinstance(index, tuple) else (-1, int(index)) for index in indices]
         items = self.base.__getitems__([sample for _, sample in pairs])
         return [(position, sample, item) for (position, sample), item in zip(pairs, items, strict=True)]
 
 
 class IdCollate:
-    """The job's collate function with positions and ids beside its result: (positions, ids of the rows, batch)."""
+    """The job's collate function, with positions and ids added to its result: (positions, ids of the rows, batch)."""
 
     def __init__(self, collate: Callable[[list[Any]], Any] | None) -> None:
         self.collate = collate or default_collate
 
     def __call__(self, items: list[tuple[int, int, Any]]) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """Collates ``items`` of a :class:`IdDataset`."""
+        """Collate ``items`` of a :class:`IdDataset`."""
         batch = self.collate([item for _, _, item in items])
         positions = torch.tensor([position for position, _, _ in items], dtype=torch.int64)
         ids = torch.tensor([sample for _, sample, _ in items], dtype=torch.int64)
@@ -61,20 +61,24 @@ class IdCollate:
         return positions, ids, batch
 
     def _identify(self, items: list[tuple[int, int, Any]], ids: torch.Tensor, rows: int) -> torch.Tensor:
-        """The collate function dropped rows: ask it about every sample alone."""
+        """Find out which samples the collate function dropped, by collating every sample alone.
+
+        Returns:
+            (rows,) int64 ids of the rows that are left; all -1 if that cannot be found out.
+        """
         kept = []
-        with undisturbed_rng():  # the job's own draws are not to depend on being asked
+        with undisturbed_rng():  # the job's own random draws must not depend on these calls
             for _, _, item in items:
                 try:
                     kept.append(_rows_of(self.collate([item])) == 1)
-                except Exception:  # an empty batch may well be an error of the user's function: then the sample was dropped
+                except Exception:  # the user's function may reject an empty batch: then the sample was dropped
                     kept.append(False)
-        found = ids[torch.tensor(kept, dtype=torch.bool)]
-        return found if len(found) == rows else torch.full((rows,), -1, dtype=torch.int64)
+        kept_ids = ids[torch.tensor(kept, dtype=torch.bool)]
+        return kept_ids if len(kept_ids) == rows else torch.full((rows,), -1, dtype=torch.int64)
 
 
 class IdLoader:
-    """A data loader with positions and ids taken off: yields what the job's own loader would, and tells ``in_flight``."""
+    """A data loader that removes positions and ids: it yields the job's own batches, and reports them to ``in_flight``."""
 
     def __init__(self, inner: Any, in_flight: InFlightBatches) -> None:
         self.inner, self.in_flight = inner, in_flight
@@ -99,6 +103,6 @@ class IdLoader:
 
 
 def _rows_of(batch: Any) -> int | None:
-    """Rows of a collated batch: the leading axis of its first tensor."""
+    """Return the number of rows of a collated batch: the leading axis of its first tensor; None without tensors."""
     first = next(tensors_of(batch), None)
     return None if first is None else int(first.shape[0])

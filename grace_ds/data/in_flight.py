@@ -1,4 +1,4 @@
-"""Which batch a forward is about: batches that are out, recognised again by the memory or the contents of their tensors.
+"""Find the batch that a forward runs on: issued batches are recognised by the memory or the contents of their tensors.
 
 A batch that was only looked at, or an evaluation in between, never counts as trained on.
 """
@@ -18,21 +18,21 @@ from grace_ds.records import IntArray
 
 log = logging.getLogger("grace_ds")
 
-_CUT = 8  # columns that a job may cut off a batch before it is trained on
-_MOST = 64  # batches that may be out at once: more than any loader prefetches into the user's hands
+_CUT = 8  # maximum columns that a job may cut off a batch before training on it
+_MOST = 64  # maximum batches in flight at once: more than a job holds in practice
 
 
 @dataclass(eq=False)
 class IssuedBatch:
-    """A batch in the user's hands.
+    """A batch that was given to the user.
 
     Attributes:
-        ids: (rows,) int64, dataset ids of its rows; -1 where the collate function hid which sample a row is.
+        ids: (rows,) int64, dataset ids of its rows; -1 if the collate function dropped rows and the ids are unknown.
         end: number of the micro-batch plus one; 0 for batches of the job's own sampler.
-        leaves: its tensors, kept until it is trained on or replaced.
-        batch: as the user has it.
-        entries: its leaves by their path, each with the number of changes made to it in place so far: as it was issued,
-            whatever the user then does with ``batch``.
+        leaves: its tensors, kept until the batch is trained on or replaced.
+        batch: the object that the user has.
+        entries: its leaves by path, each with the number of in-place changes at the time of issue; independent of what the
+            user then does with ``batch``.
     """
 
     ids: IntArray
@@ -43,21 +43,21 @@ class IssuedBatch:
 
     @staticmethod
     def of(ids: IntArray, end: int, batch: Any) -> IssuedBatch:
-        """A batch that is given to the user now."""
+        """Build the record of a batch that is given to the user now."""
         entries = {path: (leaf, leaf_version(leaf)) for path, leaf in walk(batch)}
         return IssuedBatch(ids, end, list(tensors_of(batch)), batch, entries)
 
 
 class InFlightBatches:
-    """The batches that are out, and the recognition of the one that a forward is about.
+    """The batches that are in flight, and the recognition of the one that a forward runs on.
 
-    A batch is recognised by the memory of its tensors or by their contents, never guessed: what is not recognised is a batch of
-    another source, or one that the job has changed beyond recognition.
+    A batch is recognised by the memory of its tensors or by their contents, never guessed.  A batch that is not recognised comes
+    from another source, or the job has changed it beyond recognition.
 
     Attributes:
-        most: batches that it remembers.
+        most: number of batches that it remembers.
         recognised: whether any forward's batch has been recognised so far.
-        unrecognised: forwards so far that no batch which was out could be found for.
+        unrecognised: forwards so far for which no batch in flight was found.
     """
 
     def __init__(self, geometry: Geometry) -> None:
@@ -72,7 +72,7 @@ class InFlightBatches:
         return len(self._batches)
 
     def issue(self, positions: torch.Tensor, ids: torch.Tensor, batch: Any) -> None:
-        """Remembers a batch that goes to the user."""
+        """Record a batch that goes to the user."""
         first = int(positions[0]) if len(positions) else -1
         end = first // self.geometry.micro + 1 if first >= 0 else 0
         if len(ids) and bool((ids < 0).any()) and not self._warned:
@@ -84,12 +84,12 @@ class InFlightBatches:
             )
         issued = IssuedBatch.of(ids.numpy().copy(), end, batch)
         if self._last is not None:
-            _part(self._last, issued)
+            _ignore_shared(self._last, issued)
         self._last = issued
         self._batches.append(issued)
 
     def match(self, inputs: Any) -> IssuedBatch | None:
-        """The outstanding batch whose tensors (or views, or copies of them) are among ``inputs``; None for no such."""
+        """Return the batch in flight whose tensors (or views or copies of them) are among ``inputs``; None if there is none."""
         if not self._batches:
             return None
         found = self._by_memory(inputs) or self._by_contents(inputs)
@@ -101,36 +101,39 @@ class InFlightBatches:
 
     def _by_memory(self, inputs: Any) -> IssuedBatch | None:
         seen = {_address(t) for t in tensors_of(inputs)}
-        return next((b for b in reversed(self._batches) if any(_address(t) in seen for t in b.leaves)), None)
+        return next((issued for issued in reversed(self._batches) if any(_address(t) in seen for t in issued.leaves)), None)
 
     def _by_contents(self, inputs: Any) -> IssuedBatch | None:
-        """For batches that were copied: moved to a device, cut, or put into another type.  From a device it takes a copy back."""
-        moved = [t for t in (t.detach().cpu() for t in tensors_of(inputs)) if _tells(t)]
+        """Find a batch that was copied: moved to a device, cut, or cast to another type.
+
+        Tensors on a device are copied back to the CPU.
+        """
+        moved = [t for t in (t.detach().cpu() for t in tensors_of(inputs)) if _distinguishes(t)]
         for issued in reversed(self._batches):
-            if any(_holds(a, b) and _tells(a) for a in issued.leaves for b in moved):
+            if any(_contains(a, b) and _distinguishes(a) for a in issued.leaves for b in moved):
                 return issued
         return None
 
     def trained(self, issued: IssuedBatch) -> None:
-        """The batch has been through a backward: it is out no more."""
+        """Remove a batch that has been through a backward."""
         if issued in self._batches:
             self._batches.remove(issued)
 
     def pass_over(self, count: int) -> int:
-        """Forgets the ``count`` batches that have been out for longest; returns how many there were."""
-        there = min(count, len(self._batches))
-        for _ in range(there):
+        """Drop the ``count`` batches that were issued first; return how many there were."""
+        dropped = min(count, len(self._batches))
+        for _ in range(dropped):
             self._batches.popleft()
-        return there
+        return dropped
 
     def clear(self) -> None:
-        """Forgets every batch (after a checkpoint was loaded)."""
+        """Drop every batch (after a checkpoint was loaded)."""
         self._batches.clear()
         self._last = None
 
 
 def walk(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """(keys from the root, leaf) of everything in nested mappings, lists and tuples that is none of these itself."""
+    """Yield (keys from the root, leaf) of everything in nested mappings, lists and tuples that is not one of these itself."""
     if isinstance(tree, (Mapping, list, tuple)):
         for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
             yield from walk(value, (*path, key))
@@ -139,12 +142,12 @@ def walk(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...
 
 
 def leaf_version(leaf: Any) -> int:
-    """How often a tensor was changed in place; 0 for anything else."""
+    """Return the number of in-place changes of a tensor; 0 for anything else."""
     return int(leaf._version) if isinstance(leaf, torch.Tensor) and not leaf.is_inference() else 0
 
 
 def tensors_of(tree: Any) -> Iterator[torch.Tensor]:
-    """Tensors of at least one axis in nested lists, tuples, mappings and objects with a ``__dict__`` of them."""
+    """Yield the tensors with at least one axis in nested lists, tuples and mappings."""
     if isinstance(tree, torch.Tensor):
         if tree.dim() > 0:
             yield tree
@@ -156,10 +159,10 @@ def tensors_of(tree: Any) -> Iterator[torch.Tensor]:
             yield from tensors_of(value)
 
 
-def _part(a: IssuedBatch, b: IssuedBatch) -> None:
-    """Takes out of two batches' leaves the memory that both have, such as a mask that is made once: it tells neither.
+def _ignore_shared(a: IssuedBatch, b: IssuedBatch) -> None:
+    """Remove from two batches' leaves the memory that both have, such as a mask that is made once: it identifies neither.
 
-    Where they have nothing else, it is one buffer that is filled anew, and stands for the batch that came last.
+    If they have nothing else, it is one buffer that is filled again, and it identifies the batch that was issued last.
     """
     shared = {_address(t) for t in a.leaves} & {_address(t) for t in b.leaves}
     if shared:
@@ -167,29 +170,32 @@ def _part(a: IssuedBatch, b: IssuedBatch) -> None:
             issued.leaves = [t for t in issued.leaves if _address(t) not in shared] or issued.leaves
 
 
-def _tells(t: torch.Tensor) -> bool:
-    """Whether a tensor's contents can tell batches apart: not a mask, nor the same in every row as positions are."""
+def _distinguishes(t: torch.Tensor) -> bool:
+    """Return whether a tensor's contents can distinguish batches.
+
+    A mask cannot, nor a tensor that is the same in every row, as positions are.
+    """
     if t.dtype == torch.bool or t.numel() == 0:
         return False
     rows = t.detach()
     if t.shape[0] > 1 and bool((rows == rows[:1]).all()):
         return False
-    some = rows.reshape(-1)[:4096]
-    return bool(((some != some.min()) & (some != some.max())).any())  # of more than two values
+    sample = rows.reshape(-1)[:4096]
+    return bool(((sample != sample.min()) & (sample != sample.max())).any())  # more than two distinct values
 
 
-def _holds(whole: torch.Tensor, part: torch.Tensor) -> bool:
-    """Whether ``part`` has the values of ``whole``, or of its columns but a few at either end; both on the CPU."""
+def _contains(whole: torch.Tensor, part: torch.Tensor) -> bool:
+    """Return whether ``part`` has the values of ``whole``, or of all but a few of its columns at either end; both on the CPU."""
     if whole.is_floating_point() != part.is_floating_point():
         return False
-    kind = part.dtype if part.is_floating_point() else torch.int64
-    whole, part = whole.to(kind), part.to(kind)
+    dtype = part.dtype if part.is_floating_point() else torch.int64
+    whole, part = whole.to(dtype), part.to(dtype)
     if whole.numel() == part.numel():
         return torch.equal(whole.reshape(-1), part.reshape(-1))
     if whole.dim() != part.dim() or whole.dim() < 2 or len(whole) != len(part) or whole.shape[2:] != part.shape[2:]:
         return False
     spare = whole.shape[1] - part.shape[1]
-    return 0 < spare <= _CUT and any(torch.equal(whole[:, at : at + part.shape[1]], part) for at in range(spare + 1))
+    return 0 < spare <= _CUT and any(torch.equal(whole[:, start : start + part.shape[1]], part) for start in range(spare + 1))
 
 
 def _address(t: torch.Tensor) -> tuple[str, int]:

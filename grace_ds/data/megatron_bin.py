@@ -1,4 +1,4 @@
-"""A dataset over token corpora that Megatron and DeepSpeed have tokenised already, read where they lie."""
+"""Read token corpora that Megatron or DeepSpeed have tokenised already as a dataset, without copying them."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ class MMapTokens(Dataset[dict[str, torch.Tensor]]):
     sentences; the items differ in length, so that a loader needs a collate function.
 
     With ``length`` an item is a piece of the whole corpus read as one stream, in the file's order and across documents, as
-    Megatron's GPT dataset cuts it: item i holds tokens [i * length, (i + 1) * length + overlap).  Where documents are to
-    be parted, their end-of-document tokens must be in the file (``--append-eod``).  The last tokens, fewer than make up
-    an item, are left out.  The ids are stable: they depend on the file and ``length`` only.
+    Megatron's GPT dataset cuts it: item i holds tokens [i * length, (i + 1) * length + overlap).  To separate documents,
+    their end-of-document tokens must be in the file (``--append-eod``).  The last tokens, if they do not fill an item, are
+    left out.  The ids are stable: they depend only on the file and ``length``.
 
     It can be pickled (only its path and sizes travel), so workers of either start method share the page cache.
 
     Args:
         prefix: path of the two files, with or without ``.bin`` or ``.idx``.
-        length: tokens that an item moves on by; None: one sequence an item.
-        overlap: tokens of the next item that an item ends with: 1 for a model that is fed ``ids[:-1]`` and scored on
+        length: tokens from the start of an item to the start of the next; None: one sequence per item.
+        overlap: tokens of the next item at the end of an item: 1 for a model that is fed ``ids[:-1]`` and scored on
             ``ids[1:]``, 0 for one that shifts its labels itself.  Only used with ``length``.
-        dtype: token type ("uint32", …) where the files alone cannot tell; None: found out.
+        dtype: token type ("uint32", …), needed if the files alone are ambiguous; None: detect it.
 
     Attributes:
-        layout: the checked facts of the files.
+        layout: the checked layout of the files.
 
     Raises:
         ConfigError: ``length`` or ``overlap`` is out of range.
@@ -67,11 +67,11 @@ class MMapTokens(Dataset[dict[str, torch.Tensor]]):
         return max(0, self.layout.total - self.overlap) // self.length
 
     def tokens(self, index: int) -> IntArray:
-        """(T,) int64: the token ids of item ``index``, a copy; a negative index counts from the end.
+        """Return a copy of the token ids of item ``index``, (T,) int64; a negative index counts from the end.
 
         Raises:
             IndexError: there is no such item.
-            DataError: a token is negative, which is what a wrong token type looks like.
+            DataError: a token is negative, which indicates a wrong token type.
         """
         i = operator.index(index)
         if not -len(self) <= i < len(self):
@@ -82,16 +82,16 @@ class MMapTokens(Dataset[dict[str, torch.Tensor]]):
         else:
             start = int(self._pointers[i]) // self._tokens.itemsize
             stop = start + int(self._lengths[i])
-        out: IntArray = self._tokens[start:stop].astype(np.int64)
-        if len(out) and out.min() < 0:
+        tokens: IntArray = self._tokens[start:stop].astype(np.int64)
+        if len(tokens) and tokens.min() < 0:
             raise DataError(
-                f"{self.layout.bin}: token {out.min()} in item {i}, read as {self.layout.dtype}; ids are never negative: "
+                f"{self.layout.bin}: token {tokens.min()} in item {i}, read as {self.layout.dtype}; ids are never negative: "
                 "the index names another type than was written, or this is no token corpus; build it anew"
             )
-        return out
+        return tokens
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """``{"input_ids": (T,) int64}`` of item ``index``; see :meth:`tokens`."""
+        """Return ``{"input_ids": (T,) int64}`` of item ``index``; see :meth:`tokens`."""
         return {"input_ids": torch.from_numpy(self.tokens(index))}
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,13 +1,13 @@
-"""The index of a Megatron or DeepSpeed corpus: read, checked against itself and the token file, and mapped.
+"""Read the index of a Megatron or DeepSpeed corpus, check it against itself and the token file, and map it.
 
-The ``.bin`` is all tokens one after another; the ``.idx`` is a header, then the length (int32) and the byte offset (int64)
-of each sequence, then the document index (int64).  Its header names the token type by a code, and the two libraries
-number the types differently from 6 on, so each reads the other's uint16 as something else and says nothing.  The size of
-the ``.bin`` tells them apart.
+The ``.bin`` is all tokens one after another.  The ``.idx`` is a header, then the length (int32) and the byte offset (int64)
+of each sequence, then the document index (int64).  Its header names the token type by a code.  The two libraries number
+the types differently from 6 on, so each reads the other's uint16 as another type without an error.  The size of the
+``.bin`` distinguishes them.
 
-The index says most things twice (offsets follow from lengths, both from the ``.bin``'s size), and everything that is said
-twice is compared, so that a torn copy is refused instead of trained on.  It has no checksum: damage to the tokens, or to
-several entries of the index that happens to agree, cannot be seen.
+The index holds most facts twice (offsets follow from lengths, both from the ``.bin``'s size), and all of these are
+compared, so that a truncated or mixed copy is refused instead of trained on.  There is no checksum: damage to the tokens, or
+to several entries of the index that happen to agree, cannot be detected.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from grace_ds.records import Array
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, type code, sequences, entries of the document index
-BLOCK = 1 << 20  # entries of the index that are checked at a time
-# What a code means to megatron-core, then to DeepSpeed where that is something else.
+BLOCK = 1 << 20  # entries of the index checked at a time
+# Meaning of each code in megatron-core, then in DeepSpeed if it differs.
 CODES = {
     1: ("uint8",),
     2: ("int8",),
@@ -41,12 +41,12 @@ CURE = "copy the .bin and the .idx again, together, or build them anew"
 
 @dataclass(frozen=True)
 class Layout:
-    """What a checked pair of files holds; with it they can be mapped without being checked again.
+    """Layout of a checked pair of files; with it they can be mapped without being checked again.
 
     Attributes:
         prefix: absolute path of both files, without their suffix.
         sequences: number of sequences, at least 1.
-        entries: of the document index: the number of documents and one.
+        entries: entries of the document index: the number of documents plus one.
         dtype: NumPy's name of the token type.
         total: tokens in the ``.bin``, at least 1.
     """
@@ -59,12 +59,12 @@ class Layout:
 
     @property
     def idx(self) -> str:
-        """The index file."""
+        """Path of the index file."""
         return self.prefix + ".idx"
 
     @property
     def bin(self) -> str:
-        """The token file."""
+        """Path of the token file."""
         return self.prefix + ".bin"
 
     @property
@@ -73,20 +73,20 @@ class Layout:
         return _index_bytes(self.sequences, self.entries), self.total * np.dtype(self.dtype).itemsize
 
     def lengths(self) -> Array:
-        """(sequences,) int32, tokens of each sequence; a map of the file."""
+        """Map the tokens of each sequence, (sequences,) int32."""
         return _map(self.idx, "<i4", HEADER.size, self.sequences)
 
     def pointers(self) -> Array:
-        """(sequences,) int64, the byte of the ``.bin`` at which each sequence begins; a map of the file."""
+        """Map the byte of the ``.bin`` at which each sequence begins, (sequences,) int64."""
         return _map(self.idx, "<i8", HEADER.size + 4 * self.sequences, self.sequences)
 
     def tokens(self) -> Array:
-        """(total,) of ``dtype``; a map of the file."""
+        """Map the tokens, (total,) of ``dtype``."""
         return _map(self.bin, np.dtype(self.dtype).newbyteorder("<").str, 0, self.total)
 
 
 def read_layout(prefix: str | os.PathLike[str], dtype: str | None = None) -> Layout:
-    """Checks a pair of files, all of the index included, in constant memory.
+    """Check a pair of files, including the whole index, in constant memory.
 
     Args:
         prefix: as for :class:`grace_ds.data.MMapTokens`.
@@ -111,10 +111,10 @@ def read_layout(prefix: str | os.PathLike[str], dtype: str | None = None) -> Lay
 
 
 def file_size(path: str) -> int:
-    """Bytes of a file.
+    """Return the size of a file in bytes.
 
     Raises:
-        DataError: it is not there.
+        DataError: the file does not exist.
     """
     if not os.path.isfile(path):
         raise DataError(f"{path} is not a file: give the path that .bin and .idx share (Megatron's --data-path)")
@@ -131,7 +131,7 @@ def _index_bytes(sequences: int, entries: int) -> int:
 
 
 def _header(idx: str) -> tuple[int, int, int]:
-    """Type code, sequences and document index entries, checked against the file's size."""
+    """Return type code, sequences and document index entries, checked against the file's size."""
     size = file_size(idx)
     with open(idx, "rb") as file:
         raw = file.read(HEADER.size)
@@ -158,57 +158,59 @@ def _header(idx: str) -> tuple[int, int, int]:
 
 
 def _total(idx: str, lengths: Array) -> int:
-    """Tokens of all sequences."""
+    """Return the number of tokens of all sequences."""
     total = 0
-    for a in range(0, len(lengths), BLOCK):
-        block = lengths[a : a + BLOCK]
+    for start in range(0, len(lengths), BLOCK):
+        block = lengths[start : start + BLOCK]
         if block.min() < 0:
-            raise DataError(f"{idx}: sequence {a + int(block.argmin())} has length {block.min()}; {CURE}")
+            raise DataError(f"{idx}: sequence {start + int(block.argmin())} has length {block.min()}; {CURE}")
         total += int(block.sum(dtype=np.int64))
     if total == 0:
         raise DataError(f"{idx}: all {len(lengths)} sequences are empty: there is nothing to train on; build the corpus anew")
     return total
 
 
-def _dtype(path: str, types: tuple[str, ...], total: int, size: int, asked: str | None) -> str:
-    """The one of ``types`` that makes ``total`` tokens ``size`` bytes long."""
+def _dtype(path: str, types: tuple[str, ...], total: int, size: int, requested: str | None) -> str:
+    """Return the one of ``types`` that makes ``total`` tokens ``size`` bytes long."""
     fits = [name for name in types if total * np.dtype(name).itemsize == size]
     if not fits:
         need = " or ".join(f"{total * np.dtype(name).itemsize} ({name})" for name in types)
         raise DataError(f"{path}.bin has {size} bytes, and the {total} tokens of its index need {need}; {CURE}")
-    if asked is not None and asked not in fits:
-        raise DataError(f"dtype is {asked!r}, and {path}.idx says {' or '.join(fits)}: leave dtype out, or correct it")
-    if asked is None and len(fits) > 1:
+    if requested is not None and requested not in fits:
+        raise DataError(f"dtype is {requested!r}, and {path}.idx says {' or '.join(fits)}: leave dtype out, or correct it")
+    if requested is None and len(fits) > 1:
         raise DataError(
             f"{path}.idx says {fits[0]} if megatron-core wrote it and {fits[1]} if DeepSpeed did, and the size of the .bin fits "
             f"both: pass dtype={fits[1]!r} if it holds token ids"
         )
-    found = asked or fits[0]
+    found = requested or fits[0]
     if np.dtype(found).kind == "f":
         raise DataError(f"{path}.bin holds {found}: token ids are integers; give a corpus of token ids")
     return found
 
 
 def _check_pointers(layout: Layout) -> None:
-    """Each sequence must begin where the one before it ends."""
+    """Check that each sequence begins where the one before it ends."""
     lengths, pointers, size = layout.lengths(), layout.pointers(), np.dtype(layout.dtype).itemsize
     start = 0
-    for a in range(0, len(lengths), BLOCK):
-        ends = start + np.cumsum(lengths[a : a + BLOCK], dtype=np.int64) * size
-        due = np.concatenate(([start], ends[:-1]))
-        wrong = np.flatnonzero(pointers[a : a + BLOCK] != due)
+    for first in range(0, len(lengths), BLOCK):
+        ends = start + np.cumsum(lengths[first : first + BLOCK], dtype=np.int64) * size
+        expected = np.concatenate(([start], ends[:-1]))
+        wrong = np.flatnonzero(pointers[first : first + BLOCK] != expected)
         if len(wrong):
             i = int(wrong[0])
             raise DataError(
-                f"{layout.idx}: sequence {a + i} begins at byte {pointers[a + i]}, and those before it end at {due[i]}; {CURE}"
+                f"{layout.idx}: sequence {first + i} begins at byte {pointers[first + i]}, and those before it end at "
+                f"{expected[i]}; {CURE}"
             )
         start = int(ends[-1])
 
 
 def _check_documents(idx: str, entries: Array, sequences: int) -> None:
-    """The document index must climb from 0 to the number of sequences; equal neighbours are a document without tokens.
+    """Check that the document index rises from 0 to the number of sequences.
 
-    DeepSpeed's builder leaves it at [0] where ``end_document`` was never called: then it says nothing of documents.
+    Equal neighbours are a document without tokens.  DeepSpeed's builder leaves the index at [0] if ``end_document`` was never
+    called; then it holds no information on documents.
     """
     if len(entries) == 1 and entries[0] == 0:
         return
@@ -217,8 +219,8 @@ def _check_documents(idx: str, entries: Array, sequences: int) -> None:
             f"{idx}: the document index runs from {entries[0]} to {entries[-1]}, not from 0 to its {sequences} sequences "
             f"(was end_document called after the last one?); {CURE}"
         )
-    for a in range(0, len(entries) - 1, BLOCK):
-        falls = np.flatnonzero(np.diff(entries[a : a + BLOCK + 1]) < 0)
-        if len(falls):
-            i = a + int(falls[0])
+    for start in range(0, len(entries) - 1, BLOCK):
+        decreasing = np.flatnonzero(np.diff(entries[start : start + BLOCK + 1]) < 0)
+        if len(decreasing):
+            i = start + int(decreasing[0])
             raise DataError(f"{idx}: the document index falls from {entries[i]} to {entries[i + 1]} at entry {i + 1}; {CURE}")

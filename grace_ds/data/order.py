@@ -1,7 +1,7 @@
-"""The order of the corpus where nothing is chosen: which sample stands at each position of the run.
+"""Define the order of the corpus while nothing is chosen: which sample is at each position of the run.
 
-A job has an order of its own, its sampler's.  As long as GRACE chooses nothing (the warm-up, a guard that found the pool
-clean, before ``start_step``, after ``stop_step``) that order goes on, so that such a job trains on what it would have trained on.
+A job has its own order, its sampler's.  As long as GRACE chooses nothing (the warm-up, a guard that found the pool clean,
+before ``start_step``, after ``stop_step``) that order continues, so that such a job trains on the same samples as without it.
 """
 
 from __future__ import annotations
@@ -20,20 +20,23 @@ from grace_ds.records import Array, IntArray
 log = logging.getLogger("grace_ds")
 
 ROUNDS = 6
-MOST = 2**25  # samples whose shuffled order is made as a whole: 256 MiB on root; a DistributedSampler takes more on every rank
+MOST = 2**25  # maximum samples to shuffle as a whole: 256 MiB on root; a DistributedSampler takes more on every rank
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
 class Order(Protocol):
-    """Ids of the corpus without end, epoch after epoch; a pure function of the position, equal on all ranks."""
+    """Endless ids of the corpus, epoch after epoch; a pure function of the position, equal on all ranks."""
 
     def __call__(self, positions: IntArray) -> IntArray:
-        """(m,) int64: the ids at ``positions`` (m,), ascending, counted in samples over all ranks from the start of the run."""
+        """Return the ids at ``positions`` (m,), (m,) int64.
+
+        Positions ascend, and count samples over all ranks from the start of the run.
+        """
         ...
 
 
 class Permutation:
-    """A seeded random order of [0, n), in constant memory: a Feistel network, walked until it lands inside.
+    """A seeded random order of [0, n), in constant memory: a Feistel network, applied again until the result is below n.
 
     Args:
         n: number of ids.
@@ -47,13 +50,13 @@ class Permutation:
         self._keys = [np.uint64((seed * 0xD1342543DE82EF95 + (r + 1) * _GOLDEN) % 2**64) for r in range(ROUNDS)]
 
     def __call__(self, positions: Array) -> IntArray:
-        """(m,) int64: the ids at ``positions`` (m,), each in [0, n)."""
-        out = np.asarray(positions, np.int64).astype(np.uint64)
-        todo = np.arange(len(out))
-        while len(todo):  # at most 4 walks on the mean, as the domain is less than 4 n
-            out[todo] = self._once(out[todo])
-            todo = todo[out[todo] >= np.uint64(self.n)]
-        return out.astype(np.int64)
+        """Return the ids at ``positions`` (m,), (m,) int64, each in [0, n)."""
+        ids = np.asarray(positions, np.int64).astype(np.uint64)
+        outside = np.arange(len(ids))
+        while len(outside):  # at most 4 rounds on average, as the domain is less than 4 n
+            ids[outside] = self._once(ids[outside])
+            outside = outside[ids[outside] >= np.uint64(self.n)]
+        return ids.astype(np.int64)
 
     def _once(self, x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         left, right = x >> self._half, x & self._mask
@@ -67,7 +70,7 @@ class Permutation:
 
 
 class SeededOrder:
-    """A random order, another one in each epoch, in constant memory.
+    """A random order, different in each epoch, in constant memory.
 
     Args:
         n: samples of the corpus.
@@ -83,14 +86,14 @@ class SeededOrder:
 
 
 class SamplerOrder:
-    """The order of torch's ``DistributedSampler``, over all its ranks; of accelerate's seeded random sampler too.
+    """The order of torch's ``DistributedSampler``, over all its ranks, and of accelerate's seeded random sampler.
 
     Both draw an epoch by ``torch.randperm`` from a generator seeded with ``seed + epoch``.
 
     Args:
         n: samples of the corpus.
         seed: the sampler's.
-        shuffle: False: the corpus as it stands.
+        shuffle: False: the corpus in its own order.
     """
 
     def __init__(self, n: int, seed: int = 0, shuffle: bool = True) -> None:
@@ -108,7 +111,9 @@ class SamplerOrder:
 
 
 def order_of(sampler: Any, n: int, seed: int) -> Order | None:
-    """The order that ``sampler``, the job's own, gives a corpus of ``n`` samples; None where it cannot be told from a position.
+    """Return the order that the job's own ``sampler`` gives a corpus of ``n`` samples.
+
+    None if that order is not a function of the position.
 
     Args:
         sampler: a ``DistributedSampler`` or ``SequentialSampler`` of torch's, or accelerate's seeded random sampler.
@@ -125,7 +130,7 @@ def order_of(sampler: Any, n: int, seed: int) -> Order | None:
 
 
 def shuffled(n: int, sampler_seed: int, seed: int) -> Order:
-    """The order of a ``DistributedSampler``, or above ``MOST`` samples one of our own with ``seed``."""
+    """Return the order of a ``DistributedSampler``, or above ``MOST`` samples a :class:`SeededOrder` with ``seed``."""
     if n <= MOST:
         return SamplerOrder(n, sampler_seed)
     log.info("the corpus has %d samples: where nothing is chosen they come in an order of GRACE's own, not the sampler's", n)
@@ -133,8 +138,8 @@ def shuffled(n: int, sampler_seed: int, seed: int) -> Order:
 
 
 def _by_epoch(positions: IntArray, n: int, ids_of: Callable[[int, IntArray], IntArray]) -> IntArray:
-    out = np.empty(len(positions), np.int64)
+    ids = np.empty(len(positions), np.int64)
     for epoch in np.unique(positions // n).tolist():
-        here = positions // n == epoch
-        out[here] = ids_of(epoch, positions[here] % n)
-    return out
+        in_epoch = positions // n == epoch
+        ids[in_epoch] = ids_of(epoch, positions[in_epoch] % n)
+    return ids

@@ -1,7 +1,7 @@
-"""The pool: which ids of the corpus are looked at, version by version, and how often a run will repeat a sample.
+"""Define the pool: which ids of the corpus each version considers, and how often a run will repeat a sample.
 
-A corpus that fits is one window.  A larger one is walked in a seeded random order by a rolling window, so that a
-refresh always has collected a fair share of what it chooses from, and every sample comes by.  The order is a bijection
+A corpus that fits is one window.  A larger one is covered in a seeded random order by a rolling window, so that a refresh
+has always collected a fair share of what it chooses from, and every sample gets its turn.  The order is a bijection
 computed from the position: nothing of the corpus' size is stored.
 """
 
@@ -29,7 +29,7 @@ class Window:
     n: int
 
     def positions(self) -> IntArray:
-        """(size,) int64."""
+        """Return the positions, (size,) int64."""
         return (self.start + np.arange(self.size, dtype=np.int64)) % self.n
 
 
@@ -38,15 +38,15 @@ class Pool:
 
     Args:
         n: size of the corpus.
-        window: its samples; 0: so that a refresh collects at least 5 % of it.
+        window: samples of a window; 0: choose it so that a refresh collects at least 5 % of it.
         budget: share of the window that one coreset holds.
         interval_steps: optimizer steps between two refreshes.
         batch: samples of an optimizer step, over all ranks.
         seed: of the order.
 
     Attributes:
-        size: samples of a window; n where the corpus is one window.
-        advance: samples by which the window moves on from one version to the next; 0 where it does not move.
+        size: samples of a window; n if the corpus is one window.
+        advance: samples by which the window moves from one version to the next; 0 if it does not move.
     """
 
     def __init__(self, n: int, window: int, budget: float, interval_steps: int, batch: int, seed: int) -> None:
@@ -64,23 +64,23 @@ class Pool:
         self._order = Permutation(n, seed)
 
     def window(self, version: int) -> Window:
-        """The window of a schedule's version, as positions of the order."""
+        """Return the window of a schedule's version, as positions of the order."""
         return Window(version * self.advance % self.n, self.size, self.n)
 
     def window_at(self, version: int) -> IntArray:
-        """(size,) int64, sorted: the ids in the window of ``version``."""
+        """Return the ids in the window of ``version``, (size,) int64, sorted."""
         if self.size == self.n:
             return np.arange(self.n, dtype=np.int64)
         return np.sort(self._order(self.window(version).positions()))
 
 
 def implied_repeats(total_steps: int, batch: int, budget: float, n: int) -> float:
-    """How often a run trains on a sample of its coresets, on average: steps * B / (budget * N)."""
+    """Return how often a run trains on a sample of its coresets, on average: steps * B / (budget * N)."""
     return total_steps * batch / (budget * n)
 
 
 def check_repeats(total_steps: int, batch: int, budget: float, n: int, max_repeats: float) -> float:
-    """The implied repeats of a run.
+    """Return the implied repeats of a run.
 
     Raises:
         ConfigError: they are above ``max_repeats``.
@@ -98,10 +98,10 @@ def check_repeats(total_steps: int, batch: int, budget: float, n: int, max_repea
 
 
 def read_ids(path: str | Path, n: int) -> IntArray:
-    """The ids of an include or exclude file: text with one a line, or .npy.
+    """Read the ids of an include or exclude file: text with one id per line, or .npy.
 
     Args:
-        path: of the file; blank lines and what follows a # are skipped.
+        path: of the file; blank lines and text after a # are skipped.
         n: size of the dataset; every id must be in [0, n).
 
     Returns:
@@ -122,12 +122,12 @@ def read_ids(path: str | Path, n: int) -> IntArray:
 
 
 def read_sources(path: str | Path, n: int) -> IntArray:
-    """The source of each of ``n`` samples, (n,) integers of the file's own type, mapped from a .npy file and not read.
+    """Return the source of each of ``n`` samples, (n,) integers of the file's own type, as a memory map of a .npy file.
 
-    A copy on every rank would be 8 bytes a sample of the corpus, and only root looks at a window's labels.
+    A copy on every rank would take 8 bytes per sample of the corpus, and only the root reads a window's labels.
 
     Raises:
-        DataError: the file is missing, holds anything but integers, or not one a sample.
+        DataError: the file is missing, holds anything but integers, or not one entry per sample.
     """
     file = Path(path)
     if not file.is_file():

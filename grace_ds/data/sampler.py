@@ -1,4 +1,4 @@
-"""From the schedule to this rank's samples: positions in a loader's order, with the id that stands at each."""
+"""Turn the schedule into this rank's samples: positions in the loader's order, with the id at each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grace_ds.data.schedule import ScheduleBook
 
 @dataclass(frozen=True)
 class Geometry:
-    """How positions map to ranks: position = (q·ranks + rank)·rows + row, q the running number of the micro-batch.
+    """Mapping of positions to ranks: position = (q·ranks + rank)·rows + row, with q the running number of the micro-batch.
 
     Attributes:
         ranks: data-parallel size.
@@ -39,11 +39,11 @@ class Geometry:
 
 
 class Stream(Protocol):
-    """Where the samples of a run stand, in micro-batches over all ranks.
+    """Progress of a run through its samples, in micro-batches over all ranks.
 
     Attributes:
-        frontier: micro-batches that have been trained on.
-        issued: those that may have been given to a loader, prefetch included.
+        frontier: number of micro-batches trained on.
+        issued: number that may have been given to a loader, prefetch included.
     """
 
     frontier: int
@@ -51,28 +51,28 @@ class Stream(Protocol):
 
 
 class StreamSampler(Sampler[Any]):
-    """(position, id) of this rank's samples, one after another, from where training stands.
+    """Sampler of (position, id) of this rank's samples, one after another, from the current position of training.
 
     Args:
         book: the schedules; read when a micro-batch is issued, so a new one takes effect beyond the prefetch.
         geometry: of the job.
         micro_batches: micro-batches of one iteration (the job's epoch length).
-        length: what ``len()`` says: the samples of the job's own sampler, so that ``len(loader)`` stays as it is.
+        length: value of ``len()``: the samples of the job's own sampler, so that ``len(loader)`` does not change.
     """
 
     def __init__(self, book: ScheduleBook, geometry: Geometry, micro_batches: int, length: int) -> None:
         self.book, self.geometry, self.micro_batches, self.length = book, geometry, micro_batches, length
-        self.frontier = 0  # micro-batches that have been trained on
-        self.issued = 0  # micro-batches handed to the loader, prefetch included
+        self.frontier = 0  # micro-batches trained on
+        self.issued = 0  # micro-batches given to the loader, prefetch included
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        # What an earlier iterator had prefetched but nobody trained on is issued again.
-        g, self.issued = self.geometry, self.frontier
+        # Samples that an earlier iterator had prefetched but that were not trained on are issued again.
+        geometry, self.issued = self.geometry, self.frontier
         for q in range(self.frontier, self.frontier + self.micro_batches):
-            start = q * g.micro + g.rank * g.rows
-            ids = self.book.slots(start, g.rows).ids.tolist()
+            start = q * geometry.micro + geometry.rank * geometry.rows
+            ids = self.book.slots(start, geometry.rows).ids.tolist()
             self.issued = max(self.issued, q + 1)
-            yield from zip(range(start, start + g.rows), ids, strict=True)
+            yield from zip(range(start, start + geometry.rows), ids, strict=True)

@@ -1,7 +1,7 @@
-"""The schedule: how a coreset becomes an order of samples, and the book that says which sample stands where.
+"""Turn a coreset into an order of samples (a schedule), and keep the book of schedules.
 
-Positions count samples over the whole run and over all data-parallel ranks.  Which sample stands at a position is a pure
-function of the schedules in the book, so sampler, resume, ``trace`` and ``replay`` all ask the same few functions.
+Positions count samples over the whole run and over all data-parallel ranks.  The sample at a position is a pure function of
+the schedules in the book, so sampler, resume, ``trace`` and ``replay`` all call the same few functions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _HEADER = 100_000_000  # bytes: no header is larger, by the format
 
 @dataclass(frozen=True)
 class ScheduleSlice:
-    """The samples of a range of positions, one entry a position.
+    """The samples of a range of positions, one entry per position.
 
     Attributes:
         ids: (n,) int64.
@@ -53,21 +53,21 @@ def compose(
     start: int,
     meta: Mapping[str, Any] | None = None,
 ) -> Schedule:
-    """Puts a coreset, exploration and audit samples into one shuffled order of ``length`` slots.
+    """Put a coreset, exploration and audit samples into one shuffled order of ``length`` slots.
 
-    The core is walked least-visited first, so members that an earlier schedule held but did not get to come first; a
-    core smaller than its slots is walked again and again, each pass in an order of its own.
+    The core is walked least-visited first, so members that an earlier schedule held but did not reach come first.  A core
+    smaller than its slots is walked repeatedly, each pass in a different order.
 
     Args:
         coreset: at least one sample.
         length: slots L of the schedule.
-        visits: (m,) int64, for each coreset member how often the run has trained on it.
+        visits: (m,) int64, how often the run has trained on each coreset member.
         explore: ids for exploration slots, disjoint from the coreset; all are placed.
         audit: ids for audit slots; all are placed.
         seed: of the run.
         version: of the new schedule.
         start: stream position of its slot 0.
-        meta: kept with the schedule.
+        meta: stored with the schedule.
     """
     rng = np.random.Generator(np.random.Philox(key=[seed, version]))
     n_core = length - len(explore) - len(audit)
@@ -77,8 +77,8 @@ def compose(
     for done in range(0, n_core, len(coreset.ids)):
         tie_break = rng.permutation(len(coreset.ids))
         one_pass = tie_break if passes else np.lexsort((tie_break, visits))
-        # Which members a pass holds is decided by visits, their order within it is not: consecutive batches must not
-        # run from little-visited to much-visited samples.
+        # Visits decide which members a pass holds, but not their order within it: consecutive batches must not run from
+        # rarely visited to often visited samples.
         passes.append(rng.permutation(one_pass[: n_core - done]))
     order = np.concatenate(passes)
     guests = np.concatenate([explore, audit]).astype(np.int64)
@@ -95,7 +95,7 @@ def compose(
 
 
 def lap_order(schedule: Schedule, lap: int) -> IntArray:
-    """Order of the slots in lap ``lap`` of a schedule: lap 0 as published, later ones reshuffled by its seed."""
+    """Return the order of the slots in lap ``lap``: lap 0 as published, later ones reshuffled by the schedule's seed."""
     if lap == 0:
         return np.arange(len(schedule), dtype=np.int64)
     key = [schedule.seed, (schedule.version << 20) + lap]
@@ -103,36 +103,36 @@ def lap_order(schedule: Schedule, lap: int) -> IntArray:
 
 
 class ScheduleBook:
-    """The published schedules that positions still need, in order of their start."""
+    """The published schedules that positions still refer to, in order of their start."""
 
     def __init__(self, schedules: list[Schedule] | None = None) -> None:
         self.replace(schedules or [])
 
     def replace(self, schedules: list[Schedule]) -> None:
-        """Takes ``schedules`` in the place of those it holds."""
+        """Replace the schedules of the book by ``schedules``."""
         self.schedules = sorted(schedules, key=lambda s: (s.start, s.version))
         self._laps: dict[tuple[int, int], IntArray] = {}
 
     def publish(self, schedule: Schedule) -> None:
-        """Adds a schedule; from its start on it ends the one before."""
+        """Add a schedule; from its start on it replaces the one before."""
         if self.schedules and schedule.start < self.schedules[-1].start:
             raise ValueError(f"schedule {schedule.version} would start at {schedule.start}, before its predecessor")
         self.schedules.append(schedule)
 
     def at(self, position: int) -> Schedule | None:
-        """The schedule that a position belongs to; None before the first."""
+        """Return the schedule that a position belongs to; None before the first."""
         i = sum(s.start <= position for s in self.schedules) - 1
         return self.schedules[i] if i >= 0 else None
 
     def prune(self, cursor: int) -> None:
-        """Forgets the schedules that no position from ``cursor`` on refers to."""
+        """Drop the schedules that no position from ``cursor`` on refers to."""
         last = sum(s.start <= cursor for s in self.schedules) - 1
         self.schedules = self.schedules[max(last, 0) :]
         versions = {s.version for s in self.schedules}
         self._laps = {key: value for key, value in self._laps.items() if key[0] in versions}
 
     def slots(self, start: int, count: int) -> ScheduleSlice:
-        """The samples of positions ``start … start + count - 1``."""
+        """Return the samples of positions ``start … start + count - 1``."""
         parts: list[ScheduleSlice] = []
         while count > 0:
             i = sum(s.start <= start for s in self.schedules) - 1
@@ -161,33 +161,33 @@ class ScheduleBook:
 
 
 class VisitCounts:
-    """How often the run has trained on each sample so far; identical on every rank, 12 bytes for each sample met."""
+    """Counts of how often the run has trained on each sample; identical on every rank, 12 bytes per sample seen."""
 
     def __init__(self, ids: IntArray | None = None, counts: Array | None = None) -> None:
         self.ids = np.empty(0, np.int64) if ids is None else ids
         self.counts = np.empty(0, np.int32) if counts is None else counts
 
     def add(self, ids: IntArray) -> None:
-        """Counts one use for every entry of ``ids``."""
+        """Count one use for every entry of ``ids``."""
         new, times = np.unique(ids, return_counts=True)
-        merged, where = np.unique(np.concatenate([self.ids, new]), return_inverse=True)
+        merged, index = np.unique(np.concatenate([self.ids, new]), return_inverse=True)
         counts = np.zeros(len(merged), np.int32)
-        np.add.at(counts, where, np.concatenate([self.counts, times.astype(np.int32)]))
+        np.add.at(counts, index, np.concatenate([self.counts, times.astype(np.int32)]))
         self.ids, self.counts = merged, counts
 
     def of(self, ids: IntArray) -> IntArray:
-        """(n,) int64, the uses of each id."""
+        """Return the number of uses of each id, (n,) int64."""
         if len(self.ids) == 0:
             return np.zeros(len(ids), np.int64)
-        at = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
-        return np.where(self.ids[at] == ids, self.counts[at], 0).astype(np.int64)
+        index = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        return np.where(self.ids[index] == ids, self.counts[index], 0).astype(np.int64)
 
 
 def save_schedule(schedule: Schedule, directory: str | Path) -> Path:
-    """Writes ``schedule-VERSION.safetensors`` into a directory, atomically; returns its path."""
+    """Write ``schedule-VERSION.safetensors`` into a directory, atomically; return its path."""
     target = Path(directory) / f"{_PREFIX}{schedule.version:06d}.safetensors"
-    said = {"version": schedule.version, "start": schedule.start, "seed": schedule.seed, "digest": schedule.digest()}
-    facts = json.dumps({**said, "run": schedule.run})
+    identity = {"version": schedule.version, "start": schedule.start, "seed": schedule.seed, "digest": schedule.digest()}
+    facts = json.dumps({**identity, "run": schedule.run})
     meta = json.dumps(dict(schedule.meta))
     header = {"schedule": facts, "meta": meta, "check": _check(facts, meta)}
     arrays: dict[str, Array] = {"ids": schedule.ids, "roles": schedule.roles, "weights": schedule.weights}
@@ -196,10 +196,10 @@ def save_schedule(schedule: Schedule, directory: str | Path) -> Path:
 
 
 def load_schedule(path: str | Path) -> Schedule:
-    """Reads one schedule back and checks that it is whole.
+    """Read one schedule back and check that it is complete.
 
     Raises:
-        CheckpointError: missing, torn, or altered; names the file.
+        CheckpointError: the file is missing, torn, or altered; the message names it.
     """
     try:
         return parse_schedule(Path(path).read_bytes(), path)
@@ -208,14 +208,14 @@ def load_schedule(path: str | Path) -> Schedule:
 
 
 def parse_schedule(data: bytes, path: str | Path) -> Schedule:
-    """A schedule from its file's bytes.
+    """Build a schedule from its file's bytes.
 
     Raises:
-        CheckpointError: torn or altered; names ``path``.
+        CheckpointError: the data are torn or altered; the message names ``path``.
     """
     try:
         arrays = load(data)
-        # The library gives the metadata of files only; the format: the header's length, then the header in JSON.
+        # The library reads the metadata of files only.  The format: the header's length, then the header in JSON.
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         facts, meta = json.loads(header["schedule"]), json.loads(header["meta"])
         version, start, seed = int(facts["version"]), int(facts["start"]), int(facts["seed"])
@@ -237,10 +237,10 @@ def parse_schedule(data: bytes, path: str | Path) -> Schedule:
 
 
 def load_book(directory: str | Path) -> ScheduleBook:
-    """Every schedule in ``directory``.
+    """Read every schedule in ``directory``.
 
     Raises:
-        CheckpointError: none there, or one of them is damaged, missing between the others, or of another run.
+        CheckpointError: there is none, or one is damaged, missing between the others, or of another run.
     """
     paths = sorted(Path(directory).glob(f"{_PREFIX}*.safetensors"))
     if not paths:
@@ -254,7 +254,7 @@ def load_book(directory: str | Path) -> ScheduleBook:
                 "or was overwritten by another; restore it"
             )
     for path, before, after in zip(paths[1:], schedules, schedules[1:], strict=False):
-        # Schedules of earlier versions do not say their run; whoever names none may be of any.
+        # Schedules of earlier versions do not name their run; one without a name may belong to any run.
         if (before.run and after.run and before.run != after.run) or after.start < before.start:
             runs = [f"run {one.run or 'unknown'}, from sample {one.start}" for one in (before, after)]
             raise CheckpointError(
@@ -265,13 +265,13 @@ def load_book(directory: str | Path) -> ScheduleBook:
 
 
 def put_aside(directory: str | Path, schedule: Schedule) -> set[str]:
-    """Renames to ``.abandoned`` what in ``directory`` cannot stand beside ``schedule``.
+    """Rename to ``.abandoned`` the files in ``directory`` that conflict with ``schedule``.
 
-    That is all schedules of other runs, and those that the same run, since taken up at an earlier step, had made from this
-    version on.
+    These are all schedules of other runs, and those of this version or later from the same run, which was since resumed at an
+    earlier step.
 
     Returns:
-        The other runs that there were, empty for one without a name.
+        The names of the other runs; an empty name for one without.
 
     Raises:
         OSError: a file cannot be read or renamed.
@@ -280,7 +280,7 @@ def put_aside(directory: str | Path, schedule: Schedule) -> set[str]:
     for path in sorted(Path(directory).glob(f"{_PREFIX}*.safetensors")):
         try:
             version, run = _named(path)
-        except (ValueError, KeyError, TypeError):  # a damaged one: who reads it says so
+        except (ValueError, KeyError, TypeError):  # a damaged file: reading it reports the error
             continue
         foreign = run != schedule.run and (bool(run) or schedule.version == 0)
         if foreign or version >= schedule.version:
@@ -291,7 +291,7 @@ def put_aside(directory: str | Path, schedule: Schedule) -> set[str]:
 
 
 def _named(path: Path) -> tuple[int, str]:
-    """(version, run) that a schedule's file names, without reading its arrays."""
+    """Return (version, run) from the header of a schedule's file, without reading its arrays."""
     with path.open("rb") as file:
         header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _HEADER)))
     facts = json.loads(header["__metadata__"]["schedule"])
@@ -299,10 +299,13 @@ def _named(path: Path) -> tuple[int, str]:
 
 
 def _check(facts: str, meta: str) -> str:
-    """Digest of what the header says; the arrays have theirs in ``facts``."""
+    """Return the digest of the header; the arrays have theirs in ``facts``."""
     return digest(f"{facts}\n{meta}".encode())
 
 
 def _form(length: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-    """Types and shapes of a schedule's arrays, which its digest does not tell apart from others of the same bytes."""
+    """Return the types and shapes of a schedule's arrays.
+
+    The digest alone does not distinguish them from others of the same bytes.
+    """
     return {name: (np.dtype(kind), (length,)) for name, kind in (("ids", "i8"), ("roles", "u1"), ("weights", "f4"))}

@@ -1,8 +1,8 @@
-"""Reading the token ids out of a job's own dataset, whatever its items look like, in flat blocks.
+"""Read the token ids out of a job's own dataset, for any form of items, in flat blocks.
 
 The stages behind this file see only :class:`TokenBlock`: the tokens of some samples one after another, with offsets, so
-that they can work on whole arrays.  Reading a dataset's items may run the job's own code; the random state of Python,
-NumPy and torch is put back afterwards, so that looking at the data never changes the job's draws.
+that they can work on whole arrays.  Reading a dataset's items may run the job's own code.  The random state of Python,
+NumPy and torch is restored afterwards, so that reading the data never changes the job's draws.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from grace_ds.records import Array, IntArray
 from grace_ds.utils.rng import undisturbed_rng
 
 TOKEN_KEYS = ("input_ids", "tokens", "ids", "text_ids")
-BLOCK_TOKENS = 1 << 18  # a block is cut here, so that its temporaries stay near the caches
+BLOCK_TOKENS = 1 << 18  # approximate tokens per block, so that its temporaries fit the caches
 FINGERPRINT_ITEMS = 64
 CURE = "name the entry that holds the token ids with features.tokens_key, or set features.enabled: false"
 
@@ -44,7 +44,7 @@ class TokenBlock:
 
     @staticmethod
     def of(ids: IntArray, rows: list[IntArray]) -> TokenBlock:
-        """The block of ``rows``, one token array a sample."""
+        """Build the block of ``rows``, one token array per sample."""
         offsets = np.zeros(len(rows) + 1, np.int64)
         np.cumsum([len(row) for row in rows], out=offsets[1:])
         flat = np.concatenate(rows) if rows else np.empty(0, np.int64)
@@ -52,19 +52,19 @@ class TokenBlock:
 
 
 def tokens_of(item: Any, key: str = "auto", masked: bool = False) -> IntArray:
-    """The token ids of one dataset item.
+    """Return the token ids of one dataset item.
 
     Args:
         item: a 1-D integer tensor, array or list; a mapping; or a tuple or list of such.  A leading axis of length 1 is
-            dropped; where a mapping holds an ``attention_mask``, the tokens that it masks are dropped.
+            dropped; if a mapping holds an ``attention_mask``, the tokens that it masks are dropped.
         key: the mapping's key or the tuple's position; "auto" tries ``TOKEN_KEYS``, or takes the first integer entry.
-        masked: True leaves those that are masked where they are.
+        masked: True keeps the masked tokens.
 
     Returns:
         (T,) int64.
 
     Raises:
-        DataError: no token ids were found there.
+        DataError: no token ids were found.
     """
     if isinstance(item, Mapping):
         names = TOKEN_KEYS if key == "auto" else (key,)
@@ -84,7 +84,9 @@ def tokens_of(item: Any, key: str = "auto", masked: bool = False) -> IntArray:
 
 
 def key_of(item: Any, key: str = "auto") -> Any:
-    """Where :func:`tokens_of` finds the token ids of an item: a mapping's key, a tuple's position; None: it is they.
+    """Return where :func:`tokens_of` finds the token ids of an item.
+
+    A mapping's key or a tuple's position; None if the item is the token ids themselves.
 
     Raises:
         DataError: no token ids were found.
@@ -98,7 +100,7 @@ def key_of(item: Any, key: str = "auto") -> Any:
 
 
 def _from_sequence(item: tuple[Any, ...] | list[Any], key: str) -> IntArray:
-    """The first integer vector of a tuple or list, or the one at position ``key``."""
+    """Return the first integer vector of a tuple or list, or the one at position ``key``."""
     if key == "auto":
         for entry in item:
             tokens = _vector(entry)
@@ -113,7 +115,7 @@ def _from_sequence(item: tuple[Any, ...] | list[Any], key: str) -> IntArray:
 
 
 def _vector(value: Any) -> IntArray | None:
-    """``value`` as a 1-D int64 array, or None if it is not one of integers."""
+    """Return ``value`` as a 1-D int64 array; None if it is not a vector of integers."""
     if hasattr(value, "detach"):  # a torch tensor, without importing torch
         value = value.detach().cpu().numpy() if not value.is_floating_point() else None
     elif isinstance(value, (list, tuple)):
@@ -136,7 +138,7 @@ def _vector(value: Any) -> IntArray | None:
 
 
 def _unmasked(tokens: IntArray, item: Mapping[Any, Any]) -> IntArray:
-    """The tokens whose attention mask is not 0, where there is a mask of their length."""
+    """Return the tokens whose attention mask is not 0; all of them if there is no mask of their length."""
     mask: Any = item.get("attention_mask")
     if hasattr(mask, "detach"):
         mask = mask.detach().cpu().numpy()
@@ -147,12 +149,12 @@ def _unmasked(tokens: IntArray, item: Mapping[Any, Any]) -> IntArray:
 
 
 class TokenReader:
-    """Streams the token ids of a map-style dataset.
+    """Reader that streams the token ids of a map-style dataset.
 
     Args:
         dataset: with ``__getitem__`` (int) and ``__len__``.
         key: as for :func:`tokens_of`.
-        max_tokens: tokens of a sample that are looked at; the rest is ignored.
+        max_tokens: maximum tokens read per sample; the rest is ignored.
 
     Attributes:
         seconds: time spent in the dataset so far.
@@ -171,7 +173,7 @@ class TokenReader:
         return len(self.dataset)
 
     def row(self, sample: int) -> IntArray:
-        """(T,) int64, at most ``max_tokens`` tokens of one sample."""
+        """Return the first ``max_tokens`` tokens of one sample, (T,) int64."""
         try:
             item = self.dataset[sample]
         except Exception as error:
@@ -182,7 +184,7 @@ class TokenReader:
             raise DataError(f"sample {sample}: {error}") from error
 
     def blocks(self, ids: IntArray, block: int = 1024) -> Iterator[TokenBlock]:
-        """The samples ``ids`` in order, in blocks of at most ``block`` samples and about ``BLOCK_TOKENS`` tokens."""
+        """Yield the samples ``ids`` in order, in blocks of at most ``block`` samples and about ``BLOCK_TOKENS`` tokens."""
         start = 0
         while start < len(ids):
             began = time.perf_counter()
@@ -192,33 +194,33 @@ class TokenReader:
                 while start + len(rows) < len(ids) and len(rows) < block and total < BLOCK_TOKENS:
                     rows.append(self.row(int(ids[start + len(rows)])))
                     total += len(rows[-1])
-            out = TokenBlock.of(ids[start : start + len(rows)], rows)
+            token_block = TokenBlock.of(ids[start : start + len(rows)], rows)
             start += len(rows)
             self.seconds += time.perf_counter() - began
-            yield out
+            yield token_block
 
     def all(self, ids: IntArray | None = None) -> TokenBlock:
-        """The samples ``ids`` (default: the whole dataset) as one block; for few, such as a trusted set."""
+        """Return the samples ``ids`` (default: the whole dataset) as one block; for few samples, such as a trusted set."""
         ids = np.arange(len(self), dtype=np.int64) if ids is None else ids
         parts = list(self.blocks(ids))
         rows = [part.flat[a:b] for part in parts for a, b in zip(part.offsets[:-1], part.offsets[1:], strict=True)]
         return TokenBlock.of(ids, rows)
 
     def fingerprint(self) -> str:
-        """32 hex digits over the key, ``max_tokens``, the length, the items' type and the tokens of 64 spread items.
+        """Return 32 hex digits over the key, ``max_tokens``, the length, the items' type and the tokens of 64 spread items.
 
-        Other items are not looked at: a dataset edited in place needs another cache folder.
+        Other items are not read: a dataset edited in place needs another cache folder.
         """
         n = len(self)
-        h = hashlib.blake2b(f"{n} {self.key} {self.max_tokens}".encode(), digest_size=16)
+        digest = hashlib.blake2b(f"{n} {self.key} {self.max_tokens}".encode(), digest_size=16)
         with undisturbed_rng():
             for sample in np.unique(np.linspace(0, max(n - 1, 0), min(FINGERPRINT_ITEMS, n)).astype(np.int64)):
                 row = self.row(int(sample))
-                h.update(np.array([sample, len(row)], "<i8").tobytes() + row.astype("<i8").tobytes())
-            h.update(type(self.dataset[0]).__name__.encode() if n else b"")
-        return h.hexdigest()
+                digest.update(np.array([sample, len(row)], "<i8").tobytes() + row.astype("<i8").tobytes())
+            digest.update(type(self.dataset[0]).__name__.encode() if n else b"")
+        return digest.hexdigest()
 
 
 def fingerprint(dataset: Any, key: str = "auto", max_tokens: int = 4096) -> str:
-    """32 hex digits that name a dataset's tokens; see :meth:`TokenReader.fingerprint`."""
+    """Return 32 hex digits that identify a dataset's tokens; see :meth:`TokenReader.fingerprint`."""
     return TokenReader(dataset, key, max_tokens).fingerprint()

@@ -1,4 +1,4 @@
-"""The trusted set: a few hundred samples known to be good, in the form of the job's own dataset items."""
+"""Load the trusted set: a few hundred samples known to be good, in the form of the job's own dataset items."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ class TrustedDataset:
 def load_trusted(
     path: str | Path, like: Any, tokenize: Tokenize | None = None, *, key: Any = "input_ids", probed: bool = True
 ) -> TrustedDataset:
-    """The trusted samples of a file, as items like the job's own.
+    """Load the trusted samples of a file as items like the job's own.
 
-    Masks, positions and labels that the file does not hold are made where the job's own show what they are: ones, the count
-    from 0, the token ids themselves or the ones that follow.  Rows of several lengths are filled up to the longest where items
-    have an attention mask and labels, which are ignored there.
+    Masks, positions and labels that the file does not hold are made if the job's own items show what they are: ones, the
+    count from 0, the token ids themselves or the next ones.  Rows of different lengths are padded to the longest if items
+    have an attention mask and labels; the labels of the padding are ignored.
 
     Args:
         path: .jsonl, each line an object with ``input_ids`` (and any other entries that the job's items have); or .npy,
-            integers of shape (n, T); or text: .txt, a document between blank lines, or .jsonl with ``text`` in the place
+            integers of shape (n, T); or text: .txt with blank lines between documents, or .jsonl with ``text`` instead
             of ``input_ids``.  Text is joined and cut into samples as long as ``like``.
         like: an item of the job's dataset: a tensor, an array, a list of ints, or a dict or a tuple of such.
         tokenize: the job's tokeniser, for text.
-        key: of the token ids in ``like``, where that is a dict or a tuple.
-        probed: whether the model is to be run on the samples; else only their token ids are read, and entries of ``like``
-            that cannot be made are left out.
+        key: of the token ids in ``like``, if that is a dict or a tuple.
+        probed: whether the model will be run on the samples; if not, only their token ids are read, and entries of
+            ``like`` that cannot be made are left out.
 
     Raises:
         DataError: the file is missing, empty or malformed (with file:line), or its rows do not fit ``like``.
@@ -71,31 +71,31 @@ def load_trusted(
 
 
 def refuse_overlap(trusted: Any, validation: Any, tokens_of: Callable[[Any], IntArray]) -> None:
-    """Makes sure that no trusted sample stands in the validation set, token for token.
+    """Check that no trusted sample is in the validation set, compared token for token.
 
     Args:
         trusted, validation: map-style datasets.
         tokens_of: the token ids of an item.
 
     Raises:
-        DataError: one does; the gain that validation would then show is not one.
+        DataError: a sample is in both sets, so that validation would show a gain that does not exist.
     """
-    seen = {_print(tokens_of(validation[i])): i for i in range(len(validation))}
-    for i in range(len(trusted)):
-        j = seen.get(_print(tokens_of(trusted[i])))
-        if j is not None:
+    seen = {_digest(tokens_of(validation[sample])): sample for sample in range(len(validation))}
+    for sample in range(len(trusted)):
+        match = seen.get(_digest(tokens_of(trusted[sample])))
+        if match is not None:
             raise DataError(
-                f"trusted sample {i} is validation sample {j}: selection would be steered by what it is measured with; "
+                f"trusted sample {sample} is validation sample {match}: selection would be steered by what it is measured with; "
                 "take it out of one of the two"
             )
 
 
-def _print(tokens: IntArray) -> bytes:
+def _digest(tokens: IntArray) -> bytes:
     return hashlib.blake2b(np.ascontiguousarray(tokens, "<i8").tobytes(), digest_size=16).digest()
 
 
 def _texts(file: Path) -> list[str] | None:
-    """The documents of a file of text; None where it holds token ids (its first line tells)."""
+    """Return the documents of a text file; None if its first line shows that it holds token ids."""
     if file.suffix == ".txt":
         return [part for part in _read_text(file).split("\n\n") if part.strip()]
     if file.suffix != ".jsonl":
@@ -114,7 +114,7 @@ def _read_text(file: Path) -> str:
 
 
 def _cut(file: Path, texts: list[str], length: int, tokenize: Tokenize | None) -> list[tuple[str, dict[str, Any]]]:
-    """The tokens of all texts, one after another, in pieces as long as the job's own samples."""
+    """Tokenise all texts, join them, and cut them into pieces as long as the job's own samples."""
     if tokenize is None:
         raise DataError(
             f"trusted file {file} holds text: pass tokenize=lambda text: [...token ids] to grace_ds.initialize, or a file "
@@ -128,7 +128,7 @@ def _cut(file: Path, texts: list[str], length: int, tokenize: Tokenize | None) -
 
 
 def split_trusted(n: int, seed: int) -> tuple[IntArray, IntArray]:
-    """Two disjoint halves of [0, n): one to fit the recipe on, one to judge it by.
+    """Split [0, n) into two disjoint halves: one to fit the recipe on, one to judge it by.
 
     Returns:
         fit (ceil(n / 2),) and calibrate (floor(n / 2),), both int64 and sorted.
@@ -143,7 +143,7 @@ def split_trusted(n: int, seed: int) -> tuple[IntArray, IntArray]:
 
 
 def _jsonl_rows(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(file:line, object) of every line that is not blank."""
+    """Return (file:line, object) of every line that is not blank."""
     rows = _objects(file, "input_ids", list)
     for where, row in rows:
         tokens = row["input_ids"]
@@ -153,7 +153,7 @@ def _jsonl_rows(file: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _objects(file: Path, key: str, kind: type) -> list[tuple[str, dict[str, Any]]]:
-    """(file:line, object) of every line that is not blank, each with ``key`` of that kind."""
+    """Return (file:line, object) of every line that is not blank, each with ``key`` of that kind."""
     rows: list[tuple[str, dict[str, Any]]] = []
     for number, line in enumerate(_read_text(file).split("\n"), 1):  # splitlines would cut inside of strings
         if not line.strip():

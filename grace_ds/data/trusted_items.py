@@ -1,4 +1,4 @@
-"""Items like the job's own from rows of token ids: what a file does not say is filled in where it can only be one thing."""
+"""Build items like the job's own from rows of token ids; fill in missing entries if they are unambiguous."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from grace_ds.errors import DataError
 from grace_ds.records import Array, IntArray
 
 PASS_DATASET = "pass a dataset whose items look like the job's as trusted_data to grace_ds.initialize"
-IGNORED = -100  # the label that torch's cross_entropy passes over
+IGNORED = -100  # the label that torch's cross_entropy ignores
 MASK, LABELS, LOSS_MASK, POSITIONS = "attention_mask", "labels", "loss_mask", "position_ids"
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class ItemForm:
-    """How the job's items look.
+    """The form of the job's items.
 
     Attributes:
-        like: one of them.
-        key: of the token ids in it, a mapping's key or a tuple's position; None: it is the token ids.
-        probed: whether the model is to be run on what is made; else only its token ids are read.
+        like: one of the job's items.
+        key: of the token ids in ``like``, a mapping's key or a tuple's position; None: ``like`` is the token ids.
+        probed: whether the model will be run on the items; if not, only their token ids are read.
     """
 
     like: Any
@@ -38,7 +38,7 @@ class ItemForm:
 
     @property
     def length(self) -> int:
-        """Tokens that a row of text is to have, to become an item as long as ``like``.
+        """Tokens that a row of text needs to become an item as long as ``like``.
 
         Raises:
             DataError: ``like`` has no token ids.
@@ -51,10 +51,10 @@ class ItemForm:
         return len(self.tokens) + self._shifts
 
     def items(self, rows: Sequence[tuple[str, Row]]) -> list[Any]:
-        """An item of each row, in order.
+        """Build an item from each row, in order.
 
         Args:
-            rows: (where it stands, for messages; its entries, ``input_ids`` among them).
+            rows: pairs (location, for messages; entries, including ``input_ids``).
 
         Raises:
             DataError: an entry is missing and cannot be filled in, or does not fit.
@@ -73,7 +73,7 @@ class ItemForm:
 
     @property
     def _relation(self) -> str | None:
-        """What the item's labels are to its token ids: ``same``, the ``next`` ones; None where it cannot be told."""
+        """Relation of the item's labels to its token ids: the ``same``, the ``next`` ones; None if unknown."""
         if isinstance(self.like, Mapping):
             return relation(self.tokens, self.like[LABELS]) if self.key is not None and LABELS in self.like else None
         if isinstance(self.like, tuple) and len(self.like) == 2 and self.key == 0:
@@ -85,7 +85,7 @@ class ItemForm:
         return self._relation == "next"
 
     def _mapping(self, row: Row, where: str) -> dict[str, Any]:
-        """The entries of a row by the names that the job's items have."""
+        """Return the entries of a row under the names that the job's items have."""
         given = {key: row["input_ids"] if key == self.key else row[key] for key in self.like if key in row or key == self.key}
         missing = [key for key in self.like if key not in given]
         if LABELS in missing and self._shifts:
@@ -101,7 +101,7 @@ class ItemForm:
         return {key: given[key] for key in self.like if key in given}
 
     def _filled(self, key: str, given: Row) -> Any:
-        """An entry made from the token ids; None where the job's own is not what would be made."""
+        """Make an entry from the token ids; None if the job's own entry differs from what would be made."""
         tokens, own = given[self.key], np.asarray(self.like[key])
         n, alike = len(tokens), own.shape == (len(self.tokens),)
         if key == LABELS:
@@ -113,25 +113,25 @@ class ItemForm:
         return None
 
     def _padded(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Rows of one length: what is added is masked, its labels are ignored."""
+        """Return the rows padded to one length; the padding is masked and its labels are ignored."""
         longest = max(len(row[self.key]) for row in rows)
         mask, tokens = np.asarray(self.like[MASK]), np.asarray(self.tokens)
         hidden = tokens[mask == 0] if mask.shape == tokens.shape else tokens[:0]
         fill = {self.key: int(hidden[0]) if len(hidden) else 0, MASK: 0, LABELS: IGNORED, LOSS_MASK: 0}
-        out = []
+        padded = []
         for row in rows:
             n = len(row[self.key])
-            more: dict[str, Any] = {
+            changed: dict[str, Any] = {
                 key: np.concatenate([np.asarray(row[key]), np.full(longest - n, value)])
                 for key, value in fill.items()
                 if key in row and len(row[key]) == n
             }
-            more |= {POSITIONS: np.arange(longest)} if POSITIONS in row and POSITIONS not in more else {}
-            out.append({key: more.get(key, value) for key, value in row.items()})
-        return out
+            changed |= {POSITIONS: np.arange(longest)} if POSITIONS in row and POSITIONS not in changed else {}
+            padded.append({key: changed.get(key, value) for key, value in row.items()})
+        return padded
 
     def _tuple(self, tokens: Any, where: str) -> Any:
-        """A tuple of token ids and labels, or of token ids alone; the token ids alone where only those are read."""
+        """Build a tuple of token ids and labels, or of token ids alone; return bare token ids if only those are read."""
         kind = self._relation
         if len(self.like) == 1 and self.key == 0:
             values = [tokens]
@@ -144,25 +144,25 @@ class ItemForm:
                 f"{where}: the job's items are tuples of {len(self.like)}, and it cannot be told what of them is made from token "
                 f"ids; {PASS_DATASET}, or set recipe: content, which reads token ids alone"
             )
-        made = [
+        entries = [
             value_like(value, like, f"{where}: entry {i}") for i, (value, like) in enumerate(zip(values, self.like, strict=True))
         ]
-        return type(self.like)(*made) if hasattr(self.like, "_fields") else type(self.like)(made)
+        return type(self.like)(*entries) if hasattr(self.like, "_fields") else type(self.like)(entries)
 
 
 def relation(tokens: Any, labels: Any) -> str | None:
-    """``same``: labels are the tokens themselves; ``next``: the ones that follow; None: neither, or it cannot be told.
+    """Return how labels relate to tokens: ``same``, ``next`` (the tokens that follow), or None for neither or an unclear case.
 
     Args:
-        tokens, labels: of one sample, one axis; labels of ``IGNORED`` are passed over.
+        tokens, labels: of one sample, one axis; labels of ``IGNORED`` are skipped.
     """
     x, y = _integers(tokens), _integers(labels)
     if x is None or y is None or x.shape != y.shape or len(x) < 2:
         return None
     valid = y != IGNORED
     same = bool(valid.any() and (x == y)[valid].all())
-    follow = bool(valid[:-1].any() and (x[1:] == y[:-1])[valid[:-1]].all())
-    return None if same == follow else "same" if same else "next"
+    shifted = bool(valid[:-1].any() and (x[1:] == y[:-1])[valid[:-1]].all())
+    return None if same == shifted else "same" if same else "next"
 
 
 def _integers(value: Any) -> IntArray | None:
@@ -174,10 +174,10 @@ def _integers(value: Any) -> IntArray | None:
 
 
 def value_like(value: Any, like: Any, where: str) -> Any:
-    """``value`` as the kind of ``like``: a tensor or an array of its dtype, a list, or as it is.
+    """Convert ``value`` to the kind of ``like``: a tensor or an array of its dtype, a list, or unchanged.
 
     Raises:
-        DataError: it has another number of axes, or no numbers.
+        DataError: ``value`` has another number of axes, or no numbers.
     """
     import torch
 

@@ -1,1 +1,1 @@
-"""Content: what the token ids alone tell of a sample. Quality, duplicates and a TF-IDF vector, computed once per sample."""
+"""Compute content features from token ids alone: quality, duplicates and a TF-IDF vector, once per sample."""

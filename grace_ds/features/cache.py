@@ -1,4 +1,4 @@
-"""Keeps computed arrays between runs: a .npz without pickle per key, written atomically, with a digest inside."""
+"""Keep computed arrays between runs: one .npz without pickle per key, written atomically, with a digest inside."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ log = logging.getLogger(__name__)
 
 
 def _digest(key: str, arrays: Mapping[str, Array]) -> Array:
-    h = hashlib.blake2b(key.encode(), digest_size=16)
+    digest = hashlib.blake2b(key.encode(), digest_size=16)
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
-        h.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        h.update(array.tobytes())
-    return np.frombuffer(h.digest(), np.uint8)
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)
 
 
 def path_of(folder: str | os.PathLike[str], key: str) -> Path:
-    """The file of ``key`` (hex digits) in ``folder``."""
+    """Return the file of ``key`` (hex digits) in ``folder``."""
     return Path(folder) / f"features-{key}.npz"
 
 
 def load(folder: str | os.PathLike[str], key: str) -> dict[str, Array] | None:
-    """The arrays stored under ``key``; None if there are none, or (with a warning) if the file is torn."""
+    """Load the arrays stored under ``key``; return None if there are none, or (with a warning) if the file is damaged."""
     path = path_of(folder, key)
     if not path.exists():
         return None
@@ -42,14 +42,14 @@ def load(folder: str | os.PathLike[str], key: str) -> dict[str, Array] | None:
             arrays = {name: file[name] for name in file.files}
         if not np.array_equal(arrays.pop("digest"), _digest(key, arrays)):
             raise ValueError("its digest does not match")
-    except Exception as error:  # a damaged archive makes its readers raise anything: zlib's, struct's and the parser's errors too
+    except Exception as error:  # a damaged archive can raise anything, including errors of zlib, struct and the parser
         log.warning("feature cache %s is ignored and computed anew: %s", path, error)
         return None
     return arrays
 
 
 def store(folder: str | os.PathLike[str], key: str, arrays: Mapping[str, Array]) -> None:
-    """Writes the arrays under ``key``; readers see the old file or the new one, never half of one.
+    """Store the arrays under ``key``; readers see the old file or the new one, never half of one.
 
     A folder that cannot be written costs a warning, not the run: the cache only saves time.
     """

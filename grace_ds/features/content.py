@@ -1,13 +1,13 @@
-"""Content features: what the token ids alone tell about a sample, with no gradients and no model.
+"""Compute content features: what the token ids alone show about a sample, with no gradients and no model.
 
-Two sweeps over this rank's samples.  The first counts (6-grams, terms) and scores by the trusted model; the counts are
-summed over the ranks; the second reads densities and TF-IDF vectors off the sums.  Tokens and
-terms of the first sweep are kept in memory up to a limit, so most items are read once and none more than twice.
+There are two sweeps over this rank's samples.  The first counts (6-grams, terms) and scores by the trusted model.  The counts
+are summed over the ranks.  The second reads densities and TF-IDF vectors off the sums.  Tokens and terms of the first sweep
+are kept in memory up to a limit, so most items are read once and none more than twice.
 
-A window that rolls computes the features of the samples that enter it (:func:`follow_window`): the 6-gram counts follow the
-window, the weights of the terms stay those of the first one, so that the vectors of all samples compare.  Which 6-grams are
-counted stays as the first window had it (:mod:`grace_ds.features.ngrams`), and goes where the counts go: to the next window,
-into the cache and into checkpoints.
+If the window rolls, only the features of the samples that enter it are computed (:func:`follow_window`).  The 6-gram counts
+follow the window.  The weights of the terms stay those of the first window, so that the vectors of all samples compare.  The
+choice of 6-grams to count also stays that of the first window (:mod:`grace_ds.features.ngrams`); it is passed on with the
+counts: to the next window, into the cache and into checkpoints.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from grace_ds.records import Array, FloatArray, IntArray
 
 __all__ = ["ContentFeatures", "TokenReader", "TokenScorer", "content_features", "fingerprint", "tokens_of"]
 
-RECIPE = 4  # goes into the cache key: raise it when a formula below changes
-MEMORY_BYTES = 256 << 20  # limit of the tokens kept between the two sweeps, and of the terms
-TRIED = 256  # samples whose like the 6-gram counts are tried on
+RECIPE = 4  # part of the cache key: raise it when a formula below changes
+MEMORY_BYTES = 256 << 20  # limit of the tokens kept between the two sweeps, and the same limit for the terms
+TRIED = 256  # samples used to test the 6-gram counts
 
 
 class TokenScorer(Protocol):
     """A model of the trusted samples that scores others by their tokens."""
 
     def quality(self, flat: IntArray, offsets: IntArray) -> npt.NDArray[np.float64]:
-        """(n,) float64 in (0, 1]: how well sample i, ``flat[offsets[i]:offsets[i + 1]]``, passes the trusted filter."""
+        """Return how well sample i, ``flat[offsets[i]:offsets[i + 1]]``, passes the trusted filter, (n,) float64 in (0, 1]."""
         ...
 
     def examine(self, flat: IntArray, offsets: IntArray) -> tuple[npt.NDArray[np.float64], FloatArray]:
-        """:meth:`quality`, and (n, s) float32 statistics that the samples' gradients may be predicted from."""
+        """Return :meth:`quality`, and (n, s) float32 statistics that the samples' gradients may be predicted from."""
         ...
 
     def digest(self) -> str:
-        """Hex digits that name the fitted model."""
+        """Return hex digits that identify the fitted model."""
         ...
 
 
@@ -59,16 +59,16 @@ class ContentFeatures:
     """Content statistics of n samples on this rank.
 
     Attributes:
-        ids: (n,) int64, as asked for.
+        ids: (n,) int64, as requested.
         density: (n,) float32, copies in the pool beyond the sample itself; all 0 if not wanted.
-        keep: (n,) float32 in (0, 1], pass of the trusted filter; None without a trusted model.
-        statistics: (n, s) float32, how the trusted model sees each sample, in its own robust deviations; None if not wanted.
+        quality: (n,) float32 in (0, 1], pass of the trusted filter; None without a trusted model.
+        statistics: (n, s) float32, the trusted model's statistics of each sample, in robust deviations; None if not wanted.
         vectors: (n, dim) float32, unit norm; None if not wanted.
-        seconds: by part: read, prior, density, tfidf; all zero when they came from the cache.
-        counts: what the features of further samples are computed from; None where nobody will ask.
-        density_ratio: chance of a text that stands in the window five times over that of one that stands there once, as the
-            6-gram counts give them, over all ranks: 0.20 where they tell copies apart, towards 1 where they are too full to.
-            NaN where nothing was counted, or nothing came to be looked at.
+        seconds: by part: read, quality, density, tfidf; all zero if they came from the cache.
+        counts: counts to compute the features of further samples from; None if not wanted.
+        density_ratio: chance of a text that is in the window five times over that of one that is there once, as the 6-gram
+            counts give them, over all ranks: 0.20 if the counts recognise copies, near 1 if the table is too full to.  NaN
+            if nothing was counted, or no sample was tested.
     """
 
     ids: IntArray
@@ -81,7 +81,7 @@ class ContentFeatures:
     density_ratio: float = math.nan
 
     def take(self, index: Array) -> ContentFeatures:
-        """The samples at ``index`` (positions or a mask), in that order."""
+        """Return the samples at ``index`` (positions or a mask), in that order."""
         columns: dict[str, Any] = {name: getattr(self, name) for name in COLUMNS}
         taken: dict[str, Any] = {name: None if c is None else c[index] for name, c in columns.items()}
         return replace(self, **taken)
@@ -96,8 +96,8 @@ class Counts:
     """Counts of the window over all ranks, equal on every rank.
 
     Attributes:
-        grams: (2^bits,) int32 or int64, 6-grams by bin; empty where no density is wanted.
-        terms: (2^18 + 1,) int64, of the first window: samples that hold each term, and samples; empty without vectors.
+        grams: (2^bits,) int32 or int64, 6-grams by bin; empty if no density is wanted.
+        terms: (2^18 + 1,) int64, of the first window: samples that hold each term, then all samples; empty without vectors.
         level: (1,) int64: one in 2^level of all 6-grams is counted.
     """
 
@@ -107,7 +107,7 @@ class Counts:
 
     @property
     def sampling(self) -> Sampling:
-        """Of ``grams``, which are not empty."""
+        """Sampling of ``grams``, which must not be empty."""
         return Sampling(len(self.grams).bit_length() - 1, int(self.level[0]))
 
 
@@ -123,7 +123,11 @@ class _Sweeps:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "quality", "density", "tfidf"), 0.0))
 
     def first(self, block: TokenBlock) -> tuple[npt.NDArray[np.float64], FloatArray | None, Terms | None]:
-        """Counts one block; its (n,) float64 pass of the trusted filter (empty without one), its statistics, its terms."""
+        """Count one block.
+
+        Returns:
+            Its pass of the trusted filter, (n,) float64 (empty without a filter), its statistics, and its terms.
+        """
         began = time.perf_counter()
         if self.counts is not None:
             self.counts.add(block)
@@ -139,7 +143,12 @@ class _Sweeps:
         return quality, statistics, terms
 
     def second(self, block: TokenBlock, terms: Terms | None) -> tuple[npt.NDArray[np.float64], FloatArray]:
-        """Densities and vectors of one block, once the counts are summed; ``terms``: of the block, None if they were not kept."""
+        """Return the densities and vectors of one block, after the counts are summed.
+
+        Args:
+            block: as in the first sweep.
+            terms: of the block; None if they were not kept.
+        """
         began = time.perf_counter()
         density = np.zeros(len(block)) if self.counts is None else self.counts.degree(block)
         between = time.perf_counter()
@@ -149,17 +158,24 @@ class _Sweeps:
         self._clock(density=between - began, tfidf=time.perf_counter() - between)
         return density, vectors
 
-    def try_counts(self, block: TokenBlock, those: npt.NDArray[np.bool_]) -> None:
-        """Sees whether the summed counts tell copies of texts like the samples ``those`` (n,) of a block from unique ones."""
-        if self.counts is not None and those.any():
+    def try_counts(self, block: TokenBlock, selected: npt.NDArray[np.bool_]) -> None:
+        """Test whether the summed counts distinguish copies from unique texts.
+
+        Args:
+            block: of the second sweep.
+            selected: (n,) samples of the block whose like are tested.
+        """
+        if self.counts is not None and selected.any():
             began = time.perf_counter()
-            rows = [block.flat[block.offsets[i] : block.offsets[i + 1]] for i in np.flatnonzero(those)]
-            chances = self.counts.tried(TokenBlock.of(block.ids[those], rows))
-            self.tried += np.rint(chances * 2.0**32).astype(np.int64).sum(0)  # integers: in whatever order they are added up
+            rows = [block.flat[block.offsets[i] : block.offsets[i + 1]] for i in np.flatnonzero(selected)]
+            chances = self.counts.tried(TokenBlock.of(block.ids[selected], rows))
+            self.tried += (
+                np.rint(chances * 2.0**32).astype(np.int64).sum(0)
+            )  # integers, so that the order of adding does not matter
             self._clock(density=time.perf_counter() - began)
 
     def ratio(self, allreduce: Allreduce) -> float:
-        """``density_ratio`` over all ranks, the same bits for any number of them (collective)."""
+        """Return ``density_ratio`` over all ranks, bit-identical for any number of them (collective)."""
         once, copied = allreduce(self.tried).tolist()
         return copied / once if once else math.nan
 
@@ -184,7 +200,7 @@ def content_features(
     memory_bytes: int = MEMORY_BYTES,
     keep_counts: bool = False,
 ) -> ContentFeatures:
-    """Content statistics of this rank's share of the pool (collective: all ranks call it, a share may be empty).
+    """Compute the content features of this rank's share of the pool (collective: all ranks call it, a share may be empty).
 
     Args:
         reader: of the job's dataset.
@@ -195,11 +211,11 @@ def content_features(
         trusted: model of the trusted samples, the same on all ranks.
         want_density: False leaves the 6-gram counts out.
         want_tfidf: False leaves the vectors out.
-        want_statistics: True adds the trusted model's statistics, where there is such a model.
-        cache_dir: where results are kept between runs, set on all ranks or on none.
-        fingerprint: of the dataset, for the cache; computed where it is needed and not given.
+        want_statistics: True adds the trusted model's statistics, if there is such a model.
+        cache_dir: folder for results between runs, set on all ranks or on none.
+        fingerprint: of the dataset, for the cache; computed if it is needed and not given.
         memory_bytes: limit of the tokens that this rank keeps between the two sweeps, and once more of their terms.
-        keep_counts: whether :func:`follow_window` will ask for the features of further samples.
+        keep_counts: whether :func:`follow_window` will be called for further samples.
     """
     ids = np.asarray(ids_here, np.int64)
     key = ""
@@ -210,7 +226,7 @@ def content_features(
         facts += _pool_digest(ids, allreduce)
         key = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
         arrays = cache.load(cache_dir, key)
-        # one rank's miss is everybody's: a hit skips the sums over ranks that a miss takes part in
+        # A miss on one rank is a miss on all: a hit would skip the sums over ranks that a miss takes part in.
         if int(allreduce(np.array([arrays is None], np.int64))[0]) == 0 and arrays is not None:
             columns: dict[str, Any] = {name: arrays.get(name) for name in COLUMNS[1:]}
             counts = Counts(*(arrays[name] for name in COUNTS)) if keep_counts else None
@@ -219,14 +235,16 @@ def content_features(
     terms = TfIdf(dim, seed) if want_tfidf else None
     ngrams = NgramCounts(agree_sampling(reader, ids, allreduce)) if want_density else None
     sweeps = _Sweeps(ngrams, terms, trusted, want_statistics)
-    out = _compute(sweeps, reader, ids, allreduce, dim, memory_bytes)
+    features = _compute(sweeps, reader, ids, allreduce, dim, memory_bytes)
     if keep_counts:
-        out = replace(out, counts=_counts(sweeps))
+        features = replace(features, counts=_counts(sweeps))
     if cache_dir is not None:
-        made = {name: getattr(out, name) for name in COLUMNS[1:]} | (vars(out.counts) if out.counts is not None else {})
-        made["density_ratio"] = np.array([out.density_ratio])
-        cache.store(cache_dir, key, {name: array for name, array in made.items() if array is not None})
-    return out
+        stored = {name: getattr(features, name) for name in COLUMNS[1:]} | (
+            vars(features.counts) if features.counts is not None else {}
+        )
+        stored["density_ratio"] = np.array([features.density_ratio])
+        cache.store(cache_dir, key, {name: array for name, array in stored.items() if array is not None})
+    return features
 
 
 def follow_window(
@@ -240,13 +258,13 @@ def follow_window(
     trusted: TokenScorer | None = None,
     memory_bytes: int = MEMORY_BYTES,
 ) -> ContentFeatures:
-    """The features of a window that has moved on: those of samples that stay are kept (collective, as the others).
+    """Return the features of a window that has moved; samples that stay keep theirs (collective, as :func:`content_features`).
 
-    The 6-gram counts are those of the new window; a sample's density is of the window that it entered.  Samples that leave are
-    read once more, for their 6-grams to be taken out of the counts.
+    The 6-gram counts are those of the new window; a sample's density is that of the window it entered.  Samples that leave are
+    read once more to remove their 6-grams from the counts.
 
     Args:
-        kept: of the window before, with ``counts``.
+        kept: of the previous window, with ``counts``.
         reader, dim, seed, allreduce, trusted, memory_bytes: as for :func:`content_features`.
         ids_here: (n,) int64, sorted, this rank's samples now.
     """
@@ -262,11 +280,11 @@ def follow_window(
     if len(counts.terms):
         terms = TfIdf.of(dim, seed, counts.terms)
     sweeps = _Sweeps(ngrams, terms, trusted, kept.statistics is not None)
-    fresh = _compute(sweeps, reader, entrants, allreduce, dim, memory_bytes)
+    new = _compute(sweeps, reader, entrants, allreduce, dim, memory_bytes)
     stay = kept.take(np.isin(kept.ids, ids))
-    both: dict[str, Any] = {name: (getattr(stay, name), getattr(fresh, name)) for name in COLUMNS}
+    both: dict[str, Any] = {name: (getattr(stay, name), getattr(new, name)) for name in COLUMNS}
     columns: dict[str, Any] = {name: None if a is None else np.concatenate([a, b]) for name, (a, b) in both.items()}
-    joined = replace(fresh, **columns, counts=_counts(sweeps))
+    joined = replace(new, **columns, counts=_counts(sweeps))
     return joined.take(np.argsort(joined.ids, kind="stable"))
 
 
@@ -281,7 +299,7 @@ def _counts(sweeps: _Sweeps) -> Counts:
 def _compute(
     sweeps: _Sweeps, reader: TokenReader, ids: IntArray, allreduce: Allreduce, dim: int, memory_bytes: int
 ) -> ContentFeatures:
-    """Both sweeps, with the sums over the ranks between them."""
+    """Run both sweeps, with the sums over the ranks between them."""
     n = len(ids)
     quality = np.empty(n if sweeps.scorer is not None else 0, np.float32)
     density = np.zeros(n, np.float32)
@@ -289,24 +307,24 @@ def _compute(
     read_before = reader.seconds
     memory = Memory(reader, ids, memory_bytes)
     statistics: list[FloatArray] = []
-    at = 0
+    start = 0
     for block in reader.blocks(ids):
-        passed, seen, terms = sweeps.first(block)
+        passed, block_statistics, terms = sweeps.first(block)
         memory.keep(block, terms)
-        quality[at : at + len(block)] = passed
-        statistics += [] if seen is None else [seen]
-        at += len(block)
+        quality[start : start + len(block)] = passed
+        statistics += [] if block_statistics is None else [block_statistics]
+        start += len(block)
     if sweeps.counts is not None:
         sweeps.counts.reduce(allreduce)
     if sweeps.terms is not None:
         sweeps.terms.reduce(allreduce)
     tried = some(ids, TRIED, int(allreduce(np.array([n], np.int64))[0]))
     if sweeps.counts is not None or sweeps.terms is not None:
-        at = 0
+        start = 0
         for block, terms in memory.replay():
-            density[at : at + len(block)], vectors[at : at + len(block)] = sweeps.second(block, terms)
-            sweeps.try_counts(block, tried[at : at + len(block)])
-            at += len(block)
+            density[start : start + len(block)], vectors[start : start + len(block)] = sweeps.second(block, terms)
+            sweeps.try_counts(block, tried[start : start + len(block)])
+            start += len(block)
     sweeps.seconds["read"] = reader.seconds - read_before
     return ContentFeatures(
         ids,
@@ -320,7 +338,7 @@ def _compute(
 
 
 def _stacked(statistics: list[FloatArray], sweeps: _Sweeps) -> FloatArray | None:
-    """All blocks' statistics; of no sample where this rank has none; None where they are not wanted."""
+    """Return all blocks' statistics, with no rows if this rank has no samples; None if they are not wanted."""
     if sweeps.scorer is None or not sweeps.examine:
         return None
     none = sweeps.scorer.examine(np.empty(0, np.int64), np.zeros(1, np.int64))[1]
@@ -328,7 +346,7 @@ def _stacked(statistics: list[FloatArray], sweeps: _Sweeps) -> FloatArray | None
 
 
 def _pool_digest(ids: IntArray, allreduce: Allreduce) -> list[str | int]:
-    """What names this rank's samples and the pool: a digest of the one, order-free sums over the other."""
+    """Return a digest of this rank's samples, and order-independent sums over the pool."""
     code = mixed(ids)
     low, high = code & np.uint64(0xFFFFFFFF), code >> np.uint64(32)  # halves: their sums cannot overflow
     sums = allreduce(np.array([len(ids), low.sum(), high.sum()]).astype(np.int64))

@@ -1,12 +1,14 @@
-"""How crowded a sample's neighbourhood is: hashed 6-gram counts over the pool.
+"""Measure how many near-duplicates a sample has: hashed 6-gram counts over the pool.
 
 A 6-gram is hashed to 64 bits by a polynomial, built by doubling (2-grams, then 4-grams, then 6-grams), and its finished
-hash to one of the table's bins.  A sample's density is the 40th percentile over its positions of (bin's count - 1): a text of
-which 40 % occurs once is unique, boilerplate around it does not matter; a copy with a few edits is as dense as its
-source.  How many bins there are, and which 6-grams have a place in them: :mod:`grace_ds.features.ngrams`.  Where some are
-left out, the percentile is over a sample's distinct 6-grams and not over its positions: padding that happens to be among the
-few that are counted would otherwise outweigh them all.  It is not interpolated then: of a text's four or five 6-grams one that
-shares its bin would weigh too much.
+hash to one of the table's bins.  A sample's density is the 40th percentile over its positions of (bin's count - 1).  So a text
+of which 40 % occurs once is unique, and boilerplate around it does not matter; a copy with a few edits is as dense as its
+source.
+
+The number of bins, and which 6-grams are counted: :mod:`grace_ds.features.ngrams`.  If some are left out, the percentile is
+over a sample's distinct 6-grams and not over its positions: padding that happens to be among the few that are counted would
+otherwise outweigh them all.  Then it is not interpolated either: of a text's four or five 6-grams, one that shares its bin
+would weigh too much.
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ from grace_ds.features.ngrams import FLOOR, GRAM, SMALLEST, Allreduce, Sampling
 from grace_ds.records import Array, IntArray
 
 QUANTILE = 0.4
-SATURATION = 1 << 30  # a density stops here: padding can repeat one 6-gram billions of times
-COPIES = 5  # of the text that a table is tried on: its chance is 1 / COPIES of a unique text's
-_SAFE = 2**31  # 6-grams that int32 counts surely hold
+SATURATION = 1 << 30  # maximum density: padding can repeat one 6-gram billions of times
+COPIES = 5  # copies of the text that a table is tested on: its chance is 1 / COPIES of a unique text's
+_SAFE = 2**31  # below this number of 6-grams int32 counts cannot overflow
 _SLICE = 1 << 22  # counts summed at once, so that no second table is needed for it
 _BASE = 0x9E3779B97F4A7C15  # odd, so that powers never vanish mod 2^64
 _BASE2 = np.uint64(_BASE * _BASE % 2**64)
 _FINISH = np.uint64(0xBF58476D1CE4E5B9)
-_CLASS = np.uint64(5)  # the class is told by bits 36 ... 5, which no bin depends on; the lowest are not mixed well
+_CLASS = np.uint64(5)  # bits 36 ... 5 give the class: no bin depends on them, and the lowest bits are not mixed well
 _ELSEWHERE = np.intp(0x2AAAAAAAAAAAAAA)
 
 Words = npt.NDArray[np.uint64]
@@ -36,12 +38,12 @@ Words = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class Grams:
-    """The 6-grams of n samples that are counted, sample after sample.
+    """The counted 6-grams of n samples, sample after sample.
 
     Attributes:
         bins: (total,) intp, of the table.
-        lengths: (n,) int64, 6-grams of each sample.
-        times: (total,) int32, positions that each stands at; None: each at one.
+        lengths: (n,) int64, number of 6-grams of each sample.
+        times: (total,) int32, number of positions of each 6-gram; None: one each.
     """
 
     bins: npt.NDArray[np.intp]
@@ -50,7 +52,10 @@ class Grams:
 
 
 def ngram_bins(block: TokenBlock, sampling: Sampling = SMALLEST) -> Grams:
-    """The bins of the 6-grams that lie within one sample and are counted: every position of them, or each of some once."""
+    """Return the bins of the counted 6-grams, each of which lies within one sample.
+
+    Without sampling there is an entry for every position; with sampling, one for each distinct 6-gram of a sample.
+    """
     hashes, lengths = _hashes(block)
     times = None
     if sampling.level:
@@ -60,7 +65,11 @@ def ngram_bins(block: TokenBlock, sampling: Sampling = SMALLEST) -> Grams:
 
 
 def _hashes(block: TokenBlock) -> tuple[Words, IntArray]:
-    """(total,) finished hash of every 6-gram within one sample, sample after sample; 6-grams of each sample, (n,)."""
+    """Hash every 6-gram within one sample.
+
+    Returns:
+        (total,) finished hashes, sample after sample; (n,) number of 6-grams of each sample.
+    """
     lengths = np.diff(block.offsets)
     grams = np.maximum(lengths - (GRAM - 1), 0)
     size = len(block.flat) - (GRAM - 1)
@@ -76,60 +85,64 @@ def _hashes(block: TokenBlock) -> tuple[Words, IntArray]:
     six ^= six >> np.uint64(32)
     six *= _FINISH
     within = np.ones(size, np.bool_)
-    for back in range(1, GRAM):  # a 6-gram that starts in a sample's last 5 positions runs into the next sample
-        starts = block.offsets[1:-1] - back
+    for distance in range(1, GRAM):  # a 6-gram that starts in a sample's last 5 positions runs into the next sample
+        starts = block.offsets[1:-1] - distance
         within[starts[(starts >= 0) & (starts < size)]] = False
     return six[within], grams
 
 
 def _class(hashes: Words, lengths: IntArray, level: int) -> tuple[Words, IntArray, npt.NDArray[np.int32]]:
-    """The distinct 6-grams of one class in 2^level, and of samples with fewer than ``FLOOR`` of it their least hashes.
+    """Select the distinct 6-grams of one class in 2^level; of samples with fewer than ``FLOOR`` of these, their smallest hashes.
 
     Returns:
-        hashes (kept,), sample after sample; how many of each sample, (n,); how often each occurs in its sample, (kept,) int32.
+        hashes (kept,), sample after sample; the number for each sample, (n,); the times each occurs in its sample, (kept,) int32.
     """
     key = (hashes >> _CLASS).astype(np.uint32)
     ends = np.cumsum(lengths)
-    place = np.flatnonzero(key < np.uint32(1 << (32 - level)))
-    sample, place, times = _distinct(key, ends, place)
+    position = np.flatnonzero(key < np.uint32(1 << (32 - level)))
+    sample, position, times = _distinct(key, ends, position)
     found = np.bincount(sample, minlength=len(lengths))
-    parts, short = [(sample, place, times)], (found < FLOOR) & (lengths > found)
-    # Most samples that are short have enough in a class 8 times as large: the rest, in all that they have.
+    parts, short = [(sample, position, times)], (found < FLOOR) & (lengths > found)
+    # Most samples that are short have enough in a class 8 times as large; for the rest take all 6-grams.
     for wider in (max(level - 3, 0), 0):
         if not short.any():
             break
-        theirs = np.flatnonzero(np.repeat(short, lengths))
-        theirs = theirs[key[theirs] <= np.uint32(2 ** (32 - wider) - 1)]
-        sample, place, times = _distinct(key, ends, theirs)
+        candidates = np.flatnonzero(np.repeat(short, lengths))
+        candidates = candidates[key[candidates] <= np.uint32(2 ** (32 - wider) - 1)]
+        sample, position, times = _distinct(key, ends, candidates)
         found = np.bincount(sample, minlength=len(lengths))
         done = short & (found >= FLOOR) if wider else short
         rank = np.arange(len(sample)) - (np.cumsum(found) - found)[sample]
         parts = [tuple(column[~done[part[0]]] for column in part) for part in parts]  # type: ignore[misc]
         taken = done[sample] & (rank < FLOOR)
-        parts.append((sample[taken], place[taken], times[taken]))
+        parts.append((sample[taken], position[taken], times[taken]))
         short &= ~done
-    sample, place, times = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    sample, position, times = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     order = np.argsort(sample, kind="stable")
-    return hashes[place[order]], np.bincount(sample, minlength=len(lengths)), times[order].astype(np.int32)
+    return hashes[position[order]], np.bincount(sample, minlength=len(lengths)), times[order].astype(np.int32)
 
 
-def _distinct(key: npt.NDArray[np.uint32], ends: IntArray, place: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-    """Of the positions ``place`` the first of every 6-gram in every sample, by sample and key: (sample, position, times)."""
-    sample = np.searchsorted(ends, place, "right")
-    both = sample.astype(np.uint64) << np.uint64(32) | key[place]
-    _, first, times = np.unique(both, return_index=True, return_counts=True)
-    return sample[first], place[first], times
+def _distinct(key: npt.NDArray[np.uint32], ends: IntArray, position: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+    """Find the first of every distinct 6-gram of every sample among the positions ``position``.
+
+    Returns:
+        (sample, position, times) of each, ordered by sample and key.
+    """
+    sample = np.searchsorted(ends, position, "right")
+    combined = sample.astype(np.uint64) << np.uint64(32) | key[position]
+    _, first, times = np.unique(combined, return_index=True, return_counts=True)
+    return sample[first], position[first], times
 
 
 class NgramCounts:
-    """6-gram counts of the window: this rank's samples are added block by block, then summed over the ranks once.
+    """6-gram counts of the window: this rank's samples are added block by block, then summed once over the ranks.
 
     Args:
-        sampling: what is counted; the same on all ranks.
-        known: (2^bits,) integers, counts of the window over all ranks before it moved on; left as they are.
+        sampling: which 6-grams are counted; the same on all ranks.
+        known: (2^bits,) integers, counts of the previous window over all ranks; not modified.
 
     Attributes:
-        total: (2^bits,) int32 over all ranks after :meth:`reduce`, int64 where the window's 6-grams are 2^31 or more.
+        total: (2^bits,) int32 over all ranks after :meth:`reduce`, int64 if the window has 2^31 6-grams or more.
     """
 
     def __init__(self, sampling: Sampling = SMALLEST, known: Array | None = None) -> None:
@@ -139,11 +152,11 @@ class NgramCounts:
         self._counted = 0
 
     def add(self, block: TokenBlock) -> None:
-        """Counts the 6-grams of samples that the window holds."""
+        """Add the 6-grams of samples of the window."""
         self._count(block, 1)
 
     def drop(self, block: TokenBlock) -> None:
-        """Takes the 6-grams of samples that have left the window out of the counts ``known``."""
+        """Subtract the 6-grams of samples that have left the window from the counts ``known``."""
         self._count(block, -1)
 
     def _count(self, block: TokenBlock, sign: int) -> None:
@@ -151,31 +164,31 @@ class NgramCounts:
         self._counted += len(grams.bins) if grams.times is None else int(grams.times.sum())
         if self._counted >= _SAFE:
             self.counts = self.counts.astype(np.int64, copy=False)
-        kind = self.counts.dtype.type  # what is added must be of the table's own type: NumPy's fast path
-        np.add.at(self.counts, grams.bins, kind(sign) if grams.times is None else grams.times.astype(kind) * kind(sign))
+        dtype = self.counts.dtype.type  # adding the table's own type is NumPy's fast path
+        np.add.at(self.counts, grams.bins, dtype(sign) if grams.times is None else grams.times.astype(dtype) * dtype(sign))
 
     def reduce(self, allreduce: Allreduce) -> None:
-        """Sums the counts over all ranks (collective)."""
+        """Sum the counts over all ranks (collective)."""
         known = 0 if self._known is None else int(self._known.sum(dtype=np.int64))
         counted = int(allreduce(np.array([self._counted], np.int64))[0])
         counts = self.counts.astype(np.int32 if known + counted < _SAFE else np.int64, copy=False)
-        for lo in range(0, len(counts), _SLICE):
-            part = slice(lo, lo + _SLICE)
+        for start in range(0, len(counts), _SLICE):
+            part = slice(start, start + _SLICE)
             counts[part] = allreduce(counts[part])
             if self._known is not None:
                 counts[part] += self._known[part].astype(counts.dtype, copy=False)
         self.counts, self.total = counts[:0], counts
 
     def degree(self, block: TokenBlock) -> npt.NDArray[np.float64]:
-        """(n,) float64: copies in the window beyond the sample itself; 0 for samples without a 6-gram."""
+        """Return the number of copies in the window beyond the sample itself, (n,) float64; 0 for samples without a 6-gram."""
         grams = ngram_bins(block, self.sampling)
         return self._quantile(grams.bins, grams, minus=1)
 
     def tried(self, block: TokenBlock) -> npt.NDArray[np.float64]:
-        """(m, 2) float64: chances 1 / (1 + density) that new texts would have once, and ``COPIES`` times in the window.
+        """Return the chances 1 / (1 + density) of new texts, (m, 2) float64: present once, and present ``COPIES`` times.
 
-        A text is new whose 6-grams are those of a sample, moved to other bins; of the m samples with a 6-gram.  Right is 1
-        and 1 / ``COPIES``; a table that is too full gives both nearly the same.
+        A new text has the 6-grams of a sample, moved to other bins; there is one for each of the m samples with a 6-gram.  The
+        correct values are 1 and 1 / ``COPIES``; a table that is too full gives both nearly the same.
         """
         grams = ngram_bins(block, self.sampling)
         elsewhere = grams.bins ^ (_ELSEWHERE & np.intp((1 << self.sampling.bits) - 1))
@@ -184,7 +197,7 @@ class NgramCounts:
         return np.stack([1 / (1 + once), 1 / (COPIES + once)], 1)
 
     def _quantile(self, bins: npt.NDArray[np.intp], grams: Grams, minus: int) -> npt.NDArray[np.float64]:
-        """Of the counts of ``bins``, shared out as ``grams`` are; between two of few counts it is the lower one."""
+        """Return the quantile of the counts of ``bins``, grouped as in ``grams``; not interpolated if 6-grams are sampled."""
         found = np.minimum(self.total[bins], SATURATION).astype(np.int32, copy=False)
         return row_quantile(found, grams.lengths, QUANTILE, minus, between=grams.times is None)
 
@@ -192,31 +205,31 @@ class NgramCounts:
 def row_quantile(
     values: npt.NDArray[np.int32], lengths: IntArray, q: float, minus: int, between: bool = True
 ) -> npt.NDArray[np.float64]:
-    """The q-quantile of each row of ``values``, minus a constant; 0 for empty rows.
+    """Return the q-quantile of each row of ``values``, minus a constant; 0 for empty rows.
 
     Args:
         values: (total,) int32, at least 0, row after row.
         lengths: (n,) int64, values of each row.
         q: the quantile, in [0, 1].
-        minus: taken off every quantile of a row that is not empty.
+        minus: subtracted from the quantile of every row that is not empty.
         between: interpolate linearly between two values; False: take the lower one.
     """
-    out = np.zeros(len(lengths))
-    full = np.flatnonzero(lengths)
-    if not len(full):
-        return out
-    m = lengths[full]
-    place = q * (m - 1)
-    low = np.floor(place).astype(np.int64)
-    high = np.minimum(low + 1, m - 1)
-    if (m == m[0]).all():  # rows of one length, the usual case: select instead of sorting
-        table = np.partition(values.reshape(len(m), m[0]), (low[0], high[0]), axis=1)
+    quantiles = np.zeros(len(lengths))
+    filled = np.flatnonzero(lengths)
+    if not len(filled):
+        return quantiles
+    sizes = lengths[filled]
+    rank = q * (sizes - 1)
+    low = np.floor(rank).astype(np.int64)
+    high = np.minimum(low + 1, sizes - 1)
+    if (sizes == sizes[0]).all():  # rows of one length, the usual case: select instead of sorting
+        table = np.partition(values.reshape(len(sizes), sizes[0]), (low[0], high[0]), axis=1)
         a, b = table[:, low[0]], table[:, high[0]]
     else:
-        row = np.repeat(np.arange(len(m)), m)
+        row = np.repeat(np.arange(len(sizes)), sizes)
         ordered = np.sort((row << 32) | values) & 0xFFFFFFFF
-        first = np.cumsum(m) - m
+        first = np.cumsum(sizes) - sizes
         a, b = ordered[first + low], ordered[first + high]
     lower, upper = a.astype(np.float64), b.astype(np.float64)
-    out[full] = lower + (place - low) * between * (upper - lower) - minus
-    return out
+    quantiles[filled] = lower + (rank - low) * between * (upper - lower) - minus
+    return quantiles

@@ -1,4 +1,4 @@
-"""What the first sweep over the samples keeps for the second, in memory, up to a limit."""
+"""Keep data of the first sweep over the samples for the second, in memory, up to a limit."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from grace_ds.records import Array, IntArray
 
 
 class Memory:
-    """Tokens of the first sweep, in the smallest integer type that holds them, and terms, each until its limit is reached.
+    """Tokens of the first sweep, in the smallest integer type that holds them, and terms, each up to its limit.
 
-    Tokens spare reading the dataset again, terms spare hashing and sorting; the latter are larger, so they have a limit of
-    their own instead of taking the tokens' room.
+    Kept tokens avoid reading the dataset again; kept terms avoid hashing and sorting.  Terms are larger, so they have a
+    separate limit and do not displace tokens.
     """
 
     def __init__(self, reader: TokenReader, ids: IntArray, limit: int) -> None:
@@ -25,7 +25,7 @@ class Memory:
         self.rows = 0
 
     def keep(self, block: TokenBlock, terms: Terms | None) -> None:
-        """Keeps the next block of the first sweep, if there is room for it and was for all before it."""
+        """Keep the next block of the first sweep, if it fits and all blocks before it did."""
         flat = _narrow(block.flat)
         if self.tokens.take(flat.nbytes + block.offsets.nbytes):
             kept = None
@@ -35,7 +35,7 @@ class Memory:
             self.rows += len(block)
 
     def replay(self) -> Iterator[tuple[TokenBlock, Terms | None]]:
-        """All samples again: from memory, then (beyond the limit) from the dataset."""
+        """Yield all samples again: from memory, then (beyond the limit) from the dataset."""
         for ids, flat, offsets, terms in self.kept:
             yield TokenBlock(ids, flat.astype(np.int64), offsets), terms
         for block in self.reader.blocks(self.ids[self.rows :]):
@@ -43,39 +43,39 @@ class Memory:
 
 
 class _Arena:
-    """Arrays side by side in large pieces of memory, which go back to the system whole; many small ones freed would not."""
+    """Arrays packed into large pieces of memory, which return to the system when freed; many small arrays would not."""
 
-    PIECE = 1 << 26  # bytes: more than the C library keeps to itself
+    PIECE = 1 << 26  # bytes: more than the C library retains when it is freed
 
     def __init__(self) -> None:
         self._free = np.empty(0, np.uint8)
 
     def keep(self, array: Array) -> Array:
-        """A copy of ``array`` (n,)."""
-        size = -(-array.nbytes // 8) * 8  # the next one is aligned
+        """Return a copy of ``array`` (n,)."""
+        size = -(-array.nbytes // 8) * 8  # so that the next array is aligned
         if size > len(self._free):
             self._free = np.empty(max(self.PIECE, size), np.uint8)
-        place, self._free = self._free[: array.nbytes].view(array.dtype), self._free[size:]
-        place[:] = array
-        return place
+        copy, self._free = self._free[: array.nbytes].view(array.dtype), self._free[size:]
+        copy[:] = array
+        return copy
 
 
 class _Room:
-    """Bytes left, and whether everything fitted so far."""
+    """Remaining bytes of a limit; negative after something did not fit."""
 
     def __init__(self, limit: int) -> None:
-        self.left = limit
+        self.remaining = limit
 
     def take(self, size: int) -> bool:
-        """Whether ``size`` bytes fit; once something has not, nothing does."""
-        self.left = self.left - size if size <= self.left else -1
-        return self.left >= 0
+        """Return whether ``size`` bytes fit; after one failure nothing fits."""
+        self.remaining = self.remaining - size if size <= self.remaining else -1
+        return self.remaining >= 0
 
 
 def _narrow(flat: IntArray) -> Array:
-    """``flat`` in the smallest of a few integer types, with the same values."""
+    """Return ``flat`` in the smallest of a few integer types, with the same values."""
     low, high = int(flat.min(initial=0)), int(flat.max(initial=0))
-    for kind in (np.uint16, np.int32):
-        if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
-            return flat.astype(kind)
+    for dtype in (np.uint16, np.int32):
+        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
+            return flat.astype(dtype)
     return flat

@@ -1,15 +1,15 @@
-"""The prior: which samples look like the trusted set, by a bigram model of it.
+"""Score how well samples resemble the trusted set, by a bigram model of it.
 
 The model is fitted on trusted sequences only, with hashed bigram counts c(a, b):
 
     p(b | a) = (c(a, b) + 4 p(b)) / (c(a) + 4)        p(b) = (c(b) + .5) / (n + .5 V)
 
-A sample's score is its mean log p(b | a).  It passes if neither that is too low, nor its share of distinct tokens too low
-(columns of numbers) or too high (words drawn at random): :mod:`grace_ds.features.limits`.  What is normal is learned from
+A sample's score is its mean log p(b | a).  It passes if neither the score is too low, nor its share of distinct tokens too
+low (columns of numbers) or too high (words drawn at random): :mod:`grace_ds.features.limits`.  The limits are learned from
 the trusted sequences themselves, each quarter of them scored by the model of the other three, never from the pool: quantiles
-of the pool turn round once junk prevails in it.  Quarters are contiguous, because neighbours in a file often come from one
-document: left out one by one, each would be scored by a model that has read its other half, and half of the good pool would
-fail that standard.
+of the pool fail once junk is the majority in it.  Quarters are contiguous, because neighbours in a file often come from one
+document.  Left out one by one, each would be scored by a model that has read the rest of its document, and half of the good
+pool would fail that standard.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ FOLDS = 4
 MIN_TRUSTED = 64
 MAD_TO_DEVIATION = 1.4826
 STATISTICS = 5
-SCORE, DISTINCT = 0, 4  # statistics that are judged by
+SCORE, DISTINCT = 0, 4  # statistics that have limits
 SIDES = ((SCORE, -1), (DISTINCT, -1), (DISTINCT, 1))
-NOTHING = np.iinfo(np.int32).max  # fills a stretch up: tokens below it are sorted as int32
-STRETCH = 64  # tokens over which distinct ones are counted: a long text has ever fewer new ones
-DENSE = 1 << 20  # largest vocabulary whose tokens are counted in arrays as long as it; beyond it, those that occur
+NOTHING = np.iinfo(np.int32).max  # padding of a stretch: tokens below it are sorted as int32
+STRETCH = 64  # tokens over which distinct ones are counted: the share of new tokens falls with the length of a text
+DENSE = 1 << 20  # largest vocabulary counted in arrays of its own length; beyond it only occurring tokens are counted
 CLIP = 6.0  # robust deviations at which a statistic saturates
 _LEFT = np.uint64(0x9E3779B97F4A7C15)
 _RIGHT = np.uint64(0xC2B2AE3D27D4EB4F)
@@ -52,18 +52,18 @@ _FINISH = np.uint64(0xBF58476D1CE4E5B9)
 class QualityModel:
     """A fitted trusted model with its calibration; equal on every rank that fits it to the same sequences.
 
-    A stray id (a hash, a sentinel) must not make arrays as long as itself: beyond ``DENSE`` the vocabulary is what occurs.
+    A stray id (a hash, a sentinel) must not make arrays of its own size: beyond ``DENSE`` only occurring ids are counted.
 
     Attributes:
-        bigrams: (2^18,) int64, hashed bigram counts; float64 where sequences have weights.
-        contexts: (k + 1,) likewise, how often a token stands left in a bigram; the last entry is for all other tokens.
+        bigrams: (2^18,) int64, hashed bigram counts; float64 if sequences have weights.
+        contexts: (k + 1,) likewise, counts of a token as the left one of a bigram; the last entry is for all other tokens.
         unigrams: (k + 1,) likewise, token counts.
-        vocab: V; ids from it on are one unknown token.
+        vocab: V; all ids from V on are one unknown token.
         centre: (5,) float64, medians of the statistics of held-out trusted sequences; the first one's unit is nats per token.
         deviation: (5,) float64, their robust standard deviations.
-        limits: what passes.
-        held_out: (n, 5) float32, :meth:`statistics` of the trusted sequences, each as one that was left out.
-        tokens: (k,) int64, sorted, the ids that are counted; None: all k = V of them.
+        limits: of the statistics in ``SIDES``.
+        held_out: (n, 5) float32, :meth:`statistics` of the trusted sequences, each while held out.
+        tokens: (k,) int64, sorted, the counted ids; None: all k = V of them.
     """
 
     bigrams: Array
@@ -78,12 +78,12 @@ class QualityModel:
 
     @staticmethod
     def fit(flat: IntArray, offsets: IntArray, vocab: int = 0) -> QualityModel:
-        """Fits to the trusted sequences ``flat[offsets[i]:offsets[i + 1]]`` and calibrates on held-out quarters of them.
+        """Fit to the trusted sequences ``flat[offsets[i]:offsets[i + 1]]`` and calibrate on held-out quarters of them.
 
         Args:
             flat: (total,) int64, token ids.
             offsets: (n + 1,) int64.
-            vocab: size of the vocabulary; raised to the largest trusted token + 1 where that is more.
+            vocab: size of the vocabulary; raised to the largest trusted token + 1 if that is more.
 
         Raises:
             DataError: fewer than 2 sequences with at least 2 tokens, or negative token ids.
@@ -113,27 +113,27 @@ class QualityModel:
 
     @cached_property
     def _tables(self) -> tuple[Float64Array, Float64Array, Float64Array]:
-        """p(b), log p(b) and log(c(a) + 4), (k + 1,) each."""
+        """Tables of p(b), log p(b) and log(c(a) + 4), (k + 1,) each."""
         kinds = len(self.unigrams) - 1
         unigram = (self.unigrams + 0.5) / (self.unigrams.sum() + 0.5 * kinds)
         return unigram, np.log(unigram), np.log(self.contexts + BACKOFF)
 
     def score(self, flat: IntArray, offsets: IntArray) -> Float64Array:
-        """(n,) float64: mean log p(b | a) in nats per token; -inf for samples without a bigram."""
+        """Return the mean log p(b | a) in nats per token, (n,) float64; -inf for samples without a bigram."""
         left, right, code, row = _bigrams(flat, offsets, self.vocab)
         return _row_mean(self._log_p(left, self._at(right), code), row, len(offsets) - 1)
 
     def likelihood(self, flat: IntArray, offsets: IntArray) -> Float64Array:
-        """(n,) float64: mean log p(b | a) + log p(b) in nats per token; -inf for samples without a bigram.
+        """Return the mean log p(b | a) + log p(b) in nats per token, (n,) float64; -inf for samples without a bigram.
 
-        The second term tells kinds of text apart that have few tokens in common: one model of bigrams holds both without loss.
+        The second term separates kinds of text that have few tokens in common: one bigram model could hold both without loss.
         """
         left, right, code, row = _bigrams(flat, offsets, self.vocab)
-        at = self._at(right)
-        return _row_mean(self._log_p(left, at, code) + self._tables[1][at], row, len(offsets) - 1)
+        entries = self._at(right)
+        return _row_mean(self._log_p(left, entries, code) + self._tables[1][entries], row, len(offsets) - 1)
 
     def _at(self, token: IntArray) -> IntArray:
-        """(m,) int64, the entries that ``token`` (m,) is counted in."""
+        """Return the table entries of ``token`` (m,), (m,) int64."""
         return token if self.tokens is None else _entries(token, self.tokens)
 
     def _log_p(self, left: IntArray, right_at: IntArray, code: IntArray) -> Float64Array:
@@ -143,27 +143,27 @@ class QualityModel:
         return log_p
 
     def raw_statistics(self, flat: IntArray, offsets: IntArray) -> Float64Array:
-        """(n, 5) float64, what the model says of each sample; -inf for samples without a bigram.
+        """Return the model's statistics of each sample, (n, 5) float64; -inf for samples without a bigram.
 
         Mean log p(b | a) (the score), its standard deviation within the sample, mean log p(b), share of bigrams that
         the trusted set has, share of right-hand tokens that are the first of their kind in their stretch of 64.
         """
         n = len(offsets) - 1
         left, right, code, row = _bigrams(flat, offsets, self.vocab)
-        at = self._at(right)
-        log_p = self._log_p(left, at, code)
+        entries = self._at(right)
+        log_p = self._log_p(left, entries, code)
         mean = _row_mean(log_p, row, n)
         square = _row_mean(np.square(log_p - mean[row]), row, n)
-        common = _row_mean(self._tables[1][at], row, n)
+        common = _row_mean(self._tables[1][entries], row, n)
         seen = _row_mean((self.bigrams[code] > 0).astype(np.float64), row, n)
         return np.stack([mean, np.sqrt(np.maximum(square, 0.0)), common, seen, _distinct(right, row, n)], 1)
 
     def statistics(self, flat: IntArray, offsets: IntArray) -> FloatArray:
-        """(n, 5) float32 in [-6, 6]: the raw statistics in robust deviations from those of held-out trusted sequences."""
+        """Return the raw statistics in robust deviations from held-out trusted sequences, (n, 5) float32 in [-6, 6]."""
         return self._standard(self.raw_statistics(flat, offsets))
 
     def quality(self, flat: IntArray, offsets: IntArray) -> Float64Array:
-        """(n,) float64 in [0.02, 1]: pass of the trusted filter; samples without a bigram get the floor."""
+        """Return the pass of the trusted filter, (n,) float64 in [0.02, 1]; samples without a bigram get the minimum."""
         left, right, code, row = _bigrams(flat, offsets, self.vocab)
         raw = np.zeros((len(offsets) - 1, STATISTICS))
         raw[:, SCORE] = _row_mean(self._log_p(left, self._at(right), code), row, len(raw))
@@ -171,7 +171,7 @@ class QualityModel:
         return self.limits.quality(raw)
 
     def examine(self, flat: IntArray, offsets: IntArray) -> tuple[Float64Array, FloatArray]:
-        """:meth:`quality` and :meth:`statistics` in one pass."""
+        """Return :meth:`quality` and :meth:`statistics`, computed in one pass."""
         raw = self.raw_statistics(flat, offsets)
         return self.limits.quality(raw), self._standard(raw)
 
@@ -179,31 +179,37 @@ class QualityModel:
         return np.asarray(np.clip((raw - self.centre) / self.deviation, -CLIP, CLIP), np.float32)
 
     def digest(self) -> str:
-        """32 hex digits over the counts and the calibration."""
+        """Return 32 hex digits over the counts and the calibration."""
         calibration = [*self.centre, *self.deviation, *self.limits.middle, *self.limits.deviation, self.limits.cut]
-        h = hashlib.blake2b(np.array([self.vocab, *calibration], "<f8").tobytes(), digest_size=16)
+        digest = hashlib.blake2b(np.array([self.vocab, *calibration], "<f8").tobytes(), digest_size=16)
         for counts in (self.bigrams, self.contexts, self.unigrams):
-            h.update(counts.astype("<i8").tobytes())
+            digest.update(counts.astype("<i8").tobytes())
         if self.tokens is not None:
-            h.update(self.tokens.astype("<i8").tobytes())
-        return h.hexdigest()
+            digest.update(self.tokens.astype("<i8").tobytes())
+        return digest.hexdigest()
 
 
 def _count(flat: IntArray, offsets: IntArray, vocab: int, even: bool = False) -> QualityModel:
-    """The model of these sequences, not calibrated; ``even``: each sequence counts as much as any other, however long."""
+    """Return the model of these sequences, not calibrated.
+
+    Args:
+        flat, offsets: sequence i is ``flat[offsets[i]:offsets[i + 1]]``.
+        vocab: size of the vocabulary.
+        even: give all sequences the same weight, independent of length.
+    """
     left, _, code, row = _bigrams(flat, offsets, vocab)
     tokens = None if vocab <= DENSE else np.unique(flat)
-    kinds, of_token, of_bigram = vocab, None, None
+    size, of_token, of_bigram = vocab, None, None
     if tokens is not None:
-        kinds, left, flat = len(tokens), _entries(left, tokens), _entries(flat, tokens)
+        size, left, flat = len(tokens), _entries(left, tokens), _entries(flat, tokens)
     if even:
         sizes = np.diff(offsets)
-        weight = sizes.mean() / np.maximum(sizes, 1)  # 1 where all are as long: the counts are then the very same
+        weight = sizes.mean() / np.maximum(sizes, 1)  # 1 if all have one length: the counts are then the same as without weights
         of_token, of_bigram = np.repeat(weight, sizes), weight[row]
     return QualityModel(
         bigrams=np.bincount(code, of_bigram, 1 << BITS),
-        contexts=np.bincount(left, of_bigram, kinds + 1),
-        unigrams=np.bincount(flat, of_token, kinds + 1),
+        contexts=np.bincount(left, of_bigram, size + 1),
+        unigrams=np.bincount(flat, of_token, size + 1),
         vocab=vocab,
         centre=np.zeros(STATISTICS),
         deviation=np.ones(STATISTICS),
@@ -214,47 +220,52 @@ def _count(flat: IntArray, offsets: IntArray, vocab: int, even: bool = False) ->
 
 
 def _entries(token: IntArray, tokens: IntArray) -> IntArray:
-    """(m,) int64: where each of ``token`` (m,) stands in ``tokens`` (k,), which is sorted; k where it does not."""
-    at = np.searchsorted(tokens, token)
-    known: IntArray = np.where(tokens[np.minimum(at, len(tokens) - 1)] == token, at, len(tokens))
+    """Return the position in the sorted ``tokens`` (k,) of each of ``token`` (m,), (m,) int64; k if it is not there."""
+    position = np.searchsorted(tokens, token)
+    known: IntArray = np.where(tokens[np.minimum(position, len(tokens) - 1)] == token, position, len(tokens))
     return known
 
 
 def held_out_statistics(rows: list[IntArray], vocab: int, even: bool = False) -> Float64Array:
-    """(n, 5) float64: the raw statistics of ``rows`` (2 at least), every quarter judged by the model of the rest.
+    """Return the raw statistics of ``rows`` (at least 2), every quarter scored by the model of the rest, (n, 5) float64.
 
     Args:
+        rows: token sequences.
         vocab: size of the vocabulary.
-        even: whether all of the rest count alike in it, however long they are.
+        even: whether all other rows have the same weight in the model, independent of length.
     """
-    found = []
+    statistics = []
     for part in np.array_split(np.arange(len(rows)), min(FOLDS, len(rows))):
         held_out, rest = _join(rows[part[0] : part[-1] + 1]), _join(rows[: part[0]] + rows[part[-1] + 1 :])
-        found.append(_count(*rest, vocab, even).raw_statistics(*held_out))
-    return np.concatenate(found)
+        statistics.append(_count(*rest, vocab, even).raw_statistics(*held_out))
+    return np.concatenate(statistics)
 
 
-def likelihoods(rows: list[IntArray], kinds: npt.NDArray[np.bool_], asked: npt.NDArray[np.bool_], vocab: int) -> Float64Array:
-    """(m, 2) float64: :meth:`QualityModel.likelihood` of the rows that are ``asked`` for, by two models of all others.
+def likelihoods(
+    rows: list[IntArray], kinds: npt.NDArray[np.bool_], judged_rows: npt.NDArray[np.bool_], vocab: int
+) -> Float64Array:
+    """Score the selected rows by two models of all other rows; return :meth:`QualityModel.likelihood` of each, (m, 2) float64.
 
-    The first is of those others that are not of ``kinds``, the second of those that are; all rows of a model count alike.
+    The first model is of the other rows that are not of ``kinds``, the second of those that are; all rows of a model have the
+    same weight.
 
     Args:
-        rows: (n) sequences of 2 tokens at least.
-        kinds, asked: (n,) bool.
+        rows: (n) sequences of at least 2 tokens.
+        kinds: (n,) bool.
+        judged_rows: (n,) bool, the selected rows.
         vocab: size of the vocabulary.
     """
-    judged = _join([rows[i] for i in np.flatnonzero(asked)])
-    out = np.full((int(asked.sum()), 2), -np.inf)
+    judged = _join([rows[i] for i in np.flatnonzero(judged_rows)])
+    scores = np.full((int(judged_rows.sum()), 2), -np.inf)
     for column, kind in enumerate((~kinds, kinds)):
-        rest = np.flatnonzero(kind & ~asked)
+        rest = np.flatnonzero(kind & ~judged_rows)
         if len(rest):
-            out[:, column] = _count(*_join([rows[i] for i in rest]), vocab, even=True).likelihood(*judged)
-    return out
+            scores[:, column] = _count(*_join([rows[i] for i in rest]), vocab, even=True).likelihood(*judged)
+    return scores
 
 
 def _location(raw: Float64Array) -> tuple[Float64Array, Float64Array]:
-    """(5,) medians and robust deviations of (n, 5) statistics; the latter at least ``MIN_SPREAD``."""
+    """Return (5,) medians and robust deviations of (n, 5) statistics; the deviations are at least ``MIN_SPREAD``."""
     location = [robust_location(column) for column in raw.T]
     centre, deviation = (np.array(side) for side in zip(*location, strict=True))
     if deviation[0] < MIN_SPREAD:
@@ -272,7 +283,7 @@ def _join(rows: list[IntArray]) -> tuple[IntArray, IntArray]:
 
 
 def _bigrams(flat: IntArray, offsets: IntArray, vocab: int) -> tuple[IntArray, IntArray, IntArray, IntArray]:
-    """Left token, right token, hash bin and sample of every bigram within a sample, each (m,) int64.
+    """Return left token, right token, hash bin and sample of every bigram within a sample, each (m,) int64.
 
     Tokens outside of the vocabulary (negative ones too) are returned as ``vocab``, but hashed as they are.
     """
@@ -289,27 +300,32 @@ def _bigrams(flat: IntArray, offsets: IntArray, vocab: int) -> tuple[IntArray, I
 
 
 def _distinct(token: IntArray, row: IntArray, n: int) -> Float64Array:
-    """(n,) float64: share of each sample's tokens that are the first of their kind in a stretch of 64; -inf without tokens.
+    """Return the share of each sample's tokens that are the first of their kind in a stretch of 64, (n,) float64.
+
+    -inf without tokens.
 
     Args:
         token, row: (m,) tokens and the sample of each, sample after sample.
+        n: number of samples.
     """
     sizes = np.bincount(row, minlength=n)
     stretches = -(-sizes // STRETCH)
     starts = (np.cumsum(stretches) - stretches) * STRETCH
-    at = np.arange(len(row)) + np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
-    kind = np.int32 if int(token.max(initial=0)) < NOTHING else np.int64
-    grid = np.full((int(stretches.sum()), STRETCH), np.iinfo(kind).max, kind)  # a stretch a row, the last of a sample filled up
-    grid.reshape(-1)[at] = token
+    cell = np.arange(len(row)) + np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
+    dtype = np.int32 if int(token.max(initial=0)) < NOTHING else np.int64
+    grid = np.full(
+        (int(stretches.sum()), STRETCH), np.iinfo(dtype).max, dtype
+    )  # one stretch per row, the last one of a sample padded
+    grid.reshape(-1)[cell] = token
     grid.sort(axis=1)
-    distinct = (grid[:, 1:] != grid[:, :-1]).sum(1) + (grid[:, -1] != np.iinfo(kind).max)
+    distinct = (grid[:, 1:] != grid[:, :-1]).sum(1) + (grid[:, -1] != np.iinfo(dtype).max)
     total = np.bincount(np.repeat(np.arange(n), stretches), weights=distinct, minlength=n)
     share: Float64Array = np.divide(total, sizes, out=np.full(n, -np.inf), where=sizes > 0)
     return share
 
 
 def _row_mean(values: Float64Array, row: IntArray, n: int) -> Float64Array:
-    """Mean of each row, added up in the order of ``values`` (bincount does), so that blocking cannot change a bit."""
+    """Return the mean of each row, summed in the order of ``values`` (as bincount does), so that blocking cannot change a bit."""
     total = np.bincount(row, weights=values, minlength=n)
     size = np.bincount(row, minlength=n)
     mean: Float64Array = np.divide(total, size, out=np.full(n, -np.inf), where=size > 0)
@@ -317,6 +333,9 @@ def _row_mean(values: Float64Array, row: IntArray, n: int) -> Float64Array:
 
 
 def robust_location(values: Array) -> tuple[float, float]:
-    """Median and robust standard deviation (from the median absolute deviation) of finite ``values`` (n,), n at least 1."""
+    """Return the median and the robust standard deviation of finite ``values`` (n,), n at least 1.
+
+    The deviation comes from the median absolute deviation.
+    """
     median = float(np.median(values))
     return median, MAD_TO_DEVIATION * float(np.median(np.abs(values - median)))

@@ -1,7 +1,7 @@
-"""Content vectors for the graph: hashed uni- and bigram TF-IDF, projected by a seeded sign-hash.
+"""Compute content vectors for the graph: hashed uni- and bigram TF-IDF, projected by a seeded sign-hash.
 
 A term is a token or a pair of tokens, hashed to 2^18.  A sample's vector is the sum over its distinct terms of
-log(1 + tf) * idf, each with a random sign into one of ``dim`` places, scaled to unit length.  Two near-duplicates share
+log(1 + tf) * idf, each with a random sign in one of ``dim`` places, scaled to unit length.  Two near-duplicates share
 almost all terms, so their cosine stays near 1; that of unrelated samples is small.  Terms are summed in the order of
 their hashes, in float64, so a row does not depend on the block or rank that it was computed in.
 """
@@ -27,11 +27,11 @@ _UNI = np.uint64(0xD6E8FEB86659FD93)
 _LEFT = np.uint64(0x9E3779B97F4A7C15)
 _RIGHT = np.uint64(0xC2B2AE3D27D4EB4F)
 _MIX = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-CHUNK = 1 << 13  # tokens hashed and sorted at once, about: the arrays stay in the nearest caches
+CHUNK = 1 << 13  # approximate tokens hashed and sorted at once: the arrays fit the nearest caches
 
 
 def _finish(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """splitmix64's last steps: every output bit depends on every input bit."""
+    """Apply splitmix64's last steps: every output bit depends on every input bit."""
     x = (x ^ (x >> np.uint64(30))) * _MIX[0]
     x = (x ^ (x >> np.uint64(27))) * _MIX[1]
     mixed: npt.NDArray[np.uint64] = x ^ (x >> np.uint64(31))
@@ -39,32 +39,32 @@ def _finish(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def _pieces(block: TokenBlock) -> Iterator[Array]:
-    """Ascending keys, row * 2^18 + term of every term, of a few whole rows at a time: uint32 where that holds them, else uint64.
+    """Yield the keys, row * 2^18 + term, of every term of a few whole rows at a time, ascending.
 
-    Rows ascend from piece to piece, so the pieces one after another are in order; many short sorts in the nearest caches
-    are faster than a long one.
+    They are uint32 if that holds them, else uint64.  Rows ascend from piece to piece, so the concatenated pieces are sorted.
+    Many short sorts in the nearest caches are faster than a long one.
     """
     narrow = len(block) < 1 << (32 - BITS)  # sorts twice as fast
-    kind: type[np.unsignedinteger[Any]] = np.uint32 if narrow else np.uint64
+    dtype: type[np.unsignedinteger[Any]] = np.uint32 if narrow else np.uint64
     cuts = np.searchsorted(block.offsets, np.arange(CHUNK, len(block.flat), CHUNK))
-    for a, b in pairwise([0, *cuts.tolist(), len(block)]):
-        offsets = block.offsets[a : b + 1] - block.offsets[a]
-        token = block.flat[block.offsets[a] : block.offsets[b]].view(np.uint64)
+    for first, last in pairwise([0, *cuts.tolist(), len(block)]):
+        offsets = block.offsets[first : last + 1] - block.offsets[first]
+        token = block.flat[block.offsets[first] : block.offsets[last]].view(np.uint64)
         total = len(token)
-        keys = np.empty(max(2 * total - 1, 0), kind)
+        keys = np.empty(max(2 * total - 1, 0), dtype)
         _hash_into(keys[:total], token * _UNI + _UNI)  # + _UNI: else 0 and (0, 0) are one term
         _hash_into(keys[total:], token[:-1] * _LEFT + token[1:] * _RIGHT)
-        row = np.repeat(np.arange(a, b, dtype=kind) << kind(BITS), np.diff(offsets))
+        row = np.repeat(np.arange(first, last, dtype=dtype) << dtype(BITS), np.diff(offsets))
         keys[:total] |= row
         keys[total:] |= row[1:]
         ends = np.unique(offsets[(offsets > 0) & (offsets < total)])
-        keys[total + ends - 1] = np.iinfo(kind).max  # a pair never crosses from one sample to the next: sort it to the end
+        keys[total + ends - 1] = np.iinfo(dtype).max  # a pair across two samples is not a term: sort it to the end
         keys.sort()
         yield keys[: len(keys) - len(ends)]
 
 
 def _hash_into(out: Array, x: npt.NDArray[np.uint64]) -> None:
-    """The bins in [0, 2^18) of ``x``, which is overwritten: the top bits of :func:`_finish`."""
+    """Write the bins in [0, 2^18) of ``x`` to ``out``: the top bits of :func:`_finish`.  Overwrites ``x``."""
     scratch = x >> np.uint64(30)
     x ^= scratch
     x *= _MIX[0]
@@ -77,7 +77,7 @@ def _hash_into(out: Array, x: npt.NDArray[np.uint64]) -> None:
 
 
 def _distinct(keys: Array) -> tuple[Array, IntArray]:
-    """Each of the sorted ``keys`` once, and how often it occurs."""
+    """Return each of the sorted ``keys`` once, and the number of its occurrences."""
     new = np.ones(len(keys), np.bool_)
     np.not_equal(keys[1:], keys[:-1], out=new[1:])
     first = np.flatnonzero(new)
@@ -86,11 +86,11 @@ def _distinct(keys: Array) -> tuple[Array, IntArray]:
 
 @dataclass(frozen=True)
 class Terms:
-    """The distinct terms of each sample of a block, as small as they can be kept.
+    """The distinct terms of each sample of a block, in the smallest integer types.
 
     Attributes:
         keys: (m,) uint32 or uint64, ascending: row * 2^18 + term.
-        counts: (m,) unsigned, how often each occurs in its row.
+        counts: (m,) unsigned, occurrences of each in its row.
     """
 
     keys: Array
@@ -98,25 +98,25 @@ class Terms:
 
     @staticmethod
     def of(block: TokenBlock) -> Terms:
-        """Those of ``block``."""
+        """Find the terms of ``block``."""
         keys, counts = (np.concatenate(parts) for parts in zip(*map(_distinct, _pieces(block)), strict=True))
         return Terms(keys, counts.astype(np.min_scalar_type(int(counts.max(initial=0)))))
 
     @property
     def nbytes(self) -> int:
-        """Of both arrays."""
+        """Bytes of both arrays."""
         return self.keys.nbytes + self.counts.nbytes
 
 
 class TfIdf:
-    """Document frequencies first (``add`` every block, ``reduce`` once), then vectors.
+    """TF-IDF model: count document frequencies first (``add`` every block, ``reduce`` once), then compute vectors.
 
     Args:
         dim: width of the vectors.
         seed: of the projection.
 
     Attributes:
-        totals: (2^18 + 1,) int64, samples that hold each term, and samples; empty before :meth:`reduce`.
+        totals: (2^18 + 1,) int64, samples that hold each term, then all samples; empty before :meth:`reduce`.
     """
 
     def __init__(self, dim: int, seed: int) -> None:
@@ -131,20 +131,20 @@ class TfIdf:
 
     @staticmethod
     def of(dim: int, seed: int, totals: IntArray) -> TfIdf:
-        """One whose weights are fixed by the ``totals`` of an earlier one: further samples do not change them."""
+        """Build a model with the fixed ``totals`` of an earlier one: further samples do not change its weights."""
         fixed = TfIdf(dim, seed)
         fixed._fix(totals)
         return fixed
 
     def add(self, block: TokenBlock) -> Terms:
-        """Counts, for every term, the samples of ``block`` that hold it; returns the block's terms."""
+        """Count, for every term, the samples of ``block`` that hold it; return the block's terms."""
         terms = Terms.of(block)
         np.add.at(self.frequency, (terms.keys & terms.keys.dtype.type(TERMS - 1)).astype(np.intp), np.int64(1))
         self.samples += len(block)
         return terms
 
     def reduce(self, allreduce: Allreduce) -> None:
-        """Sums the frequencies over all ranks (collective) and fixes the terms' weights, where they are not fixed yet."""
+        """Sum the frequencies over all ranks (collective) and fix the terms' weights, if they are not fixed yet."""
         if not len(self.totals):
             self._fix(allreduce(np.append(self.frequency, self.samples)))
 
@@ -154,13 +154,13 @@ class TfIdf:
         self._weight = self._sign * (np.log((1.0 + self.samples) / (1.0 + self.frequency)) + 1.0)
 
     def vectors(self, n: int, terms: Terms) -> FloatArray:
-        """(n, dim) float32, unit norm (zero for samples without tokens), of a block of ``n`` samples from its terms.
+        """Return the vectors of a block of ``n`` samples from its terms, (n, dim) float32, unit norm.
 
-        On the grid of :mod:`grace_ds.utils.grid`, as the k-NN graph wants its rows.
+        Samples without tokens get zeros.  The rows are on the grid of :mod:`grace_ds.utils.grid`, as the k-NN graph requires.
         """
         wide, count = terms.keys.astype(np.int64), terms.counts
         row, term = wide >> BITS, wide & (TERMS - 1)
-        # the logarithm comes from a table, so that it is one value a count whatever block it stands in
+        # The logarithm comes from a table, so that each count has one value in every block.
         table = np.log1p(np.arange(int(count.max(initial=0)) + 1, dtype=np.float64))
         weight = self._weight[term]
         often = np.flatnonzero(count > 1)  # most terms occur once

@@ -1,4 +1,4 @@
-"""The trusted basis: a few factors of each layer's trusted gradient G = Σ a gᵀ, fitted without ever forming G.
+"""Fit the trusted basis: a few factors of each layer's trusted gradient G = Σ a gᵀ.  G itself is never formed.
 
 Single-view randomised SVD (Tropp, Yurtsever, Udell, Cevher 2017, algorithms 4 and 7): the range sketch Y = G Ω and the
 co-range sketch W = Ψ G are plain sums over tokens, so over micro-batches and ranks too.
@@ -19,7 +19,7 @@ from grace_ds.gradients.layers import Layer
 from grace_ds.gradients.projection import Side, product_dtype, signs
 from grace_ds.records import FloatArray
 
-TRUSTED_RANK = 8  # factors of a layer that are kept
+TRUSTED_RANK = 8  # factors kept per layer
 Factors = tuple[FloatArray, FloatArray, FloatArray]
 Matrix = npt.NDArray[np.float64]
 
@@ -29,7 +29,7 @@ class TrustedBasis:
     """Factors G_l ≈ U diag(s) Vᵀ of the trusted gradient of each sketched layer; equal on all ranks.
 
     Attributes:
-        version: counts the fits of a run; stored beside every alignment.
+        version: number of the fit within the run; stored with every alignment.
         factors: layer name → U (inputs, q), s (q,), V (outputs, q), all float32; columns of U and of V orthonormal.
     """
 
@@ -37,15 +37,15 @@ class TrustedBasis:
     factors: Mapping[str, Factors]
 
     def plus(self, older: TrustedBasis, weight: float) -> TrustedBasis:
-        """This gradient plus ``weight`` times an older one, by as many factors: the best approximation that has them."""
-        factors = {n: _sum(here, older.factors[n], weight) for n, here in self.factors.items()}
+        """Return this gradient plus ``weight`` times an older one: the best approximation with the same number of factors."""
+        factors = {n: _sum(newer, older.factors[n], weight) for n, newer in self.factors.items()}
         return TrustedBasis(self.version, factors)
 
     def check(self, layers: Sequence[Layer]) -> None:
-        """Whether a saved basis is one of ``layers``.
+        """Check that a saved basis belongs to ``layers``.
 
         Raises:
-            CheckpointError: it lacks one of them, or has one of another shape.
+            CheckpointError: a layer is missing from the basis, or has another shape in it.
         """
         for layer in layers:
             found = self.factors.get(layer.name)
@@ -58,12 +58,12 @@ class TrustedBasis:
                 )
 
     def to_arrays(self) -> dict[str, FloatArray]:
-        """Flat mapping for a checkpoint's file: "layer/U", "layer/s", "layer/V"."""
+        """Return a flat mapping for a checkpoint's file: "layer/U", "layer/s", "layer/V"."""
         return {f"{n}/{k}": a for n, factors in self.factors.items() for k, a in zip("UsV", factors, strict=True)}
 
     @staticmethod
     def from_arrays(version: int, arrays: Mapping[str, FloatArray]) -> TrustedBasis:
-        """Inverse of :meth:`to_arrays`."""
+        """Build a basis from the arrays of :meth:`to_arrays`."""
         names = [key[:-2] for key in arrays if key.endswith("/s")]
         try:
             factors = {n: (arrays[f"{n}/U"], arrays[f"{n}/s"], arrays[f"{n}/V"]) for n in names}
@@ -75,14 +75,15 @@ class TrustedBasis:
 
 
 class BasisAccumulator(HookSink):
-    """Collects Y and W of every layer from the backwards routed to it (``Sketcher.route``), on this rank.
+    """Accumulate Y and W of every layer on this rank, from the backward passes routed to it (``Sketcher.route``).
 
-    Unlike a binding it keeps each layer's input alive until its gradient comes: for probes, not for training.
+    Unlike a :class:`MicroBatchCapture` it keeps each layer's input alive until its gradient arrives.  Use it for probes, not for
+    training.
 
     Args:
         layers: the sketcher's layers.
         seed: of the test matrices; equal on all ranks.
-        rank: factors to be kept (q).
+        rank: number of factors to keep (q).
         meter: counts the bytes held; ``Sketcher.accumulator`` passes the sketcher's own.
     """
 
@@ -97,7 +98,7 @@ class BasisAccumulator(HookSink):
         self._w: dict[int, torch.Tensor] = {}  # (l, outputs) float32
 
     def capture(self, index: int, x: torch.Tensor) -> Receiver | None:
-        """Keeps the input of layer ``index``; the receiver adds the call's share of Y and W."""
+        """Keep the input of layer ``index``; the returned receiver adds this call's contribution to Y and W."""
         flat = x.detach().reshape(-1, x.shape[-1])
         psi, omega = self._pair(index)
         held = [(flat, psi.project(flat))]
@@ -133,7 +134,7 @@ class BasisAccumulator(HookSink):
             self.hold(part.numel() * 4)
 
     def pack(self) -> npt.NDArray[np.float64]:
-        """1-D float64: this rank's Y and W of all layers in order; summed over ranks, the whole trusted set's."""
+        """Return this rank's Y and W of all layers in order, 1-D float64.  Their sum over ranks covers the whole trusted set."""
         parts = []
         for index, layer in enumerate(self._layers):
             for sums, shape in zip((self._y, self._w), self._shapes(layer), strict=True):
@@ -145,10 +146,12 @@ class BasisAccumulator(HookSink):
         return (self._columns, layer.inputs), (self._rows, layer.outputs)
 
     def fit(self, packed: npt.NDArray[np.float64], version: int) -> TrustedBasis:
-        """The factors from ``packed``, :meth:`pack` summed over all ranks; equal where the input and the library are.
+        """Return the basis fitted to ``packed``, the sum of :meth:`pack` over all ranks.
+
+        Equal inputs and equal library versions give equal factors.
 
         Raises:
-            DataError: it is not finite or has another length, or no layer received a gradient.
+            DataError: ``packed`` is not finite or has another length, or no layer received a gradient.
         """
         expected = sum(a * b for layer in self._layers for a, b in self._shapes(layer))
         if len(packed) != expected or not np.isfinite(packed).all() or not packed.any():
@@ -170,25 +173,25 @@ class BasisAccumulator(HookSink):
         return TrustedBasis(version, factors)
 
 
-def _sum(here: Factors, older: Factors, weight: float) -> Factors:
-    """Factors of U diag(s) Vᵀ + weight U' diag(s') V'ᵀ, as many as ``here`` has."""
-    left, upper = np.linalg.qr(np.concatenate([here[0], older[0]], 1).astype(np.float64))
-    right, lower = np.linalg.qr(np.concatenate([here[2], older[2]], 1).astype(np.float64))
-    inner = upper @ np.diag(np.concatenate([here[1], weight * older[1]]).astype(np.float64)) @ lower.T
+def _sum(newer: Factors, older: Factors, weight: float) -> Factors:
+    """Return as many factors of U diag(s) Vᵀ + weight U' diag(s') V'ᵀ as ``newer`` has."""
+    left, upper = np.linalg.qr(np.concatenate([newer[0], older[0]], 1).astype(np.float64))
+    right, lower = np.linalg.qr(np.concatenate([newer[2], older[2]], 1).astype(np.float64))
+    inner = upper @ np.diag(np.concatenate([newer[1], weight * older[1]]).astype(np.float64)) @ lower.T
     u, s, v = np.linalg.svd(inner, full_matrices=False)
-    rank = len(here[1])
+    rank = len(newer[1])
     return padded(left @ u[:, :rank], s[:rank], right @ v[:rank].T, rank)
 
 
 def padded(u: Matrix, s: Matrix, v: Matrix, rank: int) -> Factors:
-    """``rank`` factors of u (inputs, q), s (q,) and v (outputs, q), q at most ``rank``: those that are missing are zeros."""
-    missing = (0, rank - len(s))  # of a layer that is narrower than the rank
+    """Return ``rank`` factors from u (inputs, q), s (q,) and v (outputs, q), q at most ``rank``; missing factors are zeros."""
+    missing = (0, rank - len(s))  # above 0 for a layer that is narrower than the rank
     found = [np.ascontiguousarray(np.pad(a, [(0, 0)] * (a.ndim - 1) + [missing]), np.float32) for a in (u, s, v)]
     return found[0], found[1], found[2]
 
 
 def _factorise(y: Matrix, w: Matrix, psi: Matrix, rank: int) -> Factors:
-    """``rank`` factors from Y (inputs, k), W (l, outputs) and Ψ (l, inputs); padded with zeros in a small layer."""
+    """Return ``rank`` factors from Y (inputs, k), W (l, outputs) and Ψ (l, inputs), padded with zeros for a small layer."""
     q, _ = np.linalg.qr(y)
     x = np.linalg.lstsq(psi @ q, w, rcond=None)[0]
     left, s, right = np.linalg.svd(x, full_matrices=False)

@@ -1,4 +1,4 @@
-"""What an argument of the job's call may be: an entry of its batch, a part of one, or a constant."""
+"""Describe where an argument of the job's model call comes from: an entry of the batch, a part of one, or a constant."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from grace_ds.errors import DataError
 
 Path = tuple[Any, ...]
 Bounds = tuple[int | None, int | None]
-_FEW = 8  # starts of a copied cut that are tried beside the first and the last
+_FEW = 8  # start positions tried for a copied cut, besides the first and the last
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A tensor of the batch, or a part of it.
+    """A tensor of the batch, or a slice of it.
 
     Attributes:
-        path: keys from the batch to the tensor.
-        axes: bounds of the part, an axis each, as in a slice.
-        dtype: that it is cast to.
+        path: keys that lead from the batch to the tensor.
+        axes: bounds of the slice, one pair per axis.
+        dtype: the type that the part is cast to.
     """
 
     path: Path
@@ -31,7 +31,7 @@ class Cut:
     dtype: torch.dtype
 
     def of(self, batch: Any) -> torch.Tensor:
-        """The same part of another batch."""
+        """Return the same part of another batch."""
         tensor = _at(batch, self.path)
         if not isinstance(tensor, torch.Tensor) or tensor.dim() != len(self.axes):
             shape = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
@@ -44,81 +44,81 @@ class Cut:
 
 @dataclass(frozen=True)
 class Node:
-    """What stands at ``path`` of the batch and is no tensor: a container, a string, a number."""
+    """An object at ``path`` of the batch that is not a tensor: a container, a string, a number."""
 
     path: Path
 
     def of(self, batch: Any) -> Any:
-        """What stands there in another batch."""
+        """Return the object at the same path of another batch."""
         return _at(batch, self.path)
 
 
 @dataclass(frozen=True, eq=False)
 class Constant:
-    """The same in every call, whatever the batch."""
+    """A value that is the same in every call, independent of the batch."""
 
     value: Any
 
     def of(self, batch: Any) -> Any:
-        """The value."""
+        """Return the value."""
         return self.value
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """A tensor whose rows are all like ``row``: perhaps an entry of the batch, perhaps made by the job for any batch."""
+    """A tensor whose rows all equal ``row``: either an entry of the batch, or one that the job makes for any batch."""
 
     row: torch.Tensor
     like: Cut
 
     def of(self, batch: Any) -> torch.Tensor:
-        """As many rows as the entry has that it looks like."""
+        """Return ``row`` repeated for each row of the batch entry that ``like`` names."""
         return self.row.expand(len(self.like.of(batch)), *self.row.shape)
 
 
 Source = Cut | Node | Constant | Rows
 
 
-def views(x: torch.Tensor, leaf: torch.Tensor, path: Path) -> Iterator[Cut]:
-    """The cuts of ``leaf`` that ``x`` is by its place in memory."""
-    if x is leaf:
+def views(x: torch.Tensor, entry: torch.Tensor, path: Path) -> Iterator[Cut]:
+    """Yield the cuts of ``entry`` whose memory ``x`` occupies."""
+    if x is entry:
         yield Cut(path, ((None, None),) * x.dim(), x.dtype)
         return
-    plain = x.layout == leaf.layout == torch.strided and x.dtype == leaf.dtype and x.device == leaf.device
-    if not plain or x.dim() != leaf.dim() or not x.dim() or not x.numel() or memory_of(x) != memory_of(leaf):
+    plain = x.layout == entry.layout == torch.strided and x.dtype == entry.dtype and x.device == entry.device
+    if not plain or x.dim() != entry.dim() or not x.dim() or not x.numel() or memory_of(x) != memory_of(entry):
         return
-    left, starts = x.storage_offset() - leaf.storage_offset(), [0] * x.dim()
-    for axis in sorted(range(x.dim()), key=leaf.stride().__getitem__, reverse=True):
-        if leaf.stride(axis) > 0 and left >= 0:
-            starts[axis] = min(left // leaf.stride(axis), leaf.shape[axis] - 1)
-            left -= starts[axis] * leaf.stride(axis)
+    offset, starts = x.storage_offset() - entry.storage_offset(), [0] * x.dim()
+    for axis in sorted(range(x.dim()), key=entry.stride().__getitem__, reverse=True):
+        if entry.stride(axis) > 0 and offset >= 0:
+            starts[axis] = min(offset // entry.stride(axis), entry.shape[axis] - 1)
+            offset -= starts[axis] * entry.stride(axis)
     lengths = list(x.shape)
-    if left or any(s + n > size for s, n, size in zip(starts, lengths, leaf.shape, strict=True)):
+    if offset or any(s + n > size for s, n, size in zip(starts, lengths, entry.shape, strict=True)):
         return
-    same = leaf[tuple(slice(s, s + n) for s, n in zip(starts, lengths, strict=True))]
-    if same.shape[0] == leaf.shape[0] and (same.storage_offset(), same.stride()) == (x.storage_offset(), x.stride()):
-        yield from _forms(path, starts, lengths, leaf.shape, x.dtype)
+    same = entry[tuple(slice(s, s + n) for s, n in zip(starts, lengths, strict=True))]
+    if same.shape[0] == entry.shape[0] and (same.storage_offset(), same.stride()) == (x.storage_offset(), x.stride()):
+        yield from _forms(path, starts, lengths, entry.shape, x.dtype)
 
 
-def copies(x: torch.Tensor, leaf: torch.Tensor, path: Path) -> Iterator[Cut]:
-    """The cuts of ``leaf`` along one axis at most that ``x`` equals in value, cast where its type is another."""
-    if x.dim() != leaf.dim() or x.layout != torch.strided or leaf.layout != torch.strided:
+def copies(x: torch.Tensor, entry: torch.Tensor, path: Path) -> Iterator[Cut]:
+    """Yield the cuts of ``entry``, along one axis at most, that equal ``x`` in value after a cast to its type."""
+    if x.dim() != entry.dim() or x.layout != torch.strided or entry.layout != torch.strided:
         return
-    if x.dim() and x.shape[0] != leaf.shape[0]:
+    if x.dim() and x.shape[0] != entry.shape[0]:
         return
-    shorter = [axis for axis in range(x.dim()) if x.shape[axis] != leaf.shape[axis]]
-    if len(shorter) > 1 or any(x.shape[axis] > leaf.shape[axis] for axis in shorter):
+    shorter = [axis for axis in range(x.dim()) if x.shape[axis] != entry.shape[axis]]
+    if len(shorter) > 1 or any(x.shape[axis] > entry.shape[axis] for axis in shorter):
         return
-    slack = leaf.shape[shorter[0]] - x.shape[shorter[0]] if shorter else 0
+    slack = entry.shape[shorter[0]] - x.shape[shorter[0]] if shorter else 0
     for start in sorted({*range(min(slack, _FEW) + 1), slack}):
         starts = [start if axis in shorter else 0 for axis in range(x.dim())]
-        part = leaf[tuple(slice(s, s + n) for s, n in zip(starts, x.shape, strict=True))]
+        part = entry[tuple(slice(s, s + n) for s, n in zip(starts, x.shape, strict=True))]
         if equal(part, x):
-            yield from _forms(path, starts, list(x.shape), leaf.shape, x.dtype)
+            yield from _forms(path, starts, list(x.shape), entry.shape, x.dtype)
 
 
 def _forms(path: Path, starts: list[int], lengths: list[int], sizes: torch.Size, dtype: torch.dtype) -> Iterator[Cut]:
-    """What the job may have written to cut this part out: bounds counted from the end, from the start, or the last few."""
+    """Yield the slices the job may have written for this part: bounds from the end, from the start, or the last few."""
     forms: dict[tuple[Bounds, ...], None] = {}
     for which in range(3):
         axes: list[Bounds] = []
@@ -132,7 +132,7 @@ def _forms(path: Path, starts: list[int], lengths: list[int], sizes: torch.Size,
 
 
 def fits(source: Source, other: Source) -> bool:
-    """Whether the source of one call is that of another."""
+    """Return whether the sources of two calls agree."""
     if isinstance(source, Cut | Node):
         return source == other
     if isinstance(source, Rows):
@@ -140,8 +140,8 @@ def fits(source: Source, other: Source) -> bool:
     return isinstance(other, Constant) and alike(source.value, other.value)
 
 
-def told(source: Source) -> str:
-    """In words, a cut as it is written."""
+def describe(source: Source) -> str:
+    """Describe a source in words; a cut as Python writes it."""
     if not isinstance(source, Cut | Node):
         return "a constant"
     bounds = source.axes if isinstance(source, Cut) and not is_whole(source) else ()
@@ -150,7 +150,7 @@ def told(source: Source) -> str:
 
 
 def is_whole(source: Cut | Node) -> bool:
-    """Whether nothing is cut off."""
+    """Return whether the source is a whole entry, with nothing cut off."""
     return isinstance(source, Node) or all(bounds == (None, None) for bounds in source.axes)
 
 
@@ -167,22 +167,22 @@ def _at(batch: Any, path: Path) -> Any:
 
 
 def name_of(path: Path) -> str:
-    """In words."""
+    """Return a path in words."""
     return ".".join(map(str, path)) or "(the batch)"
 
 
 def memory_of(x: torch.Tensor) -> tuple[str, int]:
-    """Names the memory that a tensor lies in; views of one tensor share it."""
+    """Return an identifier of the memory that a tensor uses; views of one tensor share it."""
     return (str(x.device), x.untyped_storage().data_ptr()) if x.layout == torch.strided else ("", id(x))
 
 
 def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors have the same values, the first cast to the type of the second."""
+    """Return whether two tensors have the same values, the first cast to the type of the second."""
     return a.shape == b.shape and torch.equal(a.detach().to(b.device, b.dtype), b.detach())
 
 
 def alike(a: Any, b: Any) -> bool:
-    """Whether two values are one: the same object, or equal tensors or plain values of one type."""
+    """Return whether two values are equal: the same object, or equal tensors or plain values of one type."""
     if a is b:
         return True
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):

@@ -1,6 +1,6 @@
-"""One micro-batch under the hooks: what they collect, and how it becomes rows.
+"""Capture one micro-batch with the hooks: what they collect, and how it becomes rows.
 
-A binding ties a forward and its backward to the dataset ids of the micro-batch.  The hooks keep the binding in their
+A capture ties a forward and its backward to the dataset ids of the micro-batch.  The hooks keep the capture in their
 closures, so that a later micro-batch's forward cannot misroute an earlier one's backward.
 """
 
@@ -22,27 +22,27 @@ Receiver = Callable[[torch.Tensor], None]
 
 
 class Meter:
-    """Bytes that the hooks hold, by count: now, and at most since the last reset."""
+    """Count the bytes that the hooks hold: the current number, and the maximum since the last reset."""
 
     def __init__(self) -> None:
         self.now = 0
         self.peak = 0
 
     def add(self, nbytes: int) -> None:
-        """Counts bytes that are taken, or given back when negative."""
+        """Add bytes that were taken; a negative number returns them."""
         self.now += nbytes
         self.peak = max(self.peak, self.now)
 
 
 class HookSink:
-    """What the hooks write to.  Open from its creation to :meth:`close`.
+    """Target that the hooks write to.  It is open from its creation until :meth:`close`.
 
     Attributes:
         spoiled: a hook failed or a layer did not fit; the numbers must not be used.
         backward_seen: at least one layer has received its gradient.
     """
 
-    closed = True  # of one whose construction has failed: it holds nothing, and is deleted all the same
+    closed = True  # for an object whose __init__ failed: it holds nothing, and __del__ still runs
 
     def __init__(self, meter: Meter) -> None:
         self.spoiled = False
@@ -54,26 +54,30 @@ class HookSink:
         self._held = 0
 
     def capture(self, index: int, x: torch.Tensor) -> Receiver | None:
-        """Takes layer ``index``'s input; returns what to call with the output's gradient, or None to skip the call."""
+        """Take the input of layer ``index``.
+
+        Returns:
+            The function to call with the output's gradient, or None to skip the call.
+        """
         raise NotImplementedError
 
     def defer(self, index: int) -> None:
-        """A forward under no_grad: a re-entrant checkpoint will run it again inside the backward."""
+        """Record a forward under no_grad: a re-entrant checkpoint will run it again inside the backward."""
         self._deferred[index] = self._deferred.get(index, 0) + 1
 
     def claim(self, index: int) -> bool:
-        """Whether a forward inside the backward is one that was deferred; if so it counts as made up for."""
-        left = self._deferred.get(index, 0)
-        self._deferred[index] = max(left - 1, 0)
-        return left > 0
+        """Return whether a forward inside the backward repeats a deferred one, and remove it from those that are due."""
+        due = self._deferred.get(index, 0)
+        self._deferred[index] = max(due - 1, 0)
+        return due > 0
 
     def hold(self, nbytes: int) -> None:
-        """Counts bytes that stay alive until they are given back by a negative count or by :meth:`close`."""
+        """Count bytes that stay alive until they are returned by a negative count or by :meth:`close`."""
         self._held += nbytes
         self._meter.add(nbytes)
 
     def close(self) -> None:
-        """Ends the target: later gradients are ignored and its bytes no longer count."""
+        """Close the target: later gradients are ignored and its bytes no longer count."""
         if not self.closed:
             self.closed = True
             self._meter.add(-self._held)
@@ -85,17 +89,17 @@ class HookSink:
 
 @dataclass(frozen=True)
 class Plan:
-    """The projections in force when a binding began.
+    """The projections in force when a capture began.
 
     Attributes:
         layers: the sketched layers.
         sides: per layer, the input's and the output's projection; ``rank`` rows, then the trusted factors if any.
-        unit: (layers,) float64, what makes each layer's sketch unbiased.
+        unit: (layers,) float64, the factor that makes each layer's sketch unbiased.
         rank: rows of the seeded bases.
         strength: (layers, q) float32 on the CPU, singular values of the trusted factors; None without a basis.
         basis_version: of the trusted basis; -1 without one.
-        pooled: the layer whose input, mean over tokens, is the sample's hidden state.
-        pooling: (inputs, HIDDEN) float32, what that mean is projected by.
+        pooled: index of the layer whose input, averaged over tokens, is the sample's hidden state.
+        pooling: (inputs, HIDDEN) float32, the projection applied to that mean.
     """
 
     layers: Sequence[Layer]
@@ -109,7 +113,7 @@ class Plan:
 
     @property
     def width(self) -> int:
-        """Rows of a side: the seeded base's and the trusted factors'."""
+        """Rows of a side's projection: those of the seeded base and the trusted factors."""
         return self.rank + (0 if self.strength is None else self.strength.shape[1])
 
     def rows(
@@ -122,7 +126,17 @@ class Plan:
         sigma: npt.NDArray[np.float64],
         factor: npt.NDArray[np.float64],
     ) -> CollectedRows:
-        """Rows from what is linear in the gradients: ``folded`` (n, dim), and ``product`` (n,) with the basis in force."""
+        """Build the rows from values that are linear in the gradients.
+
+        Args:
+            ids: (n,) int64.
+            folded: (n, dim) folded sketches.
+            product: (n,) inner products with the trusted gradient of the basis in force; None without a basis.
+            loss: (n,) float32.
+            hidden: (n, HIDDEN) float32.
+            sigma: (layers,) the per-layer scale.
+            factor: (n,) from :func:`row_factor`.
+        """
         with np.errstate(over="ignore", invalid="ignore"):
             sketch = (folded * factor[:, None]).astype(np.float32)
             norm = np.sqrt((sketch.astype(np.float64) ** 2).sum(1))
@@ -135,16 +149,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class CollectedRows:
-    """What one micro-batch's backward told about its samples, this rank's.
+    """What the backward pass of one micro-batch gave for its samples, on this rank.
 
     Attributes:
-        ids: (n,) int64, as bound; may repeat.
+        ids: (n,) int64, as captured; may repeat.
         sketch: (n, dim) float32, folded sketch of the gradient of the sample's mean loss, each layer over its scale.
         norm: (n,) float32, length of ``sketch``.
-        align: (n,) float32, cosine with the trusted gradient under the same scale; NaN without a basis.
-        loss: (n,) float32, nats per token; NaN where the loss was not seen.
+        influence: (n,) float32, cosine with the trusted gradient under the same scale; NaN without a basis.
+        loss: (n,) float32, nats per token; NaN if the loss was not seen.
         basis: version of the trusted basis; -1 without one.
-        hidden: (n, HIDDEN) float32, pooled and projected hidden state; 0 where it was not seen.
+        hidden: (n, HIDDEN) float32, pooled and projected hidden state; 0 if it was not seen.
     """
 
     ids: IntArray
@@ -156,7 +170,10 @@ class CollectedRows:
     hidden: FloatArray
 
     def rows(self, step: int, loss_mean: float = 0.0) -> SampleRecords:
-        """Rows for the table: unit sketches, losses minus ``loss_mean``; samples without a finite gradient left out."""
+        """Return the rows for the table: unit sketches, losses minus ``loss_mean``.
+
+        Samples without a finite gradient are left out.
+        """
         n = len(self.ids)
         with np.errstate(invalid="ignore", divide="ignore"):
             unit = (self.sketch / self.norm[:, None]).astype(np.float16)
@@ -174,7 +191,7 @@ class CollectedRows:
 
 
 class LossCapture:
-    """The losses of one micro-batch whose gradients are not collected: nothing but its forward's output is read.
+    """The losses of one micro-batch whose gradients are not collected: only the output of its forward is read.
 
     Attributes:
         ids: (n,) int64, dataset ids, in the order of the batch's rows.
@@ -191,7 +208,7 @@ class MicroBatchCapture(HookSink):
 
     Attributes:
         ids: (n,) int64, dataset ids, in the order of the batch's rows.
-        plan: the projections that it was begun with.
+        plan: the projections in force when the capture began.
         losses: (n,) float32 tensor or None; see :meth:`Sketcher.observe_loss`.
         tokens: (n,) int64 tensor of valid targets, or None.
     """
@@ -209,23 +226,23 @@ class MicroBatchCapture(HookSink):
         self._hidden: torch.Tensor | None = None  # (n, HIDDEN) float32
 
     def capture(self, index: int, x: torch.Tensor) -> Receiver | None:
-        """Projects the input of layer ``index`` at once; None when it does not split into the binding's samples."""
+        """Project the input of layer ``index`` at once; return None if it does not split into the samples of the capture."""
         n = len(self.ids)
-        part = self.plan.layers[index].split
-        split = layout(x.shape, n, part.time_major)
+        share = self.plan.layers[index].split
+        split = layout(x.shape, n, share.time_major)
         if split is None:
             return None
         if index == self.plan.pooled and self._hidden is None and x.shape[-1] == len(self.plan.pooling):
             self._hidden = self._pool(x.detach(), split)
-        if part.gather is not None:
-            split = (split[0] * part.size, split[1])
+        if share.gather is not None:
+            split = (split[0] * share.size, split[1])
         side_in, side_out = self.plan.sides[index]
-        held = [part.all_tokens(side_in.project(x.detach().reshape(-1, x.shape[-1])))]
+        held = [share.all_tokens(side_in.project(x.detach().reshape(-1, x.shape[-1])))]
         nbytes = held[0].numel() * held[0].element_size()
         self.hold(nbytes)
 
         def receive(grad: torch.Tensor) -> None:
-            if self.closed or not held:  # a second backward through the same graph must not count twice
+            if self.closed or not held:  # do not count a second backward through the same graph
                 return
             projected = held.pop()
             out = side_out.project(grad.detach().reshape(-1, grad.shape[-1]))
@@ -235,18 +252,18 @@ class MicroBatchCapture(HookSink):
         return receive
 
     def _pool(self, x: torch.Tensor, split: Layout) -> torch.Tensor:
-        """(n, HIDDEN) float32: the mean of each sample's tokens of ``x``, projected."""
+        """Return the projected mean of ``x`` over each sample's tokens, (n, HIDDEN) float32."""
         n, (tokens, time_major) = len(self.ids), split
         flat = x.reshape(-1, x.shape[-1])
         rows = flat.view(tokens, n, -1).transpose(0, 1) if time_major else flat.view(n, tokens, -1)
         return rows.mean(1, dtype=torch.float32) @ self.plan.pooling.to(x.device)
 
     def pooled(self) -> npt.NDArray[np.float32]:
-        """(n, HIDDEN) float32, the samples' hidden states; 0 where the layer was not seen."""
+        """Return the samples' hidden states, (n, HIDDEN) float32; 0 if the layer was not seen."""
         if self._hidden is None:
             return np.zeros((len(self.ids), HIDDEN), np.float32)
-        found: npt.NDArray[np.float32] = self._hidden.cpu().numpy()
-        return found
+        hidden: npt.NDArray[np.float32] = self._hidden.cpu().numpy()
+        return hidden
 
     def _accumulate(self, index: int, a: torch.Tensor, g: torch.Tensor, split: Layout) -> None:
         n = len(self.ids)
@@ -261,13 +278,13 @@ class MicroBatchCapture(HookSink):
         self.backward_seen = True
 
     def row_factor(self, grad_scale: float, reduction: str, tokens: IntArray | None) -> npt.NDArray[np.float64]:
-        """(n,) what makes each row the gradient of its sample's mean loss, whatever shared the micro-batch with it."""
+        """Return (n,) factors that turn each row into the gradient of its own sample's mean loss; see :func:`row_factor`."""
         if tokens is None and self.tokens is not None:
             tokens = self.tokens.cpu().numpy()
         return row_factor(len(self.ids), grad_scale, reduction, tokens)
 
     def coordinates(self) -> npt.NDArray[np.float32]:
-        """(n, layers, rank²) float32: the layers' sketches, unfolded and unscaled; 0 where no gradient came."""
+        """Return the layers' unfolded, unscaled sketches, (n, layers, rank²) float32; 0 if no gradient arrived."""
         n, r, depth = len(self.ids), self.plan.rank, len(self.plan.layers)
         if self._sums is None:
             return np.zeros((n, depth, r * r), np.float32)
@@ -275,9 +292,10 @@ class MicroBatchCapture(HookSink):
         return out
 
     def linear(self, sigma: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-        """(n, dim + 1) float32: the folded sketch and the inner product with the trusted gradient, 0 without a basis.
+        """Return the folded sketch and the inner product with the trusted gradient, (n, dim + 1) float32.
 
-        Both are linear in the gradients: what ranks that hold parts of one model have is to be added up.
+        The inner product is 0 without a basis.  Both are linear in the gradients, so the values of ranks that hold parts of one
+        model can be added up.
         """
         n, dim = len(self.ids), self._fold.dim
         if self._sums is None:
@@ -287,7 +305,10 @@ class MicroBatchCapture(HookSink):
         return np.concatenate([numbers[:, :dim], last], 1)
 
     def _numbers(self, sigma: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-        """(n, dim + layers (+ 1)) float32: sketch, squared lengths of the layers' own, and the inner product with a basis."""
+        """Return the sketch, the squared length of each layer's sketch, and the inner product with the basis if there is one.
+
+        Shape (n, dim + layers), or (n, dim + layers + 1) with a basis; float32.
+        """
         assert self._sums is not None, "no gradient was received"
         plan, n = self.plan, len(self.ids)
         r, device = plan.rank, self._sums.device
@@ -305,7 +326,7 @@ class MicroBatchCapture(HookSink):
     def compute(
         self, sigma: npt.NDArray[np.float64], factor: npt.NDArray[np.float64]
     ) -> tuple[CollectedRows, npt.NDArray[np.float64]]:
-        """The rows, and the squared lengths of the layers' sketches for the calibration of the scale.
+        """Return the rows, and the squared lengths of the layers' sketches for the calibration of the scale.
 
         Args:
             sigma: (layers,) the per-layer scale to divide by.
@@ -324,12 +345,13 @@ class MicroBatchCapture(HookSink):
 
 
 def row_factor(n: int, grad_scale: float, reduction: str, tokens: IntArray | None) -> npt.NDArray[np.float64]:
-    """(n,) what the gradients of a micro-batch's n samples are to be multiplied with, for those of each one's own mean loss.
+    """Return (n,) factors that turn a micro-batch's gradients into those of each sample's own mean loss.
 
     Args:
+        n: samples of the micro-batch.
         grad_scale: accumulation steps divided by the loss scale.
         reduction: "mean" or "sum", how the job's loss joins the tokens of a micro-batch.
-        tokens: (n,) valid tokens a sample; None: all alike.
+        tokens: (n,) valid tokens per sample; None: the same number for all.
     """
     if tokens is None:
         return np.full(n, grad_scale * (n if reduction == "mean" else 1.0))

@@ -1,4 +1,4 @@
-"""Rows from the job's own steps: micro-batches in, committed rows and losses out, centred on the run's running mean."""
+"""Collect rows from the job's own steps: micro-batches in, committed rows and losses out, centred on their running mean."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from grace_ds.records import FloatArray, Losses, SampleRecords
 
 log = logging.getLogger("grace_ds")
 
-_MEMORY = 0.98  # of the running mean of the loss, per optimizer step
+_MEMORY = 0.98  # decay of the running mean of the loss, per optimizer step
 
 
 @dataclass(frozen=True)
 class CollectedInterval:
-    """What was measured in an interval's steps, on this rank, losses centred on the running mean at their step.
+    """What this rank measured in the steps of an interval; losses are centred on the running mean at their step.
 
     Attributes:
         rows: of the steps that were collected.
-        losses: of all steps, those of ``rows`` among them; finite.
-        running_mean: of the losses after the last of them; None where none was seen.
+        losses: of all steps, including those of ``rows``; finite.
+        running_mean: of the losses, after the last of these steps; None if no loss was seen.
     """
 
     rows: SampleRecords
@@ -39,7 +39,7 @@ class CollectedInterval:
 
 
 class GradientCollector:
-    """What the sketcher saw, kept until a refresh takes it.
+    """Keep what the sketcher measured until a refresh takes it.
 
     Args:
         sketcher: attached to the job's module.
@@ -48,52 +48,52 @@ class GradientCollector:
 
     def __init__(self, sketcher: Sketcher, config: CollectConfig) -> None:
         self.sketcher, self.config = sketcher, config
-        self.running_mean: float | None = None  # nats per token, all ranks alike, up to the last drained step
-        self.rows_kept = 0  # that were put into the inbox so far
-        self.rows_dropped = 0  # of steps before the layer scale was frozen, or without a finite gradient
-        self.seconds = 0.0  # spent here and not in the hooks
+        self.running_mean: float | None = None  # nats per token, equal on all ranks, up to the last drained step
+        self.rows_kept = 0  # rows put into the inbox so far
+        self.rows_dropped = 0  # rows of steps before the layer scale was frozen, or without a finite gradient
+        self.seconds = 0.0  # wall time in this class, without the hooks
         self._inbox: list[SampleRecords] = []
-        self._read: list[tuple[int, LossCapture]] = []  # steps and what was read of them; brought from the device once a refresh
+        self._read: list[tuple[int, LossCapture]] = []  # (step, its losses); copied from the device once per refresh
 
     def read(self, readings: Sequence[LossCapture], step: int) -> None:
-        """Keeps the losses of an optimizer step that was applied and whose gradients were not collected."""
+        """Keep the losses of an optimizer step that was applied and whose gradients were not collected."""
         self._read += [(step, reading) for reading in readings if reading.losses is not None]
 
     def commit(self, captures: Sequence[MicroBatchCapture], step: int, grad_scale: float, comm: Comm) -> None:
-        """Keeps the rows of an optimizer step that was applied.
+        """Keep the rows of an optimizer step that was applied.
 
-        The first step that is collected gives the frozen scale of the layers and no rows; that is the one collective.
+        The first collected step only freezes the scale of the layers and gives no rows.  It is the only collective one.
 
         Args:
-            bindings: of the step's micro-batches, on this rank.
+            captures: of the step's micro-batches, on this rank.
             step: number of the optimizer step.
             grad_scale: accumulation steps divided by the loss scale.
-            comm: asked only while the scale is not frozen.
+            comm: used only while the scale is not frozen.
         """
         started = time.perf_counter()
-        collected = [self._finish(b, grad_scale) for b in captures]
+        collected = [self._finish(capture, grad_scale) for capture in captures]
         if not self.sketcher.scale.frozen:
             self._freeze(comm)
-            self.rows_dropped += sum(len(h.ids) for h in collected if h is not None)
+            self.rows_dropped += sum(len(rows.ids) for rows in collected if rows is not None)
         else:
-            self._keep([h for h in collected if h is not None], step)
+            self._keep([rows for rows in collected if rows is not None], step)
         self.seconds += time.perf_counter() - started
 
     def _keep(self, collected: Sequence[CollectedRows], step: int) -> None:
-        """Puts a step's rows into the inbox."""
-        parts = [h.rows(step) for h in collected]
+        """Put a step's rows into the inbox."""
+        parts = [rows.rows(step) for rows in collected]
         kept = sum(map(len, parts))
-        self.rows_dropped += sum(len(h.ids) for h in collected) - kept
+        self.rows_dropped += sum(len(rows.ids) for rows in collected) - kept
         self.rows_kept += kept
         self._inbox += parts
 
     def discard(self, captures: Sequence[MicroBatchCapture]) -> None:
-        """Drops bindings of a step that was not applied."""
+        """Drop the captures of a step that was not applied."""
         for capture in captures:
             self.sketcher.discard(capture)
 
     def pending(self, comm: Comm) -> CollectedInterval:
-        """What has been kept so far, centred, and the running mean that :meth:`drained` will take over.  Collective.
+        """Return what has been kept so far, centred, and the running mean that :meth:`drained` will store.  Collective.
 
         Nothing is removed yet, so that a refresh that fails loses nothing.
         """
@@ -107,26 +107,29 @@ class GradientCollector:
         at = losses.step - first
         sums = np.stack([np.bincount(at, weights, last - first + 1) for weights in (losses.loss.astype(np.float64), None)], 1)
         means, final = _running_means(comm.allreduce(sums), self.running_mean)
-        known = np.clip(rows.step - first, 0, last - first)  # a row without a loss may be of a step without any
+        known = np.clip(rows.step - first, 0, last - first)  # a row without a loss may belong to a step without losses
         rows = replace(rows, loss=rows.loss - means[known])
         return CollectedInterval(rows, replace(losses, loss=losses.loss - means[at]), final)
 
     def drained(self, running_mean: float | None) -> None:
-        """Forgets what :meth:`pending` gave, which has found its place in the tables."""
+        """Drop what :meth:`pending` returned, after it was stored in the tables, and set the running mean."""
         self.running_mean = running_mean
         self._inbox, self._read = [], []
 
     @property
     def total_seconds(self) -> float:
-        """Wall seconds of collecting on this rank so far: the hooks and the rows (on a GPU: of launching them)."""
+        """Wall seconds spent on collecting on this rank so far: hooks and rows (on a GPU: launching them)."""
         return self.seconds + self.sketcher.seconds
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able; equal on all ranks when taken right after :meth:`drained` (and once the layer scale is frozen)."""
+        """Return a JSON-able state.
+
+        It is equal on all ranks if taken right after :meth:`drained` and once the layer scale is frozen.
+        """
         return {"sketcher": self.sketcher.state_dict(), "running_mean": self.running_mean}
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Whether :meth:`load_state_dict` can take ``state`` over; changes nothing.
+        """Check that :meth:`load_state_dict` can restore ``state``; change nothing.
 
         Raises:
             CheckpointError: it belongs to other layers, another seed or other widths.
@@ -137,12 +140,15 @@ class GradientCollector:
         self.sketcher.check_state(state["sketcher"])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` gave; rows not drained are forgotten."""
+        """Restore a state from :meth:`state_dict`; rows not drained are dropped."""
         self.sketcher.load_state_dict(state["sketcher"])
         self.drained(state["running_mean"])
 
     def _finish(self, capture: MicroBatchCapture, grad_scale: float) -> CollectedRows | None:
-        """A binding's rows; None where there are none.  An error (such as no memory) costs the rows, not the step."""
+        """Return the rows of a capture; None if there are none.
+
+        An error (such as out of memory) costs the rows, not the step.
+        """
         try:
             return self.sketcher.finish(capture, grad_scale, self.config.reduction)
         except Exception as error:
@@ -158,7 +164,7 @@ class GradientCollector:
 
 
 def _losses(read: Sequence[tuple[int, LossCapture]]) -> Losses:
-    """Raw losses of what was read, in that order."""
+    """Return the raw losses of ``read``, in that order."""
     tensors = [reading.losses for _, reading in read if reading.losses is not None]
     if not tensors:
         return Losses.empty()
@@ -168,11 +174,16 @@ def _losses(read: Sequence[tuple[int, LossCapture]]) -> Losses:
 
 
 def _running_means(sums: FloatArray, mean: float | None) -> tuple[FloatArray, float | None]:
-    """(steps,) float32 exponential mean up to and including each step, from (steps, 2) sums and counts; and the last."""
+    """Return the exponential mean up to and including each step, (steps,) float32, and the last one.
+
+    Args:
+        sums: (steps, 2) sums of losses and their counts.
+        mean: before the first step; None if no loss was seen yet.
+    """
     out = np.zeros(len(sums), np.float32)
     for i, (total, count) in enumerate(sums):
         if count > 0:
-            here = total / count
-            mean = here if mean is None else _MEMORY * mean + (1 - _MEMORY) * here
+            step_mean = total / count
+            mean = step_mean if mean is None else _MEMORY * mean + (1 - _MEMORY) * step_mean
         out[i] = 0.0 if mean is None else mean
     return out, mean

@@ -1,7 +1,7 @@
-"""The hooks: attached to the chosen layers, idle between bindings, gone after detach and after an exception.
+"""Attach hooks to the chosen layers; they are idle between captures, and removed by detach and after an exception.
 
-The job's numbers are never touched: hooks return nothing, draw nothing from any global random state, and keep of a
-layer's input only its projection (rank + trusted rank numbers a token), so that checkpointing keeps its effect.
+The job's numbers are never touched: hooks return nothing and draw nothing from any global random state.  Of a layer's
+input they keep only its projection (rank + trusted rank numbers per token), so that checkpointing keeps its effect.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ logger = logging.getLogger("grace_ds")
 
 
 def _in_backward() -> bool:
-    # What torch.utils.checkpoint itself uses to tell a recomputation from a first pass.
+    # torch.utils.checkpoint itself uses this to distinguish a recomputation from a first pass.
     return bool(torch._C._current_graph_task_id() != -1)
 
 
 def _own_dtype(device_type: str) -> AbstractContextManager[Any]:
-    """Keeps autocast away from our products: it would copy a whole float32 input just to narrow it."""
+    """Disable autocast for the sketch products: it would copy a whole float32 input just to narrow it."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
 
 class Sketcher:
-    """Hooks on ``layers`` and the projections behind them.  A context manager: attaches on entry, detaches on exit.
+    """Hooks on ``layers`` and their projections.  A context manager: attaches on entry, detaches on exit.
 
     Args:
         layers: from :func:`~grace_ds.gradients.layers.select_layers`.
         seed: of the bases and of the fold; equal on all ranks.
         dim: width of the folded sketch.
-        rank: rows of the bases of each side.
-        pipelined: several micro-batches are in flight at once, and their backwards come in the order of their forwards.
+        rank: rows of the base of each side.
+        pipelined: several micro-batches are in flight at once; their backward passes follow the order of their forwards.
     """
 
     def __init__(self, layers: Sequence[Layer], seed: int, dim: int = 256, rank: int = 8, pipelined: bool = False) -> None:
@@ -60,17 +60,17 @@ class Sketcher:
         self.names = [layer.name for layer in layers]
         self.seed, self.dim, self.rank, self.pipelined = seed, dim, rank, pipelined
         self.scale = LayerScale(self.names)
-        self.failures = 0  # exceptions inside our hooks; the job goes on
+        self.failures = 0  # exceptions inside these hooks; the job goes on
         self.seconds = 0.0  # wall time spent in the hooks (on a GPU: launching their work) and reading losses
         self._fold = Fold(self.names, seed, rank, dim)
         self._meter = Meter()
         self._handles: list[Callable[[], None]] = []
         self._in_flight: list[HookSink] = []  # pipelined: in the order of their forwards
         self._current: HookSink | None = None  # takes forwards
-        self._latest: HookSink | None = None  # takes the recomputations inside its backward
-        self._reading: LossCapture | None = None  # takes the losses of a micro-batch that the hooks leave alone
-        self._told: set[str] = set()
-        # The last layer that reads the residual stream: as wide as the narrowest input there is.
+        self._latest: HookSink | None = None  # receives the recomputations inside its backward
+        self._reading: LossCapture | None = None  # receives the losses of a micro-batch without sketches
+        self._warned: set[str] = set()
+        # The last layer that reads the residual stream: its input is as wide as the narrowest one of all layers.
         narrowest = min(layer.inputs for layer in self.layers)
         self._pooled = max(i for i, layer in enumerate(self.layers) if layer.inputs == narrowest)
         signed = signs(self.names[self._pooled], seed, "hidden", (HIDDEN, narrowest))
@@ -81,7 +81,7 @@ class Sketcher:
     # -- lifetime ------------------------------------------------------------------------------------------------------
 
     def attach(self) -> Sketcher:
-        """Registers one forward hook a layer; a second call does nothing."""
+        """Register one forward hook per layer; a second call does nothing."""
         if not self._handles:
             try:
                 for index, layer in enumerate(self.layers):
@@ -93,7 +93,7 @@ class Sketcher:
         return self
 
     def detach(self) -> None:
-        """Removes every hook and closes the open binding; a second call does nothing."""
+        """Remove every hook and close the open capture; a second call does nothing."""
         for remove in self._handles:
             remove()
         self._handles.clear()
@@ -108,37 +108,37 @@ class Sketcher:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.detach()
 
-    # -- bindings ------------------------------------------------------------------------------------------------------
+    # -- captures ------------------------------------------------------------------------------------------------------
 
     def begin(self, ids: IntArray) -> MicroBatchCapture:
-        """Binds the forwards from here to :meth:`end`, and their backward, to the samples ``ids`` (n,) int64."""
+        """Capture the forwards from here to :meth:`end`, and their backward, for the samples ``ids`` (n,) int64."""
         capture = MicroBatchCapture(ids, self._plan, self._fold, self._meter)
         self.route(capture)
         return capture
 
     def read(self, ids: IntArray) -> LossCapture:
-        """Takes the losses of the samples ``ids`` (n,) int64 from the next :meth:`observe_loss`; the hooks stay idle."""
+        """Read only the losses of the samples ``ids`` (n,) int64 at the next :meth:`observe_loss`; the hooks stay idle."""
         self._current = self._latest = None
         self._reading = LossCapture(ids)
         return self._reading
 
     def route(self, target: HookSink) -> None:
-        """Sends what the hooks see to ``target``, until :meth:`end`."""
+        """Send what the hooks capture to ``target``, until :meth:`end`."""
         self._current = self._latest = target
         self._reading = None
-        if self.pipelined and not any(t is target for t in self._in_flight):
-            self._in_flight = [*(t for t in self._in_flight if not t.closed), target]
+        if self.pipelined and not any(sink is target for sink in self._in_flight):
+            self._in_flight = [*(sink for sink in self._in_flight if not sink.closed), target]
 
     def end(self) -> None:
-        """The forward is over: later forwards are not captured, the binding's own backward still is."""
+        """End the forward: later forwards are not captured, the backward of this one still is."""
         self._current = None
 
     def discard(self, capture: HookSink) -> None:
-        """Gives a binding up: its backward never came, or its step was not applied."""
+        """Drop a capture whose backward never came or whose step was not applied."""
         capture.close()
 
     def observe_loss(self, output: Any) -> None:
-        """Reads the current micro-batch's per-sample losses and token counts; to be called before the backward."""
+        """Read the per-sample losses and token counts of the current micro-batch.  Call it before the backward."""
         target = self._reading if self._reading is not None else self._latest
         if not isinstance(target, MicroBatchCapture | LossCapture) or (isinstance(target, MicroBatchCapture) and target.closed):
             return
@@ -152,7 +152,7 @@ class Sketcher:
                 if isinstance(target, MicroBatchCapture):
                     target.tokens = found[1]
         except Exception as error:
-            self._tell("losses", "losses cannot be read from the autograd graph (%r); rows go without", error)
+            self._warn_once("losses", "losses cannot be read from the autograd graph (%r); rows go without", error)
         finally:
             self._current, self._latest = held, latest
             self.seconds += time.perf_counter() - started
@@ -160,17 +160,17 @@ class Sketcher:
     def finish(
         self, capture: MicroBatchCapture, grad_scale: float = 1.0, reduction: str = "mean", tokens: IntArray | None = None
     ) -> CollectedRows | None:
-        """Turns a binding whose backward is over into rows, and closes it.
+        """Turn a capture whose backward is over into rows, and close it.
 
         Args:
-            binding: from :meth:`begin`.
-            grad_scale: what the job's gradients must be multiplied with to be those of its loss: accumulation steps
+            capture: from :meth:`begin`.
+            grad_scale: factor that turns the job's gradients into those of its loss: accumulation steps
                 divided by the loss scale.
             reduction: "mean" or "sum", how the job's loss joins the tokens of a micro-batch.
-            tokens: (n,) valid tokens a sample; default: what :meth:`observe_loss` found.
+            tokens: (n,) valid tokens per sample; default: those that :meth:`observe_loss` found.
 
         Returns:
-            The rows; None when no gradient came or the binding is spoiled.
+            The rows; None if no gradient arrived or the capture is spoiled.
         """
         if reduction not in ("mean", "sum"):
             raise ConfigError(f"collect.reduction={reduction!r} is not known; use 'mean' or 'sum'")
@@ -180,7 +180,7 @@ class Sketcher:
             missing = [layer.name for i, layer in enumerate(self.layers) if layer.here and i not in capture.seen]
             if missing:
                 message = "%d of the sketched layers had no gradient, e.g. %s; they count as zero"
-                self._tell("missing", message, len(missing), missing[0])
+                self._warn_once("missing", message, len(missing), missing[0])
             factor = capture.row_factor(grad_scale, reduction, tokens)
             collected, squares = capture.compute(self.scale.sigma, factor)
             self.scale.add(squares)
@@ -196,22 +196,25 @@ class Sketcher:
         return self._basis
 
     def set_basis(self, basis: TrustedBasis | None) -> None:
-        """From the next :meth:`begin` on, also measures the alignment with ``basis`` (equal on all ranks)."""
+        """Set the basis (equal on all ranks) whose alignment is measured from the next :meth:`begin` on."""
         self._basis = basis
         self._plan = self._make_plan()
 
     def accumulator(self, rank: int = TRUSTED_RANK) -> BasisAccumulator:
-        """An empty accumulator for a basis of ``rank`` factors a layer, fed through :meth:`route`."""
+        """Return an empty accumulator for a basis of ``rank`` factors per layer, fed through :meth:`route`."""
         self._refuse_parts()
         return BasisAccumulator(self.layers, self.seed, rank, self._meter)
 
     def moments(self) -> MomentAccumulator:
-        """An empty accumulator of the layers' second moments, fed through :meth:`route`."""
+        """Return an empty accumulator of the layers' second moments, fed through :meth:`route`."""
         self._refuse_parts()
         return MomentAccumulator(self.layers, self.seed, meter=self._meter)
 
     def _refuse_parts(self) -> None:
-        """A second moment of a side that is spread over ranks is no sum of what each rank sees: E[a aᵀ] pairs all blocks."""
+        """Refuse layers that are split over ranks.
+
+        The second moment of a side that is spread over ranks is not a sum of what each rank sees: E[a aᵀ] pairs all blocks.
+        """
         parts = [layer.name for layer in self.layers if layer.module is None or layer.split.size > 1 or not layer.split.counted]
         if parts:
             raise ConfigError(
@@ -224,7 +227,7 @@ class Sketcher:
         units: list[float] = []
         for layer in self.layers:
             left, right, unit = bases(layer.name, self.seed, self.rank, layer.inputs, layer.outputs)
-            if not layer.here:  # kept only for its place and its unit
+            if not layer.here:  # kept only for its position and its unit
                 left, right = left[:0], right[:0]
             elif self._basis is not None:
                 u, _, v = self._basis.factors[layer.name]
@@ -241,22 +244,22 @@ class Sketcher:
 
     @property
     def peak_bytes(self) -> int:
-        """Most bytes that the hooks held since the last :meth:`reset_peak`, by count: bases, projections and sums."""
-        return self._meter.peak + sum(s.nbytes for pair in self._plan.sides for s in pair)
+        """Maximum number of bytes held since the last :meth:`reset_peak`: bases, projections and sums."""
+        return self._meter.peak + sum(side.nbytes for pair in self._plan.sides for side in pair)
 
     def reset_peak(self) -> None:
-        """Starts a new high-water mark from what is held now."""
+        """Start a new high-water mark from what is held now."""
         self._meter.peak = self._meter.now
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able: what old sketches need to compare with new ones, that is widths, seed and the per-layer scale."""
+        """Return what old sketches need to compare with new ones: widths, seed and the per-layer scale.  JSON-able."""
         return {"seed": self.seed, "dim": self.dim, "rank": self.rank, "scale": self.scale.state_dict()}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Whether :meth:`load_state_dict` can take ``state`` over; changes nothing.
+        """Check that :meth:`load_state_dict` can restore ``state``; change nothing.
 
         Raises:
-            CheckpointError: it belongs to other layers, another seed or other widths, so old sketches do not compare.
+            CheckpointError: ``state`` has other layers, another seed or other widths, so old sketches do not compare.
         """
         for key, value in (("seed", self.seed), ("dim", self.dim), ("rank", self.rank)):
             if state.get(key) != value:
@@ -267,7 +270,7 @@ class Sketcher:
         self.scale.read(state.get("scale", {}))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over a state saved by :meth:`state_dict`.
+        """Restore a state saved by :meth:`state_dict`.
 
         Raises:
             CheckpointError: as :meth:`check_state`.
@@ -310,7 +313,7 @@ class Sketcher:
         found = layer.rule.tensors(args, output)
         if found is None:
             message = "layer %s is not sketched: its call has a form that its rule %s cannot read"
-            self._tell(layer.name, message, layer.name, type(layer.rule).__name__)
+            self._warn_once(layer.name, message, layer.name, type(layer.rule).__name__)
             return
         if not found[1].requires_grad:
             return
@@ -319,7 +322,7 @@ class Sketcher:
             receive = target.capture(index, x)
         if receive is None:
             message = "layer %s is not sketched: its input %s does not split by sample"
-            self._tell(layer.name, message, layer.name, tuple(x.shape))
+            self._warn_once(layer.name, message, layer.name, tuple(x.shape))
             return
 
         def on_grad(grad: torch.Tensor) -> None:
@@ -334,17 +337,20 @@ class Sketcher:
         out.register_hook(on_grad)  # type: ignore[no-untyped-call]
 
     def _claim(self, index: int) -> HookSink | None:
-        """Whose recomputation of layer ``index`` this is: of the latest forward, or in a pipeline of the oldest that waits."""
+        """Return the sink whose forward of layer ``index`` is being recomputed; None if there is none.
+
+        This is the latest forward, or in a pipeline the oldest that waits.
+        """
         waiting = self._in_flight if self.pipelined else [self._latest]
-        return next((t for t in waiting if t is not None and not t.closed and t.claim(index)), None)
+        return next((sink for sink in waiting if sink is not None and not sink.closed and sink.claim(index)), None)
 
     def _spoil(self, target: HookSink, name: str, error: Exception) -> None:
         target.spoiled = True
         self.failures += 1
         message = "sketching layer %s failed (%r); this micro-batch gives no rows, training goes on"
-        self._tell("failure", message, name, error)
+        self._warn_once("failure", message, name, error)
 
-    def _tell(self, key: str, message: str, *args: Any) -> None:
-        if key not in self._told:  # once: a warning a micro-batch would bury the job's own log
-            self._told.add(key)
+    def _warn_once(self, key: str, message: str, *args: Any) -> None:
+        if key not in self._warned:  # one warning per micro-batch would bury the job's own log
+            self._warned.add(key)
             logger.warning(message, *args)

@@ -1,4 +1,4 @@
-"""The trusted set at a refresh: one half fits the trusted basis, the other says what influences along it are worth."""
+"""Probe the trusted set at a refresh: one half fits the trusted basis, the other calibrates influences along it."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from grace_ds.utils.rng import undisturbed_rng
 
 log = logging.getLogger("grace_ds")
 
-_MOST, _LEAST = 768, 16  # samples that a refresh probes in all; in each of its three probes
-_MEMORY = 0.8  # of the trusted gradient, from one basis to the next
-FORWARDS = 64  # trusted samples whose losses a refresh looks at, over all ranks: a forward pass each
+_MOST, _LEAST = 768, 16  # maximum samples probed by a refresh in total; minimum in each of its three probes
+_MEMORY = 0.8  # decay of the trusted gradient, from one basis to the next
+FORWARDS = 64  # trusted samples whose losses a refresh reads, over all ranks: one forward pass each
 
 
 @dataclass(frozen=True)
 class Probes:
-    """Samples of a refresh's three probes, over all ranks.
+    """Numbers of samples of a refresh's three probes, summed over all ranks.
 
     Attributes:
-        pool: whose second moments the trusted gradient is divided by.
-        fit: of the trusted half that the gradient is taken of.
-        judge: of the other one.
+        pool: pool samples, for the second moments that the trusted gradient is divided by.
+        fit: samples of the fitting half of the trusted set, for the gradient.
+        judge: samples of the other half.
     """
 
     pool: int
@@ -49,7 +49,10 @@ class Probes:
 
     @staticmethod
     def of(share: float, interval_steps: int, batch: int) -> Probes:
-        """``share`` of the samples trained on in an interval, most of them for the gradient: a mean of few is mostly noise."""
+        """Return the sizes for ``share`` of the samples trained on in an interval.
+
+        Most of them go to the gradient, because a mean over few samples is mostly noise.
+        """
         total = min(_MOST, round(share * interval_steps * batch))
         pool, judge = max(_LEAST, round(total / 9)), max(_LEAST, round(total / 3))
         return Probes(pool, max(_LEAST, total - pool - judge), judge)
@@ -57,12 +60,12 @@ class Probes:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a refresh has found out by its probes; equal on all ranks.
+    """Result of a refresh's probes; equal on all ranks.
 
     Attributes:
         basis: to measure influences by.
-        unit: of influences along it; 0 where they cannot be judged by.
-        gradient: the trusted gradient behind it, earlier ones remembered; the next fit goes on from it.
+        unit: of influences along the basis; 0 if they cannot be used.
+        gradient: the trusted gradient behind the basis, earlier ones included with decay; the next fit continues from it.
     """
 
     basis: TrustedBasis
@@ -71,9 +74,10 @@ class Fitted:
 
 
 def unit_of(influence: FloatArray) -> tuple[float, float]:
-    """(unit, standard error) of trusted influences (n,): their median where it exceeds two of its standard errors, else 0.
+    """Return (unit, standard error) of trusted influences (n,).
 
-    Below that the two halves of the trusted set do not even agree on the sign, and nothing can be judged by them.
+    The unit is their median if it exceeds two of its standard errors, else 0.  Below that the two halves of the trusted set
+    do not even agree on the sign, and influences cannot be used.
     """
     median, deviation = robust_location(influence)
     error = 1.2533 * deviation / np.sqrt(len(influence))  # of a median: sqrt(pi / 2) times a mean's
@@ -81,27 +85,27 @@ def unit_of(influence: FloatArray) -> tuple[float, float]:
 
 
 class InfluenceProbe:
-    """Fits the trusted basis to one half of the trusted set, and judges by the other, which chooses nothing, what it measures.
+    """Fit the trusted basis on one half of the trusted set, and check its influences on the other half, which chooses nothing.
 
-    A refresh probes few samples, other ones each time, and remembers the gradients of earlier ones.
+    A refresh probes few samples, different ones each time, and remembers the gradients of earlier ones.
 
     Args:
         module: ``engine.module``.
         sketcher: attached to it.
         dataset: trusted samples, items like those of the job's dataset.
         halves: two disjoint sets of positions in ``dataset``.
-        pool: the job's own dataset; its second moments are what the trusted gradient is divided by.
-        collate: the job's.
-        rows: samples of a probe's batch.
+        pool: the job's own dataset; the trusted gradient is divided by its second moments.
+        collate: the job's collate function.
+        rows: samples per batch of a probe.
         device: of the module.
-        loss_fn: (module, batch) → mean loss; default: calls the module as the job does and takes the loss from its output.
+        loss_fn: (module, batch) → mean loss; default: call the module as the job does and take the loss from its output.
         comm: between the ranks.
         seed: of the run.
-        count: samples of the probes.
-        form: what a sample must be to be probed.
+        count: sizes of the probes.
+        form: what a sample must look like to be probed.
 
     Attributes:
-        ready: whether probes can be made; equal on all ranks.  Without a ``loss_fn`` not before :meth:`settle` has found so.
+        ready: whether probes can be made; equal on all ranks.  Without a ``loss_fn`` it is False until :meth:`settle` succeeds.
     """
 
     def __init__(
@@ -123,27 +127,29 @@ class InfluenceProbe:
         self.module, self.sketcher, self.dataset, self.halves, self.pool = module, sketcher, dataset, halves, pool
         self.collate, self.rows, self.device, self.comm, self.seed = collate, rows, device, comm, seed
         self.count, self.form = count, form or SampleForm()
-        self.gradient: TrustedBasis | None = None  # of the basis in force; earlier ones remembered
-        self.probed = 0  # samples that this rank has run through the model for probes
+        self.gradient: TrustedBasis | None = None  # behind the basis in force, earlier ones included
+        self.probed = 0  # samples that this rank has run through the model in probes
         self.call = JobCall() if loss_fn is None else None
         self.loss_fn: LossFn = loss_fn or self._repeat
         self.ready = self._settled = loss_fn is not None
-        self._steps = 0  # that were asked about
+        self._steps = 0  # optimizer steps counted by :meth:`asks`
 
     # -- the job's call ------------------------------------------------------------------------------------------------
 
     def saw(self, args: tuple[Any, ...], kwargs: dict[str, Any], issued: IssuedBatch) -> None:
-        """A training forward begins: the job has called its module with the batch ``issued``."""
+        """Learn from the start of a training forward: the job has called its module with the batch ``issued``."""
         if self.call is not None and self.call.watching:
             self.call.learn(args, kwargs, issued)
 
     def returned(self, output: Any) -> None:
-        """What that forward has returned."""
+        """Learn from the output of that forward."""
         if self.call is not None:
             self.call.returned(output)
 
     def asks(self, refresh: bool) -> bool:
-        """Whether :meth:`settle` is to be called after this optimizer step.  Equal on all ranks, which call it at each step.
+        """Return whether to call :meth:`settle` after this optimizer step.
+
+        Equal on all ranks.  Every rank calls it at every step.
 
         Args:
             refresh: whether a refresh follows.
@@ -151,23 +157,27 @@ class InfluenceProbe:
         if self.call is None:
             return False
         self._steps += 1
-        return refresh or not (self._settled or self._steps & (self._steps - 1))  # ever more rarely
+        return refresh or not (self._settled or self._steps & (self._steps - 1))  # at steps 1, 2, 4, 8, ...
 
     def settle(self) -> str:
-        """Has the ranks agree on whether a probe can repeat the job's call; returns why it cannot, else nothing.  Collective."""
+        """Agree over all ranks on whether a probe can repeat the job's call.  Collective.
+
+        Returns:
+            The reason why it cannot; empty if it can.
+        """
         assert self.call is not None
-        # A gradient at hand comes from a checkpoint at the latest: an earlier process of the run has proven the call.
+        # A gradient that exists already comes from a checkpoint: an earlier process of the run has proven the call.
         known = self.call.known(proven=self.gradient is not None)
-        mine = [known, known and self.call.seen > 1, self.call.verdict()]
-        told = [json.loads(x.tobytes()) for x in self.comm.allgather(np.frombuffer(json.dumps(mine).encode(), np.uint8))]
-        self.ready, self._settled = all(known for known, _, _ in told), all(twice for _, twice, _ in told)
+        answer = [known, known and self.call.seen > 1, self.call.verdict()]
+        answers = [json.loads(x.tobytes()) for x in self.comm.allgather(np.frombuffer(json.dumps(answer).encode(), np.uint8))]
+        self.ready, self._settled = all(known for known, _, _ in answers), all(seen_twice for _, seen_twice, _ in answers)
         self.call.look_again()
-        why = next((f"{words} (rank {rank})" for rank, (_, _, words) in enumerate(told) if words), "")
+        why = next((f"{reason} (rank {rank})" for rank, (_, _, reason) in enumerate(answers) if reason), "")
         self.ready = self.ready and not why
         return why
 
     def _repeat(self, module: torch.nn.Module, batch: Any) -> torch.Tensor:
-        """The loss of the job's own call of the module with another batch."""
+        """Return the loss of the job's own call of the module, made with another batch."""
         assert self.call is not None
         args, kwargs = self.call.rebuild(batch)
         output = module(*args, **kwargs)
@@ -182,10 +192,10 @@ class InfluenceProbe:
     # -- the probes ----------------------------------------------------------------------------------------------------
 
     def fit(self, version: int, window: IntArray) -> Fitted:
-        """Basis number ``version`` of the model as it is now.  Collective; nothing is taken over yet.
+        """Fit basis number ``version`` to the model as it is now; change no state yet.  Collective.
 
         Args:
-            version: counts the fits.
+            version: number of the fit within the run.
             window: (n,) int64, the pool samples that the next schedules choose from.
 
         Raises:
@@ -207,36 +217,37 @@ class InfluenceProbe:
         return Fitted(basis, self._unit(basis, self._draw(judging, version, 3, self.count.judge)), gradient)
 
     def losses(self, version: int) -> FloatArray:
-        """(n,) float32, nats per token: of some trusted samples, under the model as it is now.  Collective.
+        """Return the losses of some trusted samples under the current model, (n,) float32, nats per token.  Collective.
 
-        The same on all ranks; other samples for another ``version``; of the fitting half, as the other chooses nothing.
+        Equal on all ranks; each ``version`` takes other samples.  They come from the fitting half, because the other half chooses
+        nothing.
         """
         ids = self._draw(self.halves[0], version, 0, FORWARDS)
-        mine = probe_losses(self.module, self._batches(self.dataset, ids), self.loss_fn)
-        everyone: FloatArray = np.concatenate(self.comm.allgather(mine))
-        return everyone[np.isfinite(everyone)]
+        local = probe_losses(self.module, self._batches(self.dataset, ids), self.loss_fn)
+        all_losses: FloatArray = np.concatenate(self.comm.allgather(local))
+        return all_losses[np.isfinite(all_losses)]
 
     def _unit(self, basis: TrustedBasis, ids: IntArray) -> float:
         before = self.sketcher.basis
         self.sketcher.set_basis(basis)
         try:
-            found = probe_rows(self.module, self._batches(self.dataset, ids), self.loss_fn, self.sketcher)
+            collected = probe_rows(self.module, self._batches(self.dataset, ids), self.loss_fn, self.sketcher)
         finally:
             self.sketcher.set_basis(before)
-        mine = np.concatenate([h.influence * h.norm for h in found]) if found else np.empty(0, np.float32)
-        everyone = np.concatenate(self.comm.allgather(mine.astype(np.float32)))
-        everyone = everyone[np.isfinite(everyone)]
-        if not len(everyone):
+        local = np.concatenate([rows.influence * rows.norm for rows in collected]) if collected else np.empty(0, np.float32)
+        influences = np.concatenate(self.comm.allgather(local.astype(np.float32)))
+        influences = influences[np.isfinite(influences)]
+        if not len(influences):
             raise DataError("no trusted sample has a finite gradient; check the trusted set, or set recipe: content")
-        unit, error = unit_of(everyone)
+        unit, error = unit_of(influences)
         if self.comm.rank == 0:
             verdict = "used" if unit else "left out: the trusted halves do not agree"
             message = "basis %d: median influence of the other trusted half %.3g, standard error %.2g: %s"
-            log.info(message, basis.version, float(np.median(everyone)), error, verdict)
+            log.info(message, basis.version, float(np.median(influences)), error, verdict)
         return unit
 
     def _draw(self, ids: IntArray, version: int, purpose: int, count: int) -> IntArray:
-        """This rank's share of a probe, equally many on every rank (ZeRO-3 gathers weights in step)."""
+        """Return this rank's ids of a probe, equally many on every rank (ZeRO-3 gathers weights in step)."""
         rng = np.random.Generator(np.random.Philox(key=[self.seed, 4 * version + purpose]))
         chosen = rng.permutation(ids)[:count] if len(ids) < 4 * count else rng.choice(ids, count)
         each = max(1, len(chosen) // self.comm.size)
@@ -244,13 +255,18 @@ class InfluenceProbe:
         return np.asarray(chosen[at], np.int64)
 
     def _batches(self, dataset: Any, ids: IntArray, which: str = "trusted") -> list[tuple[IntArray, Any]]:
-        """This rank's batches of one probe, of samples that are called ``which`` in messages.  Collective.
+        """Return this rank's batches of one probe.  Collective.
 
-        All are read and checked before the probe begins: ZeRO-3 gathers weights inside of it, so a rank whose data fail in
-        the middle would leave the others waiting in the job's own collective.
+        All samples are read and checked before the probe begins.  ZeRO-3 gathers weights inside the probe, so a rank whose data
+        fail in the middle would leave the others waiting in the job's own collective.
+
+        Args:
+            dataset: to read from.
+            ids: (n,) int64, positions in ``dataset``.
+            which: name of the samples in messages.
 
         Raises:
-            DataError: a sample cannot be probed; on every rank.
+            DataError: a sample cannot be probed; raised on every rank.
         """
         parts = [ids[start : start + self.rows] for start in range(0, len(ids), self.rows)]
 

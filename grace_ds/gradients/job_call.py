@@ -1,9 +1,10 @@
-"""How the job puts a batch into its model, learned from its own calls, so that a probe can make the same call with another.
+"""Learn from the job's own calls how it puts a batch into its model, so that a probe can make the same call with another one.
 
-An argument is rebuilt only where it is certain what it is: the whole batch, an entry of it, a cut of an entry such as
-``x[:, 1:]``, or a constant.  A view is known by its memory.  A copy (on another device, say) is known by its values, in two
-different batches.  Whatever fits all calls seen so far is kept, and where several things fit they must agree on the batch
-that is probed.  Everything else is refused: a tensor that the job makes of its batch would be that of another batch.
+An argument is rebuilt only if its origin is certain: the whole batch, an entry of it, a cut of an entry such as
+``x[:, 1:]``, or a constant.  A view is recognised by its memory.  A copy (on another device, say) is recognised by its
+values, in two different batches.  Every origin that fits all calls seen so far is kept; if there are several, they must
+agree on the probed batch.  Everything else is refused: a tensor that the job computes from its batch would be that of
+another batch.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from grace_ds.gradients.call_arguments import (
     Source,
     alike,
     copies,
+    describe,
     equal,
     fits,
     is_whole,
     memory_of,
     name_of,
-    told,
     views,
 )
 from grace_ds.gradients.losses import scalar_loss
@@ -39,21 +40,21 @@ CURE = (
     "pass loss_fn=lambda module, batch: ... to grace_ds.initialize (or attach), which is then called in the place of the job's "
     "own call, or set recipe: content, which needs no probe"
 )
-WATCHED = 8  # calls at the start of a run that are looked at; later one between two refreshes
+WATCHED = 8  # calls examined at the start of a run; later, one between two refreshes
 
 
 def refuse(recipe: str, why: str) -> NoReturn:
-    """Ends a run that asks for probes that cannot be had."""
+    """Raise the error for a recipe whose probes cannot be made."""
     raise ConfigError(f"recipe: {recipe} has its probes repeat the job's call of its model, which cannot be: {why}; {CURE}")
 
 
 @dataclass
 class Argument:
-    """What one argument of the model, or one leaf of a container among them, may be.
+    """Possible origins of one argument of the model call, or of one leaf of a container argument.
 
     Attributes:
-        sources: all that fit every call seen so far.
-        sure: whether one call proves them: a view, or a value that is no tensor.
+        sources: all origins that fit every call seen so far.
+        sure: whether one call is proof: for a view, or a value that is not a tensor.
     """
 
     sources: list[Source]
@@ -62,11 +63,11 @@ class Argument:
 
 @dataclass
 class JobCall:
-    """The form of the job's call.
+    """The form of the job's model call.
 
     Attributes:
-        seen: calls that it was learned from.
-        refused: why the call cannot be repeated, in words; empty while nothing speaks against it.
+        seen: number of calls that it was learned from.
+        refused: reason why the call cannot be repeated; empty if none is known.
     """
 
     seen: int = 0
@@ -76,19 +77,19 @@ class JobCall:
     _arguments: dict[Path, Argument] = field(default_factory=dict)
     _first: dict[Path, torch.Tensor] = field(default_factory=dict)
     _varied: bool = False  # two different batches have been seen
-    _strange: int = 0  # calls with nothing of the batch in them
+    _strange: int = 0  # calls without any part of the batch
 
     @property
     def watching(self) -> bool:
-        """Whether the next call is to be looked at."""
+        """Whether to examine the next call."""
         return self._watch > 0 and not self.refused
 
     def look_again(self) -> None:
-        """Has the next call looked at: a job may come to call its model in another way."""
+        """Examine the next call too: a job may begin to call its model in another way."""
         self._watch = max(self._watch, 1)
 
     def learn(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], issued: IssuedBatch) -> None:
-        """Takes a call of the module with ``issued`` into account."""
+        """Learn from a call of the module with the batch ``issued``."""
         found: dict[Path, Argument] = {}
         batch = _Batch(issued)
         why = ""
@@ -116,31 +117,34 @@ class JobCall:
         self.seen += 1
 
     def returned(self, output: Any) -> None:
-        """Takes into account what a training forward has returned."""
+        """Learn from the output of a training forward."""
         if not self.refused and scalar_loss(output) is None:
             self.refused = f"the model's output ({type(output).__name__}) holds no scalar loss"
 
     def known(self, proven: bool = False) -> bool:
-        """Whether a probe can make the call.
+        """Return whether a probe can make the call.
 
         Args:
-            proven: whether an earlier process of this run has proven it: then one look is enough.
+            proven: whether an earlier process of this run has proven the call: then one call is enough.
         """
         if self.refused or not self.seen:
             return False
         return all(a.sure or proven or (self._varied and self.seen > 1) for a in self._arguments.values())
 
     def verdict(self) -> str:
-        """Why the call cannot be repeated; empty while nothing speaks against it.  To be asked after an optimizer step."""
+        """Return why the call cannot be repeated; empty if no reason is known.
+
+        Call it after an optimizer step.
+        """
         if not self.seen and self._strange:
             return "the model's arguments hold nothing of the batch: the job makes them itself"
         return self.refused
 
     def rebuild(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """(positional, keyword) arguments of the job's call, with another batch of the same form.
+        """Return (positional, keyword) arguments of the job's call with another batch of the same form.
 
         Raises:
-            DataError: the call is not known, the batch has another form, or it cannot be told what an argument is.
+            DataError: the call is not known, the batch has another form, or the origin of an argument is ambiguous.
         """
         if self.refused or not self.seen:
             raise DataError(f"a probe cannot repeat the job's call ({self.refused or 'none was seen yet'}); {CURE}")
@@ -152,7 +156,7 @@ class JobCall:
         )
 
     def _narrow(self, found: dict[Path, Argument]) -> None:
-        """Keeps of each argument what fits this call too."""
+        """Keep, for each argument, the sources that fit this call too."""
         for path, new in found.items():
             old = self._arguments[path]
             old.sources = [s for s in old.sources if any(fits(s, other) for other in new.sources)]
@@ -170,10 +174,10 @@ class _Batch:
     """A batch as it was issued.
 
     Attributes:
-        whole: as the user has it.
-        leaves: by path, those that were not changed in place since.
-        tensors: those of them that are tensors.
-        rows: samples.
+        whole: the batch as the user gets it.
+        leaves: by path, those that were not changed in place since the batch was issued.
+        tensors: the leaves that are tensors.
+        rows: number of samples.
     """
 
     def __init__(self, issued: IssuedBatch) -> None:
@@ -183,16 +187,19 @@ class _Batch:
         self.rows = next((len(x) for x, _ in issued.entries.values() if isinstance(x, torch.Tensor) and x.dim()), 0)
 
     def differs(self, first: Mapping[Path, torch.Tensor]) -> bool:
-        """Whether it holds other values than the ``first`` one."""
+        """Return whether the batch holds other values than the ``first`` one."""
         return any(path in first and not equal(first[path], x) for path, x in self.tensors.items())
 
     def reaches(self, tree: Any) -> bool:
-        """Whether a tensor of ``tree`` shares memory with one of the batch."""
-        ours = {memory_of(x) for x, _ in self._issued.values() if isinstance(x, torch.Tensor)}
-        return any(isinstance(x, torch.Tensor) and memory_of(x) in ours for _, x in walk(tree))
+        """Return whether a tensor of ``tree`` shares memory with one of the batch."""
+        batch_memory = {memory_of(x) for x, _ in self._issued.values() if isinstance(x, torch.Tensor)}
+        return any(isinstance(x, torch.Tensor) and memory_of(x) in batch_memory for _, x in walk(tree))
 
     def path_of(self, x: Any) -> Path | None:
-        """Where the container ``x`` stands in the batch; None where it does not, or the job has changed something in it."""
+        """Return the path of the container ``x`` in the batch.
+
+        None if it is not part of the batch, or if the job has changed something in it.
+        """
         at = next((path for path, container in _containers(self.whole) if container is x), None)
         if at is None:
             return None
@@ -202,7 +209,7 @@ class _Batch:
 
 
 def _read(x: Any, path: Path, batch: _Batch, found: dict[Path, Argument]) -> Any:
-    """The form of an argument: "leaf", or a container's type and parts; what its leaves may be goes into ``found``."""
+    """Return the form of an argument: "leaf", or a container's type and parts; add the origins of its leaves to ``found``."""
     if isinstance(x, torch.Tensor):
         found[path] = _tensor(x, path, batch)
         return "leaf"
@@ -227,7 +234,10 @@ def _read(x: Any, path: Path, batch: _Batch, found: dict[Path, Argument]) -> Any
 
 
 def _moved(x: Any, path: Path, batch: _Batch, found: dict[Path, Argument]) -> Any:
-    """A container of the batch's own kind with all of its entries, copied (to another device, as such kinds can)."""
+    """Return the form of a copy of a container of the batch, with all of its entries.
+
+    Such kinds of containers can copy themselves, for example to another device.
+    """
     for at, container in _containers(batch.whole):
         if isinstance(x, Mapping) and type(x) is type(container) and x.keys() == container.keys():
             inner: dict[Path, Argument] = {}
@@ -244,17 +254,17 @@ def _is_entry(argument: Argument, path: Path) -> bool:
 
 
 def _scalar(x: Any, batch: _Batch) -> list[Source]:
-    """What a value that is no tensor may be: the same in each call, or an entry of the batch."""
+    """Return the possible origins of a value that is not a tensor: a constant, or an entry of the batch."""
     sources: list[Source] = [Constant(x)]
     sources += [Node(p) for p, leaf in batch.leaves.items() if not isinstance(leaf, torch.Tensor) and alike(leaf, x)]
     return sources
 
 
 def _tensor(x: torch.Tensor, path: Path, batch: _Batch) -> Argument:
-    """What a tensor may be.
+    """Return the possible origins of a tensor.
 
     Raises:
-        _Unknown: it has a row for each sample and is none of the batch's.
+        _Unknown: the tensor has a row for each sample and does not come from the batch.
     """
     cuts = [cut for at, leaf in batch.tensors.items() for cut in views(x, leaf, at)]
     if cuts:
@@ -279,17 +289,17 @@ def _tensor(x: torch.Tensor, path: Path, batch: _Batch) -> Argument:
 
 
 def _agreed(path: Path, argument: Argument, batch: Any) -> Any:
-    """What all sources of an argument make of ``batch``.
+    """Return the value that all sources of an argument give for ``batch``.
 
     Raises:
-        DataError: they make different things of it.
+        DataError: the sources give different values.
     """
     first, *others = [source.of(batch) for source in argument.sources]
     for source, other in zip(argument.sources[1:], others, strict=True):
         if not alike(other, first):
             raise DataError(
-                f"argument {name_of(path)} of the job's call may be {told(argument.sources[0])} or {told(source)}, which is not "
-                f"the same in a probed batch; {CURE}"
+                f"argument {name_of(path)} of the job's call may be {describe(argument.sources[0])} or {describe(source)}, "
+                f"which is not the same in a probed batch; {CURE}"
             )
     return first
 
@@ -299,7 +309,7 @@ def _of_batch(argument: Argument) -> bool:
 
 
 def _build(form: Any, path: Path, values: Mapping[Path, Any]) -> Any:
-    """An argument of that form, its leaves from ``values``."""
+    """Build an argument of the given form, with its leaves from ``values``."""
     if form == "leaf":
         return values[path]
     kind, parts = form
@@ -310,7 +320,7 @@ def _build(form: Any, path: Path, values: Mapping[Path, Any]) -> Any:
 
 
 def _containers(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """The containers of a batch, itself first."""
+    """Yield the containers of a batch with their paths, the batch itself first."""
     if isinstance(tree, Mapping | list | tuple):
         yield path, tree
         pairs = tree.items() if isinstance(tree, Mapping) else enumerate(tree)

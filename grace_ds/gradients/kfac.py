@@ -1,4 +1,4 @@
-"""Second moments of a layer's inputs and output gradients, and the trusted basis divided by them.
+"""Estimate second moments of a layer's inputs and output gradients, and divide the trusted basis by them.
 
 A raw trusted gradient points where every sample points: along the few directions in which inputs and gradients are large.
 Two optimizer steps later the model has moved there, and what is left of the alignment is chance.  Dividing by the
@@ -8,8 +8,8 @@ Kronecker-factored curvature (K-FAC: Martens & Grosse 2015; for language models:
     D = A⁻¹ G B⁻¹,
 
 along which good and bad samples differ for as long as a refresh lasts.  A and B are never formed: a randomised Nyström
-approximation (Tropp, Yurtsever, Udell, Cevher 2017, arXiv 1706.05736, algorithm 3) needs the sketches A Ω and B Ω only,
-plain sums over tokens, so over micro-batches and ranks too.
+approximation (Tropp, Yurtsever, Udell, Cevher 2017, arXiv 1706.05736, algorithm 3) needs only the sketches A Ω and B Ω,
+which are plain sums over tokens, and so over micro-batches and ranks too.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from grace_ds.gradients.projection import Side, product_dtype, signs
 
 Matrix = npt.NDArray[np.float64]
 
-RANK = 32  # directions of a side that are divided by their own moment; the others share one
-DAMPING = 0.1  # of the mean moment, added to all directions
+RANK = 32  # directions per side that are divided by their own moment; the others share one
+DAMPING = 0.1  # fraction of the mean moment added to all directions
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Moment:
 
     Attributes:
         vectors: (features, r) float64, orthonormal columns.
-        values: (r,) float64, at least 0: what these directions have beyond ``rest``.
-        rest: of every other direction, damping included; above 0.
+        values: (r,) float64, at least 0: the moment of these directions in excess of ``rest``.
+        rest: moment of every other direction, damping included; above 0.
     """
 
     vectors: Matrix
@@ -48,19 +48,19 @@ class Moment:
     rest: float
 
     def solve(self, x: Matrix) -> Matrix:
-        """(features, q): the moment's inverse times ``x`` (features, q)."""
+        """Return the moment's inverse times ``x`` (features, q), same shape."""
         share = self.values / (self.values + self.rest)
         inside: Matrix = self.vectors @ (share[:, None] * (self.vectors.T @ x))
         return np.asarray((x - inside) / self.rest, np.float64)
 
 
 class MomentAccumulator(HookSink):
-    """Collects A Ω and B Ω of every layer from the backwards routed to it (``Sketcher.route``), on this rank.
+    """Accumulate A Ω and B Ω of every layer on this rank, from the backward passes routed to it (``Sketcher.route``).
 
     Args:
         layers: the sketcher's layers.
         seed: of the test matrices; equal on all ranks.
-        rank: r.
+        rank: number of directions (r).
         meter: counts the bytes held.
     """
 
@@ -73,7 +73,7 @@ class MomentAccumulator(HookSink):
         self._tokens = np.zeros(len(self._layers))
 
     def capture(self, index: int, x: torch.Tensor) -> Receiver | None:
-        """Adds the input's share at once; the receiver adds the gradient's."""
+        """Add the input's contribution at once; the returned receiver adds the gradient's."""
         self._add(index, "in", x.detach().reshape(-1, x.shape[-1]))
         self._tokens[index] += x.numel() // x.shape[-1]
 
@@ -99,13 +99,13 @@ class MomentAccumulator(HookSink):
             self.hold(part.numel() * 4)
 
     def _test(self, index: int, side: str) -> Matrix:
-        """Ω, (r, features) float64."""
+        """Return the test matrix Ω, (r, features) float64."""
         layer = self._layers[index]
         shape = (self._rank, layer.inputs if side == "in" else layer.outputs)
         return signs(layer.name, self._seed, f"moment-{side}", shape).astype(np.float64)
 
     def pack(self) -> Matrix:
-        """1-D float64: this rank's sums of all layers in order; summed over ranks, those of all probed samples."""
+        """Return this rank's sums of all layers in order, 1-D float64.  Their sum over ranks covers all probed samples."""
         parts = [self._totals.ravel(), self._tokens]
         for index, layer in enumerate(self._layers):
             for side, width in (("in", layer.inputs), ("out", layer.outputs)):
@@ -114,9 +114,10 @@ class MomentAccumulator(HookSink):
         return np.concatenate(parts)
 
     def fit(self, packed: Matrix) -> dict[str, tuple[Moment, Moment]]:
-        """Layer name → the moments of its inputs and of its output gradients, from :meth:`pack` summed over all ranks.
+        """Fit the moments to ``packed``, the sum of :meth:`pack` over all ranks.
 
-        A layer that no gradient reached is left out.
+        Returns:
+            Layer name → the moments of its inputs and of its output gradients.  A layer that no gradient reached is left out.
 
         Raises:
             DataError: the sums are not finite.
@@ -142,12 +143,14 @@ class MomentAccumulator(HookSink):
 
 
 def whiten(basis: TrustedBasis, moments: dict[str, tuple[Moment, Moment]], sigma: dict[str, float]) -> TrustedBasis:
-    """``basis`` with each layer's G replaced by A⁻¹ G B⁻¹; layers without moments are left out (factors of zero).
+    """Return ``basis`` with each layer's G replaced by A⁻¹ G B⁻¹.
+
+    Layers without moments are left out (factors of zero).
 
     Args:
         basis: of the trusted gradient.
         moments: from :meth:`MomentAccumulator.fit`.
-        sigma: layer name → the frozen scale that sketches are divided by, which does not enter influence: undone here.
+        sigma: layer name → the frozen scale that sketches are divided by.  It does not enter influence, so it is undone here.
     """
     return TrustedBasis(
         basis.version,
@@ -166,21 +169,24 @@ def _whitened(factors: Factors, pair: tuple[Moment, Moment] | None, sigma: float
 
 
 def _nystrom(y: Matrix, omega: Matrix, trace: float) -> Moment:
-    """The moment M behind ``y`` = M Ω (features, r), with its whole trace; directions beyond r share what is left of it."""
+    """Return the moment M behind ``y`` = M Ω (features, r).
+
+    ``trace`` is the whole trace of M; directions beyond r share what the first r leave of it.
+    """
     features = len(omega)
     scale = max(trace / features, np.finfo(np.float64).tiny)
-    shift = 1e-10 * trace  # keeps the core positive definite; taken off the eigenvalues again
+    shift = 1e-10 * trace  # keeps the core positive definite; subtracted from the eigenvalues again
     y = y + shift * omega
     core = omega.T @ y
     values, vectors = np.linalg.eigh((core + core.T) / 2)
-    sound = values > 1e-12 * max(values.max(), 0.0)
-    root = y @ (vectors[:, sound] / np.sqrt(values[sound]))
+    positive = values > 1e-12 * max(values.max(), 0.0)
+    root = y @ (vectors[:, positive] / np.sqrt(values[positive]))
     left, singular, _ = np.linalg.svd(root, full_matrices=False)
     found = np.maximum(singular**2 - shift, 0.0)
-    found *= min(1.0, trace / max(found.sum(), np.finfo(np.float64).tiny))  # noise must not make more of it than there is
-    # What the directions found leave of the trace is shared by the others; one that has less than such a share is no find.
-    kept = np.arange(1, len(found) + 1)
-    share = np.maximum(trace - np.cumsum(found), 0.0) / np.maximum(features - kept, 1)
-    good = int(np.sum(np.logical_and.accumulate(found >= share)))
-    rest = float(share[good - 1]) if good else trace / features
-    return Moment(left, np.where(kept <= good, np.maximum(found - rest, 0.0), 0.0), rest + DAMPING * scale)
+    found *= min(1.0, trace / max(found.sum(), np.finfo(np.float64).tiny))  # noise must not exceed the trace
+    # The other directions share the rest of the trace equally.  A found direction with less than such a share is dropped.
+    ranks = np.arange(1, len(found) + 1)
+    share = np.maximum(trace - np.cumsum(found), 0.0) / np.maximum(features - ranks, 1)
+    n_kept = int(np.sum(np.logical_and.accumulate(found >= share)))
+    rest = float(share[n_kept - 1]) if n_kept else trace / features
+    return Moment(left, np.where(ranks <= n_kept, np.maximum(found - rest, 0.0), 0.0), rest + DAMPING * scale)

@@ -1,7 +1,7 @@
-"""Which layers are sketched, and how their inputs and outputs are found.
+"""Choose the layers to sketch, and define how their inputs and outputs are found.
 
 A rule describes one class of layers whose weight gradient is a sum of outer products ``Σ_t a_t g_tᵀ`` of its input and
-the gradient of its output.  Biases are left out: their gradient, the sum of ``g_t``, says little beside the weight's.
+the gradient of its output.  Biases are left out: their gradient, the sum of ``g_t``, adds little to the weight's.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ Hook = Callable[[nn.Module, tuple[Any, ...], Any], None]
 
 
 class LayerRule:
-    """How to read one class of layers.  Subclass it and register it with :func:`register_rule`."""
+    """Rule for reading one class of layers.  Subclass it and register it with :func:`register_rule`."""
 
     def features(self, module: nn.Module) -> tuple[int, int]:
-        """(inputs, outputs) of the weight, by the module's attributes: under ZeRO-3 the weight itself is empty."""
+        """Return (inputs, outputs) of the weight from the module's attributes: under ZeRO-3 the weight itself is empty."""
         raise NotImplementedError
 
     def tensors(self, args: tuple[Any, ...], output: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(input (..., inputs), output (..., outputs)) of one call, or None when the call has another form.
+        """Return (input (..., inputs), output (..., outputs)) of one call; None if the call has another form.
 
-        Of a tuple, such as (output, bias), the first entry is the output.
+        If the output is a tuple, such as (output, bias), its first entry is taken.
         """
         if isinstance(output, tuple) and output:
             output = output[0]
@@ -44,11 +44,11 @@ class LayerRule:
         return None
 
     def split(self, module: nn.Module) -> Split:
-        """What part of the layer the module holds; ``features`` are those of the whole layer."""
+        """Return which part of the layer the module holds; ``features`` describe the whole layer."""
         return WHOLE
 
     def watch(self, module: nn.Module, hook: Hook) -> Callable[[], None]:
-        """Lets ``hook(module, args, output)`` see every call; returns what undoes that."""
+        """Call ``hook(module, args, output)`` at every call of the module; return a function that removes the hook."""
         return module.register_forward_hook(hook).remove
 
 
@@ -56,7 +56,10 @@ _RULES: dict[type[nn.Module] | str, LayerRule] = {}
 
 
 def register_rule(cls: type[nn.Module] | str) -> Callable[[type[LayerRule]], type[LayerRule]]:
-    """Class decorator: the rule for ``cls`` and its subclasses; a string ``"package.module.Class"`` needs no import."""
+    """Decorate the rule class for ``cls`` and its subclasses.
+
+    A string ``"package.module.Class"`` needs no import of that class.
+    """
 
     def register(rule: type[LayerRule]) -> type[LayerRule]:
         _RULES[cls] = rule()
@@ -70,7 +73,7 @@ class LinearRule(LayerRule):
     """``y = x Wᵀ + b``."""
 
     def features(self, module: nn.Module) -> tuple[int, int]:
-        """The module says so."""
+        """Return (inputs, outputs) from the module's attributes."""
         return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
 
 
@@ -79,14 +82,14 @@ class Conv1DRule(LayerRule):
     """``y = x W + b``, the layers of GPT-2 in Hugging Face transformers."""
 
     def features(self, module: nn.Module) -> tuple[int, int]:
-        """The weight's shape says so."""
+        """Return (inputs, outputs) from the weight's shape."""
         weight: Any = module.weight
         shape = getattr(weight, "ds_shape", weight.shape)  # ZeRO-3 keeps the full shape there
         return int(shape[0]), int(shape[1])
 
 
 def rule_for(module: nn.Module) -> LayerRule | None:
-    """The rule of the module's class or of its nearest base class; None when there is none."""
+    """Return the rule of the module's class or of its nearest base class; None if there is none."""
     for cls in type(module).__mro__:
         rule = _RULES.get(cls) or _RULES.get(f"{cls.__module__}.{cls.__qualname__}")
         if rule is not None:
@@ -95,7 +98,7 @@ def rule_for(module: nn.Module) -> LayerRule | None:
 
 
 def known_rules() -> list[str]:
-    """Names of the layer classes that can be sketched."""
+    """Return the names of the layer classes that can be sketched."""
     return sorted(k if isinstance(k, str) else f"{k.__module__}.{k.__qualname__}" for k in _RULES)
 
 
@@ -105,10 +108,10 @@ class Layer:
 
     Attributes:
         name: global, seeds the bases.
-        module: None where the layer lies on other ranks only (another pipeline stage).
-        rule: of its class; None like ``module``.
+        module: None if the layer lies on other ranks only (another pipeline stage).
+        rule: of the module's class; None if ``module`` is None.
         inputs, outputs: widths of the whole weight.
-        split: what part of it this rank holds.
+        split: the part of the weight that this rank holds.
     """
 
     name: str
@@ -120,22 +123,22 @@ class Layer:
 
     @property
     def here(self) -> bool:
-        """Whether this rank sketches it, or a part of it."""
+        """Whether this rank sketches the layer, or a part of it."""
         return self.module is not None and self.split.counted
 
 
 def canonical_name(name: str) -> str:
-    """The module path without the names that torch.compile and checkpoint wrappers put into it."""
+    """Return the module path without the names that torch.compile and checkpoint wrappers put into it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def select_layers(model: nn.Module, patterns: Sequence[str] = ("auto",), exclude: Sequence[str] = ()) -> list[Layer]:
-    """The layers to sketch, in the order of ``model.named_modules()``.
+    """Return the layers to sketch, in the order of ``model.named_modules()``.
 
     Args:
         model: the job's module (``engine.module``), on this rank.
         patterns: fnmatch patterns on module names; "auto" stands for the last half of the blocks, the head left out.
-        exclude: patterns of names that are never sketched, whatever ``patterns`` says.
+        exclude: patterns of names that are never sketched; they override ``patterns``.
 
     Raises:
         ConfigError: a pattern matches nothing or only layers without a rule, or no layer is left.
@@ -155,7 +158,7 @@ def select_layers(model: nn.Module, patterns: Sequence[str] = ("auto",), exclude
 
 
 def layer_of(name: str, module: nn.Module, rule: LayerRule) -> Layer:
-    """The layer that ``module`` is, or is a part of."""
+    """Build the layer that ``module`` is, or is a part of."""
     return Layer(name, module, rule, *rule.features(module), rule.split(module))
 
 
@@ -175,14 +178,14 @@ def _match(pattern: str, modules: dict[str, nn.Module], known: dict[str, LayerRu
 
 
 def _auto(modules: dict[str, nn.Module], known: dict[str, LayerRule]) -> list[str]:
-    """Names in the last half of the blocks (of all layers where there are no blocks), without the vocabulary head."""
+    """Return the names in the last half of the blocks, without the vocabulary head; without blocks, of all layers."""
     uncalled = tuple(f"{name}." for name, m in modules.items() if isinstance(m, nn.MultiheadAttention))
     # nn.MultiheadAttention reads its projection's weight and never calls the module: a hook there would never fire.
     usable = [name for name in known if not name.startswith(uncalled)]
     embeddings = [m for m in modules.values() if isinstance(m, nn.Embedding)]
     tied = {id(m.weight) for m in embeddings}
     usable = [name for name in usable if id(getattr(modules[name], "weight", None)) not in tied]
-    # Of a model that is trained in part (adapters), what its training moves is what a gradient tells about.
+    # If only a part of the model is trained (adapters), take the layers that training changes.
     usable = [name for name in usable if _trained(modules[name])] or usable
     blocks = _blocks(modules, known)
     if blocks:
@@ -199,9 +202,9 @@ def _trained(module: nn.Module) -> bool:
 
 
 def _blocks(modules: dict[str, nn.Module], known: dict[str, LayerRule]) -> list[str]:
-    """Names of the model's blocks: the like children of the list that holds the most sketchable weights.
+    """Return the names of the model's blocks: equal-typed children of the list that holds the most sketchable weights.
 
-    Weights, not length, decide: a list of experts inside each block may be longer than the list of blocks.
+    Weights decide, not length: a list of experts inside each block may be longer than the list of blocks.
     """
     best: list[str] = []
     best_size = 0
@@ -218,7 +221,7 @@ def _blocks(modules: dict[str, nn.Module], known: dict[str, LayerRule]) -> list[
             continue
         inside = tuple(f"{c}." for c in like)
         size = sum(_weights(known[k], modules[k]) for k in known if k.startswith(inside))
-        if size > best_size:  # strictly: of two equal lists the outer one, which comes first, is the blocks
+        if size > best_size:  # strictly: of two equal lists take the outer one, which comes first
             best, best_size = like, size
     return best
 

@@ -1,6 +1,6 @@
-"""Megatron's tensor-parallel layers, and the choice of layers over all stages of a pipeline.
+"""Describe Megatron's tensor-parallel layers, and choose layers over all stages of a pipeline.
 
-What a rank sees of one layer (activations are (tokens, samples, features)):
+A rank sees this part of one layer (activations are (tokens, samples, features)):
 
     =====================  ============================  ==========================================
     layer                  input                         gradient of the output
@@ -12,7 +12,7 @@ What a rank sees of one layer (activations are (tokens, samples, features)):
     =====================  ============================  ==========================================
 
 So every rank's products are a part of one sum.  A fused projection (QKV, a gated MLP) is taken as Megatron stores it, block
-after block: at another tensor-parallel size its rows stand in another order, and the sketches do not compare.
+after block.  At another tensor-parallel size its rows are in another order, and the sketches cannot be compared.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from grace_ds.utils.methods import replace_method
 log = logging.getLogger("grace_ds")
 
 _TRANSFORMER_ENGINE = ("transformer_engine.", "megatron.core.extensions.transformer_engine")
-Share = Callable[[Any], list[Any]]  # everybody's value, over the ranks that hold one model together
+Share = Callable[[Any], list[Any]]  # value of this rank → values of all ranks that hold one model together
 
 
 class _ParallelRule(LayerRule):
-    """Both kinds: seen inside of ``_forward_impl`` where there is one, where nothing is gathered or scattered yet."""
+    """Rule for both kinds of layers: hook ``_forward_impl`` if there is one, where nothing is gathered or scattered yet."""
 
     def features(self, module: nn.Module) -> tuple[int, int]:
-        """Of the whole layer."""
+        """Return (inputs, outputs) of the whole layer."""
         return int(module.input_size), int(module.output_size)  # type: ignore[arg-type]
 
     def watch(self, module: nn.Module, hook: Hook) -> Callable[[], None]:
-        """``hook(module, (input,), output)`` at every call of ``_forward_impl``, or of the module where it has none."""
+        """Call ``hook(module, (input,), output)`` at every call of ``_forward_impl``, or of the module if it has none."""
         if not callable(getattr(module, "_forward_impl", None)):
             if getattr(module, "sequence_parallel", False) or self._converts(module):
                 raise ConfigError(
@@ -71,11 +71,11 @@ class ColumnRule(_ParallelRule):
     """``Y = X A``, the outputs in blocks."""
 
     def split(self, module: nn.Module) -> Split:
-        """Its block of the outputs; under sequence parallelism with tokens to be gathered."""
-        m: Any = module
-        size = m.output_size // m.output_size_per_partition
-        group = getattr(m, "tp_group", None)
-        gather = _tp_group(group) if size > 1 and getattr(m, "sequence_parallel", False) else None
+        """Return this rank's block of the outputs; with sequence parallelism its tokens must be gathered."""
+        layer: Any = module
+        size = layer.output_size // layer.output_size_per_partition
+        group = getattr(layer, "tp_group", None)
+        gather = _tp_group(group) if size > 1 and getattr(layer, "sequence_parallel", False) else None
         return Split("out", _tp_rank(group, size), size, gather, time_major=True)
 
     def _converts(self, module: nn.Module) -> bool:
@@ -87,10 +87,10 @@ class RowRule(_ParallelRule):
     """``Y = Σ X_r A_r``, the inputs in blocks."""
 
     def split(self, module: nn.Module) -> Split:
-        """Its block of the inputs."""
-        m: Any = module
-        size = m.input_size // m.input_size_per_partition
-        return Split("in", _tp_rank(getattr(m, "tp_group", None), size), size, time_major=True)
+        """Return this rank's block of the inputs."""
+        layer: Any = module
+        size = layer.input_size // layer.input_size_per_partition
+        return Split("in", _tp_rank(getattr(layer, "tp_group", None), size), size, time_major=True)
 
     def _converts(self, module: nn.Module) -> bool:
         return not getattr(module, "input_is_parallel", True)
@@ -116,7 +116,7 @@ def select_parallel(
     share: Share,
     time_major: bool = True,
 ) -> list[Layer]:
-    """The layers to sketch of a model that lies on several ranks: all of them, in the same order on every rank.
+    """Return the layers to sketch of a model that is spread over several ranks: all layers, in the same order on every rank.
 
     Collective over the ranks that hold one model together.
 
@@ -124,33 +124,33 @@ def select_parallel(
         chunks: this rank's parts of the model.
         patterns: fnmatch patterns on global names; "auto" stands for the last half of the model's blocks.
         exclude: patterns of names that are never sketched.
-        tp_rank: of this rank; a layer that is no tensor-parallel one is counted on rank 0 only, unless its weight says that it
-            sees a share of the tokens (``weight.sequence_parallel``).
-        share: gives every such rank's value, in rank order.
-        time_major: plain layers see (tokens, samples, features), as Megatron's models are; False for DeepSpeed's PipelineModule.
+        tp_rank: of this rank.  A layer that is not tensor-parallel is counted on rank 0 only, unless its weight is marked as
+            seeing a share of the tokens (``weight.sequence_parallel``).
+        share: returns the values of all these ranks, in rank order.
+        time_major: plain layers see (tokens, samples, features), as in Megatron's models; False for DeepSpeed's PipelineModule.
 
     Raises:
-        ConfigError: on every rank alike: a layer of Transformer Engine, a pattern that matches nothing, no layer left.
+        ConfigError: on every rank: a layer of Transformer Engine, a pattern that matches nothing, or no layer left.
     """
-    mine, skipped, engine = _found(chunks)
-    facts = {name: (*rule.features(module), block) for name, (module, rule, block) in mine.items()}
-    everyone = share((facts, engine))
-    _refuse_engine([name for _, names in everyone for name in names])
+    local, skipped, engine = _found(chunks)
+    facts = {name: (*rule.features(module), block) for name, (module, rule, block) in local.items()}
+    all_ranks = share((facts, engine))
+    _refuse_engine([name for _, names in all_ranks for name in names])
     if skipped:
         log.info("%d linear layers of experts are not sketched, e.g. %s", len(skipped), skipped[0])
     union: dict[str, tuple[int, int, Any]] = {}
-    for found, _ in everyone:
+    for found, _ in all_ranks:
         for name, entry in found.items():
             if union.setdefault(name, entry) != entry:
                 both = f"{entry[:2]} on one rank and {union[name][:2]} on another"
                 raise ConfigError(f"layer {name} is {both}: its blocks need a global layer_number")
     names = sorted(union, key=lambda name: _order(name, union[name][2]))
     kept = _chosen(names, union, patterns, exclude)
-    return [_layer(name, mine.get(name), union[name], tp_rank, time_major) for name in kept]
+    return [_layer(name, local.get(name), union[name], tp_rank, time_major) for name in kept]
 
 
 def global_name(chunk: nn.Module, name: str) -> tuple[str, tuple[str, int] | None]:
-    """A module's name with the model's own numbers of its blocks, where ``chunk`` numbers its own only.
+    """Return a module's name with the model's global block numbers, for a ``chunk`` that numbers only its own blocks.
 
     Returns:
         The name, without wrappers; and (name of the list, number) of the outermost block that holds it, or None.
@@ -163,7 +163,7 @@ def global_name(chunk: nn.Module, name: str) -> tuple[str, tuple[str, int] | Non
         if part.isdigit() and isinstance(number, int):
             block = block or (canonical_name(".".join(parts)), number - 1)
             part = str(number - 1)
-        elif part.isdigit() and not parts:  # DeepSpeed's PipelineModule: its layers have the whole pipeline's numbers
+        elif part.isdigit() and not parts:  # DeepSpeed's PipelineModule numbers layers over the whole pipeline
             block = ("", int(part))
         parts.append(part)
     while parts and parts[0] == "module":  # DistributedDataParallel, Float16Module
@@ -175,7 +175,7 @@ Found = tuple[nn.Module, LayerRule, tuple[str, int] | None]
 
 
 def _found(chunks: Sequence[nn.Module]) -> tuple[dict[str, Found], list[str], list[str]]:
-    """This rank's layers with a rule by global name, those of experts, and those of Transformer Engine."""
+    """Return this rank's layers with a rule by global name, names of expert layers, and names of Transformer Engine layers."""
     found: dict[str, Found] = {}
     experts, engine = [], []
     for chunk in chunks:
@@ -230,7 +230,7 @@ def _chosen(
 
 
 def _last_half(union: Mapping[str, tuple[int, int, Any]]) -> set[str]:
-    """Names in the last half of the blocks: those of the list that holds the most weights."""
+    """Return the names in the last half of the blocks; the blocks are the list that holds the most weights."""
     weights: dict[str, int] = defaultdict(int)
     for inputs, outputs, block in union.values():
         if block is not None:

@@ -1,7 +1,7 @@
-"""The micro-batches of a step whose schedule is not ours: a pipeline's, with several of them in flight.
+"""Capture the micro-batches of a step whose schedule another engine runs: a pipeline, with several of them in flight.
 
 A rank sees the forwards of its part of the model, chunk by chunk, in the order of the micro-batches; their backwards come
-in the same order.  So a counter tells which micro-batch a forward belongs to, and nothing has to travel with it.
+in the same order.  So a counter identifies the micro-batch of a forward, and no id has to travel with it.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from grace_ds.utils.methods import replace_method
 
 
 class MicroBatches:
-    """Opens a binding for every micro-batch of a step, on this rank.
+    """Open a capture for every micro-batch of a step, on this rank.
 
     Args:
-        chunks: this rank's parts of the model, through each of which every micro-batch goes once.
-        sketcher: pipelined, over their layers.
+        chunks: this rank's parts of the model; every micro-batch passes once through each of them.
+        sketcher: pipelined, over the layers of the chunks.
         count: micro-batches of a step.
-        ids: gives the dataset ids (n,) of the step's micro-batch k; None where the step is not to be collected.  On ranks that
-            do not feed rows on, only their number counts.
-        counts_losses: whether this rank's losses are to be counted: tensor-parallel peers all have the same.
+        ids: returns the dataset ids (n,) of the step's micro-batch k; None if the step is not collected.  On ranks that do
+            not pass rows on, only the number of ids matters.
+        counts_losses: whether to count this rank's losses: tensor-parallel peers all have the same ones.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class MicroBatches:
         counts_losses: bool = True,
     ) -> None:
         self.sketcher, self.count, self.ids, self.counts_losses = sketcher, count, ids, counts_losses
-        self._bindings: dict[int, MicroBatchCapture] = {}
+        self._captures: dict[int, MicroBatchCapture] = {}
         self._forwards = [0] * len(chunks)
         self._undo: list[Callable[[], None]] = []
         for index, chunk in enumerate(chunks):
@@ -48,36 +48,36 @@ class MicroBatches:
             self._undo.append(chunk.register_forward_hook(self._after(index), with_kwargs=True).remove)
 
     def take(self) -> list[MicroBatchCapture]:
-        """The bindings of the step that has just been applied, in order; the next forward begins another step."""
-        captures = [self._bindings[k] for k in sorted(self._bindings)]
-        self._bindings = {}
+        """Return the captures of the step that has just been applied, in order, and start a new step."""
+        captures = [self._captures[k] for k in sorted(self._captures)]
+        self._captures = {}
         self._forwards = [0] * len(self._forwards)
         return captures
 
     def restart(self) -> None:
-        """Gives the step up: what was seen of it does not count, because it is run again or was not applied."""
+        """Discard the captures of the step so far, because it is run again or was not applied."""
         for capture in self.take():
             self.sketcher.discard(capture)
 
     def detach(self) -> None:
-        """Removes the hooks, and gives the step in progress up."""
+        """Remove the hooks, and discard the step in progress."""
         while self._undo:
             self._undo.pop()()
         self.restart()
 
     def follow_loss(self, owner: Any, name: str) -> None:
-        """Reads the losses from what ``owner.name(...)`` returns, where a job computes them outside of its model.
+        """Read the losses from the return value of ``owner.name(...)``, for a job that computes them outside of its model.
 
-        It must be called right after the micro-batch's forward, as PipelineEngine does with ``module.loss_fn``.
+        That function must be called right after the micro-batch's forward, as PipelineEngine does with ``module.loss_fn``.
         """
 
-        def ours(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def observed(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             loss = original(*args, **kwargs)
             if torch.is_grad_enabled() and self.counts_losses:
                 self.sketcher.observe_loss(loss)
             return loss
 
-        self._undo.append(replace_method(owner, name, ours))
+        self._undo.append(replace_method(owner, name, observed))
 
     def _before(self, index: int) -> Callable[..., None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -88,16 +88,16 @@ class MicroBatches:
                     "packed sequences (packed_seq_params, THD layout) hold several samples in one row, which cannot be told "
                     "apart again: leave packing off, or set recipe: content"
                 )
-            if self._forwards[index] == self.count:  # one more than a step has: it is run again
+            if self._forwards[index] == self.count:  # one more than a step has: the step is run again
                 self.restart()
             k = self._forwards[index]
             self._forwards[index] += 1
-            capture = self._bindings.get(k)
+            capture = self._captures.get(k)
             if capture is None:
                 ids = self.ids(k)
                 if ids is None:
                     return
-                capture = self._bindings[k] = self.sketcher.begin(ids)
+                capture = self._captures[k] = self.sketcher.begin(ids)
             else:
                 self.sketcher.route(capture)
 
@@ -108,7 +108,7 @@ class MicroBatches:
             if not (module.training and torch.is_grad_enabled()):
                 return
             self.sketcher.end()
-            capture = self._bindings.get(self._forwards[index] - 1)
+            capture = self._captures.get(self._forwards[index] - 1)
             if capture is not None and getattr(module, "post_process", True) and self.counts_losses:
                 _observe(capture, output, kwargs.get("loss_mask"))
 
@@ -116,7 +116,7 @@ class MicroBatches:
 
 
 def _observe(capture: MicroBatchCapture, output: Any, mask: Any) -> None:
-    """Reads per-token losses (n, T), which Megatron's models return where they are given labels."""
+    """Read per-token losses (n, T), which Megatron's models return if they are given labels."""
     n = len(capture.ids)
     if not isinstance(output, torch.Tensor) or output.dim() != 2 or output.shape[0] != n:
         return

@@ -1,7 +1,7 @@
-"""Probe passes: forward and backward over given samples that leave no trace in the job.
+"""Run probe passes: forward and backward over given samples, without any effect on the job.
 
 The parameters are switched off and the embeddings' outputs become the graph's leaves, so that no parameter's gradient
-exists and no reduction of the engine is triggered; the engine itself is never called.  All of it is restored on exit.
+exists and no reduction of the engine is triggered.  The engine itself is never called.  Everything is restored on exit.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ def _as_leaf(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor
 
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
-    """Within it ``module`` can be run forwards and backwards, in evaluation mode, without a trace in the job.
+    """Run ``module`` forwards and backwards within this context, in evaluation mode, without any effect on the job.
 
     A module that recomputes its activations only while it trains (``gradient_checkpointing`` of Hugging Face's models) keeps
-    its own training flag, its children do not: without it a probe would hold the activations that the job has no memory for.
+    its own training flag, its children do not.  Otherwise a probe would hold activations that the job has no memory for.
 
     Restored on exit, exceptions included: training flags of every submodule, requires_grad of every parameter, and
     torch's random state on the CPU and on the module's devices.
 
     Raises:
         DataError: the model has no nn.Embedding to start a graph from.
-        ProbeFailed: something was raised within under ZeRO-3.
+        ProbeFailed: an exception was raised within the context under ZeRO-3.
     """
     embeddings = [m for m in module.modules() if isinstance(m, nn.Embedding)]
     if not embeddings:
@@ -78,12 +78,15 @@ def untouched(module: nn.Module) -> Iterator[None]:
 
 
 def gathers(module: nn.Module) -> bool:
-    """Whether a forward of ``module`` gathers its parameters from all ranks (ZeRO-3)."""
+    """Return whether a forward of ``module`` gathers its parameters from all ranks (ZeRO-3)."""
     return any(hasattr(p, "ds_id") for p in module.parameters())
 
 
 def _eager(module: nn.Module) -> Any:
-    """Hooks added to a compiled model may never fire; the eager stance runs the same numbers without new graphs."""
+    """Return a context that runs a compiled model eagerly.
+
+    Hooks added to a compiled model may never fire; the eager stance gives the same numbers without new graphs.
+    """
     for m in module.modules():
         if getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod"):
             return torch.compiler.set_stance("force_eager")
@@ -91,12 +94,12 @@ def _eager(module: nn.Module) -> Any:
 
 
 def probe_basis(module: nn.Module, batches: Batches, loss_fn: LossFn, sketcher: Sketcher, target: HookSink) -> None:
-    """Shows ``target`` the gradient of every sample of ``batches``, each sample with weight 1.
+    """Feed the gradient of every sample of ``batches`` to ``target``, each sample with weight 1.
 
     Args:
         module: the model itself (``engine.module``), never the engine.  Under ZeRO-3 every rank must pass
             equally many batches.
-        batches: (ids (n,) int64, batch) pairs; the ids only say how many samples there are.
+        batches: (ids (n,) int64, batch) pairs; of the ids only their number is used.
         loss_fn: (module, batch) → the batch's scalar mean loss.
         sketcher: attached; its hooks feed ``target``.
         target: an accumulator over ``sketcher``'s layers.
@@ -117,34 +120,36 @@ def probe_basis(module: nn.Module, batches: Batches, loss_fn: LossFn, sketcher: 
 
 
 def probe_losses(module: nn.Module, batches: Batches, loss_fn: LossFn) -> FloatArray:
-    """(n,) float32 losses of the samples of ``batches``, nats per token; without batches whose per-sample losses cannot be read.
+    """Return the losses of the samples of ``batches``, (n,) float32, nats per token.
+
+    Batches whose per-sample losses cannot be read are left out.
 
     Args:
         module, batches, loss_fn: as for :func:`probe_rows`; there is no backward pass.
     """
-    found = [np.empty(0, np.float32)]
+    losses = [np.empty(0, np.float32)]
     with untouched(module):
         for ids, batch in batches:
-            read = sample_losses(loss_fn(module, batch), len(ids))
-            if read is not None:
-                found.append(read[0].cpu().numpy())
-    return np.concatenate(found)
+            per_sample = sample_losses(loss_fn(module, batch), len(ids))
+            if per_sample is not None:
+                losses.append(per_sample[0].cpu().numpy())
+    return np.concatenate(losses)
 
 
 def probe_rows(
     module: nn.Module, batches: Batches, loss_fn: LossFn, sketcher: Sketcher, loss_scale: float = 1.0
 ) -> list[CollectedRows]:
-    """Sketches, losses and alignments of the samples of ``batches``, as the training backward would give them.
+    """Return sketches, losses and alignments of the samples of ``batches``, as the training backward would give them.
 
     Args:
         module: as for :func:`probe_basis`.
         batches: (ids (n,) int64, batch) pairs.
         loss_fn: (module, batch) → the batch's scalar mean loss.
         sketcher: attached; with a trusted basis for alignments.
-        loss_scale: multiplies the loss before the backward and is undone; for float16 models.
+        loss_scale: multiplies the loss before the backward and is divided out afterwards; for float16 models.
 
     Returns:
-        One record a batch; a batch whose loss reached no sketched layer gives none.
+        One record per batch; a batch whose loss reached no sketched layer gives none.
     """
     collected = []
     with untouched(module):
@@ -155,10 +160,10 @@ def probe_rows(
                 sketcher.observe_loss(loss)
                 sketcher.end()
                 (loss * loss_scale).backward()  # type: ignore[no-untyped-call]
-                found = sketcher.finish(capture, grad_scale=1.0 / loss_scale)
+                rows = sketcher.finish(capture, grad_scale=1.0 / loss_scale)
             finally:
                 sketcher.end()
                 sketcher.discard(capture)
-            if found is not None:
-                collected.append(found)
+            if rows is not None:
+                collected.append(rows)
     return collected

@@ -1,4 +1,4 @@
-"""What a sample must be to be run through the model in a probe, and the errors that say which one is not."""
+"""Check that samples can be run through the model in a probe, and report the ones that cannot."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from grace_ds.errors import DataError
 from grace_ds.records import IntArray
 from grace_ds.utils.rng import undisturbed_rng
 
-_LOOKED_AT = 64  # pool samples that tell whether the ids in the items are what the model embeds
+_LOOKED_AT = 64  # pool samples read to find out whether the model embeds the ids in the items
 
 
 @dataclass(frozen=True)
 class SampleForm:
-    """What the model and the job ask of a sample.
+    """What the model and the job require of a sample.
 
     Attributes:
-        vocabulary: rows of the embedding of the tokens; None where they are not known.
+        vocabulary: rows of the token embedding; None if unknown.
         key: of the token ids in an item, as in ``features.tokens_key``.
     """
 
@@ -31,7 +31,10 @@ class SampleForm:
 
     @staticmethod
     def of(module: nn.Module, pool: Any, key: str) -> SampleForm:
-        """Of a model, and of the job's dataset, whose first samples may hold ids that the model embeds in a way of its own."""
+        """Find the form from a model and the job's dataset.
+
+        ``vocabulary`` is None if the first pool samples hold ids outside of the embedding: the model then maps ids itself.
+        """
         form = SampleForm(embedding_rows(module), key)
         if form.vocabulary is None:
             return form
@@ -44,10 +47,10 @@ class SampleForm:
         return form
 
     def check_all(self, trusted: Any, collate: Callable[[list[Any]], Any] | None) -> None:
-        """Looks at every sample of a trusted set before a run begins.
+        """Check every sample of a trusted set before a run begins.
 
         Args:
-            collate: the job's, asked to join a shortest and a longest sample where there are both; None: no probe will.
+            collate: the job's, tried on a shortest and a longest sample if lengths differ; None: there are no probes.
 
         Raises:
             DataError: a sample holds an id that the model has no embedding for, or samples of two lengths cannot be joined.
@@ -63,13 +66,13 @@ class SampleForm:
                 self.batch(trusted, ends, collate, "trusted")
 
     def check(self, item: Any, sample: int, which: str) -> None:
-        """Looks at the token ids of an item, those under an attention mask of 0 among them.
+        """Check the token ids of an item, including those under an attention mask of 0.
 
         Args:
-            sample: its position in the ``which`` samples ("trusted" or "pool"), for the message.
+            sample: position of the item in the ``which`` samples ("trusted" or "pool"), for the message.
 
         Raises:
-            DataError: the embedding has no row for one.
+            DataError: the embedding has no row for an id.
         """
         tokens = ids_of(item, self.key)
         if self.vocabulary is None or tokens is None or not len(tokens):
@@ -82,7 +85,7 @@ class SampleForm:
             )
 
     def batch(self, dataset: Any, ids: IntArray, collate: Callable[[list[Any]], Any], which: str) -> Any:
-        """``collate`` of the samples ``ids``, checked.
+        """Check the samples ``ids`` and join them with ``collate``.
 
         Raises:
             DataError: an item cannot be read, holds an id that the model has no embedding for, or does not fit the others.
@@ -94,15 +97,18 @@ class SampleForm:
             return collate(items)
         except Exception as error:
             lengths = [None if (tokens := ids_of(item, self.key)) is None else len(tokens) for item in items]
-            told = ", ".join(f"{i}: {'?' if n is None else n}" for i, n in zip(ids.tolist(), lengths, strict=True))
+            summary = ", ".join(f"{i}: {'?' if n is None else n}" for i, n in zip(ids.tolist(), lengths, strict=True))
             raise DataError(
-                f"the job's collate_fn cannot join {which} samples (sample: tokens) {told} ({type(error).__name__}: {error}); "
+                f"the job's collate_fn cannot join {which} samples (sample: tokens) {summary} ({type(error).__name__}: {error}); "
                 "give them one length, or pass a collate_fn that pads"
             ) from error
 
 
 def embedding_rows(module: nn.Module) -> int | None:
-    """Rows of the table that token ids are looked up in; None where the model has none.
+    """Return the number of rows of the token embedding; None if the model has none.
+
+    A transformers model names its token embedding.  Of several embeddings in another model the largest counts: an id beyond it
+    fits none.
 
     A transformers model names the table.  Of several others the largest counts: an id beyond it fits none.
     """
@@ -118,7 +124,7 @@ def embedding_rows(module: nn.Module) -> int | None:
 
 
 def ids_of(item: Any, key: str) -> IntArray | None:
-    """(T,) int64, all token ids of an item; None where none can be found in it."""
+    """Return all token ids of an item, (T,) int64; None if it has none."""
     try:
         return np.asarray(tokens_of(item, key, masked=True))
     except DataError:

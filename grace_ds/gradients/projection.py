@@ -1,7 +1,7 @@
-"""Seeded projections: the bases of a layer's two sides, the fold, and the shapes they are applied to.
+"""Make seeded projections: the bases of a layer's two sides, the fold, and the shapes they are applied to.
 
-Every number here is a function of (seed, global layer name) alone, drawn from NumPy's counter-based Philox bit stream:
-equal on all ranks, devices and releases, and no global random state is touched.
+Every number here is a function of (seed, global layer name) alone, drawn from NumPy's counter-based Philox bit stream.
+So it is equal on all ranks, devices and releases, and no global random state is touched.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ def _stream(name: str, seed: int, purpose: str) -> np.random.Philox:
 
 
 def side_exponent(width: int) -> int:
-    """The k of the entries ±2⁻ᵏ of a base over ``width`` coordinates: near 1/√width, so that no dtype overflows."""
+    """Return the k of the entries ±2⁻ᵏ of a base over ``width`` coordinates: near 1/√width, so that no dtype overflows."""
     return int(max(width, 1)).bit_length() // 2
 
 
 def signs(name: str, seed: int, purpose: str, shape: tuple[int, int]) -> FloatArray:
-    """``shape`` (rows, width) float32 of independent ±2⁻ᵏ: exact in every floating dtype, so bfloat16 loses nothing."""
+    """Return independent random entries ±2⁻ᵏ, float32 of ``shape`` (rows, width).
+
+    They are exact in every floating dtype, so bfloat16 loses nothing.
+    """
     count = shape[0] * shape[1]
     words = _stream(name, seed, purpose).random_raw((count + 63) // 64)
     bits = np.unpackbits(words.astype("<u8").view(np.uint8))[:count]
@@ -37,7 +40,7 @@ def signs(name: str, seed: int, purpose: str, shape: tuple[int, int]) -> FloatAr
 
 
 def bases(name: str, seed: int, rank: int, inputs: int, outputs: int) -> tuple[FloatArray, FloatArray, float]:
-    """(P_in (rank, inputs), P_out (rank, outputs), unit): ``unit · P_in G P_outᵀ`` is the unbiased sketch of G.
+    """Return (P_in (rank, inputs), P_out (rank, outputs), unit): ``unit · P_in G P_outᵀ`` is the unbiased sketch of G.
 
     The expected squared length of that sketch is ``‖G‖²``.
     """
@@ -46,10 +49,11 @@ def bases(name: str, seed: int, rank: int, inputs: int, outputs: int) -> tuple[F
 
 
 def fold_table(name: str, seed: int, rank: int, dim: int) -> tuple[IntArray, FloatArray]:
-    """The sign-hash of a layer's rank² coordinates into ``dim`` buckets, written as a gather.
+    """Return the sign-hash of a layer's rank² coordinates into ``dim`` buckets, written as a gather.
 
-    A gather (bucket ← coordinate) is deterministic on every device, where a scatter-add is not.  Buckets are drawn
-    without replacement as long as they last, so within one layer coordinates collide only where rank² > dim.
+    A gather (bucket ← coordinate) is deterministic on every device, a scatter-add is not.  Buckets are drawn without
+    replacement as long as they last, so within one layer coordinates collide only if rank² > dim.
+
 
     Returns:
         source (slots · dim,) int64: the coordinate of each slot, rank² for "none".  Slot s belongs to bucket s % dim.
@@ -67,7 +71,7 @@ def fold_table(name: str, seed: int, rank: int, dim: int) -> tuple[IntArray, Flo
 
 
 class Fold:
-    """Folds the coordinates of all layers into one vector per sample.
+    """Fold the coordinates of all layers into one vector per sample.
 
     Args:
         names: the layers, in the order of the coordinates' layer axis.
@@ -82,7 +86,12 @@ class Fold:
         self._slots = len(tables[0][0])
 
     def __call__(self, coordinates: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """(n, dim) float32 from ``coordinates`` (n, layers, rank²) float32, layer l multiplied by ``scale[l]``."""
+        """Return the folded coordinates, (n, dim) float32.
+
+        Args:
+            coordinates: (n, layers, rank²) float32.
+            scale: (layers,) factors of the layers.
+        """
         if self._source.device != coordinates.device:
             self._source, self._sign = self._source.to(coordinates.device), self._sign.to(coordinates.device)
         n = coordinates.shape[0]
@@ -92,13 +101,16 @@ class Fold:
 
 @functools.cache
 def _narrow_is_native() -> bool:
-    """Whether this CPU multiplies bfloat16; where it does not, torch falls back to loops 10 to 30 times slower than float32."""
+    """Return whether this CPU multiplies bfloat16 in hardware.
+
+    Without that, torch falls back to loops 10 to 30 times slower than float32.
+    """
     available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return bool(available and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
-    """What ``x`` is to be multiplied in: its own dtype, or float32 on a CPU without instructions for that.
+    """Return the dtype to multiply ``x`` in: its own, or float32 on a CPU without instructions for its own.
 
     The instructions sum in float32 anyway.
     """
@@ -108,7 +120,7 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 class Side:
-    """One side of a layer's projection, kept ready in the dtypes and on the devices it is asked for.
+    """One side of a layer's projection, cached per dtype and device.
 
     Args:
         matrix: (width, features) float32; rows are the base, then the trusted factors if there are any.
@@ -119,7 +131,7 @@ class Side:
         self._ready: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
     def project(self, flat: torch.Tensor) -> torch.Tensor:
-        """(width, rows) in the :func:`product_dtype` of ``flat`` (rows, features).
+        """Return the projection of ``flat`` (rows, features), (width, rows) in its :func:`product_dtype`.
 
         Written ``B xᵀ``: with a small width this product is several times faster on a CPU than ``x Bᵀ``.
         """
@@ -132,20 +144,20 @@ class Side:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the copies that are held ready."""
+        """Bytes of the cached copies."""
         return sum(t.numel() * t.element_size() for t in self._ready.values())
 
 
-Layout = tuple[int, bool]  # (tokens of a sample, whether the tokens stand before the samples)
+Layout = tuple[int, bool]  # (tokens per sample, whether the token axis comes before the sample axis)
 
 
 def layout(shape: Sequence[int], n: int, time_major: bool = False) -> Layout | None:
-    """How a tensor (..., features) splits into ``n`` samples; None when it does not.
+    """Return how a tensor (..., features) splits into ``n`` samples; None if it does not.
 
     (n, T, ·) and (n, ·) are batch-major, (n·T, ·) and (n·k, T, ·) too (row-major), (T, n, ·) is time-major.
 
     Args:
-        time_major: it is known to be (T, n, ·), even where T equals n.
+        time_major: the tensor is known to be (T, n, ·), even if T equals n.
     """
     if time_major:
         return (shape[0], True) if len(shape) == 3 and shape[1] == n and shape[0] else None
@@ -163,7 +175,7 @@ def layout(shape: Sequence[int], n: int, time_major: bool = False) -> Layout | N
 
 
 def per_sample(projected: torch.Tensor, n: int, split: Layout) -> torch.Tensor:
-    """(n, width, T) float32 view or copy of ``projected`` (width, rows)."""
+    """Return ``projected`` (width, rows) as (n, width, T) float32, a view or a copy."""
     tokens, time_major = split
     values = projected.float()
     if time_major:

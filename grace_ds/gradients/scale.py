@@ -1,4 +1,4 @@
-"""The per-layer scale: measured over the first collected batches, then frozen, so that old and new sketches compare."""
+"""Keep the per-layer scale: measured over the first collected batches, then frozen, so that old and new sketches compare."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Sums = npt.NDArray[np.float64]
 
 
 class LayerScale:
-    """sigma of each layer, 1 until frozen, and the sums it is frozen from.
+    """The scale sigma of each layer, 1 until frozen, and the sums it is computed from.
 
     Attributes:
         sigma: (layers,) float64, equal on all ranks.
@@ -28,21 +28,21 @@ class LayerScale:
         self._sums: Sums = np.zeros(len(self.names) + 1)
 
     def by_name(self) -> dict[str, float]:
-        """The scale keyed by the layer's global name."""
+        """Return the scale keyed by the layer's global name."""
         return dict(zip(self.names, self.sigma.tolist(), strict=True))
 
     def add(self, squares: npt.NDArray[np.float64]) -> None:
-        """Counts the squared layer lengths (n, layers) of n samples; ignores samples without a finite gradient."""
+        """Add the squared layer lengths (n, layers) of n samples; ignore samples without a finite gradient."""
         if not self.frozen:
-            good = np.isfinite(squares).all(1) & (squares.sum(1) > 0)
-            self._sums += np.append(squares[good].sum(0), good.sum())
+            usable = np.isfinite(squares).all(1) & (squares.sum(1) > 0)
+            self._sums += np.append(squares[usable].sum(0), usable.sum())
 
     def sums(self) -> npt.NDArray[np.float64]:
-        """(layers + 1,) float64: this rank's sums of squared layer lengths, then its samples."""
+        """Return this rank's sums of squared layer lengths, then its number of samples, (layers + 1,) float64."""
         return np.array(self._sums)
 
     def freeze(self, sums: npt.NDArray[np.float64]) -> None:
-        """Fixes sigma from ``sums`` (layers + 1,), already summed over the ranks.
+        """Fix sigma from ``sums`` (layers + 1,), already summed over the ranks.
 
         A layer whose gradient was zero throughout (such as one before a zero-initialised layer) takes the median sigma.
         """
@@ -60,11 +60,14 @@ class LayerScale:
         self._sums = np.array(sums, np.float64)  # equal on all ranks, as a checkpoint's shared part must be
 
     def state_dict(self) -> dict[str, Any]:
-        """Primitives only (JSON-able); equal on all ranks once frozen, before that the sums are this rank's."""
+        """Return the state as primitives (JSON-able).
+
+        It is equal on all ranks once frozen; before that the sums are this rank's.
+        """
         return {"sigma": self.by_name(), "frozen": self.frozen, "sums": self.sums().tolist()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over a saved scale.
+        """Restore a saved scale.
 
         Raises:
             CheckpointError: as :meth:`read`.
@@ -72,10 +75,10 @@ class LayerScale:
         self.sigma, self.frozen, self._sums = self.read(state)
 
     def read(self, state: Mapping[str, Any]) -> tuple[Sums, bool, Sums]:
-        """``sigma``, ``frozen`` and the sums of a saved scale, in this one's order of layers; changes nothing.
+        """Return ``sigma``, ``frozen`` and the sums of a saved scale in this scale's order of layers; change nothing.
 
         Raises:
-            CheckpointError: it belongs to other layers, or is no scale.
+            CheckpointError: ``state`` belongs to other layers, or is not a scale.
         """
         try:
             saved, frozen, sums = dict(state["sigma"]), bool(state["frozen"]), list(state["sums"])

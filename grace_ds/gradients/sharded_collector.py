@@ -1,8 +1,8 @@
-"""Rows of a model that lies on several ranks: parts kept on each, added up once a window.
+"""Collect rows of a model that is spread over several ranks: each rank keeps its part, and one sum per window joins them.
 
-Everything that a rank has of a row is a sum over the ranks' parts (the folded sketch, the inner product with the trusted
-gradient, the sum of the tokens' losses and their number, the hidden state), so one all-reduce over the ranks that hold the
-model together, at the window's end, makes the rows of all of them.  Only their lengths, cosines and means are taken afterwards.
+Everything that a rank has of a row is a sum over the ranks' parts: the folded sketch, the inner product with the trusted
+gradient, the sum of the tokens' losses and their number, the hidden state.  So one all-reduce over the ranks that hold the
+model together, at the end of the window, gives the rows.  Only their lengths, cosines and means are computed afterwards.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from grace_ds.gradients.collector import CollectedInterval, GradientCollector
 from grace_ds.gradients.hooks import Sketcher
 from grace_ds.records import HIDDEN, IntArray, Losses, SampleRecords
 
-_BESIDE = 3  # columns between the sketch and the hidden state: inner product, sum of losses, tokens
+_BESIDE = 3  # columns between sketch and hidden state: inner product, sum of losses, number of tokens
 
 
 @dataclass(frozen=True)
 class Part:
-    """What this rank has of one micro-batch's rows.
+    """This rank's part of the rows of one micro-batch.
 
     Attributes:
         ids: (n,) int64.
         step: optimizer step.
-        values: (n, dim + 3 + HIDDEN) float32; see the module.  NaN throughout where this rank failed: the sum then is no row.
+        values: (n, dim + 3 + HIDDEN) float32; see the module.  All NaN if this rank failed, so that the sum is dropped.
         plan: the projections in force.
-        grad_scale: of the step.
+        grad_scale: accumulation steps divided by the loss scale, of the step.
     """
 
     ids: IntArray
@@ -44,51 +44,54 @@ class Part:
 
 
 class ShardedGradientCollector(GradientCollector):
-    """A collector on each rank that holds a part of the model.
+    """Collector on each rank that holds a part of the model.
 
     Args:
         sketcher: over all layers of the model, those of other ranks included.
-        config: of what is collected.
+        config: what to collect.
         peers: the ranks that hold one model together; they commit the same micro-batches in the same order.
-        leader: whether this rank feeds the rows on, which one of the peers does.
+        leader: whether this rank passes the rows on; exactly one of the peers does.
     """
 
     def __init__(self, sketcher: Sketcher, config: CollectConfig, peers: Comm, leader: bool) -> None:
         super().__init__(sketcher, config)
         self.peers, self.leader = peers, leader
-        self.summed_bytes = 0  # handed to all-reduces over the peers so far, on this rank
+        self.summed_bytes = 0  # bytes given to all-reduces over the peers so far, on this rank
         self._parts: list[Part] = []
 
     def commit(self, captures: Sequence[MicroBatchCapture], step: int, grad_scale: float, comm: Comm | None) -> None:
-        """Keeps this rank's parts of the rows of an optimizer step that was applied.
+        """Keep this rank's parts of the rows of an optimizer step that was applied.
 
-        The first step that is collected gives the layers' scale and no rows: it costs one sum of the unfolded sketches.
+        The first collected step only gives the layers' scale and no rows.  It costs one sum of the unfolded sketches.
 
         Args:
-            bindings: of the step's micro-batches.
+            captures: of the step's micro-batches.
             step: number of the optimizer step.
             grad_scale: accumulation steps divided by the loss scale.
             comm: between the data-parallel replicas, on the leaders at least; None elsewhere.
         """
         started = time.perf_counter()
         if self.sketcher.scale.frozen:
-            self._parts += [self._part(b, step, grad_scale) for b in captures]
+            self._parts += [self._part(capture, step, grad_scale) for capture in captures]
         else:
             self._measure(captures, grad_scale, comm)
         self.discard(captures)
         self.seconds += time.perf_counter() - started
 
     def pending(self, comm: Comm | None) -> CollectedInterval:
-        """Like :meth:`GradientCollector.pending`; the leader has all rows.  Collective over the peers."""
+        """Return the interval as :meth:`GradientCollector.pending` does; only the leader has rows.  Collective over the peers."""
         found = self.collect()
         for step in sorted({step for step, _ in found}):
-            self._keep([h for s, h in found if s == step], step)
+            self._keep([rows for row_step, rows in found if row_step == step], step)
         if comm is None:
             return CollectedInterval(SampleRecords.empty(self.sketcher.dim), Losses.empty(), self.running_mean)
         return super().pending(comm)
 
     def collect(self) -> list[tuple[int, CollectedRows]]:
-        """(step, rows) of every micro-batch committed since the last call; none but on the leader.  Collective over the peers."""
+        """Return (step, rows) of every micro-batch committed since the last call; empty except on the leader.
+
+        Collective over the peers.
+        """
         parts, self._parts = self._parts, []
         if not parts:
             return []
@@ -107,13 +110,13 @@ class ShardedGradientCollector(GradientCollector):
             values = np.concatenate([linear, losses[:, None], tokens[:, None], hidden], 1)
             if not self._whole(capture):
                 values = np.full_like(values, np.nan)
-        except Exception:  # the peers will add up this micro-batch: it must be there, and be known to be no row
+        except Exception:  # the peers will add up this micro-batch: it must be present, and marked as invalid
             self.sketcher.failures += 1
             values = np.full((len(capture.ids), self.sketcher.dim + _BESIDE + HIDDEN), np.nan, np.float32)
         return Part(capture.ids, step, values.astype(np.float32), capture.plan, grad_scale)
 
     def _whole(self, capture: MicroBatchCapture) -> bool:
-        """Whether every layer that is sketched here has got its gradient."""
+        """Return whether every layer that is sketched on this rank has received its gradient."""
         here = {i for i, layer in enumerate(self.sketcher.layers) if layer.here}
         return not capture.spoiled and not capture.closed and here <= capture.seen
 
@@ -138,34 +141,34 @@ class ShardedGradientCollector(GradientCollector):
     # -- the layers' scale ---------------------------------------------------------------------------------------------
 
     def _measure(self, captures: Sequence[MicroBatchCapture], grad_scale: float, comm: Comm | None) -> None:
-        """Freezes the scale of the layers from one step, on all ranks alike.  Collective over the peers, and over ``comm``."""
+        """Freeze the scale of the layers from one step, equal on all ranks.  Collective over the peers and over ``comm``."""
         if not captures:
             return
-        parts = [np.concatenate([self._coordinates(b), _losses(b)[1][:, None]], 1) for b in captures]
+        parts = [np.concatenate([self._coordinates(capture), _losses(capture)[1][:, None]], 1) for capture in captures]
         total, start = self._sum(np.concatenate(parts).astype(np.float32)), 0
         for capture in captures if self.leader else ():
-            mine = total[start : start + len(capture.ids)]
+            rows = total[start : start + len(capture.ids)]
             start += len(capture.ids)
-            self.rows_dropped += len(mine)
-            tokens = mine[:, -1]
+            self.rows_dropped += len(rows)
+            tokens = rows[:, -1]
             counts = np.rint(tokens).astype(np.int64) if np.isfinite(tokens).all() and (tokens > 0).any() else None
-            factor = row_factor(len(mine), grad_scale, self.config.reduction, counts)
-            squares = np.square(mine[:, :-1].reshape(len(mine), len(self.sketcher.layers), -1), dtype=np.float64).sum(2)
+            factor = row_factor(len(rows), grad_scale, self.config.reduction, counts)
+            squares = np.square(rows[:, :-1].reshape(len(rows), len(self.sketcher.layers), -1), dtype=np.float64).sum(2)
             self.sketcher.scale.add(squares * (factor[:, None] * capture.plan.unit) ** 2)
         sums = self.sketcher.scale.sums()
         if comm is not None:
             sums = comm.allreduce(sums)
-        everyone = self.peers.allreduce(sums if self.leader else np.zeros_like(sums))
-        if everyone[-1] > 0:
-            self.sketcher.scale.freeze(everyone)
+        shared_sums = self.peers.allreduce(sums if self.leader else np.zeros_like(sums))
+        if shared_sums[-1] > 0:
+            self.sketcher.scale.freeze(shared_sums)
 
     def _coordinates(self, capture: MicroBatchCapture) -> npt.NDArray[np.float32]:
-        found = capture.coordinates().reshape(len(capture.ids), -1)
-        return found if self._whole(capture) else np.full_like(found, np.nan)
+        coordinates = capture.coordinates().reshape(len(capture.ids), -1)
+        return coordinates if self._whole(capture) else np.full_like(coordinates, np.nan)
 
 
 def _losses(capture: MicroBatchCapture) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """(n,) sum of the losses of each sample's tokens, and their number; 0 where this rank has seen none."""
+    """Return, per sample, the sum of its tokens' losses and their number, (n,) each; 0 if this rank has seen none."""
     n = len(capture.ids)
     if capture.losses is None or capture.tokens is None:
         return np.zeros(n, np.float32), np.zeros(n, np.float32)

@@ -1,7 +1,7 @@
-"""Where rows go in the clustered tier: balanced spherical k-means on a sample, and the clusters nearest to each row.
+"""Assign rows to clusters: balanced spherical k-means on a sample, and the clusters nearest to each row.
 
-Everything is exact arithmetic on the grid of :mod:`grace_ds.utils.grid` and starts from a sample that depends on ids alone, so
-that any number of ranks makes the same clusters and puts every row into the same ones.
+All arithmetic is exact on the grid of :mod:`grace_ds.utils.grid`, and the sample depends on ids alone.  So any number of
+ranks makes the same clusters and puts every row into the same ones.
 """
 
 from __future__ import annotations
@@ -14,53 +14,60 @@ from grace_ds.comm.buckets import splitmix64
 from grace_ds.records import Array, FloatArray, IntArray
 from grace_ds.utils.grid import ROW_GRID
 
-SAMPLE_ROWS = 20  # a centroid: twice as many cost twice as much, and overlap makes up for it
+SAMPLE_ROWS = 20  # per centroid: twice as many cost twice as much, and overlap compensates for it
 ROUNDS = 10
-SETTLING = 3  # last rounds, in which no centroid is moved elsewhere
-BALANCE = 2.0  # times the mean: a cluster above it gives a part to a centroid with less than a quarter of the mean
+SETTLING = 3  # last rounds, in which no centroid moves to another cluster
+BALANCE = 2.0  # times the mean size: a larger cluster is split with a centroid that has less than a quarter of the mean
 _BLOCK = 1 << 18  # float64 numbers of one block of similarities: 2 MiB
 
 
 def draw(comm: Comm, ids: IntArray, wanted: int, *columns: Array) -> list[Array]:
-    """About ``wanted`` samples of all ranks by a hash of their ids, in order of id: on every rank the same.  Collective.
+    """Draw about ``wanted`` samples of all ranks by a hash of their ids, in order of id; equal on every rank.  Collective.
 
     Args:
+        comm: of all ranks.
         ids: (n,) int64, this rank's, each on one rank only.
-        columns: (n, ...) each, what to bring along.
+        wanted: expected number of samples.
+        columns: (n, ...) each, values to return with the ids.
 
     Returns:
         The drawn ids and their columns.
     """
     total = int(comm.allreduce(np.array([len(ids)], np.int64))[0])
     share = min(1.0, wanted / max(total, 1))
-    mine = splitmix64(ids.view(np.uint64) ^ np.uint64(0x5A17_B0DD_C0DE)) <= np.uint64(min(share * 2.0**64, 2.0**64 - 2048))
-    parts = [np.concatenate(comm.allgather(np.ascontiguousarray(a[mine]))) for a in (ids, *columns)]
+    drawn = splitmix64(ids.view(np.uint64) ^ np.uint64(0x5A17_B0DD_C0DE)) <= np.uint64(min(share * 2.0**64, 2.0**64 - 2048))
+    parts = [np.concatenate(comm.allgather(np.ascontiguousarray(a[drawn]))) for a in (ids, *columns)]
     order = np.argsort(parts[0], kind="stable")
     return [np.ascontiguousarray(a[order]) for a in parts]
 
 
 def fit(X: FloatArray, clusters: int) -> FloatArray:
-    """Centroids of ``X`` (s, d), prepared rows in an order that all ranks share: (c, d) float32, on the grid, distinct.
+    """Return the centroids of ``X``, (c, d) float32, on the grid, distinct.
 
-    Lloyd's rounds on the sphere; c is at most ``clusters``, fewer where the sample has fewer distinct rows.
+    Lloyd's rounds on the sphere; c is at most ``clusters``, and less if the sample has fewer distinct rows.
+
+    Args:
+        X: (s, d) float32, prepared rows in an order that all ranks share.
+        clusters: number of centroids wanted.
     """
     rows = torch.from_numpy(X[X.any(axis=1)].astype(np.float64))
     start = np.argsort(splitmix64(np.arange(len(rows))), kind="stable")[:clusters]
     centroids = torch.unique(rows[torch.from_numpy(np.sort(start))], dim=0)
-    for done in range(ROUNDS):
+    for round_index in range(ROUNDS):
         if len(centroids) < 2:
             break
-        best, where = _nearest_one(rows, centroids)
-        centroids = _means(rows, where, centroids)
-        if done < ROUNDS - SETTLING:
-            _spread_out(rows, best, where, centroids)
+        best, assigned = _nearest_one(rows, centroids)
+        centroids = _means(rows, assigned, centroids)
+        if round_index < ROUNDS - SETTLING:
+            _spread_out(rows, best, assigned, centroids)
     return np.ascontiguousarray(torch.unique(centroids, dim=0).numpy().astype(np.float32))
 
 
 def nearest_centroids(X: FloatArray, centroids: FloatArray, overlap: int) -> Array:
-    """(n, overlap) int32: the centroids nearest to each prepared row, nearest first.
+    """Return the centroids nearest to each prepared row, nearest first, (n, overlap) int32.
 
-    A row of zeros, equally far from all, goes to the first ones.
+    A row of zeros is equally far from all; it goes to the first ones.
+
     """
     out = np.empty((len(X), overlap), np.int32)
     table = torch.from_numpy(centroids.astype(np.float64)).T
@@ -78,17 +85,17 @@ def _nearest_one(rows: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Ten
 
 
 def _means(rows: torch.Tensor, where: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """Unit means of the clusters on the grid; a cluster without rows keeps its centroid."""
+    """Return the unit means of the clusters, on the grid; a cluster without rows keeps its centroid."""
     total = torch.zeros_like(centroids).index_add_(0, where, rows)  # exact: multiples of 2**-25 below 2**25
     count = torch.bincount(where, minlength=len(centroids))[:, None]
     mean = torch.round(total / count.clamp(min=1) * ROW_GRID) / ROW_GRID
-    length = mean.square().sum(dim=1, keepdim=True).sqrt()  # exact up to the root, which rounds alike everywhere
+    length = mean.square().sum(dim=1, keepdim=True).sqrt()  # exact up to the root, which rounds equally on all machines
     unit = torch.round(mean / length.clamp(min=1 / ROW_GRID) * ROW_GRID) / ROW_GRID
     return torch.where((count > 0) & (length > 0), unit, centroids)
 
 
 def _spread_out(rows: torch.Tensor, best: torch.Tensor, where: torch.Tensor, centroids: torch.Tensor) -> None:
-    """Moves centroids of nearly empty clusters onto the middle rows of the largest ones, in place."""
+    """Move centroids of nearly empty clusters onto the middle rows of the largest ones, in place."""
     count = torch.bincount(where, minlength=len(centroids)).numpy()
     mean = len(rows) / len(centroids)
     large = [c for c in np.argsort(-count, kind="stable") if count[c] > BALANCE * mean]

@@ -1,7 +1,7 @@
-"""Neighbours as sortable integers, so that merging is sorting and its result does not depend on the order of merging.
+"""Encode neighbours as sortable integers, so that merging is sorting and does not depend on the order of merging.
 
 A neighbour is packed into one int64: its distance (how far its similarity is below the largest possible, in grid steps)
-above its id.  Ascending keys are thus nearest first with ties by the lower id, and equal keys are the same neighbour.
+above its id.  So ascending keys are nearest first with ties by the lower id, and equal keys are the same neighbour.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import numpy as np
 from grace_ds.errors import DataError
 from grace_ds.records import Array, IntArray, Neighbours
 
-GRID = 1 << 20  # steps of similarity in a unit: below float32's own resolution near 1 it would not survive the record
+GRID = 1 << 20  # steps of similarity per unit: a finer grid would exceed the float32 resolution of the record near 1
 ID_BITS = 40
 _TOP = 2 * GRID  # similarity 2: above what rows of nearly unit norm can reach, so that no distance is negative
-ROWS = 8192  # at a time, where all rows would hold a second copy
+ROWS = 8192  # rows at a time where processing all at once would need a second copy
 PAD = np.iinfo(np.int64).max
 
 
 def pack(similarity: Array, ids: Array) -> IntArray:
-    """Keys of neighbours.
+    """Return the keys of neighbours.
 
     Args:
         similarity: float64, any shape, within [-2, 2]; -inf for padding.
@@ -36,7 +36,7 @@ def pack(similarity: Array, ids: Array) -> IntArray:
 
 
 def merge(a: IntArray, b: IntArray, k: int) -> IntArray:
-    """The k nearest of two sets of neighbours of the same queries.
+    """Return the k nearest of two sets of neighbours of the same queries.
 
     Args:
         a: (n, j) int64 keys, this rank; in any order.
@@ -56,7 +56,7 @@ def merge(a: IntArray, b: IntArray, k: int) -> IntArray:
 
 
 def without_self(keys: IntArray, ids: IntArray, k: int) -> IntArray:
-    """(n, k) keys with each row's own id dropped, wherever it stands.
+    """Return (n, k) keys with each row's own id dropped, at whatever position it is.
 
     Args:
         keys: (n, j) int64.
@@ -70,7 +70,7 @@ def without_self(keys: IntArray, ids: IntArray, k: int) -> IntArray:
 
 
 def unpack(keys: IntArray) -> Neighbours:
-    """The record behind (n, k) keys that are ascending in each row."""
+    """Decode (n, k) keys that ascend in each row."""
     empty = keys == PAD
     similarity = (_TOP - (keys >> ID_BITS)) / GRID
     return Neighbours(
@@ -80,13 +80,13 @@ def unpack(keys: IntArray) -> Neighbours:
 
 
 def finished(keys: IntArray, ids: IntArray, k: int, exclude_self: bool) -> Neighbours:
-    """The record behind the collected keys (n, j), each row's own id dropped first if so wished; block by block."""
-    out = Neighbours(np.empty((len(keys), k), np.int64), np.empty((len(keys), k), np.float32))
-    for lo in range(0, len(keys), ROWS):
-        part = slice(lo, lo + ROWS)
-        made = unpack(without_self(keys[part], ids[part], k) if exclude_self else _columns(keys[part], k))
-        out.ids[part], out.similarity[part] = made.ids, made.similarity
-    return out
+    """Decode the collected keys (n, j), block by block; drop each row's own id first if ``exclude_self``."""
+    neighbours = Neighbours(np.empty((len(keys), k), np.int64), np.empty((len(keys), k), np.float32))
+    for start in range(0, len(keys), ROWS):
+        part = slice(start, start + ROWS)
+        decoded = unpack(without_self(keys[part], ids[part], k) if exclude_self else _columns(keys[part], k))
+        neighbours.ids[part], neighbours.similarity[part] = decoded.ids, decoded.similarity
+    return neighbours
 
 
 def _columns(keys: IntArray, k: int) -> IntArray:

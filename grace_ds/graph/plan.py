@@ -1,7 +1,7 @@
-"""What a k-NN graph will be built by, and what that costs: decided from sizes alone, before anything is moved.
+"""Plan how to build a k-NN graph and estimate its cost, from sizes alone, before any row is sent.
 
 Tier ``exact``: index shards rotate over the ranks.  Tier ``clustered``: rows go to their nearest clusters and are compared
-where they meet.  Figures are of one rank, for ranks with equal shares.
+within them.  Figures are for one rank, assuming equal shares.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from grace_ds.graph.placement import MOST, SAMPLE_QUERIES
 
 log = logging.getLogger(__name__)
 
-CLUSTERED_ROWS = 30_000  # from here on rows that cluster well are compared faster within their clusters
-EXPECTED_OVERLAP = 3  # for the figures; the build measures what it needs
-IMBALANCE = 1.5  # of sum over clusters of m^2, measured 1.3 to 1.6 on the rows of benchmarks graph
+CLUSTERED_ROWS = 30_000  # from this size on, rows that cluster well are compared faster within their clusters
+EXPECTED_OVERLAP = 3  # for the estimates; the build measures the overlap that it needs
+IMBALANCE = 1.5  # of the sum over clusters of m^2; measured 1.3 to 1.6 on the rows of the graph benchmark
 PAIR_SECONDS, VISIT_SECONDS = 2.5e-9, 8e-6  # one thread of a 2020s x86 core, k = 15, 128 columns: within a factor of two
-LARGEST = 4.0  # largest cluster, in means: measured 3 to 4
+LARGEST = 4.0  # size of the largest cluster relative to the mean: measured 3 to 4
 FIXED_BYTES = 4 << 20  # scratch blocks of the backend, of exact similarities and of the assignment
 
 
@@ -33,14 +33,14 @@ class GraphPlan:
     Attributes:
         tier: exact | clustered.
         why: the reason, in words.
-        clusters: of the clustered tier; 0 otherwise.
+        clusters: number of clusters of the clustered tier; 0 otherwise.
         overlap: clusters that a row is expected to go to; 0 in the exact tier.
         flop: multiplications and additions of the similarities.
         pairs: similarities that are sorted.
-        visits: queries times the shards or clusters that each is compared in.
-        wire_bytes: sent.
-        host_bytes: held at the peak, beyond the rows themselves and including the result.
-        device_bytes: on the GPU under ``backend: cuvs``, rows and outputs of one block of queries; 0 otherwise.  Never measured.
+        visits: queries times the number of shards or clusters that each is compared in.
+        wire_bytes: bytes sent.
+        host_bytes: bytes held at the peak, beyond the rows themselves and including the result.
+        device_bytes: on the GPU with ``backend: cuvs``: rows and outputs of one block of queries; 0 otherwise.  Not measured.
     """
 
     tier: str
@@ -55,14 +55,19 @@ class GraphPlan:
     device_bytes: int
 
     def seconds(self, gflops: float, gbits: float) -> float:
-        """Expected seconds on a CPU rank: products at ``gflops``, sorting and exact similarities, ``gbits`` on the wire."""
+        """Return the expected seconds on a CPU rank: products, sorting, exact similarities and transfers.
+
+        Args:
+            gflops: speed of the products.
+            gbits: speed of the wire.
+        """
         return (
             self.flop / gflops / 1e9 + self.pairs * PAIR_SECONDS + self.visits * VISIT_SECONDS + 8 * self.wire_bytes / gbits / 1e9
         )
 
 
 def plan_graph(config: GraphConfig, n_queries: int, n_index: int, dim: int, ranks: int, alike: bool) -> GraphPlan:
-    """The plan for ``n_queries`` rows against ``n_index`` rows, both over all ranks.
+    """Plan the search of ``n_queries`` rows among ``n_index`` rows, both over all ranks.
 
     Args:
         config: ``graph`` of the configuration.
@@ -76,12 +81,12 @@ def plan_graph(config: GraphConfig, n_queries: int, n_index: int, dim: int, rank
         why = f"{n_index} index rows, {'fewer than' if small else 'at least'} {CLUSTERED_ROWS}"
         if not small and config.recall >= 1:
             why = "graph.recall is 1"
-    made = _clustered if tier == "clustered" else _exact
-    return made(config, n_queries, n_index, dim, ranks, alike, why)
+    plan_tier = _clustered if tier == "clustered" else _exact
+    return plan_tier(config, n_queries, n_index, dim, ranks, alike, why)
 
 
 def clusters_for(config: GraphConfig, n_index: int) -> int:
-    """Clusters of the clustered tier: their square root, where assigning and comparing cost about the same."""
+    """Return the number of clusters: the square root of the rows, so that assigning and comparing cost about the same."""
     return config.clusters or max(1, math.isqrt(n_index))
 
 
@@ -105,11 +110,11 @@ def _clustered(config: GraphConfig, n_q: int, n_x: int, d: int, ranks: int, alik
     q, x, travelling = n_q / ranks, n_x / ranks, (n_x if alike else n_x + n_q) / ranks
     sample = min(SAMPLE_ROWS * c, n_x)
     pairs = IMBALANCE * o * o * n_q * n_x / c
-    # similarities; assignment, k-means (on root, the slowest rank) and the exact search of the sample count as they are
+    # similarities; assignment, k-means (on root, the slowest rank) and the exact search of the sample count in full
     flop = 2.0 * d * (pairs / ranks + travelling * c + sample * c * ROUNDS + min(SAMPLE_QUERIES, n_q) * x)
     wire = (ranks - 1) / ranks * o * (travelling * (4 * d + 8) + q * 8 * (config.k + 1))
     wire += (ranks - 1) * sample * (4 * d + 8) / ranks
-    held = travelling * (4 * MOST + 16 * o + 16)  # where each row goes, and its order
+    held = travelling * (4 * MOST + 16 * o + 16)  # the clusters of each row, and its order
     fitting = sample * 16 * d  # the sample as it is sent, gathered, sorted and converted
     keys, result = 8.8 * (config.k + 1) * q, 12 * config.k * q
     peak = fitting + held + keys + max(3 * wave_bytes(n_x, d, ranks), result)

@@ -1,6 +1,6 @@
-"""Scores spread from the samples that the job has measured (anchors) along the k-NN graph, and say how much they are worth.
+"""Propagate scores from the samples that the job has measured (anchors) along the k-NN graph, with a confidence in each.
 
-Every hop gives each sample a mean of what its neighbours believe, and a confidence in it:
+Every hop gives each sample a mean of its neighbours' values, and a confidence in it:
 
     mean_i = sum_j w_ij c_j mean_j / e_i,   e_i = sum_j w_ij c_j,   c_i = e_i / (shrink + e_i),   w = max(cosine, 0)^4
 
@@ -9,13 +9,13 @@ where an anchor is held at its own value, with c = decay^age.  After the last ho
     value_i = (c_i v_i + e_i mean_i) / (shrink + c_i + e_i)
 
 minimises, over the value, the confidence-weighted squared distance to the sample's own old value, to its neighbours' values
-and (by ``shrink``) to zero, the mean of a centred signal.  So one weak anchor does not carry its whole value over, a sample
-that nothing is known of gets the mean, and more than one hop reaches samples without an anchor among their neighbours.
+and (by ``shrink``) to zero, the mean of a centred signal.  So a weak anchor does not pass on its whole value, a sample
+without any evidence gets the mean, and more than one hop reaches samples without an anchor among their neighbours.
 
-Shapes: n = rows of this rank, k = neighbours, s = signals.  Pure functions of arrays; a row's result depends on the rows that
-it is reached from only, bit for bit, however rows are spread over ranks.  Written on the array API
-(https://data-apis.org/array-api): NumPy, torch and CuPy arrays are taken alike, where they lie; all arrays of a call are of
-one library.
+Shapes: n = rows of this rank, k = neighbours, s = signals.  Pure functions of arrays.  A row's result depends only on the
+rows that reach it, bit for bit, independent of how rows are spread over ranks.  Written on the array API
+(https://data-apis.org/array-api): NumPy, torch and CuPy arrays are accepted on their own device; all arrays of one call
+must come from one library.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from grace_ds.records import Array, FloatArray, IntArray
 
 FloatRows = npt.NDArray[np.float64]
 Exchange = Callable[[Array], Array]
-LEAST_DISAGREEMENT = 1e-3  # of the largest: where neighbours agree, staleness alone still orders the re-scoring
+LEAST_DISAGREEMENT = 1e-3  # relative to the largest: if neighbours agree, staleness alone still orders the re-scoring
 
 
 @dataclass(frozen=True)
 class Propagated:
-    """What is believed of this rank's n samples.
+    """Propagated values of this rank's n samples.
 
     Attributes:
-        values: (n, s) float32, the centred signals; a fresh row's own values where it has them.
-        reached: (n,) bool, rows that got signal 0 or a later one from others.
-        disagreement: (n,) float32, weighted standard deviation of signal 0 among the neighbours, in its unit; NaN where
-            no neighbour has a value.
+        values: (n, s) float32, the centred signals; a fresh row keeps its own measured values.
+        reached: (n,) bool, rows that received any signal from other rows.
+        disagreement: (n,) float32, weighted standard deviation of signal 0 among the neighbours, in its unit; NaN if no
+            neighbour has a value.
     """
 
     values: FloatArray
@@ -63,16 +63,16 @@ def propagate(
     shrink: float,
     decay: float,
 ) -> Propagated:
-    """Values of this rank's rows from their own old ones and, over some hops, from those of others.
+    """Compute the values of this rank's rows from their own old ones and, over some hops, from those of others.
 
     Args:
         own: (n, s) float32, centred signals; NaN where unknown.
-        own_ages: (n, s) float, refreshes since each was measured; 0 for this interval's anchors, inf where it never was.
-        place: (n, k) integers, where each neighbour stands in what ``exchange`` returns; a row of zeros at padding.
+        own_ages: (n, s) float, refreshes since each was measured; 0 for this interval's anchors, inf if never measured.
+        place: (n, k) integers, the row of each neighbour in the result of ``exchange``; at padding, a row of zeros.
         similarity: (n, k) float32, cosines; -inf at padding.
-        exchange: (n, c) float64, facts of this rank's rows → (m, c) those of all neighbours.  Called once a hop; collective.
+        exchange: (n, c) float64, facts of this rank's rows → (m, c) those of all neighbours.  One call per hop; collective.
         hops: 1 or more.
-        shrink: evidence that counts as much as no evidence, above 0.
+        shrink: weight of the prior value zero, in units of evidence, above 0.
         decay: confidence kept per refresh of age, in (0, 1].
 
     Raises:
@@ -100,7 +100,7 @@ def propagate(
 
 
 def crowding(similarity: FloatArray) -> FloatArray:
-    """(n,) float32, density of the graph at each row: the sum over its (n, k) neighbours of max(cosine, 0)^4."""
+    """Return the density of the graph at each row, (n,) float32: the sum over its (n, k) neighbours of max(cosine, 0)^4."""
     xp = array_namespace(similarity)
     total = _zeros(similarity)
     for j in range(similarity.shape[1]):  # in this order: a sum along an axis may be split differently for other shapes
@@ -110,20 +110,20 @@ def crowding(similarity: FloatArray) -> FloatArray:
 
 
 def priority(staleness: Array, disagreement: FloatArray) -> FloatRows:
-    """Re-scoring priority = staleness x disagreement, for the rows of *all* ranks at once (it is relative to their top).
+    """Return the re-scoring priority, staleness x disagreement, of the rows of *all* ranks; it is relative to their maximum.
 
     Args:
-        staleness: (n,) float, optimizer steps since the collection, 0 when just collected; inf when never collected, which
+        staleness: (n,) float, optimizer steps since the collection, 0 if just collected; inf if never collected, which
             counts as one step more than the stalest of the others.
-        disagreement: (n,) float32, from :func:`propagate`; NaN, nothing known around, counts as the largest.
+        disagreement: (n,) float32, from :func:`propagate`; NaN (no neighbour has a value) counts as the largest.
 
     Returns:
-        (n,) float64, finite, not negative; 0 for just collected rows, and the higher the sooner to be re-scored.
+        (n,) float64, finite, not negative; 0 for just collected rows; rows with a higher value are re-scored first.
     """
     xp = array_namespace(staleness, disagreement)
     age = _double(staleness)
-    never = ~xp.isfinite(age)
-    age = xp.where(never, _largest(xp, xp.where(never, 0.0, age)) + 1.0, xp.where(age > 0, age, 0.0))
+    never_collected = ~xp.isfinite(age)
+    age = xp.where(never_collected, _largest(xp, xp.where(never_collected, 0.0, age)) + 1.0, xp.where(age > 0, age, 0.0))
     doubt = _double(disagreement)
     unknown = ~xp.isfinite(doubt)
     largest = _largest(xp, xp.where(unknown, 0.0, doubt)) or 1.0
@@ -134,9 +134,9 @@ def priority(staleness: Array, disagreement: FloatArray) -> FloatRows:
 
 
 def confidence(age: Array, decay: float) -> FloatRows:
-    """(n,) or (n, s) float64, what a value is worth at its age in refreshes: decay ** age.
+    """Return the weight of a value at its age in refreshes, decay ** age, (n,) or (n, s) float64.
 
-    0 for a row that was never collected, also where decay is 1.
+    0 for a row that was never collected, even if decay is 1.
     """
     xp = array_namespace(age)
     age = _double(age)
@@ -155,7 +155,7 @@ def _largest(xp: Any, x: Array) -> float:
 
 
 def closeness(similarity: FloatArray) -> FloatRows:
-    """max(cosine, 0) ** 4, by products: they round alike everywhere."""
+    """Return max(cosine, 0) ** 4 by repeated squaring, which rounds equally everywhere."""
     xp = array_namespace(similarity)
     weight = _double(similarity)
     weight = xp.where(weight > 0, weight, 0.0)
@@ -166,25 +166,28 @@ def closeness(similarity: FloatArray) -> FloatRows:
 
 
 def _column(x: Array, j: int) -> Any:
-    """Column ``j`` of ``x``, side by side in memory: gathered at twice the speed."""
+    """Return column ``j`` of ``x`` as a contiguous copy: gathering from it is twice as fast."""
     return array_namespace(x).asarray(x[:, j], copy=True)
 
 
 def _zeros(similarity: FloatArray) -> FloatRows:
-    """(n,) of a sum over (n, k) neighbours."""
+    """Return (n,) zeros for a sum over (n, k) neighbours."""
     xp = array_namespace(similarity)
     zeros: FloatRows = xp.zeros(similarity.shape[0], dtype=xp.float64, device=device(similarity))
     return zeros
 
 
 def _around(facts: Array, place: IntArray, similarity: FloatArray) -> tuple[FloatRows, FloatRows]:
-    """Evidence and weighted sum of the neighbours' means, both (n, s), from ``facts`` (m, 2 s): means, then confidences."""
+    """Return evidence and weighted sum of the neighbours' means, both (n, s).
+
+    Args: ``facts`` (m, 2 s): means, then confidences.
+    """
     xp = array_namespace(facts, similarity)
     s = facts.shape[1] // 2
     facts_of = [_column(facts, i) for i in range(2 * s)]
     evidence = [_zeros(similarity) for _ in range(s)]
     total = list(evidence)
-    # Neighbour by neighbour: a sum along an axis may be split differently for other shapes, this one cannot.
+    # One neighbour at a time: a sum along an axis may be split differently for other shapes, this one cannot.
     for j in range(similarity.shape[1]):
         near, w = _column(place, j), closeness(_column(similarity, j))
         for i in range(s):
@@ -195,7 +198,7 @@ def _around(facts: Array, place: IntArray, similarity: FloatArray) -> tuple[Floa
 
 
 def _spread(facts: Array, place: IntArray, similarity: FloatArray, evidence: FloatRows, total: FloatRows) -> FloatRows:
-    """(n,) weighted standard deviation of signal 0 over the neighbours; NaN where none has a value.
+    """Return the weighted standard deviation of signal 0 over the neighbours, (n,); NaN if none has a value.
 
     Args: ``evidence``, ``total`` (n, s) of :func:`_around`.
     """

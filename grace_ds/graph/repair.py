@@ -1,11 +1,11 @@
-"""The k-NN graph of a window, kept from refresh to refresh: rows come, go and move, at the price of those rows alone.
+"""Keep the k-NN graph of a window from refresh to refresh: the cost is that of the rows that come, go and move.
 
-Kept are the k nearest of each row and :data:`SPARE` more.  Whatever is nearer than the last of them is in the list; so when a
-neighbour leaves, the next one is there already, and a row that has come or moved must only be compared with the last.  Rows
-that have come or moved are searched for anew, and so is a row whose list has run short of k.
+Kept are the k nearest of each row and :data:`SPARE` more.  Every row nearer than the last of them is in the list.  So when a
+neighbour leaves, the next one is there already, and a row that is new or has moved must only be compared with the last.  Rows
+that are new or have moved are searched for again, and so is a row whose list has fewer than k left.
 
-In the exact tier a repaired graph *is* the rebuilt one, bit for bit.  In the clustered tier, and over an approximate backend,
-it keeps to what it can find; where a sample's recall falls below the floor everything is built anew.
+In the exact tier a repaired graph *is* the rebuilt one, bit for bit.  In the clustered tier, and over an approximate back
+end, it is limited to what these can find; if a sample's recall falls below the floor, everything is built again.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from grace_ds.utils.heap import trim_heap
 
 log = logging.getLogger(__name__)
 
-SPARE = 8  # neighbours kept beyond k: of 23, one in twenty moving, nearly no row loses more
-FLOOR = 0.005  # the sampled recall may fall this far below what was asked for
-REBUILT_SHARE = 0.5  # of all rows: where more have come or moved, building anew is cheaper
+SPARE = 8  # neighbours kept beyond k: with 23 kept and one in twenty moving, nearly no row loses more
+FLOOR = 0.005  # the sampled recall may fall this far below the configured one
+REBUILT_SHARE = 0.5  # of all rows: if more are new or have moved, building again is cheaper
 _FILTER = 1 << 20
 
 
 @dataclass(frozen=True)
 class KeptGraph:
-    """A graph with what it takes to repair it; of this rank's n rows.
+    """A graph of this rank's n rows, with what is needed to repair it.
 
     Attributes:
         k: neighbours of a row.
         ids: (n,) int64, sorted.
         X: (n, d) float32, the rows that the edges were computed from.
-        centroids: (c, d) float32, on all ranks alike; c is 0 in the exact tier.
+        centroids: (c, d) float32, equal on all ranks; c is 0 in the exact tier.
         where: (n, o) int32, clusters of each row; o is 0 in the exact tier.
         keys: (n, k + SPARE) int64, nearest first (:mod:`grace_ds.graph.merge`).
         depth: (n,) int64, the key up to which a list is complete.
-        exact: whether every list is the true one.
-        change: what the last refresh did to it: built | repaired | none.
-        searched: rows of all ranks that were searched for by the last refresh.
+        exact: whether every list holds the true neighbours.
+        change: what the last refresh did: built | repaired | none.
+        searched: number of rows, over all ranks, that the last refresh searched for.
     """
 
     k: int
@@ -65,35 +65,36 @@ class KeptGraph:
     searched: int = 0
 
     def neighbours(self) -> Neighbours:
-        """The k nearest of each row, nearest first."""
+        """Return the k nearest of each row, nearest first."""
         return finished(self.keys, self.ids, self.k, exclude_self=False)
 
 
 def build_kept(comm: Comm, ids: IntArray, X: FloatArray, config: GraphConfig, device: str = "cpu") -> KeptGraph | None:
-    """The graph of all ranks' rows, each row's own id left out.  Collective.
+    """Build the graph of all ranks' rows, each row's own id left out.  Collective.
 
     Args:
+        comm: of all ranks.
         ids: (n,) int64, sorted, each on one rank only.
         X: (n, d) float32, unit norm or zero.
         config: k, recall, backend, tier, clusters, overlap, executor.
         device: of the job's model.
 
     Returns:
-        None where no rank has a row.
+        None if no rank has a row.
 
     Raises:
         ConfigError, ExecutorError, DataError: as :func:`grace_ds.graph.build.knn`.
     """
-    asked = Request.of(ids, X, config.k)
-    found = search_all(comm, asked, config, SPARE, device)
+    request = Request.of(ids, X, config.k)
+    found = search_all(comm, request, config, SPARE, device)
     if found is None:
         return None
     n = int(comm.allreduce(np.array([len(ids)], np.int64))[0])
     keys = without_self(found.keys, ids, config.k + SPARE)
     where = np.empty((len(ids), 0), np.int32) if found.placement is None else found.placement.index
-    centroids = np.empty((0, asked.X.shape[1]), np.float32) if found.centroids is None else found.centroids
+    centroids = np.empty((0, request.X.shape[1]), np.float32) if found.centroids is None else found.centroids
     trim_heap()  # building takes the most memory of a refresh, in many pieces
-    return KeptGraph(config.k, ids, asked.X, centroids, where, keys, keys[:, -1].copy(), found.exact, "built", n)
+    return KeptGraph(config.k, ids, request.X, centroids, where, keys, keys[:, -1].copy(), found.exact, "built", n)
 
 
 def follow(
@@ -105,19 +106,20 @@ def follow(
     drift: float = 0.0,
     device: str = "cpu",
 ) -> KeptGraph | None:
-    """The graph of the rows as they are now: ``kept`` repaired, or built where there is none.  Collective.
+    """Return the graph of the current rows: ``kept`` repaired, or a new one if there is none.  Collective.
 
     Args:
+        comm: of all ranks.
         kept: of the last refresh, on all ranks or on none.
-        ids: (n,) int64, sorted, this rank's now; those that were not there are new, those missing are gone.
-        X: (n, d) float32, their rows now; taken over: those that have not gone further than ``drift`` become their old ones,
-            also where the repaired graph is then found wanting and built anew.
-        config: as when it was built.
-        drift: 1 - cosine up to which a row counts as unmoved; its old place is kept until it has gone further.
+        ids: (n,) int64, sorted, this rank's now; ids not in ``kept`` are new, missing ones are gone.
+        X: (n, d) float32, their rows now.  The array is taken over: rows that have not moved further than ``drift`` are set
+            to their old values, even if the repaired graph then fails the check and is built again.
+        config: the same as at the build.
+        drift: 1 - cosine up to which a row counts as unmoved; it keeps its old values until it has moved further.
         device: of the job's model.
 
     Returns:
-        None where no rank has a row.
+        None if no rank has a row.
 
     Raises:
         ConfigError, ExecutorError, DataError: as :func:`grace_ds.graph.build.knn`.
@@ -125,22 +127,22 @@ def follow(
     if kept is None or kept.k != config.k:
         return build_kept(comm, ids, X, config, device)
     X = prepared(ids, X)
-    known, there = _found_again(kept.ids, ids)
+    known, old_rows = _found_again(kept.ids, ids)
     moved = ~known
-    moved[known] = _gone_further(_rows(kept.X, there), _rows(X, np.flatnonzero(known)), drift)
+    moved[known] = _gone_further(_rows(kept.X, old_rows), _rows(X, np.flatnonzero(known)), drift)
     gone = np.setdiff1d(kept.ids, ids, assume_unique=True)
-    n, came, left = comm.allreduce(np.array([len(ids), moved.sum(), len(gone)], np.int64)).tolist()
-    if not came and not left:
+    n, n_changed, n_gone = comm.allreduce(np.array([len(ids), moved.sum(), len(gone)], np.int64)).tolist()
+    if not n_changed and not n_gone:
         return replace(kept, change="none", searched=0)
-    if came > REBUILT_SHARE * n:
+    if n_changed > REBUILT_SHARE * n:
         return build_kept(comm, ids, X, config, device)
-    struck = np.unique(np.concatenate(comm.allgather(np.concatenate([gone, ids[moved & known]]))))
-    now = _repaired(comm, kept, ids, X, moved, there[~moved[known]], struck, config, drift, device)
+    removed = np.unique(np.concatenate(comm.allgather(np.concatenate([gone, ids[moved & known]]))))
+    repaired = _repaired(comm, kept, ids, X, moved, old_rows[~moved[known]], removed, config, drift, device)
     if kept.exact:
-        return now
-    recall = sampled_recall(comm, ids, now.X, now.neighbours(), config.k)
+        return repaired
+    recall = sampled_recall(comm, ids, repaired.X, repaired.neighbours(), config.k)
     if recall >= config.recall - FLOOR:
-        return now
+        return repaired
     log.info("graph: repaired edges have a recall of %.4f (asked %.4f): building anew", recall, config.recall)
     return build_kept(comm, ids, X, config, device)
 
@@ -152,14 +154,26 @@ def _repaired(
     X: FloatArray,
     moved: Array,
     old: IntArray,
-    struck: IntArray,
+    removed: IntArray,
     config: GraphConfig,
     drift: float,
     device: str,
 ) -> KeptGraph:
-    """Args: ``moved`` (n,) bool, ``old`` places in ``kept`` of the others, ``struck`` ids of all ranks to leave all lists."""
+    """Return the repaired graph.
+
+    Args:
+        comm: of all ranks.
+        kept: of the last refresh.
+        ids, X: this rank's rows now.
+        moved: (n,) bool, rows that are new or have moved.
+        old: positions in ``kept`` of the other rows.
+        removed: ids of all ranks to remove from all lists.
+        config: of the graph.
+        drift: as in :func:`follow`.
+        device: of the job's model.
+    """
     stays = ~moved
-    if drift > 0:  # a row that has not gone far is left where its edges were computed
+    if drift > 0:  # a row that has not moved far keeps the values that its edges were computed from
         _put_back(X, np.flatnonzero(stays), kept.X, old)
     where = np.empty((len(ids), kept.where.shape[1]), np.int32)
     where[stays] = kept.where[old]
@@ -167,45 +181,49 @@ def _repaired(
         where[moved] = nearest_centroids(X[moved], kept.centroids, kept.where.shape[1])
     keys, depth = np.full((len(ids), config.k + SPARE), PAD), np.full(len(ids), PAD)
     keys[stays], depth[stays] = kept.keys[old], kept.depth[old]
-    _strike(keys, struck)
+    _strike(keys, removed)
     keys = insert(ids, X, where, keys, depth, Moved.gathered(comm, ids[moved], X[moved], where[moved]))
     depth = np.minimum(depth, keys[:, -1])  # a list that is full is complete up to its last
-    now = replace(kept, ids=ids, X=X, where=where, keys=keys, depth=depth, change="repaired")
-    # Search for the rows that have moved, and for those whose list has run short but was not complete.
-    return _searched(comm, now, moved | ((keys[:, kept.k - 1] == PAD) & (depth != PAD)), config, device)
+    repaired = replace(kept, ids=ids, X=X, where=where, keys=keys, depth=depth, change="repaired")
+    # Search for the rows that have moved, and for those whose list has fewer than k left and was not complete.
+    return _searched(comm, repaired, moved | ((keys[:, kept.k - 1] == PAD) & (depth != PAD)), config, device)
 
 
 def _searched(comm: Comm, graph: KeptGraph, which: Array, config: GraphConfig, device: str) -> KeptGraph:
-    """``graph`` with the lists of the rows ``which`` (n,) bool searched for among all rows.  Collective."""
+    """Search for the rows ``which`` (n,) bool among all rows; return ``graph`` with their new lists.  Collective."""
     total = int(comm.allreduce(np.array([which.sum()], np.int64))[0])
     if not total:
         return replace(graph, searched=0)
-    asked = Request(graph.ids[which], np.ascontiguousarray(graph.X[which]), graph.ids, graph.X, graph.k + SPARE)
+    request = Request(graph.ids[which], np.ascontiguousarray(graph.X[which]), graph.ids, graph.X, graph.k + SPARE)
     # A few queries do not pay for an approximate index, and faiss multiplies a few hundred of them at a quarter of its speed.
     backend = backends.exact(backends.agreed(comm, config.backend, device), device=device)
     with backends.opened(comm, backend):
         if graph.where.shape[1]:
             keys = clustered.nearest_keys(
-                comm, asked, backend, Placement.of(comm, graph.where[which], graph.where, len(graph.centroids))
+                comm, request, backend, Placement.of(comm, graph.where[which], graph.where, len(graph.centroids))
             )
         else:
-            keys = ring.nearest_keys(comm, asked, backend)
-    keys = without_self(keys, asked.q_ids, asked.k)
+            keys = ring.nearest_keys(comm, request, backend)
+    keys = without_self(keys, request.q_ids, request.k)
     graph.keys[which], graph.depth[which] = keys, keys[:, -1]
     return replace(graph, searched=total)
 
 
 def _found_again(old: IntArray, new: IntArray) -> tuple[Array, IntArray]:
-    """(which of ``new`` are in ``old`` (n,) bool, where those stand there); both sorted."""
-    at = np.searchsorted(old, new)
+    """Find the ids of ``new`` in ``old``; both sorted.
+
+    Returns:
+        Which of ``new`` are in ``old`` (n,) bool, and the positions of those in ``old``.
+    """
+    positions = np.searchsorted(old, new)
     known = np.zeros(len(new), bool)
-    inside = at < len(old)
-    known[inside] = old[at[inside]] == new[inside]
-    return known, at[known]
+    inside = positions < len(old)
+    known[inside] = old[positions[inside]] == new[inside]
+    return known, positions[known]
 
 
 def _rows(X: FloatArray, at: IntArray) -> FloatArray:
-    """``X[at]``, without a copy where it is all of ``X``."""
+    """Return ``X[at]``, without a copy if that is all of ``X``."""
     return X if np.array_equal(at, np.arange(len(X))) else X[at]
 
 
@@ -222,22 +240,22 @@ def _gone_further(old: FloatArray, new: FloatArray, drift: float) -> Array:
 
 
 def _put_back(X: FloatArray, at: IntArray, old: FloatArray, there: IntArray) -> None:
-    """Makes the rows ``at`` of ``X`` the rows ``there`` of ``old``, in place; block by block, and only where they differ."""
-    for lo in range(0, len(at), ROWS):
-        some, before = at[lo : lo + ROWS], old[there[lo : lo + ROWS]]
-        differ = (X[some] != before).any(axis=1)
+    """Set the rows ``at`` of ``X`` to the rows ``there`` of ``old``, in place; block by block, and only if they differ."""
+    for start in range(0, len(at), ROWS):
+        block, before = at[start : start + ROWS], old[there[start : start + ROWS]]
+        differ = (X[block] != before).any(axis=1)
         if differ.any():
-            X[some[differ]] = before[differ]
+            X[block[differ]] = before[differ]
 
 
 def _strike(keys: IntArray, ids: IntArray) -> None:
-    """Drops the neighbours ``ids`` (sorted) from the lists, in place, order kept."""
+    """Remove the neighbours ``ids`` (sorted) from the lists, in place, keeping the order."""
     if not len(ids):
         return
-    seen = np.zeros(_FILTER, bool)  # by the ids' last bits: few are looked up that are not meant
+    seen = np.zeros(_FILTER, bool)  # indexed by the ids' last bits, so that few other ids need an exact look-up
     seen[ids & (_FILTER - 1)] = True
-    for lo in range(0, len(keys), ROWS):
-        _strike_block(keys[lo : lo + ROWS], ids, seen)
+    for start in range(0, len(keys), ROWS):
+        _strike_block(keys[start : start + ROWS], ids, seen)
 
 
 def _strike_block(keys: IntArray, ids: IntArray, seen: Array) -> None:

@@ -1,7 +1,7 @@
-"""The exact tier of the k-NN graph: queries stay, index shards go round the ring, every rank ends with its own rows.
+"""Build the exact tier of the k-NN graph: queries stay, index shards go round the ring, each rank gets its own rows' neighbours.
 
-The result does not depend on how the rows are spread over ranks: similarities are exact numbers, equal ones are ordered
-by id, and never by the order in which a backend or a rank found them (:mod:`grace_ds.graph.search`).
+The result does not depend on how the rows are spread over ranks.  Similarities are exact numbers, and equal ones are ordered
+by id, never by the order in which a back end or a rank found them (:mod:`grace_ds.graph.search`).
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from grace_ds.records import FloatArray, IntArray, Neighbours
 Executor = Callable[[Comm, FloatArray, Shard, int, Backend], IntArray]
 
 
-def nearest(comm: Comm, asked: Request, backend: Backend, over: Executor | None = None) -> Neighbours:
-    """This rank's queries against the index rows of all ranks; all ranks call it together.  Arguments: :func:`nearest_keys`.
+def nearest(comm: Comm, request: Request, backend: Backend, executor: Executor | None = None) -> Neighbours:
+    """Search this rank's queries among the index rows of all ranks.  Collective.  Arguments: :func:`nearest_keys`.
 
     Returns:
         (n, k) ids and cosines in multiples of 2**-20, nearest first, ties by the lower id, for this rank's queries.
     """
-    return finished(nearest_keys(comm, asked, backend, over), asked.q_ids, asked.k, asked.exclude_self)
+    return finished(nearest_keys(comm, request, backend, executor), request.q_ids, request.k, request.exclude_self)
 
 
-def nearest_keys(comm: Comm, asked: Request, backend: Backend, over: Executor | None = None) -> IntArray:
-    """The same as (n, wanted) keys of :mod:`grace_ds.graph.merge`, a query's own among them.  Collective.
+def nearest_keys(comm: Comm, request: Request, backend: Backend, executor: Executor | None = None) -> IntArray:
+    """Return the same as (n, wanted) keys of :mod:`grace_ds.graph.merge`; they include a query's own key.  Collective.
 
     Args:
         comm: transport; ``comm.size - 1`` ring steps, none on a single rank.
-        asked: of this rank.
+        request: of this rank.
         backend: the same on all ranks.  With an exact one the result is the same for any number of ranks.
-        over: another executor than the ring: what :func:`rotate` does.
+        executor: replaces :func:`rotate`; None: the ring.
     """
-    if asked.alike:
-        shard, which = both(asked.ids, asked.X, asked.wanted)
+    if request.alike:
+        shard, which = both(request.ids, request.X, request.wanted)
         queries = shard.X
     else:
-        shard = collapse(asked.ids, asked.X, asked.wanted)
-        queries, which = distinct(asked.q_ids, asked.Q)
-    keys = (over or rotate)(comm, queries, shard, asked.wanted, backend)
+        shard = collapse(request.ids, request.X, request.wanted)
+        queries, which = distinct(request.q_ids, request.Q)
+    keys = (executor or rotate)(comm, queries, shard, request.wanted, backend)
     return keys if np.array_equal(which, np.arange(len(queries))) else keys[which]
 
 
 def rotate(comm: Comm, queries: FloatArray, shard: Shard, wanted: int, backend: Backend) -> IntArray:
-    """(n, wanted) keys of this rank's distinct queries among the shards of all ranks.  Collective."""
+    """Search this rank's distinct queries among the shards of all ranks; return (n, wanted) keys.  Collective."""
     keys = np.full((len(queries), 0), PAD)
     for step in range(comm.size):
         keys = merge(keys, search(queries, shard, wanted, backend), wanted)

@@ -1,4 +1,4 @@
-"""What is asked and what is searched: rows made ready for exact similarities, and the distinct ones among them with their ids."""
+"""Prepare queries and index rows for exact similarities, and find the distinct rows among them with their ids."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _HASH_ROWS = 8192
 
 @dataclass(frozen=True)
 class Request:
-    """What one rank asks of the k-NN graph and what it brings to it; rows are on the grid already (:meth:`of`).
+    """One rank's queries and index rows for the k-NN graph; the rows are on the grid already (:meth:`of`).
 
     Attributes:
         q_ids: (n,) int64, dataset ids of the queries, this rank.
-        Q: (n, d) float32, unit norm, or zero where a sample has no features.
-        ids: (m,) int64, below 2**40, of the index rows, this rank; each on one rank only; m differs from rank to rank.
-        X: (m, d) float32; the very array ``Q`` where the queries are the index rows, which are then held and sent once.
+        Q: (n, d) float32, unit norm, or zero if a sample has no features.
+        ids: (m,) int64, below 2**40, of the index rows, this rank; each on one rank only; m may differ between ranks.
+        X: (m, d) float32; the same object as ``Q`` if the queries are the index rows, which are then held and sent once.
         k: neighbours wanted.
-        exclude_self: whether a query's own id is no neighbour of it.
+        exclude_self: whether to leave a query's own id out of its neighbours.
     """
 
     q_ids: IntArray
@@ -37,7 +37,7 @@ class Request:
     def of(
         q_ids: IntArray, Q: FloatArray, k: int, index: tuple[IntArray, FloatArray] | None = None, exclude_self: bool = True
     ) -> Request:
-        """The queries ``q_ids``, ``Q`` against the ids and rows of ``index``; None: against themselves.
+        """Build the request of the queries ``q_ids``, ``Q`` against the ids and rows of ``index``; None: against themselves.
 
         Raises:
             DataError: a row is not finite or longer than 1, or shapes disagree.
@@ -51,7 +51,7 @@ class Request:
         return Request(q_ids, prepared(q_ids, Q), ids, prepared(ids, X), k, exclude_self)
 
     def with_spare(self, spare: int) -> Request:
-        """The same with ``spare`` more neighbours wanted."""
+        """Return the same request with ``spare`` more neighbours."""
         return replace(self, k=self.k + spare)
 
     @property
@@ -61,17 +61,17 @@ class Request:
 
     @property
     def wanted(self) -> int:
-        """Nearest rows to look for, so that k are left without a query's own."""
+        """Number of nearest rows to search for, so that k are left without a query's own id."""
         return self.k + int(self.exclude_self)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Distinct rows and who they belong to.
+    """Distinct rows, and the dataset ids that have them.
 
     Attributes:
         X: (m, d) float32, distinct, multiples of 2**-25.
-        members: (r, 2) int64, (row of X, dataset id), sorted; the lowest ids of a row only, as many as can matter.
+        members: (r, 2) int64, (row of X, dataset id), sorted; of each row only as many of the lowest ids as can matter.
     """
 
     X: FloatArray
@@ -79,10 +79,10 @@ class Shard:
 
 
 def prepared(ids: IntArray, X: FloatArray) -> FloatArray:
-    """``X`` (n, d) on the grid of :mod:`grace_ds.utils.grid`, checked; itself where it lies there already.
+    """Check ``X`` (n, d) and return it on the grid of :mod:`grace_ds.utils.grid`; the same array if it is there already.
 
     Raises:
-        DataError: a row is not finite or longer than 1, or there is not one row an id.
+        DataError: a row is not finite or longer than 1, or the number of rows is not that of the ids.
     """
     if X.ndim != 2 or len(X) != len(ids):
         raise DataError(f"{len(ids)} ids came with features of shape {X.shape}: give one row per id")
@@ -97,18 +97,18 @@ def prepared(ids: IntArray, X: FloatArray) -> FloatArray:
 
 
 def distinct(ids: IntArray, X: FloatArray) -> tuple[FloatArray, IntArray]:
-    """(distinct rows (m, d), for each row of ``X`` its distinct row (n,)), of prepared rows."""
+    """Return (distinct rows (m, d), the distinct row of each row of ``X`` (n,)) of prepared rows."""
     return _rows(X, *_order(ids, X))
 
 
 def collapse(ids: IntArray, X: FloatArray, keep: int) -> Shard:
-    """The shard of prepared rows; of equal ones the ``keep`` lowest ids, as no others can be among the nearest."""
+    """Return the shard of prepared rows, with the ``keep`` lowest ids of equal rows; no others can be among the nearest."""
     order, group = _order(ids, X)
     return Shard(_rows(X, order, group)[0], _members(ids, order, group, keep))
 
 
 def both(ids: IntArray, X: FloatArray, keep: int) -> tuple[Shard, IntArray]:
-    """:func:`collapse`, and for each row of ``X`` its row in the shard: where the rows are queries and index alike."""
+    """Return :func:`collapse`, and the shard row of each row of ``X``, for rows that are both queries and index."""
     order, group = _order(ids, X)
     rows, which = _rows(X, order, group)
     return Shard(rows, _members(ids, order, group, keep)), which
@@ -128,22 +128,22 @@ def _members(ids: IntArray, order: IntArray, group: IntArray, keep: int) -> IntA
 
 
 def _order(ids: IntArray, X: FloatArray) -> tuple[IntArray, IntArray]:
-    """Rows in an order that puts equal ones together, by id within, and for each in that order its group's number.
+    """Order the rows so that equal ones are adjacent, by id among them; return the order and each row's group number.
 
     Groups are numbered by their lowest id, so that without duplicates the caller's order by id is kept.
     """
-    odd = np.random.Generator(np.random.PCG64(20)).integers(0, 1 << 63, X.shape[1], dtype=np.uint64) * 2 + 1
+    multipliers = np.random.Generator(np.random.PCG64(20)).integers(0, 1 << 63, X.shape[1], dtype=np.uint64) * 2 + 1
     hashed = np.empty(len(X), np.uint64)
-    for lo in range(0, len(X), _HASH_ROWS):
-        bits = np.ascontiguousarray(X[lo : lo + _HASH_ROWS]).view(np.uint32)
-        hashed[lo : lo + _HASH_ROWS] = (bits * odd).sum(axis=1, dtype=np.uint64)
+    for start in range(0, len(X), _HASH_ROWS):
+        bits = np.ascontiguousarray(X[start : start + _HASH_ROWS]).view(np.uint32)
+        hashed[start : start + _HASH_ROWS] = (bits * multipliers).sum(axis=1, dtype=np.uint64)
     order = np.lexsort((ids, hashed))
-    fresh = np.ones(len(X), bool)
+    new_group = np.ones(len(X), bool)
     same = np.flatnonzero(hashed[order[1:]] == hashed[order[:-1]]) + 1
-    fresh[same] = (X[order[same]] != X[order[same - 1]]).any(axis=1)  # a collision of hashes only splits a group
-    group = np.cumsum(fresh) - 1
-    number = np.empty(int(fresh.sum()), np.int64)
-    number[np.argsort(ids[order[fresh]], kind="stable")] = np.arange(len(number))
+    new_group[same] = (X[order[same]] != X[order[same - 1]]).any(axis=1)  # a collision of hashes only splits a group
+    group = np.cumsum(new_group) - 1
+    number = np.empty(int(new_group.sum()), np.int64)
+    number[np.argsort(ids[order[new_group]], kind="stable")] = np.arange(len(number))
     group = number[group]
     by_group = np.argsort(group, kind="stable")
     return order[by_group], group[by_group]

@@ -1,9 +1,9 @@
-"""One shard searched: a backend proposes, exact arithmetic decides.
+"""Search one shard: a back end proposes candidates, exact arithmetic decides.
 
-The backend works in float32 and is asked for a few candidates more than wanted; their similarity is computed anew, exactly
+The back end works in float32 and is asked for a few more candidates than wanted.  Their similarity is computed again, exactly
 (:mod:`grace_ds.utils.grid`), and ordered by similarity and then by id.  Equal rows are searched for once and counted by their
-ids, and where a backend's last candidate might tie with the k-th neighbour more candidates are asked for: crowds of
-near-duplicates cannot push each other out at random.
+ids.  If a back end's last candidate might tie with the k-th neighbour, more candidates are requested.  So in large groups of
+near-duplicates it is not chance that decides which ones are listed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WIDE = 1 << 24  # candidates held at once while searching more widely
 
 
 def search(Q: FloatArray, shard: Shard, k: int, backend: Backend) -> IntArray:
-    """(n, k) int64 keys (:mod:`grace_ds.graph.merge`) of the ids nearest to each query in one shard.
+    """Search one shard; return (n, k) int64 keys (:mod:`grace_ds.graph.merge`) of the ids nearest to each query.
 
     Args:
         Q: (n, d) float32, distinct rows on the grid.
@@ -36,41 +36,44 @@ def search(Q: FloatArray, shard: Shard, k: int, backend: Backend) -> IntArray:
     index = backend.build(shard.X, np.arange(m))
     start = np.searchsorted(shard.members[:, 0], np.arange(m + 1))
     margin = rounding(d)
-    if not backend.is_exact(m):  # it has left out more than rounding could: looking further would not mend that
+    if not backend.is_exact(m):  # it misses more than rounding could, and more candidates would not repair that
         position, _ = backend.search(index, Q, min(k, m))
         return _exact(Q, shard, start, position, k)
     width = min(k + SLACK, m)
     position, approximate = backend.search(index, Q, width)
     keys = _exact(Q, shard, start, position, k)
-    todo = np.flatnonzero(_undecided(keys, approximate[:, -1], margin)) if width < m else np.empty(0, np.int64)
-    while len(todo):
-        width, again = min(4 * width, m), []
-        for part in np.array_split(todo, -(-len(todo) * width // WIDE)):
+    undecided = np.flatnonzero(_undecided(keys, approximate[:, -1], margin)) if width < m else np.empty(0, np.int64)
+    while len(undecided):
+        width, remaining = min(4 * width, m), []
+        for part in np.array_split(undecided, -(-len(undecided) * width // WIDE)):
             position, approximate = backend.search(index, Q[part], width)
             keys[part] = _exact(Q[part], shard, start, position, k)
-            again.append(part[_undecided(keys[part], approximate[:, -1], margin)])
-        todo = np.concatenate(again) if width < m else todo[:0]
+            remaining.append(part[_undecided(keys[part], approximate[:, -1], margin)])
+        undecided = np.concatenate(remaining) if width < m else undecided[:0]
     return keys
 
 
 def rounding(width: int) -> float:
-    """How near to the k-th neighbour a row may be, in float32, and yet belong in: rounding of both inner products."""
+    """Return how far below the k-th neighbour, in float32, a row may be and still belong in the list.
+
+    The margin covers the rounding of both inner products.
+    """
     return 2 * (width + 2) * 2.0**-24 + 2 / GRID
 
 
 def _undecided(keys: IntArray, last: Array, margin: float) -> Array:
-    """(n,) bool: whether a row below the backend's last candidate could still be among the nearest."""
+    """Return whether a row below the back end's last candidate could still be among the nearest, (n,) bool."""
     kth = unpack(keys[:, -1:]).similarity[:, 0].astype(np.float64)
     return np.isfinite(last) & (last >= kth - margin)
 
 
 def _exact(Q: FloatArray, shard: Shard, start: IntArray, position: IntArray, k: int) -> IntArray:
-    """(n, k) keys of the ids behind the candidate rows, by exact similarity.
+    """Return (n, k) keys of the ids behind the candidate rows, by exact similarity.
 
     Args:
         Q: (n, d) float32 on the grid.
-        shard: the rows that ``position`` counts.
-        start: (m + 1,) where each row's members begin.
+        shard: the rows that ``position`` refers to.
+        start: (m + 1,) index of each row's first member.
         position: (n, j) int64, candidate rows; -1 for none.
         k: columns wanted.
     """

@@ -1,7 +1,7 @@
-"""Recipes: what a coreset is chosen by, as values.
+"""Provide the recipes, which define the importance of samples for a coreset.
 
-A recipe is one file that calls :func:`~grace_ds.recipes.base.register`: of this package and imported below, or a plugin's.  No
-other module asks for a recipe by its name.
+A recipe is one file that calls :func:`~grace_ds.recipes.base.register`: in this package and imported below, or in a plugin.
+No other module refers to a recipe by its name.
 """
 
 from __future__ import annotations
@@ -17,31 +17,32 @@ from grace_ds.records import Array, Signals
 
 __all__ = ["AUTO", "DEFAULT", "PARTS", "Factors", "Recipe", "depth", "log_importance", "names", "recipe", "register"]
 
-AUTO = "auto"  # in the configuration: the default where gradients can be read, else what that falls back to
+AUTO = "auto"  # in the configuration: the default if gradients can be read, else its fallback
 DEFAULT = grace.GRACE.name
 
 
 def names() -> tuple[str, ...]:
-    """All recipes, the richest first."""
+    """Return the names of all recipes, the richest first."""
     return tuple(sorted(registry.recipes.names(), key=depth, reverse=True))
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe called ``name``, the default one for :data:`AUTO`."""
+    """Return the recipe called ``name``, or the default one for :data:`AUTO`."""
     found: Recipe = registry.recipes.get(DEFAULT if name == AUTO else name)
     return found
 
 
 def depth(name: str) -> int:
-    """How many recipes ``name`` can fall back to, one after another: 0 for the uniform order."""
+    """Return the number of recipes that ``name`` can fall back to in turn: 0 for the uniform order."""
     below = recipe(name).fallback
     return 0 if below is None else 1 + depth(below)
 
 
 def log_importance(of: Recipe, signals: Signals, parts: frozenset[str]) -> Array:
-    """(n,) float64 logarithm of each sample's unnormalised chance, the sum of those of the recipe's factors.
+    """Return the logarithm of each sample's unnormalised chance, (n,) float64: the sum over the recipe's factors.
 
     Args:
+        of: the recipe.
         signals: of n samples, NumPy, torch or CuPy arrays.
         parts: in force; those that the recipe does not use are ignored.
     """

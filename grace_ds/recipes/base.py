@@ -1,4 +1,4 @@
-"""What a recipe is: which parts a selection is made of, and how they join to the importance of a sample."""
+"""Define what a recipe is: the parts that a selection uses, and how they combine to the importance of a sample."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from grace_ds.records import Array, Signals
 
 Factors = Mapping[str, Array]
 
-PARTS = ("gradients", "loss", "graph", "sketches")  # what ``ablate`` can switch off, one at a time
+PARTS = ("gradients", "loss", "graph", "sketches")  # parts that ``ablate`` can switch off, one at a time
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a sample is weighed.
+    """Rule for the importance of a sample.
 
     Attributes:
         name: as in the configuration.
         uses: the parts of :data:`PARTS` that it can use.
         content: whether it reads the tokens of the samples.
-        trusted: whether it judges them by a trusted set.
-        fallback: the recipe that stands in where gradients cannot be read, or where the guard finds that they do not help;
-            None: there is none below.
-        factors: (signals, parts in force) → name → (n,) float64 factor above 0; importance is their product, none: all alike.
+        trusted: whether it compares them with a trusted set.
+        fallback: the recipe used instead if gradients cannot be read, or if the guard finds that they do not help; None if
+            there is none.
+        factors: (signals, parts in force) → name → (n,) float64 factor above 0; importance is their product, or equal for
+            all samples without factors.
     """
 
     name: str
@@ -36,6 +37,6 @@ class Recipe:
 
 
 def register(recipe: Recipe) -> Recipe:
-    """Makes ``recipe`` available under its name."""
+    """Register ``recipe`` under its name."""
     registry.recipes.register(recipe.name)(recipe)
     return recipe

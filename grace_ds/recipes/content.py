@@ -1,4 +1,4 @@
-"""What the text alone tells: whether it reads like the trusted samples, and how many near-duplicates it has."""
+"""Weigh samples by their text alone: whether it reads like the trusted samples, and how many near-duplicates it has."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from grace_ds.records import Signals
 
 
 def factors(signals: Signals, parts: frozenset[str]) -> Factors:
-    """``quality``, the pass of the trusted filter where there is one, and ``copies``."""
+    """Return ``quality``, the pass of the trusted filter if there is one, and ``copies``."""
     filtered = {"quality": signals.quality} if any_known(signals.quality) else {}
     return {**filtered, **copies(signals, parts)}
 

@@ -1,4 +1,4 @@
-"""Copies share their chance: soft deduplication, without a trusted set or gradients (as SoftDedup, arXiv 2407.06654)."""
+"""Let copies share their chance: soft deduplication without a trusted set or gradients (as SoftDedup, arXiv 2407.06654)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from grace_ds.records import Signals
 
 
 def factors(signals: Signals, parts: frozenset[str]) -> Factors:
-    """``copies``: 1 / (1 + near-duplicates)."""
+    """Return ``copies``: 1 / (1 + near-duplicates)."""
     return {"copies": shared(signals.density)}
 
 

@@ -1,9 +1,9 @@
-"""GRACE: content, the influence and the loss of each sample, and how crowded the k-NN graph is around it.
+"""Weigh samples by GRACE: content, the influence and the loss of each sample, and the density of the k-NN graph around it.
 
     importance = keep · copies · influence · loss · crowding
 
-Influence and loss are measured for the samples that the job has trained on, and spread to the others along the graph.  A loss
-passes where trusted samples have such losses too: far below them the model knows the text already, far above them it is noise.
+Influence and loss are measured for the samples that the job has trained on, and propagated to the others along the graph.  A
+loss passes if trusted samples have such losses too: far below them the model knows the text already, far above it is noise.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from grace_ds.recipes.content import factors as content
 from grace_ds.recipes.weights import any_known, rank01, soft_pass, uncrowded
 from grace_ds.records import Signals
 
-INFLUENCE_CUT, INFLUENCE_SOFTNESS = -1.5, 0.2  # of the filter by influence, in deviations of the trusted samples
-LOSS_BASE = 0.3  # where no trusted losses are known, a sample of the lowest loss keeps 0.3 / 1.3 of the highest's chance
+INFLUENCE_CUT, INFLUENCE_SOFTNESS = -1.5, 0.2  # filter by influence, in deviations of the trusted samples
+LOSS_BASE = 0.3  # without trusted losses, the sample with the lowest loss keeps 0.3 / 1.3 of the chance of the highest
 
 
 def factors(signals: Signals, parts: frozenset[str]) -> Factors:
-    """Those of ``content``, and ``influence``, ``loss`` and ``crowding`` where they are in force and anything is known."""
+    """Return the factors of ``content``, and ``influence``, ``loss`` and ``crowding`` if they are in force and known."""
     found = dict(content(signals, parts))
     if "gradients" in parts and any_known(signals.influence):
         found["influence"] = soft_pass(signals.influence, INFLUENCE_CUT, INFLUENCE_SOFTNESS)

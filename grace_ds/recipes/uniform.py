@@ -1,4 +1,4 @@
-"""Nothing is weighed: every sample is as likely as any other."""
+"""Weigh nothing: every sample is as likely as any other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from grace_ds.records import Signals
 
 
 def factors(signals: Signals, parts: frozenset[str]) -> Factors:
-    """None."""
+    """Return no factors."""
     return {}
 
 

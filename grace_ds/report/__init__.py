@@ -1,1 +1,1 @@
-"""``grace-ds report``: one page, or a screen, about what a run chose, why, and what that cost."""
+"""Report what a run chose, why, and what that cost, as one page or in the terminal: ``grace-ds report``."""

@@ -1,7 +1,7 @@
-"""The map's section of the page: a figure, and beside it the sample that is pointed at.
+"""Build the map's section of the page: a figure, and next to it the sample that is pointed at.
 
-The figure is an image; where its points lie in it, and what to say of each, is data of the page that its script reads. As
-text, never as markup: both are escaped here, and the script writes text alone.
+The figure is an image.  The positions of its points, and the text for each, are data of the page that its script reads.  They
+are text, never markup: both are escaped here, and the script writes text alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _EMPTY = "Point at a sample, tap it, or step through them with the arrow keys on
 
 
 def body(run: Run) -> str:
-    """The section's inside."""
+    """Return the content of the section."""
     chart = run.chart
     if chart is None:
         return f"<p>{escape(_why_not(run))}</p>"
@@ -33,8 +33,8 @@ def body(run: Run) -> str:
         for uri, label, _ in drawn
     )
     left, top = np.round(drawn[0][2], 4).T.tolist()
-    said = [_said(run, chart, i) for i in range(len(chart["ids"]))]
-    points = escape(json.dumps({"left": left, "top": top, "said": said}))
+    texts = [_description(run, chart, i) for i in range(len(chart["ids"]))]
+    points = escape(json.dumps({"left": left, "top": top, "said": texts}))
     return (
         f"<p>{escape(_about(chart))}</p>"
         f'<div class="figures">{pictures}<div id="point" role="status"><pre>{_EMPTY}</pre></div></div>'
@@ -58,7 +58,7 @@ def _about(chart: dict[str, Any]) -> str:
     )
 
 
-def _said(run: Run, chart: dict[str, Any], i: int) -> str:
+def _description(run: Run, chart: dict[str, Any], i: int) -> str:
     chance, influence = chart["chance"][i], chart["influence"][i]
     facts = [f"sample {chart['ids'][i]}", "chosen" if chart["chosen"][i] else "not in the schedule by choice"]
     if run.sources is not None and chart["ids"][i] < len(run.sources[0]):

@@ -1,4 +1,4 @@
-"""What can be said of a run: numbers derived from its records, for the page and the terminal alike."""
+"""Derive numbers from a run's records, for both the page and the terminal."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Generation:
         uniform: whether the schedule is the whole pool in uniform order.
         size: samples of the coreset.
         window: samples that it was chosen from.
-        churn: share of the scheduled core that the schedule before did not hold; None where either is uniform or missing.
-        age: (core,) how many schedules in a row each core sample has stood in, 1 for a new one; None for a uniform one.
+        churn: share of the scheduled core that the schedule before did not hold; None if either is uniform or missing.
+        age: (core,) number of consecutive schedules with each core sample, 1 for a new one; None for a uniform schedule.
         seconds: by stage.
-        level, reason: of the guard; empty without.
-        guard: its numbers.
+        level, reason: of the guard; empty without a decision.
+        guard: numbers of its decision.
     """
 
     version: int
@@ -45,10 +45,10 @@ class Cost:
     """Seconds of this run's rank 0.
 
     Attributes:
-        training: up to the last refresh, or to the end where that is known; None where the record says nothing.
+        training: up to the last refresh, or to the end if that is known; None if it is not recorded.
         refreshes, collect: of the same time.
-        whole: whether it is the whole run.
-        failures: refreshes that were given up.
+        whole: whether the figures are of the whole run.
+        failures: number of refreshes given up.
     """
 
     training: float | None
@@ -60,12 +60,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class Use:
-    """Which samples the schedules ask for, up to the start of the last one and through it as it was planned.
+    """Samples in the schedules: all up to the start of the last one, and the last one as planned.
 
     Attributes:
-        slots: positions.
-        distinct: different samples among them.
-        most: how often the most repeated one stands in them.
+        slots: number of positions.
+        distinct: number of different samples.
+        most: occurrences of the most repeated sample.
     """
 
     slots: int
@@ -75,7 +75,7 @@ class Use:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything that page and terminal show of a run beside its figures."""
+    """All values of a run that page and terminal show, except the figures."""
 
     generations: list[Generation]
     cost: Cost
@@ -85,17 +85,17 @@ class Facts:
 
 
 def facts(run: Run) -> Facts:
-    """Derives all of it."""
+    """Derive all facts of a run."""
     return Facts(_generations(run), _cost(run), _use(run), _shares(run), _delta(run))
 
 
 def core(schedule: Schedule) -> IntArray:
-    """Sorted ids that the schedule has by choice."""
+    """Return the sorted ids that are in the schedule by choice."""
     return np.unique(schedule.ids[schedule.roles == Role.CORE])
 
 
 def _generations(run: Run) -> list[Generation]:
-    out: list[Generation] = []
+    generations: list[Generation] = []
     ages: dict[int, int] = {}
     last: tuple[int, IntArray] | None = None
     for version, line in run.refreshes.items():
@@ -112,7 +112,7 @@ def _generations(run: Run) -> list[Generation]:
             ages, last = {}, None
         guard: dict[str, Any] = line.get("guard") or {}
         numbers = {k: float(v) for k, v in guard.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-        out.append(
+        generations.append(
             Generation(
                 version,
                 int(line.get("step", 0)),
@@ -127,19 +127,19 @@ def _generations(run: Run) -> list[Generation]:
                 numbers,
             )
         )
-    return out
+    return generations
 
 
 def _cost(run: Run) -> Cost:
-    told: dict[str, Any] = (run.results.get("grace") or {}).get("grace") or {}
-    if told:
+    recorded: dict[str, Any] = (run.results.get("grace") or {}).get("grace") or {}
+    if recorded:
         training = float(run.results["grace"]["train_seconds"])
-        failures = int(told.get("refresh_failures", 0))
-        return Cost(training, float(told["refresh_seconds"]), float(told["collect_seconds"]), True, failures)
+        failures = int(recorded.get("refresh_failures", 0))
+        return Cost(training, float(recorded["refresh_seconds"]), float(recorded["collect_seconds"]), True, failures)
     before = [line["before"] for line in run.refreshes.values() if line.get("before")]
     if before and before[-1]["train_seconds"] > 0:
-        b = before[-1]
-        return Cost(b["train_seconds"], b["refresh_seconds"], b["collect_seconds"], False, int(b["failures"]))
+        last = before[-1]
+        return Cost(last["train_seconds"], last["refresh_seconds"], last["collect_seconds"], False, int(last["failures"]))
     total = sum(sum(line.get("seconds", {}).values()) for line in run.refreshes.values())
     return Cost(None, float(total), 0.0, False, 0)
 

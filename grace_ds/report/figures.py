@@ -1,4 +1,4 @@
-"""The page's figures, by matplotlib, as SVG in data URIs: no file beside the page, no script, sharp at any width."""
+"""Draw the page's figures with matplotlib as SVG in data URIs: no extra files, no script, sharp at any width."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAPPED = {
     "crowding": "colour: density of the k-NN graph",
 }
 PANELS = 6  # refreshes whose histograms are shown: the first, the last, and some between
-BARS = 24  # refreshes that are drawn as bars; more as a band
+BARS = 24  # maximum refreshes drawn as bars; more are drawn as a band
 LABELS = {
     "quality": "keep: pass of the trusted filter",
     "density": "near-duplicates of a sample, log2(1 + copies)",
@@ -38,10 +38,10 @@ LABELS = {
 
 
 def loss(run: Run) -> str:
-    """Each arm's loss against optimizer steps."""
+    """Plot the loss of each arm against optimizer steps."""
     axes = _axes()
     for arm, curve in run.curves.items():
-        # A dollar sign would begin a formula.
+        # A dollar sign would start a formula.
         label = f"{arm}  {curve[-1][1]:.3f}".replace("$", r"\$") if curve else arm
         axes.plot(*zip(*curve, strict=True), marker="o", markersize=3, color=COLOURS.get(arm), label=label)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
@@ -49,31 +49,31 @@ def loss(run: Run) -> str:
     return _uri(axes)
 
 
-def overhead(found: Facts) -> str:
-    """Seconds of each refresh, by stage."""
+def overhead(run_facts: Facts) -> str:
+    """Plot the seconds of each refresh, by stage."""
     axes = _axes()
-    steps = [str(g.step) for g in found.generations]
-    names = [*STAGES, *sorted({s for g in found.generations for s in g.seconds} - set(STAGES))]
-    seconds = {name: np.array([g.seconds.get(name, 0.0) for g in found.generations]) for name in names}
+    steps = [str(g.step) for g in run_facts.generations]
+    names = [*STAGES, *sorted({s for g in run_facts.generations for s in g.seconds} - set(STAGES))]
+    seconds = {name: np.array([g.seconds.get(name, 0.0) for g in run_facts.generations]) for name in names}
     seconds = {name: values for name, values in seconds.items() if values.sum() > 0}
     if len(steps) <= BARS:
-        bottom, at = np.zeros(len(steps)), np.arange(len(steps))
+        bottom, positions = np.zeros(len(steps)), np.arange(len(steps))
         for name, values in seconds.items():
-            axes.bar(at, values, bottom=bottom, label=name)
+            axes.bar(positions, values, bottom=bottom, label=name)
             bottom += values
         every = -(-len(steps) // 8)
-        axes.set_xticks(at[::every], steps[::every])
+        axes.set_xticks(positions[::every], steps[::every])
     elif seconds:
-        axes.stackplot([g.step for g in found.generations], list(seconds.values()), labels=list(seconds))
+        axes.stackplot([g.step for g in run_facts.generations], list(seconds.values()), labels=list(seconds))
     axes.set(xlabel="refresh at optimizer step", ylabel="seconds (root)")
     axes.legend(frameon=False, fontsize=8)
     return _uri(axes)
 
 
-def coreset(found: Facts) -> str:
-    """Churn, and the ages of the core, against the step of the refresh."""
+def coreset(run_facts: Facts) -> str:
+    """Plot churn, and the ages of the core, against the step of the refresh."""
     axes = _axes()
-    chosen = [g for g in found.generations if g.age is not None]
+    chosen = [g for g in run_facts.generations if g.age is not None]
     churn = [(g.step, g.churn) for g in chosen if g.churn is not None]
     axes.plot([step for step, _ in churn], [share for _, share in churn], "o-", label="churn")
     new = [float((g.age == 1).mean()) for g in chosen if g.age is not None]
@@ -85,14 +85,14 @@ def coreset(found: Facts) -> str:
     return _uri(axes)
 
 
-def shares(found: Facts) -> str:
-    """Each source's share of the pool and of what was chosen."""
+def shares(run_facts: Facts) -> str:
+    """Plot the share of each source in the pool and in the chosen samples."""
     axes = _axes()
-    shown = sorted(found.shares, key=lambda s: -max(s[1:]))[:12]
-    at = np.arange(len(shown))
-    axes.barh(at - 0.2, [s[1] for s in shown], 0.4, color=COLOURS["uniform"], label="pool")
-    axes.barh(at + 0.2, [s[2] for s in shown], 0.4, color=COLOURS["grace"], label="chosen")
-    axes.set_yticks(at, [s[0][:24].replace("$", r"\$") for s in shown])
+    shown = sorted(run_facts.shares, key=lambda s: -max(s[1:]))[:12]
+    positions = np.arange(len(shown))
+    axes.barh(positions - 0.2, [s[1] for s in shown], 0.4, color=COLOURS["uniform"], label="pool")
+    axes.barh(positions + 0.2, [s[2] for s in shown], 0.4, color=COLOURS["grace"], label="chosen")
+    axes.set_yticks(positions, [s[0][:24].replace("$", r"\$") for s in shown])
     axes.invert_yaxis()
     axes.set(xlabel="share")
     axes.legend(frameon=False)
@@ -100,12 +100,12 @@ def shares(found: Facts) -> str:
 
 
 def panels(versions: list[int]) -> list[int]:
-    """At most ``PANELS`` of the versions, evenly spread, the first and the last among them."""
+    """Return at most ``PANELS`` of the versions, evenly spread, including the first and the last."""
     return [versions[i] for i in sorted({round(x) for x in np.linspace(0, len(versions) - 1, min(PANELS, len(versions)))})]
 
 
 def histograms(run: Run, name: str) -> str | None:
-    """A signal's histogram at several refreshes, one above the other: window (grey) and scheduled core (blue)."""
+    """Plot a signal's histogram at several refreshes, one above the other: window (grey) and scheduled core (blue)."""
     shown = [p for v in panels(list(run.explanations)) if name in (p := run.explanations[v]).get("histograms", {})]
     if not shown:
         return None
@@ -125,27 +125,29 @@ def histograms(run: Run, name: str) -> str | None:
     return _render(figure)
 
 
-def chart(found: dict[str, Any], name: str) -> tuple[str, str, Floats]:
-    """The map coloured by one of :data:`MAPPED`: the image, what its colour is, and (n, 2) where its points lie.
+def chart(map_data: dict[str, Any], name: str) -> tuple[str, str, Floats]:
+    """Plot the map coloured by one of :data:`MAPPED`.
 
-    The latter as shares of the image's width from the left, and of its height from the top; alike for any colour.
+    Returns:
+        The image; the meaning of its colour; and the positions of its points, (n, 2), as shares of the image's width from the
+        left and of its height from the top, equal for any colour.
     """
-    xy = np.array([found["x"], found["y"]], np.float64).T
-    score = np.array([np.nan if v is None else v for v in found[name]], np.float64)
-    chosen = np.array(found["chosen"], bool)
+    xy = np.array([map_data["x"], map_data["y"]], np.float64).T
+    score = np.array([np.nan if v is None else v for v in map_data[name]], np.float64)
+    chosen = np.array(map_data["chosen"], bool)
     figure = _figure(4.2)
     figure.set_layout_engine("none")
     axes = figure.add_axes((0.1, 0.11, 0.74, 0.86))
     low, high = xy.min(0), xy.max(0)
     margin = np.maximum(0.04 * (high - low), 1e-6)
     axes.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
-    # A few outliers would take all colours for themselves.
+    # A few outliers would otherwise use up the colour scale.
     span = np.nanpercentile(score, [2, 98]) if name != "chance" else np.array([max(float(np.nanmin(score)), -4.0), 0.0])
     colours: Any = {"cmap": "viridis", "vmin": span[0], "vmax": max(span[1], span[0] + 1e-6), "plotnonfinite": True}
     axes.scatter(*xy[~chosen].T, s=9, c=score[~chosen], linewidths=0, alpha=0.7, **colours)
     ringed = axes.scatter(*xy[chosen].T, s=17, c=score[chosen], edgecolors="#b91c1c", linewidths=0.7, **colours)
-    axes.set_xlabel(f"first axis: {found['explained'][0]:.1%} of the variance", fontsize=8)
-    axes.set_ylabel(f"second axis: {found['explained'][1]:.1%} of the variance", fontsize=8)
+    axes.set_xlabel(f"first axis: {map_data['explained'][0]:.1%} of the variance", fontsize=8)
+    axes.set_ylabel(f"second axis: {map_data['explained'][1]:.1%} of the variance", fontsize=8)
     axes.set_xticks([])
     axes.set_yticks([])
     figure.colorbar(ringed, cax=figure.add_axes((0.87, 0.11, 0.025, 0.86))).ax.tick_params(labelsize=7)
@@ -178,8 +180,8 @@ def _uri(axes: Axes) -> str:
 def _render(figure: Any) -> str:
     from matplotlib import rc_context
 
-    out = io.BytesIO()
-    # Without a date and with a fixed salt two reports of one run are the same bytes.
+    buffer = io.BytesIO()
+    # Without a date and with a fixed salt, two reports of one run are byte-identical.
     with rc_context({"svg.hashsalt": "grace_ds", "svg.fonttype": "path"}):
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode("ascii")
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,4 +1,4 @@
-"""Reads what a run has left in its ``run_dir``.  What is missing or torn becomes a note for the page, never an error."""
+"""Read the files of a run's ``run_dir``.  Missing or damaged files become notes for the page, never an error."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _LOSSES = 'a JSON object such as {"uniform": [[100, 5.1], [200, 4.9]], "grace": 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line adds to a run_dir.
+    """Options of the command line besides the run_dir.
 
     Attributes:
-        tokenizer: a ``tokenizer.json`` that decodes the samples; None: the quickstart's, where there is one.
+        tokenizer: a ``tokenizer.json`` that decodes the samples; None: the quickstart's, if there is one.
         sources: (N,) .npy, a label for every sample of the dataset; None: the run's own ``selection.sources``, or the
-            quickstart's kinds, where there are any.
-        losses: JSON file of curves by arm; None: the quickstart's, where there are any.
+            quickstart's kinds, if there are any.
+        losses: JSON file of curves by arm; None: the quickstart's, if there are any.
     """
 
     tokenizer: Path | None = None
@@ -40,20 +40,20 @@ class Options:
 
 @dataclass(frozen=True)
 class Run:
-    """A run as far as it can be read.
+    """The readable data of a run.
 
     Attributes:
         folder: the run_dir.
-        config: resolved; empty where it is missing.
+        config: the resolved config; empty if it is missing.
         refreshes: lines of ``refreshes.jsonl``, by version.
         schedules: by version.
         explanations: ``reports/report-*.json``, by version.
         chart: ``reports/map.json``, checked; None without one.
         results: the quickstart's ``result.json`` by arm.
         curves: loss by arm.
-        sources: (N,) label of every sample, and the labels' names; None without.
+        sources: (N,) label of every sample, and the labels' names; None without labels.
         decode: token ids → text; None without a tokenizer.
-        notes: what is missing, torn or left out, in words.
+        notes: descriptions of missing, damaged or omitted data.
     """
 
     folder: Path
@@ -70,14 +70,14 @@ class Run:
 
 
 def load_run(where: str | Path, options: Options | None = None) -> Run:
-    """Everything that can be read of the run.
+    """Read everything that can be read of the run.
 
     Args:
         where: a run_dir, or the ``--out`` folder of a quickstart.
 
     Raises:
         CheckpointError: there is no run here.
-        DataError: a file that was asked for by name cannot be used.
+        DataError: a file given by name cannot be used.
     """
     options, folder = options or Options(), find(Path(where))
     notes: list[str] = []
@@ -98,7 +98,7 @@ def load_run(where: str | Path, options: Options | None = None) -> Run:
 
 
 def find(where: Path) -> Path:
-    """The run_dir at ``where`` or, for a quickstart, below it."""
+    """Return the run_dir at ``where`` or, for a quickstart, below it."""
     for folder in (where, where / "grace", where / "grace" / "grace"):
         if (folder / "refreshes.jsonl").is_file() or (folder / "grace_resolved.yaml").is_file():
             return folder
@@ -118,7 +118,7 @@ def _config(folder: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _refreshes(folder: Path, notes: list[str]) -> dict[int, dict[str, Any]]:
-    """A version that a resumed run made again counts as made last."""
+    """Read the refreshes by version; of a version that a resumed run made again, the last record counts."""
     found: dict[int, dict[str, Any]] = {}
     try:
         lines = (folder / "refreshes.jsonl").read_text("utf-8", "replace").splitlines()
@@ -193,7 +193,7 @@ def _chart(folder: Path, notes: list[str]) -> dict[str, Any] | None:
 
 
 def _results(folder: Path) -> dict[str, dict[str, Any]]:
-    """The arms of a quickstart, where the run_dir is that of one (OUT/grace/grace)."""
+    """Return the results of a quickstart's arms, if the run_dir belongs to one (OUT/grace/grace)."""
     found = {}
     for arm in ("uniform", "grace"):
         try:
@@ -240,7 +240,10 @@ def _sources(options: Options, folder: Path, config: dict[str, Any], notes: list
 
 
 def _value(config: dict[str, Any], key: str) -> Any:
-    """Of a key that may be an interpolation, as it stands for now; as it is written where that cannot be had here."""
+    """Return the value of a key that may be an interpolation.
+
+    If it cannot be resolved here, return it as written.
+    """
     section, name = key.split(".")
     given = (config.get(section) or {}).get(name)
     try:
@@ -268,7 +271,7 @@ def _decoder(options: Options, folder: Path, notes: list[str]) -> Callable[[list
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare ones
+    except Exception as error:  # the library raises plain Exception
         if options.tokenizer is not None:
             missing = isinstance(error, ImportError)
             cure = "pip install tokenizers" if missing else "give a tokenizer.json of Hugging Face's tokenizers"

@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs nothing beside it.  Whatever comes from the run is escaped; scripts run by digest only."""
+"""Build the page: one self-contained HTML file.  All data of the run are escaped; scripts run by digest only."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from grace_ds.report import chart, figures
 from grace_ds.report.facts import Facts, Generation, facts
 from grace_ds.report.load import Run
 from grace_ds.report.samples import GROUPS, Row, rows, shown
-from grace_ds.report.summary import cards, chosen_by, loss_said
+from grace_ds.report.summary import cards, chosen_by, loss_verdict
 
 SHOWN = 60  # refreshes in the table: the first and the latest
 
 
 def page(run: Run) -> str:
-    """The whole page as text."""
-    found = facts(run)
+    """Return the whole page as text."""
+    run_facts = facts(run)
     style, *scripts = (
         files("grace_ds.report").joinpath(name).read_text("utf-8") for name in ("style.css", "search.js", "map.js")
     )
@@ -33,13 +33,13 @@ def page(run: Run) -> str:
     name = escape(str(run.folder))
     body = "".join(
         (
-            _summary(run, found),
-            _loss(run, found),
-            _cost(found),
-            _coreset(found),
+            _summary(run, run_facts),
+            _loss(run, run_facts),
+            _cost(run_facts),
+            _coreset(run_facts),
             _signals(run),
-            _guard(found),
-            _sources(run, found),
+            _guard(run_facts),
+            _sources(run, run_facts),
             _section("Map", chart.body(run)),
             _samples(run),
             _rest(run),
@@ -65,7 +65,7 @@ def _figure(uri: str, alt: str, caption: str = "") -> str:
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """Cells are escaped here; those of all columns but the first and the last are numbers."""
+    """Return a table with escaped cells; all columns except the first and the last are numbers."""
     last = len(head) - 1
 
     def line(cells: Sequence[str], tag: str) -> str:
@@ -76,33 +76,37 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return f'<div class="wide"><table><thead>{line(head, "th")}</thead><tbody>{inside}</tbody></table></div>'
 
 
-def _summary(run: Run, found: Facts) -> str:
+def _summary(run: Run, run_facts: Facts) -> str:
     boxes = "".join(
         f'<div class="card"><span>{escape(label)}</span><b>{escape(value)}</b><span>{escape(under)}</span></div>'
-        for label, value, under in cards(run, found)
+        for label, value, under in cards(run, run_facts)
     )
-    return f'<section><div class="cards">{boxes}</div><p>{escape(chosen_by(run, found))}</p></section>'
+    return f'<section><div class="cards">{boxes}</div><p>{escape(chosen_by(run, run_facts))}</p></section>'
 
 
-def _loss(run: Run, found: Facts) -> str:
-    said = f"<p>{escape(loss_said(run, found))}</p>"
+def _loss(run: Run, run_facts: Facts) -> str:
+    paragraph = f"<p>{escape(loss_verdict(run, run_facts))}</p>"
     if not run.curves:
-        return _section("Loss", said)
-    return _section("Loss", f'<div class="figures">{_figure(figures.loss(run), "loss of each arm against steps")}</div>{said}')
+        return _section("Loss", paragraph)
+    return _section(
+        "Loss", f'<div class="figures">{_figure(figures.loss(run), "loss of each arm against steps")}</div>{paragraph}'
+    )
 
 
-def _cost(found: Facts) -> str:
-    if not found.generations:
+def _cost(run_facts: Facts) -> str:
+    if not run_facts.generations:
         return _section("What it cost", "<p>No refresh is recorded.</p>")
-    names = {s for g in found.generations for s in g.seconds}
-    stages = [(name, [g.seconds.get(name, 0.0) for g in found.generations]) for name in names]
+    names = {s for g in run_facts.generations for s in g.seconds}
+    stages = [(name, [g.seconds.get(name, 0.0) for g in run_facts.generations]) for name in names]
     total = sum(sum(seconds) for _, seconds in stages) or 1.0
     lines = [
         (name, f"{sum(seconds):.3f}", f"{max(seconds):.3f}", f"{sum(seconds) / total:.0%}", "")
         for name, seconds in sorted(stages, key=lambda s: (-sum(s[1]), s[0]))
     ]
     table = _table(("stage", "seconds", "slowest", "share", ""), lines)
-    picture = _figure(figures.overhead(found), "seconds of each refresh by stage", "The first refresh reads the whole window.")
+    picture = _figure(
+        figures.overhead(run_facts), "seconds of each refresh by stage", "The first refresh reads the whole window."
+    )
     note = (
         '<p class="dim">Seconds of rank 0, refreshes that count. The collection happens in the training steps, the trusted basis '
         "before the first stage: both are in the totals above, not in the stages. “explanation” is what is kept for this page, "
@@ -111,21 +115,25 @@ def _cost(found: Facts) -> str:
     return _section("What it cost", f'<div class="figures">{picture}<div>{table}</div></div>{note}')
 
 
-def _coreset(found: Facts) -> str:
-    if not found.generations:
+def _coreset(run_facts: Facts) -> str:
+    if not run_facts.generations:
         return _section("Coreset", "<p>No refresh is recorded.</p>")
-    chosen = [g for g in found.generations if g.age is not None]
-    picture = _figure(figures.coreset(found), "churn and age of the core by refresh") if chosen else ""
+    chosen = [g for g in run_facts.generations if g.age is not None]
+    picture = _figure(figures.coreset(run_facts), "churn and age of the core by refresh") if chosen else ""
     none = "" if chosen else "<p>No schedule was chosen (or none can be read): there is no churn and no age.</p>"
-    gap = "" if len(found.generations) <= SHOWN else f'<p class="dim">The first and the latest {SHOWN - 1} refreshes.</p>'
-    kept = found.generations if len(found.generations) <= SHOWN else [found.generations[0], *found.generations[1 - SHOWN :]]
+    gap = "" if len(run_facts.generations) <= SHOWN else f'<p class="dim">The first and the latest {SHOWN - 1} refreshes.</p>'
+    kept = (
+        run_facts.generations
+        if len(run_facts.generations) <= SHOWN
+        else [run_facts.generations[0], *run_facts.generations[1 - SHOWN :]]
+    )
     head = ("schedule", "step", "coreset", "of window", "churn", "mean age", "level")
     table = _table(head, [_generation(g) for g in kept])
-    said = (
+    explanation = (
         '<p class="dim">Churn: share of a scheduled core that the schedule before did not hold. Age: schedules in a row that a '
         "sample has stood in. Both count scheduled samples; a coreset may hold more than its schedule has slots for.</p>"
     )
-    return _section("Coreset", f'<div class="figures">{picture}<div>{none}{table}{gap}</div></div>{said}')
+    return _section("Coreset", f'<div class="figures">{picture}<div>{none}{table}{gap}</div></div>{explanation}')
 
 
 def _generation(generation: Generation) -> tuple[str, ...]:
@@ -156,13 +164,13 @@ def _signals(run: Run) -> str:
     more = f" {figures.PANELS} refreshes of {len(run.explanations)} are drawn." if len(run.explanations) > figures.PANELS else ""
     absent = [name for name in figures.LABELS if not any(name in p["histograms"] for p in run.explanations.values())]
     unknown = f" Not known in this run: {', '.join(absent)}." if absent else ""
-    said = f"<p>Grey: the window. Blue: what the schedule took from it. Each sums to one.{note}{more}{unknown}</p>"
-    return _section("Signals", f'{said}<div class="figures">{"".join(pictures)}</div>')
+    legend = f"<p>Grey: the window. Blue: what the schedule took from it. Each sums to one.{note}{more}{unknown}</p>"
+    return _section("Signals", f'{legend}<div class="figures">{"".join(pictures)}</div>')
 
 
-def _guard(found: Facts) -> str:
-    told = [g for g in found.generations if g.level]
-    if not told:
+def _guard(run_facts: Facts) -> str:
+    decided = [g for g in run_facts.generations if g.level]
+    if not decided:
         return _section("The guard", "<p>No decision is recorded: no refresh of this run has weighed a sample.</p>")
 
     def number(generation: Generation, key: str, form: str) -> str:
@@ -177,26 +185,26 @@ def _guard(found: Facts) -> str:
             *(number(g, key, "+.3f") for key in ("core_minus_audit", "low", "high")),
             f"{g.level}: {g.reason}",
         )
-        for g in (told if len(told) <= SHOWN else [told[0], *told[1 - SHOWN :]])
+        for g in (decided if len(decided) <= SHOWN else [decided[0], *decided[1 - SHOWN :]])
     ]
-    said = (
+    explanation = (
         '<p class="dim">Effective share: 1 where content finds nothing to leave out. Losses\' share: of what losses pass. '
         "Core − audit: by how much more chosen samples lower the trusted loss than unchosen ones (recipe grace only), with its "
         "bootstrap interval.</p>"
     )
-    return _section("The guard", _table(head, lines) + said)
+    return _section("The guard", _table(head, lines) + explanation)
 
 
-def _sources(run: Run, found: Facts) -> str:
-    if not found.shares:
+def _sources(run: Run, run_facts: Facts) -> str:
+    if not run_facts.shares:
         unnamed = "this run names none; give --sources FILE.npy, one label a sample"
         why = "no schedule was chosen" if run.sources is not None else unnamed
         return _section("Sources", f"<p>Not shown: {why}.</p>")
     table = _table(
         ("source", "share of pool", "share of chosen", "factor", ""),
-        [(n, f"{a:.1%}", f"{b:.1%}", f"{b / a:.2f}" if a else "–", "") for n, a, b in found.shares[:200]],
+        [(n, f"{a:.1%}", f"{b:.1%}", f"{b / a:.2f}" if a else "–", "") for n, a, b in run_facts.shares[:200]],
     )
-    picture = _figure(figures.shares(found), "share of each source in pool and coreset")
+    picture = _figure(figures.shares(run_facts), "share of each source in pool and coreset")
     return _section("Sources", f'<div class="figures">{picture}<div>{table}</div></div>')
 
 
@@ -224,7 +232,7 @@ def _samples(run: Run) -> str:
 
 
 def _sample(row: Row) -> str:
-    """A line of the table; only ``row.id`` is known to be harmless."""
+    """Return a row of the table; only ``row.id`` is known to be safe, all other values are escaped."""
     place = f"in the schedule as {row.role}" if row.role else "not in the schedule"
     chance = "–" if row.chance is None else f"{row.chance:.3g}"
     return (

@@ -1,4 +1,4 @@
-"""The samples that a refresh kept an account of: their text, and why they are likely or unlikely to be chosen."""
+"""Describe the samples that a refresh has recorded: their text, and why they are likely or unlikely to be chosen."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Row:
 
     Attributes:
         chance: relative to the likeliest sample of its window.
-        role: in the schedule; None where it is not in it.
+        role: in the schedule; None if it is not in the schedule.
     """
 
     id: int
@@ -34,14 +34,17 @@ class Row:
 
 
 def shown(run: Run) -> dict[str, Any] | None:
-    """The explanation whose samples are shown: the last one that a coreset was drawn by, else the last one."""
+    """Return the explanation whose samples are shown.
+
+    This is the last one used to draw a coreset, or the last one if there is none.
+    """
     used = [p for p in run.explanations.values() if p.get("used")]
     kept = used or list(run.explanations.values())
     return kept[-1] if kept else None
 
 
 def rows(run: Run, explanation: dict[str, Any]) -> list[Row]:
-    """The explanation's samples, with text where it can be had."""
+    """Return the explanation's samples, with text if it is available."""
     return [
         Row(int(s["id"]), GROUPS.get(s["group"], str(s["group"])), s["chance"], s["role"], reason(s), text_of(run, s))
         for s in explanation["samples"]
@@ -49,7 +52,7 @@ def rows(run: Run, explanation: dict[str, Any]) -> list[Row]:
 
 
 def reason(sample: dict[str, Any]) -> str:
-    """Signal by signal: each factor of the chance, and what it rests on."""
+    """Describe each factor of the chance, and the signal that it rests on."""
     f, s = sample["factors"], sample["signals"]
     parts = []
     if "quality" in f:
@@ -78,7 +81,10 @@ def _judged(quality: float) -> str:
 
 
 def text_of(run: Run, sample: dict[str, Any]) -> str:
-    """What the dataset has shown of a sample, its token ids decoded where they can be; untrusted, and empty without either."""
+    """Return the recorded text of a sample, or its token ids, decoded if possible.
+
+    Untrusted; empty without either.
+    """
     if isinstance(sample.get("text"), str):
         return str(sample["text"])[:CHARACTERS]
     tokens = sample.get("tokens")

@@ -1,13 +1,17 @@
-"""The guard: what stops a selection that does not help.
+"""Guard a run: stop a selection that does not help.
 
-Three questions, answered before the money is spent twice.  Is there anything to leave out?  The effective share
-(Σp)² / (N Σp²) of the window says so, once under content alone and once under what losses pass: a window is clean where both
-leave nearly all of it, since text that reads like the trusted samples may still be known to the model by heart.  Do core
-samples, which were chosen, lower the trusted loss more than audit samples, which were not?  The bootstrap interval of the
-difference of their mean influence says so; the trusted half that gives it its unit chooses nothing.  And do influences
-predict the next ones?  Those measured since the last schedule are compared by rank with what older ones predicted of the
-same samples: where no such correlation can be shown, influences are noise, and gradients are not collected until the next
-look.
+It answers three questions.
+
+Is there anything to leave out?  The effective share (Σp)² / (N Σp²) of the window answers this, once under content alone and
+once under the losses.  A window is clean if both leave nearly all of it, since the model may know a text by heart that reads
+like the trusted samples.
+
+Do core samples, which were chosen, lower the trusted loss more than audit samples, which were not?  The bootstrap interval of
+the difference of their mean influence answers this; the trusted half that gives it its unit chooses nothing.
+
+Do influences predict the next ones?  Those measured since the last schedule are compared by rank with the predictions of
+older ones for the same samples.  If no such correlation can be shown, influences are noise, and gradients are not collected
+until the next look.
 """
 
 from __future__ import annotations
@@ -23,14 +27,14 @@ from grace_ds.recipes.weights import rank01
 from grace_ds.records import Array
 
 RESAMPLES = 1000
-LEAST = 8  # samples drawn uniformly below which nothing is concluded
-ENOUGH = 1000  # predicted influences from which on they are judged
-MEMORY = 0.75  # of what was found, from one refresh to the next
-LOOK = 40  # losses whose own sampling error is as large as that of the limits fitted to the trusted ones
+LEAST = 8  # minimum uniformly drawn samples to conclude anything
+ENOUGH = 1000  # minimum predicted influences to judge them
+MEMORY = 0.75  # decay of findings, from one refresh to the next
+LOOK = 40  # number of losses with as large a sampling error as the limits fitted to the trusted losses
 ONE_SIDED = 1.645  # standard errors of a correlation that chance exceeds once in twenty
-BLIND = frozenset({"gradients", "sketches"})  # parts that are not paid for while influences predict nothing
-DOWN = frozenset(recipes.PARTS)  # parts that are not paid for after a step down
-CLEAN = frozenset(recipes.PARTS) - {"loss"}  # parts that are not paid for while the window is clean: losses go on being read
+BLIND = frozenset({"gradients", "sketches"})  # parts switched off while influences predict nothing
+DOWN = frozenset(recipes.PARTS)  # parts switched off after a step down
+CLEAN = frozenset(recipes.PARTS) - {"loss"}  # parts switched off while the window is clean: losses are still read
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,8 @@ class Contrast:
     """Mean influence of core samples minus that of audit samples, with its bootstrap interval.
 
     Attributes:
-        difference, low, high: in units of the trusted median; NaN where there are too few samples.
-        core, audit: how many samples there were.
+        difference, low, high: in units of the trusted median; NaN if there are too few samples.
+        core, audit: numbers of samples.
     """
 
     difference: float
@@ -51,18 +55,18 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Remembered:
-    """A mean of what refreshes found, of which earlier ones count less.
+    """A mean over refreshes, with less weight for earlier ones.
 
     Attributes:
-        value: the mean, 0 where nothing was found.
-        weight: what it was taken over, by which it counts.
+        value: the mean; 0 without findings.
+        weight: weight of the findings in the mean.
     """
 
     value: float = 0.0
     weight: float = 0.0
 
     def after(self, earlier: Remembered) -> Remembered:
-        """With what ``earlier`` refreshes found."""
+        """Return the mean combined with that of ``earlier`` refreshes."""
         weight = self.weight + MEMORY * earlier.weight
         total = self.weight * self.value + MEMORY * earlier.weight * earlier.value
         return Remembered(total / weight if weight else 0.0, weight)
@@ -70,13 +74,14 @@ class Remembered:
 
 @dataclass(frozen=True)
 class Blindness:
-    """How it stands with the gradients.
+    """State of the test whether influences predict anything, on which the use of gradients depends.
 
     Attributes:
-        on: they are neither collected nor used.
-        misses: looks in a row that could not show that influences predict anything; each doubles the time to the next.
-        look: version of the schedule from which on they are collected again.
-        predicted: rank correlation of influences with those that older ones predicted, since the last look; by samples.
+        on: gradients are neither collected nor used.
+        misses: consecutive looks that could not show that influences predict anything; each doubles the time to the next.
+        look: version of the schedule from which on gradients are collected again.
+        prediction_skill: rank correlation of influences with their predictions from older ones, since the last look; weighted
+            by samples.
     """
 
     on: bool = False
@@ -85,7 +90,7 @@ class Blindness:
     prediction_skill: Remembered = field(default_factory=Remembered)
 
     def at(self, version: int, found: Remembered) -> Blindness:
-        """How it stands for schedule ``version``, by what was ``found`` at its refresh."""
+        """Return the state for schedule ``version``, given what was ``found`` at its refresh."""
         if self.on:
             return replace(self, on=version < self.look)
         known = found.after(self.prediction_skill)
@@ -98,17 +103,17 @@ class Blindness:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a schedule may use.
+    """Decision on what a schedule may use.
 
     Attributes:
         level: name of the recipe that it is made by.
         reason: in words, with the numbers.
-        misses: looks in a row that found no help; each doubles the time to the next look.
-        look: version of the schedule at which a level that was stepped down is tried again.
-        numbers: what it was decided by.
-        off: parts of the recipe that are not paid for.
-        blind: whether it does without gradients.
-        losses: effective share of the window under what losses pass, by looks.
+        misses: consecutive looks that found no help; each doubles the time to the next look.
+        look: version of the schedule at which the configured level is tried again after a step down.
+        numbers: that the decision is based on.
+        off: parts of the recipe that are switched off.
+        blind: state of the test of influences.
+        losses: effective share of the window under the losses, weighted by looks.
     """
 
     level: str
@@ -121,12 +126,15 @@ class Decision:
     losses: Remembered = field(default_factory=Remembered)
 
     def unpaid(self, version: int) -> frozenset[str]:
-        """Parts that the refresh which makes schedule ``version`` does without: none of those that are looked at again."""
+        """Return the parts that the refresh for schedule ``version`` does without.
+
+        Parts that are tried again at this version are not among them.
+        """
         blind = BLIND if self.blind.on and version < self.blind.look else frozenset()
         return blind if self.off <= BLIND or version >= self.look > 0 else self.off
 
     def meta(self) -> dict[str, object]:
-        """JSON-able; kept in the schedule, read back by :func:`from_meta`."""
+        """Return a JSON-able form, stored in the schedule and read back by :func:`from_meta`."""
         plain = {"level": self.level, "reason": self.reason, "misses": self.misses, "look": self.look, **self.numbers}
         blind = {"blind": asdict(self.blind)} if self.blind != Blindness() else {}
         losses = {"losses": asdict(self.losses)} if self.losses.weight else {}
@@ -134,7 +142,7 @@ class Decision:
 
 
 def from_meta(meta: Mapping[str, Any] | None) -> Decision | None:
-    """The decision that a schedule was made under; None for a schedule without one."""
+    """Return the decision that a schedule was made under; None for a schedule without one."""
     if not meta or "level" not in meta:
         return None
     blind = dict(meta.get("blind") or {})
@@ -152,13 +160,13 @@ def from_meta(meta: Mapping[str, Any] | None) -> Decision | None:
 
 
 def effective_share(log_p: Array) -> float:
-    """(Σp)²/(N Σp²): 1 where every sample is equally likely, small where few carry all the probability."""
+    """Return (Σp)²/(N Σp²): 1 if every sample is equally likely, small if few have all the probability."""
     p = np.exp(log_p - log_p.max())
     return float(p.sum() ** 2 / (len(p) * (p**2).sum()))
 
 
 def contrast(core: Array, audit: Array, confidence: float, seed: int) -> Contrast:
-    """Compares finite influences of core (n,) and audit (m,) samples by the percentile bootstrap."""
+    """Compare finite influences of core (n,) and audit (m,) samples by the percentile bootstrap."""
     core, audit = (np.asarray(v, np.float64)[np.isfinite(v)] for v in (core, audit))
     if min(len(core), len(audit)) < LEAST:
         return Contrast(float("nan"), float("nan"), float("nan"), len(core), len(audit))
@@ -172,7 +180,7 @@ def contrast(core: Array, audit: Array, confidence: float, seed: int) -> Contras
 
 
 def prediction_skill(predicted: Array, measured: Array) -> Remembered:
-    """Spearman's correlation of influences (n,) that were predicted and then measured; those that are not finite left out."""
+    """Return Spearman's correlation of influences (n,) predicted and then measured; values that are not finite are left out."""
     both = np.isfinite(predicted) & np.isfinite(measured)
     if both.sum() < LEAST:
         return Remembered()
@@ -182,7 +190,7 @@ def prediction_skill(predicted: Array, measured: Array) -> Remembered:
 
 
 def heard(loss_pass: Array) -> Remembered:
-    """One look at what losses pass, (n,), of samples that were drawn uniformly; nothing of too few."""
+    """Return the effective share under the losses' pass (n,) of uniformly drawn samples; empty for too few samples."""
     known = loss_pass[np.isfinite(loss_pass)]
     n = len(known)
     return Remembered(effective_share(np.log(known)), n / (n + LOOK)) if n >= LEAST else Remembered()
@@ -190,13 +198,13 @@ def heard(loss_pass: Array) -> Remembered:
 
 @dataclass(frozen=True)
 class Window:
-    """What the first question is answered by.
+    """Facts about the window, to decide whether it is clean.
 
     Attributes:
         share: effective share of the window under content alone.
-        losses: effective share under what losses pass, as :func:`heard` since the last schedule.
-        clean: from which on a share says that there is nothing worth leaving out.
-        awaited: no loss is held against trusted ones yet, but will be.
+        losses: effective share under the losses, from :func:`heard` since the last schedule.
+        clean: minimum share of a window in which nothing is worth leaving out.
+        awaited: no loss has been compared with trusted ones yet, but one will be.
     """
 
     share: float
@@ -217,17 +225,20 @@ def decide(
     previous: Decision | None,
     seen: Remembered | None = None,
 ) -> Decision:
-    """The level of schedule ``version``.
+    """Decide on the level of schedule ``version``.
 
     Args:
-        recipe: the most that may be used.
-        window: what it is made from.
-        found: core against audit of the samples collected since the last schedule; None where nothing was.
+        recipe: the highest level that may be used.
+        version: of the schedule.
+        window: that the schedule is made from.
+        found: core against audit, of the samples collected since the last schedule; None if there were none.
         previous: decision of the schedule before; None for the first.
-        seen: :func:`prediction_skill` of the influences measured since; None where nothing was.
+        seen: :func:`prediction_skill` of the influences measured since; None if there were none.
     """
     before = previous if previous is not None else Decision(recipe, "")
-    losses = window.losses.after(before.losses) if window.losses.weight else before.losses  # no look, nothing forgotten
+    losses = (
+        window.losses.after(before.losses) if window.losses.weight else before.losses
+    )  # without a new look the old value does not decay
     blind = before.blind.at(version, seen or Remembered())
     level = _clean(recipe, window, losses) or _level(recipe, version, window, losses, found, before)
     numbers = {**level.numbers, "effective_share": window.share}
@@ -244,7 +255,7 @@ def decide(
 
 
 def _clean(recipe: str, window: Window, losses: Remembered) -> Decision | None:
-    """That nothing is worth leaving out of the window; None: something is, or it is not known yet."""
+    """Return the decision for a clean window; None if something is worth leaving out, or this is not known yet."""
     if window.share < window.clean or window.awaited or (losses.weight and losses.value < window.clean):
         return None
     shares = f"effective share {window.share:.2f}" + (f" ({losses.value:.2f} under what losses pass)" if losses.weight else "")
@@ -254,7 +265,7 @@ def _clean(recipe: str, window: Window, losses: Remembered) -> Decision | None:
 
 
 def _level(recipe: str, version: int, window: Window, losses: Remembered, found: Contrast | None, previous: Decision) -> Decision:
-    """The recipe that the schedule is made by, where something is worth leaving out."""
+    """Return the decision on the recipe of the schedule, if something is worth leaving out."""
     if found is not None and np.isfinite(found.difference):
         numbers = {"core_minus_audit": found.difference, "low": found.low, "high": found.high}
         reason = f"core minus audit influence {found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"

@@ -1,8 +1,8 @@
-"""Drawing without replacement by the Gumbel top-k trick, with randomness that is a function of (seed, version, id).
+"""Draw without replacement by the Gumbel top-k trick, with randomness that is a function of (seed, version, id).
 
 Adding independent Gumbel noise to log-probabilities and keeping the k largest draws k items one after another, each in
-proportion to its probability among those left.  The noise of an id depends on nothing else, so the draw does not
-depend on the number of ranks, on other ids or on any generator of the job.
+proportion to its probability among those left.  The noise of an id depends on nothing else, so the draw does not depend on
+the number of ranks, on other ids or on any generator of the job.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Drawn:
 
     Attributes:
         coreset: the ids, sorted, with inverse-probability weights of mean 1.
-        threshold: kappa, the (k+1)-th largest perturbed log-probability; -inf when nothing was left over.
-        short: how many fewer than asked for there were to choose from.
+        threshold: kappa, the (k+1)-th largest perturbed log-probability; -inf if nothing was left over.
+        short: number of ids missing from the k requested, because there were too few to choose from.
     """
 
     coreset: Coreset
@@ -39,45 +39,45 @@ class Drawn:
 
 
 def random_words(seed: int, version: int, purpose: int, ids: IntArray) -> Words:
-    """(n,) uint64, one pseudo-random word for each of ``ids`` (n,) int64: splitmix64 keyed by the other arguments.
+    """Return one pseudo-random word for each of ``ids`` (n,) int64, (n,) uint64: splitmix64 keyed by the other arguments.
 
-    Uses 8 bytes an id and a constant.
+    Uses 8 bytes per id and a constant.
     """
     key = 0
     for part in (seed, version, purpose):
         key = _mix_one((key ^ (part & _MASK)) + _GOLDEN)
-    out = np.asarray(ids, np.int64).astype(np.uint64)
-    for lo in range(0, len(out), CHUNK):
-        z = out[lo : lo + CHUNK]
-        z *= np.uint64(_GOLDEN)
-        z += np.uint64(key)
-        _mix(z)
-        # Twice mixed, so that neighbouring keys share no sequence.  The word mixed in is that of id -1, which no sample has:
-        # that of a real id would cancel to 0 there and give it the same noise in every version.
-        z ^= np.uint64(_mix_one(key - _GOLDEN))
-        _mix(z)
-    return out
+    words = np.asarray(ids, np.int64).astype(np.uint64)
+    for lo in range(0, len(words), CHUNK):
+        block = words[lo : lo + CHUNK]
+        block *= np.uint64(_GOLDEN)
+        block += np.uint64(key)
+        _mix(block)
+        # Mix twice, so that neighbouring keys share no sequence.  The word mixed in is that of id -1, which no sample has:
+        # the word of a real id would cancel to 0 there and give that id the same noise in every version.
+        block ^= np.uint64(_mix_one(key - _GOLDEN))
+        _mix(block)
+    return words
 
 
 def gumbel(seed: int, version: int, ids: IntArray) -> Floats:
-    """(n,) float64, standard Gumbel noise of ``ids`` (n,) int64; 16 bytes an id."""
-    out = np.empty(len(ids))
-    for lo in range(0, len(out), CHUNK):
+    """Return the standard Gumbel noise of ``ids`` (n,) int64, (n,) float64; 16 bytes per id."""
+    noise = np.empty(len(ids))
+    for lo in range(0, len(noise), CHUNK):
         words = random_words(seed, version, 1, ids[lo : lo + CHUNK])
         words >>= np.uint64(11)
-        u = out[lo : lo + CHUNK]
-        u[:] = words
-        u += 0.5
-        u *= 2.0**-53  # in (0, 1), both ends excluded
-        np.log(u, out=u)
-        np.negative(u, out=u)
-        np.log(u, out=u)
-        np.negative(u, out=u)
-    return out
+        block = noise[lo : lo + CHUNK]
+        block[:] = words
+        block += 0.5
+        block *= 2.0**-53  # in (0, 1), both ends excluded
+        np.log(block, out=block)
+        np.negative(block, out=block)
+        np.log(block, out=block)
+        np.negative(block, out=block)
+    return noise
 
 
 def largest(values: Array, k: int) -> IntArray:
-    """Positions of the k largest of ``values`` (n,) float64 without NaN, ascending; of equals the first ones."""
+    """Return the positions of the k largest of ``values`` (n,) float64 without NaN, ascending; the first ones of equal values."""
     n = len(values)
     if k >= n:
         return np.arange(n)
@@ -90,7 +90,7 @@ def largest(values: Array, k: int) -> IntArray:
 
 
 def check_log_p(ids: IntArray, log_p: Array) -> Floats:
-    """``log_p`` (n,) as float64, after making sure that it fits ``ids`` and that those are sorted and unique.
+    """Check that ``log_p`` (n,) fits ``ids`` and that ids are sorted and unique; return it as float64.
 
     Raises:
         DataError: lengths differ, ids are unsorted or repeat, or a value is NaN or +inf.
@@ -108,12 +108,12 @@ def check_log_p(ids: IntArray, log_p: Array) -> Floats:
 
 
 def sample_without_replacement(ids: IntArray, log_p: Array, k: int, seed: int, version: int) -> Drawn:
-    """Draws k of ``ids`` with probabilities in proportion to exp(log_p), successively without replacement.
+    """Draw k of ``ids`` with probabilities in proportion to exp(log_p), successively without replacement.
 
     Args:
         ids: (n,) int64, sorted, unique, the whole window, on the root.
         log_p: (n,) float, unnormalised; -inf for an id that must never be chosen.
-        k: ids wanted; with fewer finite ``log_p`` all of those are taken, and ``short`` says how many are missing.
+        k: ids wanted; with fewer finite ``log_p`` all of those are taken, and ``short`` is the number missing.
         seed: of the run.
         version: of the coreset.
 
@@ -121,7 +121,7 @@ def sample_without_replacement(ids: IntArray, log_p: Array, k: int, seed: int, v
         Ids with weights 1 / P(perturbed log-probability above the threshold), which make weighted means over the sample
         consistent for means over the window; scaled to mean 1.
 
-    Beyond its arguments and its result it holds at most 16 bytes an id and a constant.
+    Beyond its arguments and its result it holds at most 16 bytes per id and a constant.
     """
     log_p = check_log_p(ids, log_p)
     possible = int(np.count_nonzero(np.isfinite(log_p)))
@@ -145,20 +145,20 @@ def sample_without_replacement(ids: IntArray, log_p: Array, k: int, seed: int, v
 
 
 def _log_total(log_p: Floats) -> float:
-    """The logarithm of the sum of exp(log_p), of which not all are -inf."""
+    """Return the logarithm of the sum of exp(log_p); not all may be -inf."""
     top = float(log_p.max())
     return top + math.log(math.fsum(float(np.exp(log_p[lo : lo + CHUNK] - top).sum()) for lo in range(0, len(log_p), CHUNK)))
 
 
 def _perturbed(ids: IntArray, log_p: Floats, shift: float, seed: int, version: int, lo: int) -> Floats:
-    """Perturbed log-probabilities of one chunk of ids, from ``lo``; the same numbers whenever it is asked."""
-    out = gumbel(seed, version, ids[lo : lo + CHUNK])
-    out += log_p[lo : lo + CHUNK] - shift
-    return out
+    """Return the perturbed log-probabilities of one chunk of ids, from ``lo``; the same numbers at every call."""
+    perturbed = gumbel(seed, version, ids[lo : lo + CHUNK])
+    perturbed += log_p[lo : lo + CHUNK] - shift
+    return perturbed
 
 
 def _bars(ids: IntArray, log_p: Floats, shift: float, seed: int, version: int, k: int) -> tuple[float, float, int]:
-    """The (k+1)-th and the k-th largest perturbed log-probability, and how many of the k largest equal the latter."""
+    """Return the (k+1)-th and the k-th largest perturbed log-probability, and how many of the k largest equal the latter."""
     perturbed = np.empty(len(ids))
     for lo in range(0, len(ids), CHUNK):
         perturbed[lo : lo + CHUNK] = _perturbed(ids, log_p, shift, seed, version, lo)
@@ -169,33 +169,33 @@ def _bars(ids: IntArray, log_p: Floats, shift: float, seed: int, version: int, k
 
 
 def _reaching(ids: IntArray, log_p: Floats, shift: float, seed: int, version: int, bar: float, level: int, k: int) -> IntArray:
-    """Positions, ascending, of the k perturbed log-probabilities above ``bar`` or among the first ``level`` equal to it.
+    """Return the positions, ascending, of the k perturbed log-probabilities above ``bar``, or the first ``level`` equal to it.
 
-    They are computed a second time, which is cheaper than to keep them beside the copy that was partitioned.
+    They are computed a second time, which is cheaper than keeping them next to the copy that was partitioned.
     """
-    out = np.empty(k, np.int64)
-    at = 0
+    positions = np.empty(k, np.int64)
+    count = 0
     for lo in range(0, len(ids), CHUNK):
         perturbed = _perturbed(ids, log_p, shift, seed, version, lo)
-        good = perturbed > bar
+        reaching = perturbed > bar
         equal = np.flatnonzero(perturbed == bar)[:level]
         level -= len(equal)
-        good[equal] = True
-        found = np.flatnonzero(good)
-        out[at : at + len(found)] = found
-        out[at : at + len(found)] += lo
-        at += len(found)
-    return out
+        reaching[equal] = True
+        found = np.flatnonzero(reaching)
+        positions[count : count + len(found)] = found
+        positions[count : count + len(found)] += lo
+        count += len(found)
+    return positions
 
 
 def mean_one(weights: Array) -> FloatArray:
-    """``weights`` (m,) scaled to mean 1, float32; m may be 0."""
+    """Return ``weights`` (m,) scaled to mean 1, float32; m may be 0."""
     total = float(np.sum(weights, dtype=np.float64))
     return (np.asarray(weights, np.float64) * (len(weights) / total if total > 0 else 1.0)).astype(np.float32)
 
 
 def _mix(z: Words) -> None:
-    """splitmix64's finaliser, in place."""
+    """Apply splitmix64's finaliser in place."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z ^= z >> np.uint64(shift)
         z *= np.uint64(factor)

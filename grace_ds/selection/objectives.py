@@ -1,4 +1,4 @@
-"""How a coreset is drawn, by name.  Every objective is a pure function of its arguments, on root."""
+"""Draw a coreset by the name of an objective.  Every objective is a pure function of its arguments, on root."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from grace_ds.records import Array, Coreset, IntArray, Neighbours
 from grace_ds.selection.facility_location import coverage, lazy_greedy
 from grace_ds.selection.gumbel import check_log_p, largest, mean_one, random_words, sample_without_replacement
 
-_RS2 = 2  # purpose of its random words; 1 is the Gumbel noise
+_RS2 = 2  # ``purpose`` of the random words of rs2; 1 is the Gumbel noise
 
 
 @dataclass(frozen=True)
 class Request:
-    """What an objective draws from.
+    """Input of an objective.
 
     Attributes:
-        ids: (n,) int64, sorted: who may be chosen.
+        ids: (n,) int64, sorted: ids that may be chosen.
         log_p: (n,) float64, unnormalised.
         k: ids wanted.
         seed, version: of the run and of the coreset.
         first: sorted ids among ``ids`` that must be chosen; objectives other than ``facility_location`` may ignore it.
-        window: (w,) int64, sorted: all samples of the window, which ``neighbours`` has a row for.
+        window: (w,) int64, sorted: all samples of the window; ``neighbours`` has a row for each.
         neighbours: k-NN graph of the window; None unless the objective needs it.
         weights: (w,) float64 importance of each sample of the window.
     """
@@ -50,9 +50,9 @@ class Objective:
     """How a coreset is drawn.
 
     Attributes:
-        draw: what draws it.
+        draw: the function that draws it.
         weighs: whether it reads the importance of the samples; if not, nothing is collected for it, and nothing explored.
-        covers: whether it draws along the k-NN graph of the whole window, and takes ``first`` into account itself.
+        covers: whether it draws along the k-NN graph of the whole window, and handles ``first`` itself.
     """
 
     draw: Draw
@@ -61,7 +61,7 @@ class Objective:
 
 
 def register(name: str, *, weighs: bool = True, covers: bool = False) -> Callable[[Draw], Draw]:
-    """Decorator: makes an objective available under ``name``; see :class:`Objective`."""
+    """Decorate a function to register it as an objective under ``name``; see :class:`Objective`."""
 
     def add(draw: Draw) -> Draw:
         registry.objectives.register(name)(Objective(draw, weighs, covers))
@@ -82,20 +82,20 @@ def select(
     include: IntArray | None = None,
     exclude: IntArray | None = None,
 ) -> Coreset:
-    """Draws a coreset of ``k`` samples of the window.
+    """Draw a coreset of ``k`` samples of the window.
 
     Args:
         name: sample | facility_location | topk | rs2 | uniform, or a registered one.
         ids: (n,) int64, sorted, unique, the whole window.
         log_p: (n,) float64, unnormalised log-probabilities; -inf for never.
-        k: its size; fewer where fewer can be chosen.
+        k: its size; smaller if fewer can be chosen.
         seed, version: of the run and of the coreset.
         neighbours: k-NN graph over ``ids``, in their order; for facility_location.
-        include: sorted ids that are always in (those outside of the window are not meant); they count towards ``k``.
+        include: sorted ids that are always in (ids outside of the window are ignored); they count towards ``k``.
         exclude: sorted ids that are never in.
 
     Raises:
-        ConfigError: the name is unknown, or more ids must be in than ``k``.
+        ConfigError: the name is unknown, or more than ``k`` ids must be in.
         DataError: ids or log-probabilities are malformed.
     """
     objective: Objective = registry.objectives.get(name)
@@ -103,15 +103,15 @@ def select(
     inside = _places(ids, include)
     first = ids[inside]
     check_included(len(first), k)
-    may = np.isfinite(log_p)
-    may[_places(ids, exclude)] = False
-    whole = objective.covers
-    if not whole:
-        may[inside] = False
-    weights = np.exp(log_p - log_p[may].max()) if may.any() else np.zeros(len(ids))
-    wanted = k if whole else k - len(first)
-    drawn = objective.draw(Request(ids[may], log_p[may], wanted, seed, version, first, ids, neighbours, weights))
-    if whole or not len(first):
+    eligible = np.isfinite(log_p)
+    eligible[_places(ids, exclude)] = False
+    covers = objective.covers
+    if not covers:
+        eligible[inside] = False
+    weights = np.exp(log_p - log_p[eligible].max()) if eligible.any() else np.zeros(len(ids))
+    wanted = k if covers else k - len(first)
+    drawn = objective.draw(Request(ids[eligible], log_p[eligible], wanted, seed, version, first, ids, neighbours, weights))
+    if covers or not len(first):
         return drawn
     joined = np.concatenate([first, drawn.ids])
     order = np.argsort(joined)
@@ -120,18 +120,21 @@ def select(
 
 
 def _places(ids: IntArray, few: IntArray | None) -> IntArray:
-    """Where those of ``few`` that are among the sorted ``ids`` (n,) stand, ascending: without sorting the window again."""
+    """Return the positions in the sorted ``ids`` (n,) of those of ``few`` that are among them, ascending.
+
+    The window is not sorted again.
+    """
     if few is None or not len(few) or not len(ids):
         return np.empty(0, np.int64)
-    at = np.minimum(np.searchsorted(ids, few), len(ids) - 1)
-    return np.unique(at[ids[at] == few])
+    position = np.minimum(np.searchsorted(ids, few), len(ids) - 1)
+    return np.unique(position[ids[position] == few])
 
 
 def check_included(included: int, k: int) -> None:
-    """Whether as many ids as must be in fit in.
+    """Check that the included ids fit into the coreset.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: there are more than ``k``.
     """
     if included > k:
         raise ConfigError(
@@ -145,25 +148,25 @@ def _flat(ids: IntArray) -> Coreset:
 
 @register("sample")
 def _sample(request: Request) -> Coreset:
-    """Gumbel top-k: without replacement, in proportion to p; inverse-probability weights."""
+    """Draw by Gumbel top-k: without replacement, in proportion to p; inverse-probability weights."""
     return sample_without_replacement(request.ids, request.log_p, request.k, request.seed, request.version).coreset
 
 
 @register("uniform", weighs=False)
 def _uniform(request: Request) -> Coreset:
-    """Every sample alike, drawn anew for each version."""
+    """Draw with equal chances, again for each version."""
     return sample_without_replacement(request.ids, np.zeros(len(request.ids)), request.k, request.seed, request.version).coreset
 
 
 @register("topk")
 def _topk(request: Request) -> Coreset:
-    """The most probable ones; of equals the lower ids."""
+    """Take the most probable ids; the lower ids of equal ones."""
     return _flat(request.ids[largest(np.asarray(request.log_p), request.k)])
 
 
 @register("rs2", weighs=False)
 def _rs2(request: Request) -> Coreset:
-    """Repeated random subsets (arXiv 2305.18424): a seeded order walked k at a time, a new order once it is used up."""
+    """Take repeated random subsets (arXiv 2305.18424): a seeded order in steps of k, and a new order after its end."""
     n = len(request.ids)
     k = min(request.k, n)
     chosen = np.empty(0, np.int64)
@@ -178,7 +181,7 @@ def _rs2(request: Request) -> Coreset:
 
 @register("facility_location", covers=True)
 def _facility_location(request: Request) -> Coreset:
-    """Greedy cover of the window's importance along the graph; a member's weight is the importance that it stands for."""
+    """Cover the window's importance greedily along the graph; a member's weight is the importance that it covers."""
     if request.neighbours is None:
         raise ConfigError("selection.objective = 'facility_location' needs the content graph; set features.enabled: true")
     graph = coverage(request.window, request.neighbours)

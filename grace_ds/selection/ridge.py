@@ -1,8 +1,8 @@
-"""A signal that few samples were collected with, predicted for all from content statistics: closed-form ridge.
+"""Predict a signal that few samples were collected with for all samples, from content statistics: closed-form ridge.
 
-A single sample's alignment is mostly noise; what kind of text it is tells most of what is not.  The statistics and their
-products go into a weighted ridge regression, whose normal equations are sums over the collected samples.  They are added
-up as integers, so the result has the same bits however the samples are spread over ranks.
+A single sample's alignment is mostly noise; its kind of text explains most of the rest.  The statistics and their products go
+into a weighted ridge regression, whose normal equations are sums over the collected samples.  They are added up as integers,
+so the result has the same bits for any distribution of the samples over ranks.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 DAMPING = 0.05  # lambda, in mean diagonals of the normal equations
-TARGET_CLIP = 6.0  # labels beyond are pulled in: they are outliers of a single sample
+TARGET_CLIP = 6.0  # labels beyond are clipped: they are outliers of a single sample
 _ROW_BITS, _WEIGHT_BITS, _TARGET_BITS = 8, 8, 10
-_CLIP = 6.0  # of a statistic
-_BLOCK = 1 << 14  # rows at a time
+_CLIP = 6.0  # statistics beyond are clipped
+_BLOCK = 1 << 14  # rows processed at a time
 _GRID = 2.0**-16  # predictions are rounded to it: products of other shapes may differ in their last bits
 
 
 def columns(statistics: int) -> int:
-    """Columns of the design for that many statistics: 1, each, and each product of two."""
+    """Return the number of columns of the design for that many statistics: 1, each, and each product of two."""
     return 1 + statistics + statistics * (statistics + 1) // 2
 
 
 def design(statistics: Array) -> Floats:
-    """(n, c) float64 on a grid of 2⁻⁸: 1, the (n, s) ``statistics``, and a sixth of each product of two of them."""
+    """Return the design, (n, c) float64 on a grid of 2⁻⁸: 1, the (n, s) ``statistics``, a sixth of each product of two."""
     z = np.clip(np.nan_to_num(np.asarray(statistics, np.float64)), -_CLIP, _CLIP)
     rows = np.empty((len(z), columns(z.shape[1])))
     rows[:, 0], rows[:, 1 : 1 + z.shape[1]] = 1, z
@@ -45,13 +45,13 @@ def design(statistics: Array) -> Floats:
 
 
 def normal_equations(rows: Floats, target: Array, weight: Array) -> Integers:
-    """(c·c + c,) int64: Σ w x xᵀ and Σ w x y over these samples, on a fixed grid; to be added up over the ranks.
+    """Return Σ w x xᵀ and Σ w x y over these samples, (c·c + c,) int64 on a fixed grid; to be summed over the ranks.
 
-    Exact for up to 2^24 samples in all.
+    Exact for up to 2^24 samples in total.
 
     Args:
         rows: (n, c) from :func:`design`.
-        target: (n,) finite labels; those beyond ±6 are pulled in.
+        target: (n,) finite labels; those beyond ±6 are clipped.
         weight: (n,) in [0, 1].
     """
     c = rows.shape[1]
@@ -70,7 +70,7 @@ def normal_equations(rows: Floats, target: Array, weight: Array) -> Integers:
 
 
 def weight_of(equations: Integers) -> float:
-    """The sum of the weights in :func:`normal_equations`: how many samples they stand for."""
+    """Return the sum of the weights in :func:`normal_equations`: the effective number of samples."""
     return float(equations[0]) / 2.0 ** (2 * _ROW_BITS + _WEIGHT_BITS)
 
 
@@ -86,7 +86,7 @@ class Ridge:
 
     @staticmethod
     def solve(equations: Integers) -> Ridge | None:
-        """From :func:`normal_equations` of all ranks; None where nothing was collected."""
+        """Solve :func:`normal_equations`, summed over all ranks; return None if nothing was collected."""
         c = int((np.sqrt(1 + 4 * len(equations)) - 1) / 2)
         gram = equations[: c * c].reshape(c, c) / 2.0 ** (2 * _ROW_BITS + _WEIGHT_BITS)
         right = equations[c * c :] / 2.0 ** (_ROW_BITS + _WEIGHT_BITS + _TARGET_BITS)
@@ -97,5 +97,5 @@ class Ridge:
         return Ridge(np.asarray(np.linalg.solve(gram + np.diag(damping), right), np.float64))
 
     def predict(self, rows: Floats) -> FloatArray:
-        """(n,) float32, for rows from :func:`design`."""
+        """Return the predictions for rows from :func:`design`, (n,) float32."""
         return np.asarray(np.rint(rows @ self.coefficients / _GRID) * _GRID, np.float32)

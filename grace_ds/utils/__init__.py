@@ -1,1 +1,1 @@
-"""What several folders need and none of them is about."""
+"""Provide helpers that several folders share."""

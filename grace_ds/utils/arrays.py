@@ -1,8 +1,8 @@
-"""Which array library computes with the rows of a rank: NumPy, or on a CUDA device CuPy, or torch if CuPy cannot be used.
+"""Choose the array library for the rows of a rank: NumPy, or on a CUDA device CuPy, or torch if CuPy cannot be used.
 
-Propagation and importance are written on the array API (https://data-apis.org/array-api) and compute where their arguments
-lie.  Move the arguments in with :func:`to_device`, and the results out with :func:`to_host`; keep the device's memory only
-for the length of :func:`device_memory`.  The edges of the graph and all that travels between ranks stay NumPy.
+Propagation and importance are written on the array API (https://data-apis.org/array-api) and compute on the device of their
+arguments.  Move the arguments in with :func:`to_device`, and the results out with :func:`to_host`; keep the device's memory
+only within :func:`device_memory`.  The edges of the graph and all data sent between ranks stay NumPy.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 
 
 def library_for(device: Any) -> tuple[str, str]:
-    """(numpy | cupy | torch, the reason in words) for rows on ``device``.
+    """Return (numpy | cupy | torch, the reason in words) for rows on ``device``.
 
-    NumPy everywhere but on CUDA: propagation needs float64, which other accelerators may not have.
+    NumPy everywhere except on CUDA: propagation needs float64, which other accelerators may lack.
 
     Args:
         device: a torch device, or its name, such as ``cpu``, ``cuda`` or ``cuda:1``.
@@ -38,22 +38,22 @@ def library_for(device: Any) -> tuple[str, str]:
 
 
 def namespace_for(device: Any) -> Any:
-    """The array-API namespace of the library for ``device``; what was chosen and why is logged once."""
+    """Return the array-API namespace of the library for ``device``; log the choice and the reason once."""
     library, why = library_for(device)
-    _tell(library, why)
+    _log_choice(library, why)
     return importlib.import_module(f"array_api_compat.{library}")
 
 
 def to_device(array: Any, device: Any) -> Any:
-    """``array`` as an array of the library for ``device``, lying there.
+    """Return ``array`` as an array of the library for ``device``, on that device.
 
     Args:
         array: of NumPy, CuPy or torch, of any shape and dtype that the library has.  It may be shared, not copied: do not
             change it afterwards.
-        device: as in :func:`library_for`.  Under CuPy it becomes the calling thread's current device.
+        device: as in :func:`library_for`.  With CuPy it becomes the calling thread's current device.
     """
     library, why = library_for(device)
-    _tell(library, why)
+    _log_choice(library, why)
     if library == "numpy":
         return to_host(array)
     import torch
@@ -70,25 +70,25 @@ def to_device(array: Any, device: Any) -> Any:
 
 
 def to_host(array: Any) -> Array:
-    """``array`` of NumPy, CuPy or torch as a NumPy array of its shape and dtype, without a copy if it lies in host memory.
+    """Return ``array`` of NumPy, CuPy or torch as a NumPy array of its shape and dtype.
 
-    bfloat16, which NumPy does not have, becomes float32.
+    There is no copy if it is in host memory.  bfloat16, which NumPy does not have, becomes float32.
     """
     if is_torch_array(array):
         import torch
 
         array = array.detach().cpu()
-        found: Array = (array.float() if array.dtype == torch.bfloat16 else array).numpy()
-        return found
+        converted: Array = (array.float() if array.dtype == torch.bfloat16 else array).numpy()
+        return converted
     return np.asarray(array.get() if is_cupy_array(array) else array)
 
 
 @contextmanager
 def device_memory(device: Any) -> Iterator[None]:
-    """Lets the library for ``device`` have memory for the length of the block, and the others have it back afterwards.
+    """Give device memory to the library for ``device`` within this context, and return it to the others afterwards.
 
-    torch and CuPy keep what they have freed in caches of their own: without this, CuPy finds no room beside a training job, and
-    the job none after a refresh.  Nothing is done for NumPy and torch.
+    torch and CuPy keep freed memory in their own caches.  Without this, CuPy finds no room next to a training job, and the job
+    none after a refresh.  Nothing is done for NumPy and torch.
     """
     if library_for(device)[0] != "cupy":
         yield
@@ -104,7 +104,7 @@ def device_memory(device: Any) -> Iterator[None]:
 
 
 def gpu_extra() -> str:
-    """The extra of ``grace_ds`` with CuPy and RAPIDS for the CUDA that torch was built for; without one, for CUDA 12."""
+    """Return the extra of ``grace_ds`` with CuPy and RAPIDS for the CUDA version of torch; without one, for CUDA 12."""
     import torch
 
     return "gpu-cu13" if (torch.version.cuda or "12").split(".")[0] == "13" else "gpu-cu12"
@@ -116,7 +116,10 @@ def _kind(device: Any) -> str:
 
 @functools.cache
 def _cupy_problem() -> str:
-    """Why CuPy cannot be used here; empty if it can.  It compiles its first kernel to know, once a process."""
+    """Return why CuPy cannot be used on this machine; empty if it can.
+
+    It compiles a first kernel to find out, once per process.
+    """
     if importlib.util.find_spec("cupy") is None:
         return f"cupy is not installed (pip install grace_ds[{gpu_extra()}])"
     try:
@@ -125,11 +128,11 @@ def _cupy_problem() -> str:
 
         cupy.cuda.Device(torch.cuda.current_device()).use()
         float((cupy.arange(3, dtype=cupy.float64) + 0.5).sum())
-    except Exception as error:  # a library of another CUDA, no compiler, no memory: torch computes the same
+    except Exception as error:  # a library of another CUDA version, no compiler, no memory: use torch, which computes the same
         return f"cupy does not work here: {type(error).__name__}: {' '.join(str(error).split())}"
     return ""
 
 
 @functools.cache
-def _tell(library: str, why: str) -> None:
+def _log_choice(library: str, why: str) -> None:
     log.info("rows of propagation and importance: %s (%s)", library, why)

@@ -1,4 +1,4 @@
-"""Signals that are put off, not swallowed: noted for a while, and in the end given to the handlers that were there before."""
+"""Defer signals without losing them: record them for a while, then deliver them to the former handlers."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ log = logging.getLogger("grace_ds")
 
 
 class DeferredSignals:
-    """Handlers that take note of some signals, until :meth:`release`.
+    """Handlers that record some signals until :meth:`release`.
 
-    Python calls them through a weak reference: once nobody holds this object, signals go to their former handlers.
+    Python calls them through a weak reference: after this object is deleted, signals go to their former handlers.
 
     Args:
         numbers: of the signals.
-        progress: a number that changes whenever the work goes on; None while it is in the middle of something.
-        patience: seconds after a signal within which the work goes on; where it does not, it is taken to be over, and the
-            signal is delivered.  0: it is over already.  Called in a signal handler, so it must take no lock.
+        progress: returns a number that changes whenever the work proceeds; None while the work must not be interrupted.
+        patience: returns the seconds after a signal within which the work should proceed; if it does not, it is assumed to
+            be over, and the signal is delivered.  0: it is over already.  Called in a signal handler, so it must take no lock.
 
     Attributes:
-        noted: number of the first signal that came; 0: none.
+        noted: number of the first signal received; 0: none.
 
     Raises:
         ValueError: this is not the main thread.
@@ -43,24 +43,24 @@ class DeferredSignals:
             self._handler.former[number] = signal.signal(number, self._handler)
 
     def settle(self) -> None:
-        """What was noted is done, and need not be delivered."""
+        """Clear the recorded signal: it was handled and need not be delivered."""
         self.noted = 0
 
     def release(self) -> None:
-        """Puts the former handlers back, and delivers what was noted to them.  A second call does nothing."""
+        """Restore the former handlers, and deliver a recorded signal to them.  A second call does nothing."""
         if self.released or sys.is_finalizing():
             return
-        self.released = True  # the handler passes on from here, also where it cannot be taken off
-        here = threading.current_thread() is threading.main_thread()
+        self.released = True  # the handler passes signals on from here, even if it cannot be removed
+        in_main_thread = threading.current_thread() is threading.main_thread()
         for number, former in self._handler.former.items():
-            if here and signal.getsignal(number) is self._handler:  # else another handler lies over it
+            if in_main_thread and signal.getsignal(number) is self._handler:  # else another handler has replaced it
                 signal.signal(number, _settable(former))
         noted, self.noted = self.noted, 0
         if noted:
             _send(noted)
 
     def note(self, number: int) -> None:
-        """Called at a signal, between any two bytecodes of the main thread: in a collective, or under somebody's lock."""
+        """Record a signal; called between any two bytecodes of the main thread: in a collective, or while a lock is held."""
         if self.overdue and self.progress() is not None:
             self.release()
         elif not self.noted:
@@ -73,7 +73,7 @@ class DeferredSignals:
 
 
 class _Handler:
-    """What Python calls at a signal."""
+    """The handler that Python calls at a signal."""
 
     def __init__(self, owner: weakref.ref[DeferredSignals]) -> None:
         self.owner = owner
@@ -91,18 +91,21 @@ class _Handler:
 
 
 def _settable(former: Any) -> Any:
-    """A handler that C code has installed cannot be put back from Python: the default takes its place."""
+    """Return a handler that Python can install.
+
+    A handler that C code has installed cannot be restored from Python: the default replaces it.
+    """
     return signal.SIG_DFL if former is None else former
 
 
 def _send(number: int) -> None:
     main = threading.main_thread().ident
     assert main is not None
-    signal.pthread_kill(main, number)  # a signal to the process might interrupt another thread, and the main one sleep on
+    signal.pthread_kill(main, number)  # a signal to the process might interrupt another thread, and leave the main one asleep
 
 
 def _wait(ref: weakref.ref[DeferredSignals], number: int, seconds: float) -> None:
-    """In a thread of its own: has the main thread deliver a noted signal, once the work has not gone on for ``seconds``."""
+    """Wait in a separate thread; deliver a recorded signal once the work has not proceeded for ``seconds``."""
     while True:
         owner = ref()
         if owner is None or not owner.noted:

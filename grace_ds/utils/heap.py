@@ -1,4 +1,4 @@
-"""Memory that was freed, given back to the system."""
+"""Return freed memory to the system."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import ctypes
 
 
 def trim_heap() -> None:
-    """Gives back what the C library keeps of freed memory, where it is glibc; does nothing elsewhere.
+    """Return freed memory that the C library retains to the system, if it is glibc; do nothing elsewhere.
 
-    It gives back the end of its heap by itself, but not what was freed below something that is still held.
+    glibc returns the end of its heap by itself, but not memory freed below something that is still in use.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Methods of one instance replaced, and put back as if nothing had been."""
+"""Replace methods of one instance, and restore them exactly."""
 
 from __future__ import annotations
 
@@ -10,37 +10,39 @@ _MARK = "_grace_ds_layer"
 
 
 class _Layer:
-    """One replacement: what it lies over, and whether it still does anything of its own."""
+    """One replacement of a method: the method it replaces, and whether it is still active."""
 
-    def __init__(self, owner: Any, name: str, ours: Callable[..., Any]) -> None:
+    def __init__(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
         self.original = getattr(owner, name)
-        self.had = name in vars(owner)  # else the class's own is to be seen again
-        self.ours: Callable[..., Any] | None = ours
+        self.had = name in vars(owner)  # if not, undoing must delete the attribute, so that the class's method shows again
+        self.replacement: Callable[..., Any] | None = replacement
 
         @functools.wraps(self.original)
         def method(*args: Any, **kwargs: Any) -> Any:
-            return self.original(*args, **kwargs) if self.ours is None else self.ours(self.original, *args, **kwargs)
+            return (
+                self.original(*args, **kwargs) if self.replacement is None else self.replacement(self.original, *args, **kwargs)
+            )
 
         setattr(method, _MARK, self)
         self.method = method
 
     def below(self) -> _Layer | None:
-        """The replacement that this one lies over directly; None: something else is there."""
+        """Return the replacement that this one directly replaces; None if that is another method."""
         found = getattr(self.original, _MARK, None)
         return found if isinstance(found, _Layer) and found.method is self.original else None
 
 
-def replace_method(owner: Any, name: str, ours: Callable[..., Any]) -> Callable[[], None]:
-    """Lets ``owner.name(*args, **kwargs)`` call ``ours(original, *args, **kwargs)``; returns what undoes that.
+def replace_method(owner: Any, name: str, replacement: Callable[..., Any]) -> Callable[[], None]:
+    """Make ``owner.name(*args, **kwargs)`` call ``replacement(original, *args, **kwargs)``; return a function that undoes this.
 
-    Replacements of one method may be undone in any order: one that another lies over does nothing from then on, and is gone
-    once that one is undone too.
+    Replacements of one method may be undone in any order.  One that is covered by a later replacement becomes inactive, and is
+    removed when the later one is undone.
     """
-    layer = _Layer(owner, name, ours)
+    layer = _Layer(owner, name, replacement)
     setattr(owner, name, layer.method)
 
     def undo() -> None:
-        layer.ours = None
+        layer.replacement = None
         if vars(owner).get(name) is layer.method:
             _uncover(owner, name, layer)
 
@@ -48,8 +50,8 @@ def replace_method(owner: Any, name: str, ours: Callable[..., Any]) -> Callable[
 
 
 def _uncover(owner: Any, name: str, layer: _Layer) -> None:
-    """Puts back what the layer lies over, without those below that are undone already."""
-    while (below := layer.below()) is not None and below.ours is None:
+    """Restore the method below the layer, skipping layers that are undone already."""
+    while (below := layer.below()) is not None and below.replacement is None:
         layer = below
     if layer.had:
         setattr(owner, name, layer.original)

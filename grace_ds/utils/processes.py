@@ -1,4 +1,4 @@
-"""A child and all that it has started, as one process group: signalled together, and none of it left behind."""
+"""Signal and end a child and all processes that it has started, as one process group."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def signal_group(group: int, number: int) -> bool:
-    """Sends a signal to every process of a group; returns whether there was one."""
+    """Send a signal to every process of a group; return whether there was one."""
     try:
         os.killpg(group, number)
     except ProcessLookupError:
@@ -18,8 +18,8 @@ def signal_group(group: int, number: int) -> bool:
 
 
 def end_group(group: int, polite: int, patience: float) -> None:
-    """Ends a whole process group: by the signal ``polite`` (0: none is sent), and after ``patience`` seconds for certain."""
-    # A signal is only on its way when killpg returns; the second wait is for that.
+    """End a whole process group: first by the signal ``polite`` (0: none), after ``patience`` seconds by SIGKILL."""
+    # A signal may not have arrived yet when killpg returns; the second wait is for that.
     for number, seconds in ((polite, patience), (signal.SIGKILL, 2.0)):
         if not signal_group(group, number):
             return
@@ -29,12 +29,12 @@ def end_group(group: int, polite: int, patience: float) -> None:
 
 
 def _runs(group: int) -> bool:
-    """Whether anything of the group still runs; a zombie that its adopter has not waited for does not."""
+    """Return whether any process of the group still runs; a zombie that its parent has not waited for does not count."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, its_group = stat.read_text().rsplit(")", 1)[1].split()[:3]
         except OSError:
-            continue  # it ended while we looked
+            continue  # the process has just ended
         if int(its_group) == group and state != "Z":
             return True
     return False

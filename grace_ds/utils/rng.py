@@ -1,4 +1,4 @@
-"""The global random states, which are the job's own."""
+"""Protect the global random states, which belong to the job."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 @contextmanager
 def undisturbed_rng() -> Iterator[None]:
-    """Puts the global random states of Python, NumPy and torch (CPU) back at exit, so that reading leaves no trace."""
+    """Restore the global random states of Python, NumPy and torch (CPU) at exit, so that reading data does not change them."""
     import torch
 
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()

@@ -21,10 +21,10 @@ from grace_ds.utils import arrays
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     """What a process finds out once is asked anew in every test."""
-    for cached in (arrays._cupy_problem, arrays._tell):
+    for cached in (arrays._cupy_problem, arrays._log_choice):
         cached.cache_clear()
     yield
-    for cached in (arrays._cupy_problem, arrays._tell):
+    for cached in (arrays._cupy_problem, arrays._log_choice):
         cached.cache_clear()
 
 

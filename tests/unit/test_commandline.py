@@ -166,7 +166,7 @@ def test_numbers_of_a_command_line() -> None:
 
 def test_options_of_run_go_to_the_front_and_the_scripts_own_stay_where_they_are() -> None:
     words = ["--num_gpus", "2", "--debug", "--preempt-dir=here", "train.py", "--debug", "--preempt-dir", "there"]
-    assert cli._ours_first(words) == ["--preempt-dir", "here", "--num_gpus", "2", *words[4:]]
+    assert cli._own_options_first(words) == ["--preempt-dir", "here", "--num_gpus", "2", *words[4:]]
 
 
 # -- help --------------------------------------------------------------------------------------------------------------

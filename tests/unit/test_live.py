@@ -103,7 +103,7 @@ def test_narrow_lines_are_cut_and_silence_is_said(monkeypatch: pytest.MonkeyPatc
 
     screen = Screen()
     screen.facts = {**FACTS, "reason": "word " * 200, "next": 0}
-    screen._told -= 30
+    screen._last_message -= 30
     with screen.console.capture() as taken:
         screen.console.print(screen._view())
     shown = taken.get().splitlines()

@@ -1,7 +1,7 @@
-"""k-NN backends: what searches the index rows of one shard, behind one small interface.
+"""Define the interface of k-NN back ends, which search the index rows of one shard, and choose one.
 
-A backend only proposes candidates.  :mod:`grace_ds.graph.ring` asks for a few more than it needs and computes their
-similarity anew in exact arithmetic, so two exact backends give the same graph bit for bit.
+A back end only proposes candidates.  :mod:`grace_ds.graph.search` requests a few more than it needs and computes their
+similarity again in exact arithmetic, so two exact back ends give the same graph bit for bit.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from grace_ds.records import Array, FloatArray, IntArray
 
 log = logging.getLogger(__name__)
 
-FLAT_ROWS = 100_000  # below this an exact search of real text costs less than training, tuning and asking an approximate index
+FLAT_ROWS = 100_000  # below this an exact search of real text costs less than training, tuning and searching an approximate index
 
 
 class Backend(Protocol):
     """A nearest-neighbour library on the rows of one shard; similarity is the inner product of unit vectors.
 
     Attributes:
-        name: as asked for in the configuration.
+        name: as in the configuration.
     """
 
     name: str
 
     def build(self, X: FloatArray, ids: IntArray) -> Any:
-        """Index of ``X`` (m, d) float32, unit norm, whose rows are called ``ids`` (m,) int64, on this rank."""
+        """Build the index of ``X`` (m, d) float32, unit norm, with row ids ``ids`` (m,) int64, on this rank."""
         ...
 
     def is_exact(self, rows: int) -> bool:
-        """Whether a shard of ``rows`` rows is searched exactly, up to float32 rounding."""
+        """Return whether a shard of ``rows`` rows is searched exactly, up to float32 rounding."""
         ...
 
     def search(self, index: Any, Q: FloatArray, k: int) -> tuple[IntArray, FloatArray]:
-        """The k index rows nearest to each query.
+        """Return the k index rows nearest to each query.
 
         Args:
             index: what :meth:`build` returned.
             Q: (n, d) float32, unit norm.
-            k: neighbours asked for; may exceed m.
+            k: number of neighbours; may exceed m.
 
         Returns:
             ids (n, k) int64 and similarity (n, k) float32, nearest first, padded by -1 and -inf.
@@ -56,7 +56,7 @@ class Backend(Protocol):
         ...
 
 
-BackendFactory = Callable[[float], Backend]  # of the recall that an approximate one must reach
+BackendFactory = Callable[[float], Backend]  # argument: the recall that an approximate back end must reach
 register = registry.backends.register
 
 
@@ -101,35 +101,35 @@ def _cuvs(recall: float) -> Backend:
 
 @runtime_checkable
 class Opened(Protocol):
-    """A backend that holds something for the length of a graph: memory, a stream, a communicator."""
+    """A back end that holds resources while a graph is built: memory, a stream, a communicator."""
 
     def open(self, comm: Comm | None) -> AbstractContextManager[None]:
-        """Takes and returns it.  Collective.
+        """Acquire the resources, and release them on exit.  Collective.
 
         Args:
-            comm: whose ranks are to be joined by a communicator of the backend's own; None: :meth:`bind` brings one later.
+            comm: ranks to join by a communicator of the back end's own; None: :meth:`bind` provides one later.
         """
         ...
 
     def bind(self, resources: Any) -> None:
-        """Uses ``resources`` instead of its own until it is closed."""
+        """Use ``resources`` instead of its own until the back end is closed."""
         ...
 
 
 def opened(comm: Comm | None, backend: Backend) -> AbstractContextManager[None]:
-    """What must be in force while ``backend`` is used."""
+    """Return the context in which ``backend`` can be used."""
     return backend.open(comm) if isinstance(backend, Opened) else nullcontext()
 
 
 def choose(name: str, rows: int, recall: float = 0.99, *, device: str = "cpu") -> Backend:
-    """The backend called ``name``; ``auto`` decides by device, size and what is installed, and logs it.
+    """Return the back end called ``name``; ``auto`` decides by device, size and installed packages, and logs the choice.
 
     Args:
         name: a registered backend, or ``auto``.
-        rows: index rows of the *largest* shard over all ranks, so that all ranks decide alike.
-        recall: what an approximate backend must reach, in (0, 1]; 1 keeps the search exact.
-        device: of the engine, such as ``cpu`` or ``cuda:0``; read by ``auto`` only.  Several ranks leave it and pass the name
-            that :func:`agreed` gives: all must take the same backend.
+        rows: index rows of the *largest* shard over all ranks, so that all ranks decide the same.
+        recall: the recall that an approximate back end must reach, in (0, 1]; 1 keeps the search exact.
+        device: of the engine, such as ``cpu`` or ``cuda:0``; read by ``auto`` only.  With several ranks leave the default and
+            pass the name that :func:`agreed` returns: all ranks must take the same back end.
 
     Raises:
         ConfigError: the name is unknown, its library is missing.
@@ -142,7 +142,7 @@ def choose(name: str, rows: int, recall: float = 0.99, *, device: str = "cpu") -
 
 
 def exact(name: str, *, device: str = "cpu") -> Backend:
-    """The backend called ``name`` in its exact form, for the clustered tier's many small searches.
+    """Return the back end called ``name`` in its exact form, for the clustered tier's many small searches.
 
     Args:
         name: a registered backend; ``auto``: cuvs if it can be used on ``device``, else torch.
@@ -157,9 +157,10 @@ def exact(name: str, *, device: str = "cpu") -> Backend:
 
 
 def agreed(comm: Comm, name: str, device: str) -> str:
-    """``cuvs`` in the place of ``auto`` if every rank can use it on its GPU; else ``name``.  Collective.
+    """Return ``cuvs`` instead of ``auto`` if every rank can use it on its GPU; else ``name``.  Collective.
 
-    Ranks that chose by themselves could take different backends, and only some of them wait for the NCCL clique of cuVS.
+    Ranks that chose alone could take different back ends, and only some of them would wait for the NCCL clique of cuVS.
+
 
     Args:
         comm: of the ranks that build the graph.
@@ -179,11 +180,11 @@ def agreed(comm: Comm, name: str, device: str) -> str:
 
 
 def automatic(device: str, rows: int | None = None) -> tuple[str, str]:
-    """(the backend that ``auto`` takes, the reason in words).
+    """Return (the back end that ``auto`` takes, the reason in words).
 
     Args:
         device: as in :func:`choose`.
-        rows: likewise; None: not known yet.
+        rows: as in :func:`choose`; None: not known yet.
     """
     reason = gpu.obstacle(device)
     if not reason:
@@ -199,12 +200,12 @@ def automatic(device: str, rows: int | None = None) -> tuple[str, str]:
 
 
 def _not_cuvs(device: str, reason: str) -> list[str]:
-    """What to add to a reason: on a GPU it is asked why the GPU stands idle, elsewhere not."""
+    """Return the addition to a reason: on a GPU, why cuVS is not used; elsewhere nothing."""
     return [f"not cuvs: {reason}"] if device.split(":")[0] == "cuda" else []
 
 
 def padded(ids: Array, similarity: Array, k: int) -> tuple[IntArray, FloatArray]:
-    """``ids`` and ``similarity`` (n, j), j <= k, widened to k columns by -1 and -inf."""
+    """Return ``ids`` and ``similarity`` (n, j), j <= k, extended to k columns by -1 and -inf."""
     n, j = ids.shape
     out_ids = np.full((n, k), -1, np.int64)
     out_sim = np.full((n, k), -np.inf, np.float32)

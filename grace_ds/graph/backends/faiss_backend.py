@@ -1,10 +1,10 @@
-"""The faiss backend: exact below 100,000 rows; above, a compressed scan (and lists, where they help) tuned to the asked recall.
+"""Search with faiss: exact below 100,000 rows; above, a compressed scan (and lists, if they help) tuned to the recall.
 
 Real text has little cluster structure: an inverted file alone had to probe 711 of 1,024 lists of 100,000 projected TF-IDF
-rows for a recall of .99 and was five times slower than the exact search.  So the codes are what saves work: 4-bit product
-quantisation scanned in registers (André, Kermarrec, Le Scouarnec 2015) and the best candidates compared again in float32;
-an inverted file goes in front of it only where an eighth of its lists is enough.  The recall is measured, not assumed: on a
-sample of the real queries against an exact search.  Every choice follows from the data alone, never from a clock.
+rows for a recall of .99 and was five times slower than the exact search.  So it is the codes that save work: 4-bit product
+quantisation scanned in registers (André, Kermarrec, Le Scouarnec 2015), and the best candidates compared again in float32.
+An inverted file goes in front of it only if an eighth of its lists is enough.  The recall is measured, not assumed: on a
+sample of the real queries against an exact search.  Every choice depends on the data alone, never on a clock.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from grace_ds.records import FloatArray, IntArray
 log = logging.getLogger(__name__)
 
 SAMPLE_QUERIES = 500  # standard error of a recall of .99 on 500 x k neighbours: below .001
-TRAIN_ROWS = 40  # a centroid: k-means in faiss warns below 39 and gains little above
-QUERY_BLOCK = 8_192  # bounds what faiss holds at once: 64 times k candidates of 12 bytes for each
+TRAIN_ROWS = 40  # per centroid: k-means in faiss warns below 39 and gains little above
+QUERY_BLOCK = 8_192  # bounds what faiss holds at once: 64 times k candidates of 12 bytes per query
 LIST_SHARE = 8  # an inverted file that must probe more than an eighth of its lists is slower than scanning all codes
 LIST_CANDIDATES = 32  # candidates behind an inverted file, in multiples of k
-CANDIDATES = (4, 8, 16, 32, 64)  # candidates of a scan of all codes, likewise
+CANDIDATES = (4, 8, 16, 32, 64)  # candidates of a scan of all codes, in multiples of k
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Tuned:
 
     Attributes:
         nlist: lists of the inverted file; 0: none, all codes are scanned.
-        nprobe: lists looked at.
-        candidates: compared again in float32, in multiples of k.
+        nprobe: number of lists searched.
+        candidates: number of rows compared again in float32, in multiples of k.
         recall: measured on the sample.
     """
 
@@ -46,7 +46,7 @@ class Tuned:
     recall: float
 
     def build(self, X: FloatArray) -> Any:
-        """The faiss index of ``X`` (m, d) float32, ready to be searched."""
+        """Return the faiss index of ``X`` (m, d) float32, ready to be searched."""
         core = _structure(X, self.nlist)
         _set_effort(core, self.nprobe, self.candidates)
         return core
@@ -54,13 +54,13 @@ class Tuned:
 
 @dataclass
 class FaissIndex:
-    """An index with the names of its rows.
+    """An index with the ids of its rows.
 
     Attributes:
         core: the faiss index; None until the first search has chosen it.
         X: (m, d) float32, the rows.
         ids: (m,) int64.
-        tuned: what was chosen; None for an exact search.
+        tuned: the chosen settings; None for an exact search.
     """
 
     core: Any
@@ -70,7 +70,7 @@ class FaissIndex:
 
 
 class FaissBackend:
-    """``IndexFlatIP`` below :data:`~grace_ds.graph.backends.FLAT_ROWS`, else what reaches the recall with the least work.
+    """``IndexFlatIP`` below :data:`~grace_ds.graph.backends.FLAT_ROWS`, else the index that reaches the recall with least work.
 
     Args:
         recall: share of the true k nearest that a search must find on average, in (0, 1].
@@ -87,7 +87,7 @@ class FaissBackend:
         return FaissIndex(_flat(X) if self.is_exact(len(X)) else None, X, ids)
 
     def is_exact(self, rows: int) -> bool:
-        """Below :data:`~grace_ds.graph.backends.FLAT_ROWS`, or where no recall below 1 is accepted."""
+        """Return whether there are fewer rows than :data:`~grace_ds.graph.backends.FLAT_ROWS`, or the recall must be 1."""
         return rows < FLAT_ROWS or self.recall >= 1.0
 
     def search(self, index: FaissIndex, Q: FloatArray, k: int) -> tuple[IntArray, FloatArray]:
@@ -108,18 +108,24 @@ class FaissBackend:
         return out_ids, out_similarity
 
     def tune(self, X: FloatArray, Q: FloatArray, k: int) -> tuple[Any, Tuned | None]:
-        """The faiss index of ``X`` that reaches the recall on a sample of ``Q``, and its settings; None for the exact one."""
+        """Choose the faiss index of ``X`` that reaches the recall on a sample of ``Q``.
+
+        Returns:
+            The index and its settings; the settings are None for the exact index.
+        """
         sample = np.ascontiguousarray(Q[np.linspace(0, len(Q) - 1, min(SAMPLE_QUERIES, len(Q))).astype(np.int64)])
-        bar = _flat(X).search(sample, k)[0][:, -1:] - 1e-6  # by similarity, not by id: among equally near rows any is right
+        kth_similarity = (
+            _flat(X).search(sample, k)[0][:, -1:] - 1e-6
+        )  # by similarity, not by id: any of equally near rows is correct
 
         def reached(core: Any, nprobe: int, candidates: int) -> float:
             _set_effort(core, nprobe, candidates)
-            return float(np.mean(core.search(sample, k)[0] >= bar))
+            return float(np.mean(core.search(sample, k)[0] >= kth_similarity))
 
         def least(nlist: int) -> tuple[Any, Tuned] | None:
             core, efforts = _structure(X, nlist), _efforts(nlist)
             if nlist and reached(core, *efforts[-1]) < self.recall:
-                return None  # the most that an inverted file may cost is not enough
+                return None  # even the most that an inverted file may cost is not enough
             for nprobe, candidates in efforts:
                 recall = reached(core, nprobe, candidates)
                 if recall >= self.recall:
@@ -138,7 +144,7 @@ class FaissBackend:
 
 
 def _efforts(nlist: int) -> list[tuple[int, int]]:
-    """(nprobe, candidates) to try in turn, the least first."""
+    """Return the pairs (nprobe, candidates) to try in turn, least effort first."""
     if not nlist:
         return [(0, c) for c in CANDIDATES]
     most = max(1, nlist // LIST_SHARE)
@@ -154,7 +160,7 @@ def _flat(X: FloatArray) -> Any:
 
 
 def _structure(X: FloatArray, nlist: int) -> Any:
-    """4-bit codes of ``X`` behind ``nlist`` lists (0: none), with the rows beside them for the second comparison."""
+    """Build 4-bit codes of ``X`` behind ``nlist`` lists (0: none), with the rows kept for the second comparison."""
     import faiss
 
     dim = X.shape[1]

@@ -1,4 +1,4 @@
-"""The exact backend that needs nothing but torch: a blocked matrix product and a running selection, on the CPU."""
+"""Search exactly with torch alone: a blocked matrix product and a running selection, on the CPU."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from grace_ds.graph.backends import padded
 from grace_ds.records import FloatArray, IntArray
 
 INDEX_BLOCK = 4096
-QUERY_BLOCK = 128  # rows of a similarity block, at least: with INDEX_BLOCK columns it is 2 MiB, and the selection twice that
-SCRATCH = 1 << 18  # numbers of a block that is narrower
+QUERY_BLOCK = 128  # minimum rows of a similarity block: with INDEX_BLOCK columns it is 2 MiB, and the selection twice that
+SCRATCH = 1 << 18  # numbers in a block of fewer columns
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TorchIndex:
 
 
 class TorchBackend:
-    """Compares every query with every index row."""
+    """Back end that compares every query with every index row."""
 
     name = "torch"
 
@@ -33,7 +33,7 @@ class TorchBackend:
         return TorchIndex(torch.from_numpy(np.ascontiguousarray(X, np.float32)), ids)
 
     def is_exact(self, rows: int) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
     def search(self, index: TorchIndex, Q: FloatArray, k: int) -> tuple[IntArray, FloatArray]:
@@ -43,7 +43,7 @@ class TorchBackend:
         similarity = np.empty((len(Q), kept), np.float32)
         if kept:
             queries = torch.from_numpy(np.ascontiguousarray(Q, np.float32))
-            # One scratch block for all products: allocating it anew costs more than the product itself.
+            # One scratch block for all products: allocating it each time costs more than the product itself.
             step = min(len(Q), max(QUERY_BLOCK, SCRATCH // m))
             scratch = torch.empty(step * min(INDEX_BLOCK, m))
             for lo in range(0, len(Q), step):
@@ -54,7 +54,7 @@ class TorchBackend:
 
 
 def _block(Q: torch.Tensor, X: torch.Tensor, k: int, scratch: torch.Tensor) -> tuple[FloatArray, IntArray]:
-    """Top k of Q @ X.T as (values, positions), both (len(Q), k), nearest first, walking over blocks of X."""
+    """Return the top k of Q @ X.T as (values, positions), both (len(Q), k), nearest first, block by block over X."""
     best, where = np.empty((len(Q), 0), np.float32), np.empty((len(Q), 0), np.int64)
     for lo in range(0, len(X), INDEX_BLOCK):
         block = X[lo : lo + INDEX_BLOCK]
@@ -69,9 +69,9 @@ def _block(Q: torch.Tensor, X: torch.Tensor, k: int, scratch: torch.Tensor) -> t
 
 
 def _best(x: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
-    """The largest of each row of ``x`` (n, m) and their positions, both (n, min(k, m)), in any order.
+    """Return the k largest of each row of ``x`` (n, m) and their positions, both (n, min(k, m)), in any order.
 
-    NumPy selects them several times faster than torch's topk, which this backend spent two thirds of its time in.
+    NumPy selects them several times faster than torch's topk, which took two thirds of this back end's time.
     """
     n, m = x.shape
     if m <= k:
@@ -80,16 +80,17 @@ def _best(x: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
     return np.take_along_axis(x, at, 1), at
 
 
-def _above(x: FloatArray, bar: FloatArray) -> tuple[FloatArray, IntArray]:
-    """The numbers of each row of ``x`` (n, m) above that row's ``bar`` and their positions, both (n, j), padded by -inf.
+def _above(x: FloatArray, threshold: FloatArray) -> tuple[FloatArray, IntArray]:
+    """Return the numbers of each row of ``x`` (n, m) above that row's ``threshold`` (n,), and their positions.
 
-    Once k are found few of a block are nearer, and to find those is several times faster than to select the k largest.
+    Both are (n, j), padded by -inf.  Once k are found, few numbers of a block are larger, and finding those is several times
+    faster than selecting the k largest.
     """
     n, m = x.shape
-    row, column = np.divmod(np.flatnonzero(x > bar[:, None]), m)
+    row, column = np.divmod(np.flatnonzero(x > threshold[:, None]), m)
     count = np.bincount(row, minlength=n)
     most = int(count.max(initial=0))
-    values, at = np.full((n, most), -np.inf, np.float32), np.zeros((n, most), np.int64)
+    values, positions = np.full((n, most), -np.inf, np.float32), np.zeros((n, most), np.int64)
     place = np.arange(len(row)) - (np.cumsum(count) - count)[row]
-    values[row, place], at[row, place] = x[row, column], column
-    return values, at
+    values[row, place], positions[row, place] = x[row, column], column
+    return values, positions

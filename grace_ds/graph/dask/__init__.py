@@ -1,1 +1,1 @@
-"""The k-NN graph over Dask, inside the job."""
+"""Build the k-NN graph over Dask, inside the job."""

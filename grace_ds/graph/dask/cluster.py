@@ -1,7 +1,7 @@
-"""A Dask cluster inside a job, for as long as one graph takes: a scheduler beside rank 0, a worker thread in every rank.
+"""Run a Dask cluster inside a job while one graph is built: a scheduler next to rank 0, and a worker thread in every rank.
 
-Every connection is encrypted and asks for credentials that were made for this graph and went to the ranks over the job's
-own transport.  Ports are open on the interface that leads to the job's first host, and on no other.
+Every connection is encrypted and needs credentials that were made for this graph and sent to the ranks over the job's own
+transport.  Ports are open only on the interface that leads to the job's first host.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ import numpy as np
 from grace_ds.comm.base import Comm
 from grace_ds.errors import ConfigError, ExecutorError
 
-PATIENCE = 5.0  # seconds that a part is given to close by itself
-SHARE = 0.8  # of the transport's time limit: rank 0 must give up before those who wait for it
+PATIENCE = 5.0  # seconds that a component has to close by itself
+SHARE = 0.8  # of the transport's time limit: rank 0 must give up before the ranks that wait for it
 SETTINGS = {
-    "distributed.scheduler.http.routes": [],  # Dask opens an HTTP port whatever one says: on the loopback, with nothing to see
+    "distributed.scheduler.http.routes": [],  # Dask always opens an HTTP port: keep it on the loopback, without pages
     "distributed.worker.http.routes": [],
     "distributed.scheduler.work-stealing": False,  # tasks belong to the rank that holds their rows
     "distributed.worker.profile.enabled": False,
@@ -41,19 +41,19 @@ SETTINGS = {
     "distributed.worker.memory.terminate": False,
     "distributed.comm.require-encryption": True,
     "distributed.comm.retry.count": 0,
-    "distributed.admin.tick.limit": "1h",  # a backend that holds the GIL is no fault
+    "distributed.admin.tick.limit": "1h",  # a back end that holds the GIL is not an error
 }
-_CREDENTIALS = ["tls_ca_file"] + [f"tls_{who}_{what}" for who in ("client", "scheduler", "worker") for what in ("key", "cert")]
-_SCRUBBED = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_")  # a child with these takes itself for a rank
+_CREDENTIALS = ["tls_ca_file"] + [f"tls_{role}_{item}" for role in ("client", "scheduler", "worker") for item in ("key", "cert")]
+_SCRUBBED = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_")  # a child process with these variables would take itself for a rank
 
 
 class Cluster:
-    """What rank 0 submits to.
+    """Handle that rank 0 submits tasks to.
 
     Attributes:
         client: of distributed.
         workers: address of each rank's worker, in rank order.
-        deadline: of everything that is waited for, ``time.monotonic()``.
+        deadline: of all waiting, on the clock ``time.monotonic()``.
     """
 
     def __init__(self, client: Any, workers: list[str], scheduler: subprocess.Popen[str], deadline: float) -> None:
@@ -61,18 +61,18 @@ class Cluster:
         self._scheduler = scheduler
 
     def wait(self, futures: list[Any]) -> None:
-        """Returns when all are done.
+        """Wait until all futures are done.
 
         Raises:
-            ExecutorError: a task failed, the scheduler or a worker is gone, or the time is up.
+            ExecutorError: a task failed, the scheduler or a worker is gone, or the deadline has passed.
         """
-        looked = time.monotonic()
+        last_check = time.monotonic()
         while not all(f.done() for f in futures):
             now = time.monotonic()
             if now > self.deadline:
                 raise ExecutorError("the Dask executor has not finished in time: a backend hangs; see refresh.timeout_seconds")
-            if now - looked > 0.25:
-                looked = now
+            if now - last_check > 0.25:
+                last_check = now
                 self._check()
             if any(f.status in ("error", "cancelled", "lost") for f in futures):
                 break
@@ -88,17 +88,19 @@ class Cluster:
         if self._scheduler.poll() is not None:
             raise ExecutorError(f"the Dask scheduler has ended with {self._scheduler.returncode} in the middle of a graph")
         try:
-            there = self.client.sync(self.client.scheduler.ncores, callback_timeout=PATIENCE)
-        except Exception:  # busy, or its machine is: the deadline decides
+            present = self.client.sync(self.client.scheduler.ncores, callback_timeout=PATIENCE)
+        except Exception:  # the scheduler or its machine is busy: the deadline decides
             return
-        missing = [rank for rank, address in enumerate(self.workers) if address not in there]
+        missing = [rank for rank, address in enumerate(self.workers) if address not in present]
         if missing:
             raise ExecutorError(f"the Dask workers of ranks {missing} are gone in the middle of a graph")
 
 
 @contextmanager
 def cluster(comm: Comm) -> Iterator[Cluster | None]:
-    """Starts the cluster; yields what rank 0 submits to, None on the other ranks.  Collective; everything ends with it.
+    """Start the cluster, and end all of it on exit.  Collective.
+
+    Yields what rank 0 submits to, and None on the other ranks.
 
     Raises:
         ConfigError: Dask or its encryption is not installed.
@@ -111,11 +113,11 @@ def cluster(comm: Comm) -> Iterator[Cluster | None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_quiet())
         stack.enter_context(dask.config.set({**SETTINGS, "distributed.comm.timeouts.connect": f"{comm.timeout:g}s"}))
-        scheduler, told = None, b""
+        scheduler, settings = None, b""
         if comm.rank == 0:
-            scheduler, told = _start_scheduler(stack, deadline)
-        told = comm.broadcast(np.frombuffer(told, np.uint8) if comm.rank == 0 else None).tobytes()
-        world = json.loads(told)
+            scheduler, settings = _start_scheduler(stack, deadline)
+        settings = comm.broadcast(np.frombuffer(settings, np.uint8) if comm.rank == 0 else None).tobytes()
+        world = json.loads(settings)
         from distributed.security import Security
 
         security = Security(require_encryption=True, **world["security"])
@@ -129,7 +131,7 @@ def cluster(comm: Comm) -> Iterator[Cluster | None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leaves warnings and errors of distributed, which tells everything it does at the level info."""
+    """Let only warnings and errors of distributed through; it logs everything it does at the level info."""
     import distributed  # noqa: F401  which sets its levels when it is imported
 
     logger = logging.getLogger("distributed")
@@ -149,7 +151,7 @@ def _installed() -> None:
 
 
 def host_here() -> str:
-    """The address of the interface that leads to the job's first host; the loopback where the job has none."""
+    """Return the address of the interface that leads to the job's first host; the loopback if the job has none."""
     first = os.environ.get("MASTER_ADDR", "")
     if not first:
         return "127.0.0.1"
@@ -162,7 +164,7 @@ def host_here() -> str:
 
 
 def _start_scheduler(stack: contextlib.ExitStack, deadline: float) -> tuple[subprocess.Popen[str], bytes]:
-    """The process, and what the workers must know of it."""
+    """Start the scheduler; return the process, and the settings that the workers need."""
     from distributed.security import Security
 
     made = Security.temporary()
@@ -174,7 +176,7 @@ def _start_scheduler(stack: contextlib.ExitStack, deadline: float) -> tuple[subp
         stdout=subprocess.PIPE,
         env=environment,
         text=True,
-        start_new_session=True,  # Ctrl-C is for the job, which ends it in order
+        start_new_session=True,  # Ctrl-C goes to the job, which ends the scheduler in order
     )
     stack.callback(_end, process)
     assert process.stdin is not None and process.stdout is not None
@@ -192,7 +194,7 @@ def _start_scheduler(stack: contextlib.ExitStack, deadline: float) -> tuple[subp
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """Ends the scheduler: by the end of its input, and after a while for certain."""
+    """End the scheduler by closing its input; kill it if it does not end."""
     assert process.stdin is not None and process.stdout is not None
     with contextlib.suppress(OSError):
         process.stdin.close()
@@ -205,22 +207,22 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _start_worker(stack: contextlib.ExitStack, scheduler: str, security: Any, rank: int, deadline: float) -> str:
-    """A worker in a thread of this process, closed with ``stack``; its address."""
-    told: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    """Start a worker in a thread of this process, closed with ``stack``; return its address."""
+    started: queue.SimpleQueue[Any] = queue.SimpleQueue()
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="grace_ds-dask-", ignore_cleanup_errors=True))
-    args = (scheduler, security, rank, folder, told)
+    args = (scheduler, security, rank, folder, started)
     thread = threading.Thread(target=_work, args=args, daemon=True, name="grace_ds-dask")
     thread.start()
     try:
-        found = told.get(timeout=max(0.0, deadline - time.monotonic()))
+        outcome = started.get(timeout=max(0.0, deadline - time.monotonic()))
     except queue.Empty:
         raise ExecutorError(f"the Dask worker of rank {rank} did not reach {scheduler} in time") from None
-    if isinstance(found, BaseException):
-        raise ExecutorError(f"the Dask worker of rank {rank} cannot be started: {found!r}") from found
-    loop, stop, address = found
+    if isinstance(outcome, BaseException):
+        raise ExecutorError(f"the Dask worker of rank {rank} cannot be started: {outcome!r}") from outcome
+    loop, stop, address = outcome
 
     def close() -> None:
-        with contextlib.suppress(RuntimeError):  # it has closed by itself
+        with contextlib.suppress(RuntimeError):  # the loop is closed already
             loop.call_soon_threadsafe(stop.set)
         thread.join(2 * PATIENCE)
 
@@ -228,8 +230,8 @@ def _start_worker(stack: contextlib.ExitStack, scheduler: str, security: Any, ra
     return str(address)
 
 
-def _work(scheduler: str, security: Any, rank: int, folder: str, told: queue.SimpleQueue[Any]) -> None:
-    """The worker's thread: a loop of its own."""
+def _work(scheduler: str, security: Any, rank: int, folder: str, started: queue.SimpleQueue[Any]) -> None:
+    """Run the worker in its thread, with its own event loop; report its start or its error to ``started``."""
     from distributed import Worker
 
     async def serve() -> None:
@@ -246,30 +248,30 @@ def _work(scheduler: str, security: Any, rank: int, folder: str, told: queue.Sim
             local_directory=folder,
         )
         await worker
-        told.put((asyncio.get_running_loop(), stop, worker.address))
+        started.put((asyncio.get_running_loop(), stop, worker.address))
         gone = asyncio.ensure_future(worker.finished())
         stopped = asyncio.ensure_future(stop.wait())
         await asyncio.wait((gone, stopped), return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
-        with contextlib.suppress(Exception):  # a backend may hang in it: its thread is a daemon
+        with contextlib.suppress(Exception):  # a back end may hang in it; its thread is a daemon
             await worker.close(timeout=PATIENCE, executor_wait=False, reason="the graph is done")
 
     try:
         asyncio.run(serve())
     except BaseException as error:
-        told.put(error)
+        started.put(error)
 
 
 def _start_client(stack: contextlib.ExitStack, scheduler: str, security: Any, workers: int, deadline: float) -> Any:
     from distributed import Client
 
-    left = max(0.1, deadline - time.monotonic())
-    client = Client(scheduler, security=security, timeout=left, set_as_default=False)
+    remaining = max(0.1, deadline - time.monotonic())
+    client = Client(scheduler, security=security, timeout=remaining, set_as_default=False)
 
     def close() -> None:
         with contextlib.suppress(Exception):  # the scheduler may be gone
             client.close(timeout=PATIENCE)
 
     stack.callback(close)
-    client.wait_for_workers(workers, timeout=left)
+    client.wait_for_workers(workers, timeout=remaining)
     return client

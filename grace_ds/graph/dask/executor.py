@@ -1,6 +1,6 @@
-"""Both tiers over Dask: the ring's own steps as tasks, each on the rank that holds its rows, results merged in a tree.
+"""Run both tiers over Dask: the ring's own steps as tasks, each on the rank that holds its rows, with a tree of merges.
 
-Rows are not sent through the client: a task reads what its own rank has registered here, and shards and packs go from
+Rows are not sent through the client: a task reads what its own rank has registered here, and shards and packs travel from
 worker to worker.  Tasks are functions of this module, so that every rank can import them.
 """
 
@@ -27,7 +27,7 @@ from grace_ds.records import FloatArray, IntArray
 
 @dataclass
 class _Side:
-    """What tasks on this rank may read, and where they leave the result.
+    """Inputs of the tasks on this rank, and their result.
 
     Attributes:
         queries, shard: of the exact tier.
@@ -48,33 +48,33 @@ _SIDES: dict[str, _Side] = {}
 
 
 def exact_keys(comm: Comm, queries: FloatArray, shard: Shard, wanted: int, backend: Backend) -> IntArray:
-    """(n, wanted) keys of this rank's distinct queries among the shards of all ranks.  Collective.
+    """Search this rank's distinct queries among the shards of all ranks; return (n, wanted) keys.  Collective.
 
     Raises:
-        ExecutorError: on rank 0, which must tell the others by ``comm.abort()``.
+        ExecutorError: on rank 0, which must call ``comm.abort()`` to stop the others.
     """
     with _registered(comm, _Side(comm.rank, wanted, backend, queries=queries, shard=shard)) as (token, side):
         with cluster(comm) as dask:
             if dask is not None:
                 with _joined(dask, token, backend):
                     dask.wait([_exact_of(dask, token, rank) for rank in range(comm.size)])
-            comm.agree()  # the others' results are there when rank 0 says so
+            comm.agree()  # the results of the other ranks are complete once rank 0 agrees
         assert side.keys is not None
         return side.keys
 
 
-def clustered_keys(comm: Comm, asked: Request, backend: Backend, placement: Placement) -> IntArray:
-    """As :func:`grace_ds.graph.clustered.nearest_keys`.  Collective.
+def clustered_keys(comm: Comm, request: Request, backend: Backend, placement: Placement) -> IntArray:
+    """Search as :func:`grace_ds.graph.clustered.nearest_keys` does.  Collective.
 
     Raises:
-        ExecutorError: on rank 0, which must tell the others by ``comm.abort()``.
+        ExecutorError: on rank 0, which must call ``comm.abort()`` to stop the others.
     """
-    rows = LocalRows(asked, placement, comm.size)
-    with _registered(comm, _Side(comm.rank, asked.wanted, backend, rows=rows)) as (token, _):
+    rows = LocalRows(request, placement, comm.size)
+    with _registered(comm, _Side(comm.rank, request.wanted, backend, rows=rows)) as (token, _):
         with cluster(comm) as dask:
             if dask is not None:
                 with _joined(dask, token, backend):
-                    for wave in range(len(rows.waves)):  # one after another: they bound what a rank holds
+                    for wave in range(len(rows.waves)):  # one after another, to bound what a rank holds
                         dask.wait(_wave_of(dask, token, wave))
             comm.agree()
         return rows.keys
@@ -92,7 +92,7 @@ def _registered(comm: Comm, side: _Side) -> Iterator[tuple[str, _Side]]:
 
 @contextmanager
 def _joined(dask: Cluster, token: str, backend: Backend) -> Iterator[None]:
-    """Under a backend that runs on GPUs: an NCCL clique of the workers, and its RAFT handle in each rank's backend."""
+    """For a back end that runs on GPUs, set up an NCCL clique of the workers and its RAFT handle in each rank's back end."""
     if not isinstance(backend, Opened):
         yield
         return
@@ -104,10 +104,10 @@ def _joined(dask: Cluster, token: str, backend: Backend) -> Iterator[None]:
 
 
 def _exact_of(dask: Cluster, token: str, rank: int) -> Any:
-    """The future of one rank's result: its queries against every shard, merged in a tree."""
-    shards = [_on(dask, s, _shard, token) for s in range(len(dask.workers))]
-    order = [(rank + step) % len(shards) for step in range(len(shards))]  # not all ask the same rank at once
-    parts = [_on(dask, rank, _part, token, shards[s], priority=-step) for step, s in enumerate(order)]
+    """Return the future of one rank's result: its queries against every shard, merged in a tree."""
+    shards = [_on(dask, source, _shard, token) for source in range(len(dask.workers))]
+    order = [(rank + step) % len(shards) for step in range(len(shards))]  # so that not all ranks read from the same one at once
+    parts = [_on(dask, rank, _part, token, shards[source], priority=-step) for step, source in enumerate(order)]
     while len(parts) > 1:
         pairs = [_on(dask, rank, _merged, token, *parts[i : i + 2]) for i in range(0, len(parts) - 1, 2)]
         parts = pairs + parts[len(pairs) * 2 :]
@@ -115,7 +115,7 @@ def _exact_of(dask: Cluster, token: str, rank: int) -> Any:
 
 
 def _wave_of(dask: Cluster, token: str, wave: int) -> list[Any]:
-    """The futures of one wave: packed on every rank, searched by the owners, taken in on every rank."""
+    """Return the futures of one wave: rows packed on every rank, searched by the owners, merged on every rank."""
     ranks = range(len(dask.workers))
     packs = [[_on(dask, rank, _pack, token, wave, owner) for rank in ranks] for owner in ranks]
     found = [_on(dask, owner, _work, token, wave, *packs[owner]) for owner in ranks]

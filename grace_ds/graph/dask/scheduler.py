@@ -1,8 +1,8 @@
-"""A Dask scheduler in a process of its own; started by :mod:`grace_ds.graph.dask.cluster`, never by hand.
+"""Run a Dask scheduler in its own process; started by :mod:`grace_ds.graph.dask.cluster`, never by hand.
 
-It shares no loop and no GIL with a worker (with them it has deadlocked), is told its credentials over its standard input,
-which nobody else can read, prints its address as one line, and ends when its standard input does: when the job is gone,
-however it went.
+It shares no event loop and no GIL with a worker (sharing them has deadlocked).  It reads its credentials from its standard
+input, which no other process can read, and prints its address as one line.  It ends when its standard input does: when the
+job is gone, for any reason.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import sys
 from typing import Any
 
 
-async def _serve(told: dict[str, Any]) -> None:
+async def _serve(settings: dict[str, Any]) -> None:
     from distributed import Scheduler
     from distributed.security import Security
 
-    security = Security(require_encryption=True, **told["security"])
+    security = Security(require_encryption=True, **settings["security"])
     logging.getLogger("distributed").setLevel(logging.WARNING)
-    host, nowhere = told["host"], "127.0.0.1:0"
+    host, nowhere = settings["host"], "127.0.0.1:0"
     async with Scheduler(
         host=host, port=0, protocol="tls", security=security, dashboard=False, dashboard_address=nowhere
     ) as scheduler:
@@ -30,12 +30,12 @@ async def _serve(told: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Reads the settings, serves until standard input ends."""
+    """Read the settings, and serve until standard input ends."""
     import dask
 
-    told = json.loads(sys.stdin.readline())
-    with dask.config.set(told["dask"]):
-        asyncio.run(_serve(told))
+    settings = json.loads(sys.stdin.readline())
+    with dask.config.set(settings["dask"]):
+        asyncio.run(_serve(settings))
     return 0
 
 

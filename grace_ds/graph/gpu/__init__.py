@@ -1,8 +1,8 @@
-"""What the k-NN graph needs of RAPIDS: memory, NCCL and RAFT; and whether this rank can use them.  Not yet run on a GPU.
+"""Check and provide what the k-NN graph needs of RAPIDS: memory, NCCL and RAFT.  Not yet run on a GPU.
 
 Written against RAPIDS 26.10 and checked against its real signatures on machines without a GPU (tests/contract); the tests
-that compute (tests/gpu) wait for a machine that has one.  RAPIDS is imported only where ``graph.backend`` is ``cuvs``, or
-``auto`` on a CUDA device.
+that compute (tests/gpu) need a machine that has one.  RAPIDS is imported only if ``graph.backend`` is ``cuvs``, or ``auto``
+on a CUDA device.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import importlib.util
 
 from grace_ds.utils.arrays import gpu_extra
 
-PACKAGES = ("cuvs", "cupy", "rmm", "raft_dask")  # that the cuVS backend imports
+PACKAGES = ("cuvs", "cupy", "rmm", "raft_dask")  # packages that the cuVS back end imports
 
 
 def obstacle(device: str) -> str:
-    """Why the graph cannot be built on ``device`` by cuVS, on this rank; empty if it can.
+    """Return why cuVS cannot build the graph on ``device``, on this rank; empty if it can.
 
-    Ranks may differ: one of them may lack a package, or free memory.  Agree on the answer before choosing a backend by it.
+    Ranks may differ: one of them may lack a package, or free memory.  Let the ranks agree before choosing a back end.
+
 
     Args:
         device: of the engine, such as ``cpu``, ``cuda`` or ``cuda:1``.
@@ -37,17 +38,20 @@ def obstacle(device: str) -> str:
 
 
 def missing() -> str:
-    """The first of :data:`PACKAGES` that is not installed; empty if all are."""
+    """Return the first of :data:`PACKAGES` that is not installed; empty if all are."""
     return next((name for name in PACKAGES if importlib.util.find_spec(name) is None), "")
 
 
 @functools.cache
 def broken() -> str:
-    """The first of :data:`PACKAGES` that cannot be imported, with the error; empty if all can.  Asked once a process."""
+    """Return the first of :data:`PACKAGES` that cannot be imported, with the error; empty if all can.
+
+    The result is cached for the process.
+    """
     for name in PACKAGES:
         try:
             importlib.import_module(name)
-        except (ImportError, OSError, RuntimeError) as error:  # a library of another CUDA, or one that is not there
+        except (ImportError, OSError, RuntimeError) as error:  # a library of another CUDA version, or a missing one
             return f"{name} cannot be imported: {' '.join(str(error).split())}"
     return ""
 

@@ -1,4 +1,4 @@
-"""GPU memory for one graph: a capped pool beside torch's own cache, and nothing of it left afterwards.
+"""Provide GPU memory for one graph: a capped pool next to torch's own cache, released completely afterwards.
 
 Not yet run on a GPU.
 """
@@ -12,16 +12,16 @@ from typing import Any
 
 from grace_ds.errors import DataError
 
-SHARE = 0.8  # of what is free once torch has returned its cache
+SHARE = 0.8  # of what is free after torch has returned its cache
 LEAST = 256 << 20  # bytes below which no graph is worth starting
 _UNIT = 256  # RMM asks for multiples of it
 
 
 def pool_bytes(free: int, share: float = SHARE) -> int:
-    """Bytes that the pool may hold where ``free`` are free.
+    """Return the size limit of the pool if ``free`` bytes are free.
 
     Raises:
-        DataError: too little is free.
+        DataError: too little memory is free.
     """
     limit = int(free * share) // _UNIT * _UNIT
     if limit < LEAST:
@@ -31,7 +31,7 @@ def pool_bytes(free: int, share: float = SHARE) -> int:
 
 
 def free_bytes() -> int:
-    """Bytes of the current GPU that a pool could have: what is free, and what torch's cache holds for nobody."""
+    """Return the bytes of the current GPU that a pool could have: what is free, and what torch caches without using it."""
     import torch
 
     free, _ = torch.cuda.mem_get_info()
@@ -40,9 +40,9 @@ def free_bytes() -> int:
 
 @contextmanager
 def gpu_memory(share: float = SHARE) -> Iterator[Any]:
-    """A pool for RMM and CuPy for the length of the block; yields the CUDA stream that the work is to go on.
+    """Give RMM and CuPy a memory pool within this context; yield the CUDA stream to work on.
 
-    torch's cached blocks go back to the device first.  A stream of its own, because cuVS takes stream 0 for none given.
+    torch's cached blocks go back to the device first.  The stream is a separate one, because cuVS reads stream 0 as "none given".
 
     Raises:
         DataError: too little memory is free.
@@ -69,5 +69,5 @@ def gpu_memory(share: float = SHARE) -> Iterator[Any]:
     finally:
         cupy.cuda.set_allocator(allocator)
         rmm.mr.set_current_device_resource(before)
-        gc.collect()  # whatever still holds a block of the pool keeps the pool
+        gc.collect()  # any object that still holds a block of the pool would keep the pool alive
         del pool

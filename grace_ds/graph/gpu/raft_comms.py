@@ -1,7 +1,7 @@
-"""The NCCL clique and the RAFT handle that the cuVS backends run on, from raft-dask; with Dask and without.
+"""Make the NCCL clique and the RAFT handle that the cuVS back ends run on, from raft-dask, with or without Dask.
 
-A communicator of its own: torch's may be busy with the job's own collectives when it is made, so the device is
-synchronised and all ranks meet before and after.  Not yet run on a GPU.
+The communicator is separate from torch's.  torch's may be busy with the job's own collectives while this one is made, so
+the device is synchronised and all ranks meet before and after.  Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import numpy as np
 from grace_ds.comm.base import Comm
 from grace_ds.errors import ExecutorError
 
-ID_BYTES = 127  # of an NCCL unique id as raft-dask hands it out: the 128th is a zero
+ID_BYTES = 127  # length of an NCCL unique id as raft-dask returns it: the 128th byte is a zero
 
 
 @dataclass(frozen=True)
 class RaftResources:
-    """A RAFT handle as cuVS takes it: it asks for ``get_c_obj()`` and ``sync()``, which pylibraft's handle calls otherwise.
+    """A RAFT handle as cuVS expects it: with ``get_c_obj()`` and ``sync()``, which pylibraft's handle names differently.
 
     Attributes:
         handle: ``pylibraft.common.Handle`` with the comms injected.
@@ -30,17 +30,17 @@ class RaftResources:
     handle: Any
 
     def get_c_obj(self) -> int:
-        """Address of the C++ ``raft::resources``."""
+        """Return the address of the C++ ``raft::resources``."""
         return int(self.handle.getHandle())
 
     def sync(self) -> None:
-        """Waits for the handle's streams."""
+        """Wait for the handle's streams."""
         self.handle.sync()
 
 
 @dataclass(frozen=True)
 class Clique:
-    """NCCL between the ranks of a transport.
+    """An NCCL clique between the ranks of a transport.
 
     Attributes:
         resources: this rank's handle, for cuVS.
@@ -53,29 +53,29 @@ class Clique:
 
 @contextmanager
 def clique(comm: Comm, stream: Any = None) -> Iterator[Clique]:
-    """Without Dask: the unique id travels over the transport; ranks are the transport's.  Collective.
+    """Set up NCCL without Dask: the unique id travels over the transport, and ranks are the transport's.  Collective.
 
     Args:
-        comm: with one GPU a rank, set as the current device.
-        stream: CuPy stream of the handle; None: its own.
+        comm: with one GPU per rank, set as the current device.
+        stream: CuPy stream of the handle; None: a new one.
 
     Raises:
-        ExecutorError: NCCL does not come up, or its first collectives are wrong; this rank must call ``comm.abort()``.
+        ExecutorError: NCCL does not start, or its first collectives are wrong; this rank must call ``comm.abort()``.
     """
     import cupy
     from pylibraft.common import Handle, Stream
     from raft_dask.common import inject_comms_on_handle_coll_only
     from raft_dask.common.nccl import nccl
 
-    told = np.frombuffer(unique_id(), np.uint8) if comm.rank == 0 else None
-    uid = comm.broadcast(told).tobytes()
+    root_id = np.frombuffer(unique_id(), np.uint8) if comm.rank == 0 else None
+    uid = comm.broadcast(root_id).tobytes()
     cupy.cuda.runtime.deviceSynchronize()
     comm.agree()
     handle = Handle(stream=Stream() if stream is None else stream.ptr)
     link = nccl()
     try:
         link.init(comm.size, uid, comm.rank)
-    except RuntimeError as error:  # never destroyed: destroying what was not initialised is not defined
+    except RuntimeError as error:  # do not destroy it: destroying an uninitialised link is undefined
         raise ExecutorError(f"NCCL does not start on rank {comm.rank} of {comm.size}: {error}") from error
     try:
         inject_comms_on_handle_coll_only(handle, link, comm.size, comm.rank, False)
@@ -92,10 +92,10 @@ def clique(comm: Comm, stream: Any = None) -> Iterator[Clique]:
 
 
 def unique_id() -> bytes:
-    """A new NCCL unique id.
+    """Return a new NCCL unique id.
 
     Raises:
-        ExecutorError: it is not what raft-dask's ``init`` takes.
+        ExecutorError: its length is not what raft-dask's ``init`` takes.
     """
     from raft_dask.common.nccl import nccl
 
@@ -106,10 +106,10 @@ def unique_id() -> bytes:
 
 
 def check(handle: Any, comm: Comm) -> None:
-    """Runs RAFT's own tests of the collectives once.  Collective.
+    """Run RAFT's own tests of the collectives once.  Collective.
 
     Raises:
-        ExecutorError: one of them does not give what it must.
+        ExecutorError: one of them gives a wrong result.
     """
     from raft_dask.common import perform_test_comms_allgather, perform_test_comms_allreduce, perform_test_comms_bcast
 
@@ -120,7 +120,10 @@ def check(handle: Any, comm: Comm) -> None:
 
 @contextmanager
 def dask_clique(client: Any, workers: list[str]) -> Iterator[bytes]:
-    """Under Dask: a session of ``raft_dask.common.Comms`` over ``workers``; its id, for :func:`handle_here`."""
+    """Set up NCCL under Dask: a session of ``raft_dask.common.Comms`` over ``workers``.
+
+    Yields the session's id, for :func:`handle_here`.
+    """
     from raft_dask.common import Comms
 
     comms = Comms(comms_p2p=False, client=client, verbose=False)
@@ -132,10 +135,10 @@ def dask_clique(client: Any, workers: list[str]) -> Iterator[bytes]:
 
 
 def handle_here(session: bytes) -> RaftResources:
-    """The handle of a session, asked for by a task on its worker.
+    """Return the handle of a session; to be called by a task on its worker.
 
     Raises:
-        ExecutorError: the session has none here.
+        ExecutorError: the session has no handle on this worker.
     """
     from distributed import get_worker
     from raft_dask.common import local_handle
