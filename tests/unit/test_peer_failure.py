@@ -137,20 +137,20 @@ def test_a_broken_connection_is_followed_up_until_the_process_behind_it_has_ende
     alone: PeerFailureHandler, leaving: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peer_failure_module, "_PATIENCE", 20.0)
-    alone.call.addresses[1] = leaving
+    alone.liveness.addresses[1] = leaving
     with pytest.raises(PeerLost, match=r"rank 1 on b \(its process has ended\)"):
         alone.check(TransportError("broken"), "in refresh 2")
 
 
 def test_where_time_is_up_already_nobody_is_asked_again(alone: PeerFailureHandler, leaving: tuple[str, int]) -> None:
-    alone.call.addresses[1] = leaving
+    alone.liveness.addresses[1] = leaving
     alone.check(TransportTimeout("late"), "in refresh 2")  # returns: it has answered
 
 
 def test_one_refusal_does_not_say_that_a_process_has_ended(alone: PeerFailureHandler, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        alone.call.addresses[1] = s.getsockname()
+        alone.liveness.addresses[1] = s.getsockname()
         pauses: list[float] = []
 
         def back(seconds: float) -> None:  # it listens again by the end of the pause
@@ -214,7 +214,7 @@ def test_hooks_that_others_have_put_between_ours_do_not_have_it_said_twice(
     before = sys.excepthook
     sys.excepthook = lambda *args: before(*args)
     second = PeerFailureHandler(
-        LivenessProbe(0, alone.call.addresses, alone.call.names), LocalComm(), lambda: "in training step 3"
+        LivenessProbe(0, alone.liveness.addresses, alone.liveness.names), LocalComm(), lambda: "in training step 3"
     )
     try:
         end_by(TransportError("x"))
