@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 
 import grace_ds.huggingface  # GRACE
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TRUSTED, EVALUATED = 64, 16  # rows taken off the end of the file, which are in nobody's pool
 
 

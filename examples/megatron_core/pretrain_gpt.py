@@ -28,7 +28,7 @@ from megatron.core.transformer.module import Float16Module
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import grace_ds.megatron  # GRACE
 
