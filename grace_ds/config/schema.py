@@ -34,7 +34,7 @@ LEAST_COLLECTED = 8  # fewest steps between two refreshes that are collected, if
 
 @dataclass
 class RefreshConfig:
-    """When the coreset is chosen anew."""
+    """When the coreset is chosen again."""
 
     interval_steps: int = 500  # optimizer steps between two refreshes
     cadence: str = "adaptive"  # adaptive: stretched to stay below max_overhead; fixed: exactly interval_steps
@@ -81,7 +81,7 @@ class GraphConfig:
     shrink: float = 0.5  # lambda of the propagation: neighbour evidence that counts as much as no evidence
     sketch_share: float = 0.05  # of a row's squared length: what its gradient sketch has of it, or those of its neighbours
     hidden_share: float = 0.05  # the same of its pooled hidden state; the rest is content
-    drift: float = 0.02  # 1 - cosine by which a row must have moved to be searched for anew
+    drift: float = 0.02  # 1 - cosine by which a row must have moved to be searched for again
     hops: int = 5  # that scores travel from measured samples to others
     decay: float = 0.7  # confidence of a collected value per refresh of age
 

@@ -1,6 +1,6 @@
 """Weigh samples by GRACE: content, the influence and the loss of each sample, and the density of the k-NN graph around it.
 
-    importance = keep · copies · influence · loss · crowding
+    importance = quality · copies · influence · loss · crowding
 
 Influence and loss are measured for the samples that the job has trained on, and propagated to the others along the graph.  A
 loss passes if trusted samples have such losses too: far below them the model knows the text already, far above it is noise.

@@ -28,7 +28,7 @@ MAPPED = {
 PANELS = 6  # refreshes whose histograms are shown: the first, the last, and some between
 BARS = 24  # maximum refreshes drawn as bars; more are drawn as a band
 LABELS = {
-    "quality": "keep: pass of the trusted filter",
+    "quality": "quality: pass of the trusted filter",
     "density": "near-duplicates of a sample, log2(1 + copies)",
     "chance": "log10 of the unnormalised chance",
     "loss": "loss above the running mean (nats per token)",

@@ -56,7 +56,7 @@ def reason(sample: dict[str, Any]) -> str:
     f, s = sample["factors"], sample["signals"]
     parts = []
     if "quality" in f:
-        parts.append(f"keep {f['quality']:.2f} ({_judged(f['quality'])})")
+        parts.append(f"quality {f['quality']:.2f} ({_judged(f['quality'])})")
     if "copies" in f:
         copies = s["density"] or 0
         parts.append(f"× {f['copies']:.2f} " + (f"({copies:.0f} near-duplicates)" if copies >= 0.5 else "(no near-duplicate)"))
