@@ -200,3 +200,17 @@ def test_trained_batches_are_out_no_more() -> None:
 def test_iterable_datasets_are_refused() -> None:
     with pytest.raises(DataError, match="list_iterator"):
         IdDataset(iter([1, 2]))
+
+
+def test_asking_a_filtering_collate_about_single_samples_draws_nothing_of_the_jobs() -> None:
+    def collate(items: list[int]) -> torch.Tensor:
+        torch.rand(3)  # an augmentation, say
+        return torch.tensor([[item] for item in items if item % 2])
+
+    items = [(position, sample, sample) for position, sample in enumerate((4, 7, 9))]
+    torch.manual_seed(5)
+    collate([sample for _, _, sample in items])
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    _, ids, _ = IdCollate(collate)(items)
+    assert ids.tolist() == [7, 9] and torch.equal(torch.rand(1), expected)
