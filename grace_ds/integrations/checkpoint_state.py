@@ -26,7 +26,7 @@ from grace_ds.refresh.state import RefreshState
 from grace_ds.refresh.table import Table
 from grace_ds.utils.files import digest
 
-SCHEMA = 3
+SCHEMA = 4
 MANIFEST, VISITS, SHARED = "manifest.json", "visits.safetensors", "window.safetensors"
 BASIS, GRADIENT = "basis.safetensors", "gradient.safetensors"
 _SCHEDULE, _ROWS, _LOSSES, _WINDOW = "schedule-", f"{SampleRecords.name}-", f"{Losses.name}-", "window-"

@@ -22,7 +22,7 @@ from grace_ds.records import Array
 from grace_ds.refresh.bucket_files import Columns, load_columns, save_columns
 from grace_ds.refresh.embed import Learned
 
-SCHEMA = 1
+SCHEMA = 2
 PREFIX = "window"
 _GRAPH, _LEARNED = ("X", "where", "keys", "depth"), ("step", "values")
 

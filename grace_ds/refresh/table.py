@@ -22,7 +22,7 @@ from grace_ds.refresh.bucket_files import load_columns, save_columns
 
 __all__ = ["N_BUCKETS", "Table", "bucket_of", "owner_of"]
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 @dataclass(frozen=True)
