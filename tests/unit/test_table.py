@@ -179,8 +179,8 @@ def test_wrong_width_and_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     files = save_all(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"3, this run collect.dim=8"):
         Table.load(tmp_path, files, 0, 1, SampleRecords.empty(8))
-    monkeypatch.setattr("grace_ds.refresh.table.SCHEMA", 4)
-    with pytest.raises(CheckpointError, match="schema 3 .*this version reads 4"):
+    monkeypatch.setattr("grace_ds.refresh.table.SCHEMA", 99)
+    with pytest.raises(CheckpointError, match="schema 4 .*this version reads 99"):
         Table.load(tmp_path, files, 0, 1, SampleRecords.empty(DIM))
 
 
