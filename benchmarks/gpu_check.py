@@ -31,7 +31,7 @@ from benchmarks.record import Claim, Record
 from grace_ds.comm.local import LocalComm
 from grace_ds.config.schema import GraphConfig
 from grace_ds.errors import ConfigError
-from grace_ds.graph import backends as backends
+from grace_ds.graph import backends
 from grace_ds.graph.build import knn
 from grace_ds.graph.propagate import Propagated, crowding, propagate
 from grace_ds.recipes.weights import rank01, soft_pass, uncrowded

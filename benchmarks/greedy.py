@@ -31,7 +31,7 @@ from grace_ds.comm.local import LocalComm
 from grace_ds.errors import ConfigError
 from grace_ds.features.content import TokenReader, content_features
 from grace_ds.features.quality import QualityModel
-from grace_ds.graph import backends as backends
+from grace_ds.graph import backends
 from grace_ds.graph.ring import nearest
 from grace_ds.graph.rows import Request
 from grace_ds.records import Array, IntArray

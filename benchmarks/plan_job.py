@@ -22,7 +22,7 @@ from grace_ds_quickstart.model import GPT, GPTConfig
 from torch.utils.data import Dataset
 
 import grace_ds
-from grace_ds.refresh import runner as attempts
+from grace_ds.refresh import runner
 from grace_ds.refresh.runner import RefreshRunner
 from grace_ds.utils.heap import trim_heap
 from grace_ds.utils.methods import replace_method
@@ -139,7 +139,7 @@ def _watch(refreshes: list[dict[str, float]], before: float) -> None:
 
     The probe runs the model as a training step does, so what it takes is what the steps take, at another time.
     """
-    module: Any = attempts
+    module: Any = runner
     owner: Any = RefreshRunner
     stages, made = module.refresh, owner.__init__
 

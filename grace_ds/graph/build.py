@@ -10,8 +10,7 @@ import numpy as np
 
 from grace_ds.comm.base import Comm
 from grace_ds.config.schema import GraphConfig
-from grace_ds.graph import backends as backends
-from grace_ds.graph import clustered, ring
+from grace_ds.graph import backends, clustered, ring
 from grace_ds.graph.merge import finished
 from grace_ds.graph.placement import Placement, centroids_of, place
 from grace_ds.graph.plan import GraphPlan, clusters_for, plan_graph

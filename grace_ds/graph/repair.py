@@ -17,8 +17,7 @@ import numpy as np
 
 from grace_ds.comm.base import Comm
 from grace_ds.config.schema import GraphConfig
-from grace_ds.graph import backends as backends
-from grace_ds.graph import clustered, ring
+from grace_ds.graph import backends, clustered, ring
 from grace_ds.graph.build import search_all
 from grace_ds.graph.clusters import nearest_centroids
 from grace_ds.graph.insert import Moved, insert

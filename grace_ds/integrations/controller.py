@@ -29,7 +29,7 @@ from grace_ds.gradients.job_call import refuse
 from grace_ds.integrations.step_watch import StepWatch
 from grace_ds.monitor.metrics import EventWriter, Metrics, Preview, Recorder, keep_config
 from grace_ds.records import Losses, SampleRecords
-from grace_ds.refresh import trigger as cadence
+from grace_ds.refresh import trigger
 from grace_ds.refresh.choice import slack
 from grace_ds.refresh.decision import by_role, collect_every, decision_of, worth_collecting, worth_reading
 from grace_ds.refresh.runner import AgreedRefresh, RefreshRunner
@@ -239,14 +239,14 @@ class Controller:
         if not worth_collecting(self.config, decision_of(self.book), frozen, trusted, self.basis, self.reference):
             return False
         due = (self.step + 1) % collect_every(self.config, self.book) == 0
-        return due and cadence.collected(self.config, self.step, self.next_refresh)
+        return due and trigger.collected(self.config, self.step, self.next_refresh)
 
     @property
     def reading(self) -> bool:
         """Whether the losses of the optimizer step in progress are read if its gradients are not collected."""
         if self.collector is None or self.frozen or not worth_reading(self.config, decision_of(self.book)):
             return False
-        return cadence.collected(self.config, self.step, self.next_refresh)
+        return trigger.collected(self.config, self.step, self.next_refresh)
 
     def follow(self, geometry: Geometry) -> None:
         """Adopt the batch size of the step that has just been made, in case the job ramps it up; the same on all ranks.
@@ -322,7 +322,7 @@ class Controller:
             self.cursor += geometry.batch
         with undisturbed_rng():  # each of these may read the dataset
             self.recorder.settle()
-            due = cadence.is_due(self.config, step, self.next_refresh) and not self.frozen and self.config.replay is None
+            due = trigger.is_due(self.config, step, self.next_refresh) and not self.frozen and self.config.replay is None
             if self.influence_probe is not None and not self.frozen and self.influence_probe.asks(due):
                 self._settle(self.influence_probe)
             if due and not self.frozen:
@@ -383,7 +383,7 @@ class Controller:
             self._take_over(result.fresh)
         else:
             metrics.refresh_failures += 1
-            self.next_refresh = self.step + cadence.configured_interval(self.config, self.step)
+            self.next_refresh = self.step + trigger.configured_interval(self.config, self.step)
             if not self.book.schedules:
                 raise GraceError(
                     "the first schedule could not be made, so there is nothing to train on; the message above says why"
@@ -412,13 +412,13 @@ class Controller:
             step=self.step,
             version=metrics.version + 1,
             issued=self.issued(),
-            interval=cadence.stretched_interval(config, self.step, self._last_seconds, step_seconds),
+            interval=trigger.stretched_interval(config, self.step, self._last_seconds, step_seconds),
             reference=self.reference,
             decision=decision_of(self.book),
             since=int(last.meta["decided_at_step"]) if last is not None else -1,
             core=core,
             audit=audit,
-            uniform=cadence.is_uniform(config, self.step),
+            uniform=trigger.is_uniform(config, self.step),
             kept=self.kept,
             collect_every=collect_every(config, self.book),
         )

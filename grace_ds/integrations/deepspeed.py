@@ -14,7 +14,7 @@ from grace_ds.data.order import order_of
 from grace_ds.data.trusted import Tokenize
 from grace_ds.errors import ConfigError
 from grace_ds.gradients.probe import LossFn
-from grace_ds.integrations import preemption as preempt
+from grace_ds.integrations import preemption
 from grace_ds.integrations.engine import config_of, is_pipeline
 from grace_ds.integrations.handle import Grace
 from grace_ds.integrations.trusted_set import UserInputs
@@ -60,7 +60,7 @@ def initialize(
     grace = load_config(path_and_block[1], path_and_block[0]) if path_and_block is not None else None
     if grace is None or not grace.enabled or _left_to_attach:
         result: tuple[Any, Any, Any, Any] = original(*args, **kwargs)
-        preempt.from_environment(result[0])
+        preemption.from_environment(result[0])
         progress.say_off()
         return result
     refuse_curriculum(read_ds_config(config))
@@ -80,7 +80,7 @@ def initialize(
     handle = _handle_class(engine)(engine, data, grace, bound.arguments.get("collate_fn"), user_inputs)
     engine.training_data = data
     engine.training_dataloader = handle.feed()
-    preempt.from_environment(engine)
+    preemption.from_environment(engine)
     return engine, optimizer, engine.training_dataloader, scheduler
 
 

@@ -25,8 +25,7 @@ from grace_ds.data.dataset import IdCollate, IdDataset, IdLoader
 from grace_ds.data.order import Order, SamplerOrder, shuffled
 from grace_ds.data.sampler import Geometry, StreamSampler
 from grace_ds.errors import ConfigError
-from grace_ds.integrations import checkpoint
-from grace_ds.integrations import sample_weights as weights
+from grace_ds.integrations import checkpoint, sample_weights
 from grace_ds.integrations.controller import Controller
 from grace_ds.integrations.engine import dp_rank, geometry_of, is_compiled, outputs
 from grace_ds.integrations.setup import build_controller
@@ -88,7 +87,7 @@ class Grace:
         self.attach_hooks()
         self.controller.start()
         self.engine.grace_ds = self
-        weights.attached(self.controller)
+        sample_weights.attached(self.controller)
         follower = progress.follow(self)
         if follower is not None:
             self._restore.append(follower.close)
@@ -181,7 +180,7 @@ class Grace:
         self.controller.close(collective)
         if getattr(self.engine, "grace_ds", None) is self:
             self.engine.grace_ds = None
-        weights.detached(self.controller)
+        sample_weights.detached(self.controller)
 
     def _destroy(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         try:

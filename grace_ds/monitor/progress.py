@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from grace_ds.refresh import trigger as cadence
+from grace_ds.refresh import trigger
 from grace_ds.utils.methods import replace_method
 
 log = logging.getLogger("grace_ds")
@@ -121,7 +121,7 @@ class ProgressReporter:
         """Report around the controller's own work after an optimizer step, which may include a refresh."""
         controller = self.controller
         due = (
-            cadence.is_due(controller.config, step, controller.next_refresh)
+            trigger.is_due(controller.config, step, controller.next_refresh)
             and not controller.frozen
             and controller.config.replay is None
         )

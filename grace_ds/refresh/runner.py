@@ -19,7 +19,7 @@ from grace_ds.errors import GraceError, PeerFailed, PeerLost, ProbeFailed, Trans
 from grace_ds.features.limits import Limits
 from grace_ds.gradients.collector import GradientCollector
 from grace_ds.gradients.influence_probe import Fitted, InfluenceProbe
-from grace_ds.refresh import trigger as cadence
+from grace_ds.refresh import trigger
 from grace_ds.refresh.line import RefreshResult, refresh
 from grace_ds.refresh.signals import RefreshContext, RefreshInputs, active_parts, weighed_parts
 
@@ -119,7 +119,7 @@ class RefreshRunner:
         # Every rank has its own clock; rank 0's decides.
         interval = int(self.comm.broadcast(np.array([inputs.interval], np.int64))[0])
         reference, fitted = inputs.reference, None
-        wanted = self._wants_basis(inputs, interval) and cadence.basis_due(reference, inputs.version)
+        wanted = self._wants_basis(inputs, interval) and trigger.basis_due(reference, inputs.version)
         if self.influence_probe is not None and self.influence_probe.ready and wanted:
             with during("trusted basis"):
                 fitted = self.influence_probe.fit(inputs.version, self.context.pool.window_at(inputs.version))
@@ -154,7 +154,7 @@ class RefreshRunner:
         if self.collector is None or not self.collector.sketcher.scale.frozen:
             return False
         uses_gradients = "gradients" in active_parts(self.context, inputs)
-        return uses_gradients and cadence.wants_basis(self.context.config, inputs.step, interval)
+        return uses_gradients and trigger.wants_basis(self.context.config, inputs.step, interval)
 
     def _agree(self, where: str) -> TransportError | None:
         """Return once the refresh counts on every rank, with the transport's error if it has failed meanwhile.

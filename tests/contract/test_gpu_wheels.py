@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from grace_ds.errors import ConfigError
-from grace_ds.graph import backends as backends
+from grace_ds.graph import backends
 from tests.contract.rapids_calls import LIBRARIES, array_sources, calls, signature, sources
 
 WANTED = os.environ.get("GRACE_TEST_GPU_WHEELS") == "1"

@@ -17,8 +17,7 @@ import torch
 from grace_ds.cli import doctor
 from grace_ds.comm.local import LocalComm
 from grace_ds.config.schema import GraphConfig
-from grace_ds.graph import backends as backends
-from grace_ds.graph import gpu
+from grace_ds.graph import backends, gpu
 from grace_ds.graph.backends.torch_backend import TorchBackend
 from grace_ds.graph.build import knn
 from grace_ds.graph.propagate import crowding, priority, propagate
@@ -73,9 +72,9 @@ def test_ids_are_int64_and_padded() -> None:
 def test_large_shards_reach_the_recall_by_descent_and_by_lists(
     itself: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from grace_ds.graph.backends import cuvs_backend as cuvs_leaf
+    from grace_ds.graph.backends import cuvs_backend
 
-    monkeypatch.setattr(cuvs_leaf, "BRUTE_ROWS", 1000)
+    monkeypatch.setattr(cuvs_backend, "BRUTE_ROWS", 1000)
     x = rows_of("clustered", 60_000, 64)
     queries, backend = (x, backend_of(0.98)) if itself else (x[::7].copy(), backend_of(0.98))
     with backends.opened(LocalComm(60.0), backend), caplog.at_level(logging.INFO, "grace_ds.graph.backends.cuvs_backend"):
@@ -141,10 +140,10 @@ def test_the_graph_of_a_refresh_is_the_cpus(tier: str) -> None:
 @pytest.mark.parametrize("descends", [True, False])
 def test_edges_are_those_of_an_exact_search(descends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the default recall: NN-descent finds .99 of the edges, brute force all of them."""
-    from grace_ds.graph.backends import cuvs_backend as cuvs_leaf
+    from grace_ds.graph.backends import cuvs_backend
 
     if descends:
-        monkeypatch.setattr(cuvs_leaf, "BRUTE_ROWS", 1000)
+        monkeypatch.setattr(cuvs_backend, "BRUTE_ROWS", 1000)
     x, ids = rows_of("clustered", 20_000, 64), np.arange(20_000)
     found, wanted = (
         knn(LocalComm(60.0), ids, x, ids, x, GraphConfig(tier="exact", backend=backend, k=K)) for backend in ("cuvs", "torch")

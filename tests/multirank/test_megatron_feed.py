@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("megatron.core", reason="megatron-core is not installed (pip install grace_ds[megatron])")
 
 from grace_ds.errors import ConfigError, DataError
-from grace_ds.integrations.megatron import job_state as facts
+from grace_ds.integrations.megatron import job_state
 from grace_ds.integrations.megatron.positions import Ring, Scheduled
 from tests.multirank.harness import run_ranks
 from tests.multirank.megatron_feed_job import BATCH, INTERVAL, STEPS, work
@@ -100,17 +100,17 @@ def test_megatron_arguments_that_cannot_be_served(monkeypatch):
         args = SimpleNamespace(
             consumed_train_samples=0, micro_batch_size=1, global_batch_size=4, num_workers=2, dataloader_type="single"
         )
-        monkeypatch.setattr(facts, "_arguments", lambda args=args: args)
-        assert facts.facts_of(None, None, None, None, None).lag == 2
+        monkeypatch.setattr(job_state, "_arguments", lambda args=args: args)
+        assert job_state.facts_of(None, None, None, None, None).lag == 2
         setattr(args, name, value)
         with pytest.raises(ConfigError, match=name.replace("_", "-")):
-            facts.facts_of(None, None, None, None, None)
+            job_state.facts_of(None, None, None, None, None)
 
 
 def test_megatron_skipped_iterations_move_the_cursor(monkeypatch):
     args = SimpleNamespace(consumed_train_samples=8, micro_batch_size=1, global_batch_size=4, num_workers=0)
-    monkeypatch.setattr(facts, "_arguments", lambda: args)
-    found = facts.facts_of(None, None, None, None, None)
+    monkeypatch.setattr(job_state, "_arguments", lambda: args)
+    found = job_state.facts_of(None, None, None, None, None)
     args.consumed_train_samples = 20  # three iterations were skipped
     assert found.cursor_after(12) == 24
 

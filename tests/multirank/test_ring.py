@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 
 from grace_ds.comm.choose import choose
-from grace_ds.graph import backends as backends
+from grace_ds.graph import backends
 from grace_ds.graph.ring import nearest
 from grace_ds.graph.rows import Request
 from grace_ds.records import Neighbours

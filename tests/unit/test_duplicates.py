@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grace_ds.data.tokens import TokenBlock
-from grace_ds.features import duplicates as density
+from grace_ds.features import duplicates
 from grace_ds.features.duplicates import NgramCounts, ngram_bins, row_quantile
 from tests.unit.test_features_content import Ranks
 
@@ -89,7 +89,7 @@ def test_row_quantile_equals_percentile(rows):
 
 
 def test_counts_saturate_alike_on_one_and_three_ranks(monkeypatch):
-    monkeypatch.setattr(density, "SATURATION", 8)
+    monkeypatch.setattr(duplicates, "SATURATION", 8)
     gram = block_of([[1, 2, 3, 4, 5, 6]])
 
     def total(share):
@@ -126,7 +126,7 @@ def test_counts_follow_a_window_of_which_some_leave_and_some_enter(leave, stay, 
 
 
 def test_counts_that_have_saturated_come_down_again(monkeypatch):
-    monkeypatch.setattr(density, "SATURATION", 8)
+    monkeypatch.setattr(duplicates, "SATURATION", 8)
     gram, many = block_of([[1, 2, 3, 4, 5, 6]]), NgramCounts()
     for _ in range(20):
         many.add(gram)

@@ -7,8 +7,8 @@ import pytest
 
 from grace_ds.comm.local import LocalComm
 from grace_ds.errors import ConfigError, DataError
-from grace_ds.graph import backends as backends
-from grace_ds.graph.backends import torch_backend as torch_leaf
+from grace_ds.graph import backends
+from grace_ds.graph.backends import torch_backend
 from grace_ds.graph.propagate import priority, propagate
 from grace_ds.graph.ring import nearest
 from grace_ds.graph.rows import Request
@@ -39,8 +39,8 @@ def test_graph_equals_dense_search(name: str) -> None:
 @pytest.mark.parametrize("block", [5, 50, 600])
 @pytest.mark.parametrize("order", ["as they come", "nearer and nearer"])
 def test_an_exact_search_finds_the_nearest_wherever_they_lie(block: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_leaf, "INDEX_BLOCK", block)  # 5: less than is asked for
-    x, backend = clustered(600, 16), torch_leaf.TorchBackend()
+    monkeypatch.setattr(torch_backend, "INDEX_BLOCK", block)  # 5: less than is asked for
+    x, backend = clustered(600, 16), torch_backend.TorchBackend()
     if order == "nearer and nearer":  # to the first query: every block holds nearer ones than all before it
         x = x[np.argsort(x @ x[0])]
     queries = np.concatenate([x[-1:], x[::7]])
@@ -63,10 +63,10 @@ def rows_of(kind: str, n: int, d: int) -> np.ndarray:
 @pytest.mark.parametrize(("kind", "d"), [("clustered", 32), ("spread", 32), ("spread", 63)])
 def test_a_large_shard_is_searched_to_the_asked_recall(kind: str, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("faiss")
-    from grace_ds.graph.backends import faiss_backend as faiss_leaf
+    from grace_ds.graph.backends import faiss_backend
     from grace_ds.graph.backends.faiss_backend import FaissBackend
 
-    monkeypatch.setattr(faiss_leaf, "FLAT_ROWS", 30_000)
+    monkeypatch.setattr(faiss_backend, "FLAT_ROWS", 30_000)
     x, k = rows_of(kind, 31_000, d), 10
     queries, backend = x[::37], FaissBackend(0.95)
     index = backend.build(x, np.arange(len(x)) + 7)

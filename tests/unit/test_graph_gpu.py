@@ -18,8 +18,7 @@ import torch
 
 from grace_ds.comm.local import LocalComm
 from grace_ds.errors import ConfigError, DataError
-from grace_ds.graph import backends as backends
-from grace_ds.graph import gpu
+from grace_ds.graph import backends, gpu
 from grace_ds.graph.backends.cuvs_backend import with_own
 from grace_ds.graph.backends.torch_backend import TorchBackend
 from grace_ds.graph.gpu.memory import LEAST, pool_bytes

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from grace_ds.data import MMapTokens
-from grace_ds.data import megatron_index as layout_module
+from grace_ds.data import megatron_index as index_module
 from grace_ds.data.tokens import TokenReader
 from grace_ds.errors import ConfigError, DataError
 
@@ -221,7 +221,7 @@ def test_missing_and_short_files(tmp_path):
 
 
 def test_errors_beyond_the_first_block_of_the_index(tmp_path, monkeypatch):
-    monkeypatch.setattr(layout_module, "BLOCK", 2)
+    monkeypatch.setattr(index_module, "BLOCK", 2)
     lengths = [3, 1, 4, 1, 5, 0, 2]
     by_hand(tmp_path / "c", lengths)
     assert [len(MMapTokens(tmp_path / "c").tokens(i)) for i in range(7)] == lengths

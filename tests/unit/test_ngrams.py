@@ -19,8 +19,7 @@ from grace_ds.config.schema import GraceConfig
 from grace_ds.data.order import SeededOrder
 from grace_ds.data.pool import Pool
 from grace_ds.data.tokens import TokenBlock
-from grace_ds.features import duplicates as density
-from grace_ds.features import ngrams as sampling
+from grace_ds.features import duplicates, ngrams
 from grace_ds.features.content import TokenReader, content_features
 from grace_ds.features.duplicates import NgramCounts, ngram_bins
 from grace_ds.features.ngrams import FLOOR, SMALLEST, Sampling, agree_sampling, some
@@ -56,8 +55,8 @@ def counted(rows: list[Array], how: Sampling) -> NgramCounts:
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tables so small that a few texts fill them, and classes of 6-grams come in."""
     for name, value in {"BITS": 8, "PLENTY_BITS": 10, "MOST_BITS": 11, "PLENTY": 12}.items():
-        monkeypatch.setattr(sampling, name, value)
-    monkeypatch.setattr(sampling, "SMALLEST", Sampling(8))
+        monkeypatch.setattr(ngrams, name, value)
+    monkeypatch.setattr(ngrams, "SMALLEST", Sampling(8))
     yield
 
 
@@ -224,7 +223,7 @@ def test_counts_beyond_32_bits_are_kept_in_64(monkeypatch: pytest.MonkeyPatch) -
     rows = texts(30, 40, 1)
     plain = counted(rows, SMALLEST)
     assert plain.total.dtype == np.int32
-    monkeypatch.setattr(density, "_SAFE", 500)
+    monkeypatch.setattr(duplicates, "_SAFE", 500)
     wide = NgramCounts()
     wide.add(block_of(rows))
     assert wide.counts.dtype == np.int64  # before the sum: one rank's counts alone can be that many
@@ -293,9 +292,9 @@ def test_the_ratio_of_copies_is_told_and_where_it_is_off_it_is_said_once(
     with caplog.at_level(logging.WARNING):
         found = Contents(LocalComm(5.0), config, parts)(None, np.arange(300))
         assert not caplog.records and abs(found.density_ratio - 0.2) < 0.02
-        monkeypatch.setattr(sampling, "_bits", lambda grams: 9)
-        monkeypatch.setattr(sampling, "BITS", 9)
-        monkeypatch.setattr(sampling, "SMALLEST", Sampling(9))
+        monkeypatch.setattr(ngrams, "_bits", lambda grams: 9)
+        monkeypatch.setattr(ngrams, "BITS", 9)
+        monkeypatch.setattr(ngrams, "SMALLEST", Sampling(9))
         contents = Contents(LocalComm(5.0), config, parts)
         kept = contents(None, np.arange(300))
         assert kept.density_ratio > 0.8

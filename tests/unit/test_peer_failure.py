@@ -16,8 +16,7 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed.rendezvous import rendezvous
 
-from grace_ds.comm import connect
-from grace_ds.comm import liveness as rollcall
+from grace_ds.comm import connect, liveness
 from grace_ds.comm import peer_failure as peer_failure_module
 from grace_ds.comm.liveness import LivenessProbe
 from grace_ds.comm.local import LocalComm
@@ -157,7 +156,7 @@ def test_one_refusal_does_not_say_that_a_process_has_ended(alone: PeerFailureHan
             pauses.append(seconds)
             s.listen()
 
-        monkeypatch.setattr(rollcall, "time", SimpleNamespace(sleep=back, monotonic=time.monotonic))
+        monkeypatch.setattr(liveness, "time", SimpleNamespace(sleep=back, monotonic=time.monotonic))
         assert alone.liveness.absent() == {} and len(pauses) == 1
 
 

@@ -20,7 +20,7 @@ from grace_ds.data.sampler import Geometry
 from grace_ds.data.schedule import VisitCounts
 from grace_ds.integrations.setup import prepare, refresh_context
 from grace_ds.integrations.trusted_set import UserInputs
-from grace_ds.monitor import metrics as record_module
+from grace_ds.monitor import metrics as metrics_module
 from grace_ds.monitor.metrics import Recorder, keep_explanation, preview_of
 from grace_ds.records import Losses, Role, SampleRecords
 from grace_ds.refresh.line import refresh
@@ -352,7 +352,7 @@ def test_the_map_of_the_last_coreset_outlives_a_pause_but_not_a_new_run(tmp_path
 
 
 def test_a_slow_dataset_is_read_for_a_limited_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record_module, "PREVIEW_SECONDS", 0.2)
+    monkeypatch.setattr(metrics_module, "PREVIEW_SECONDS", 0.2)
     explanation = {
         "version": 1,
         "step": 0,

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from grace_ds import registry
 from grace_ds.errors import ConfigError
 from grace_ds.records import Neighbours
-from grace_ds.selection import facility_location as greedy
-from grace_ds.selection import gumbel as sample
+from grace_ds.selection import facility_location, gumbel
 from grace_ds.selection.facility_location import coverage, lazy_greedy
 from grace_ds.selection.objectives import select
 
@@ -137,7 +136,7 @@ def naive_order(sim: np.ndarray, weights: np.ndarray, k: int, candidates: np.nda
     return taken
 
 
-@pytest.mark.parametrize("chain", [greedy.CHAIN, 0, 10**9], ids=["rounds and heap", "heap", "rounds"])
+@pytest.mark.parametrize("chain", [facility_location.CHAIN, 0, 10**9], ids=["rounds and heap", "heap", "rounds"])
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.integers(2, 60), st.integers(1, 60), st.integers(1, 9))
 def test_the_order_is_naive_greedys_ties_and_all(chain: int, seed: int, n: int, k: int, band: int) -> None:
@@ -146,9 +145,9 @@ def test_the_order_is_naive_greedys_ties_and_all(chain: int, seed: int, n: int, 
     weights, candidates = rng.integers(0, 4, n).astype(float), rng.random(n) < 0.8
     first = np.sort(rng.permutation(n)[: min(k, 2)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(greedy, "CHAIN", chain)
-        patch.setattr(greedy, "BAND_ROWS", band)
-        patch.setattr(greedy, "BANDS", 4)
+        patch.setattr(facility_location, "CHAIN", chain)
+        patch.setattr(facility_location, "BAND_ROWS", band)
+        patch.setattr(facility_location, "BANDS", 4)
         got = lazy_greedy(coverage(ids, graph), weights, k, candidates, first)
     assert got.tolist() == naive_order(dense(ids, graph), weights, k, candidates, first.tolist())
 
@@ -158,9 +157,9 @@ def test_a_long_chain_of_equal_gains_is_taken_in_order() -> None:
     n = 600
     at = np.arange(n)
     graph = Neighbours(np.stack([(at - 1) % n, (at + 1) % n], 1), np.full((n, 2), 0.5, np.float32))
-    heaps, one_by_one = [], greedy._one_by_one
+    heaps, one_by_one = [], facility_location._one_by_one
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(greedy, "_one_by_one", lambda *given: (heaps.append(len(given[1])), one_by_one(*given)))
+        patch.setattr(facility_location, "_one_by_one", lambda *given: (heaps.append(len(given[1])), one_by_one(*given)))
         got = lazy_greedy(coverage(at, graph), np.ones(n), 300, np.ones(n, bool), np.empty(0, np.int64))
     assert got.tolist()[:199] == list(range(0, 597, 3))  # whole gains of 2 first: every third, to where the ring closes
     assert heaps
@@ -180,10 +179,10 @@ def test_sampling_holds_at_most_16_bytes_an_id(share: float) -> None:
     n = 1_000_000
     ids, log_p = np.arange(n), np.random.default_rng(0).normal(size=n)
     tracemalloc.start()
-    drawn = sample.sample_without_replacement(ids, log_p, int(share * n), 1, 0).coreset
+    drawn = gumbel.sample_without_replacement(ids, log_p, int(share * n), 1, 0).coreset
     peak = tracemalloc.get_traced_memory()[1] - drawn.ids.nbytes - drawn.weights.nbytes
     tracemalloc.stop()
-    assert peak <= 16 * n + 40 * sample.CHUNK
+    assert peak <= 16 * n + 40 * gumbel.CHUNK
 
 
 @settings(max_examples=60, deadline=None)
@@ -195,9 +194,9 @@ def test_a_sample_is_the_largest_of_the_perturbed(seed: int, n: int, k: int, chu
     noise = dict(zip(ids.tolist(), rng.integers(0, 4, n).astype(float), strict=True))
     log_p = np.where(rng.random(n) < 0.7, 0.0, -np.inf)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "CHUNK", chunk)
-        patch.setattr(sample, "gumbel", lambda _s, _v, asked: np.array([noise[i] for i in asked.tolist()], float))
-        got = sample.sample_without_replacement(ids, log_p, k, 1, 0)
+        patch.setattr(gumbel, "CHUNK", chunk)
+        patch.setattr(gumbel, "gumbel", lambda _s, _v, asked: np.array([noise[i] for i in asked.tolist()], float))
+        got = gumbel.sample_without_replacement(ids, log_p, k, 1, 0)
     ranked = sorted((i for i, p in zip(ids.tolist(), log_p, strict=True) if p == 0), key=lambda i: (-noise[i], i))
     assert got.coreset.ids.tolist() == sorted(ranked[: max(k, 0)])
     assert got.short == max(0, k - len(ranked))
@@ -208,11 +207,11 @@ def test_a_sample_is_the_largest_of_the_perturbed(seed: int, n: int, k: int, chu
 
 
 def test_the_noise_of_an_id_depends_on_seed_and_version_and_on_no_other_id() -> None:
-    ids = np.random.default_rng(0).permutation(10**6)[: sample.CHUNK + 500].astype(np.int64)
-    noise = sample.gumbel(3, 4, ids)
-    some = np.array([sample.CHUNK + 7, 5, sample.CHUNK - 1, 0])
-    assert sample.gumbel(3, 4, ids[some]).tolist() == noise[some].tolist()
-    for other in (sample.gumbel(3, 5, ids), sample.gumbel(4, 4, ids), sample.gumbel(4, 3, ids), sample.gumbel(3, 4, ids + 1)):
+    ids = np.random.default_rng(0).permutation(10**6)[: gumbel.CHUNK + 500].astype(np.int64)
+    noise = gumbel.gumbel(3, 4, ids)
+    some = np.array([gumbel.CHUNK + 7, 5, gumbel.CHUNK - 1, 0])
+    assert gumbel.gumbel(3, 4, ids[some]).tolist() == noise[some].tolist()
+    for other in (gumbel.gumbel(3, 5, ids), gumbel.gumbel(4, 4, ids), gumbel.gumbel(4, 3, ids), gumbel.gumbel(3, 4, ids + 1)):
         assert abs(np.corrcoef(noise, other)[0, 1]) < 0.02
 
 
@@ -246,7 +245,7 @@ def test_weights_stay_with_their_samples_where_some_must_be_in() -> None:
     rng = np.random.default_rng(2)
     ids, log_p, must = np.arange(0, 60, 2), rng.normal(size=30) * 2, np.isin(np.arange(30), [4, 11, 23])
     got = select("sample", ids, log_p, 12, seed=1, version=3, include=ids[must])
-    others = sample.sample_without_replacement(ids[~must], log_p[~must], 9, 1, 3).coreset
+    others = gumbel.sample_without_replacement(ids[~must], log_p[~must], 9, 1, 3).coreset
     expected = dict(zip(others.ids.tolist(), others.weights.tolist(), strict=True)) | dict.fromkeys(ids[must].tolist(), 1.0)
     assert got.ids.tolist() == sorted(expected)
     assert got.weights == pytest.approx(np.array([expected[i] for i in sorted(expected)]) * 12 / sum(expected.values()), rel=1e-5)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from grace_ds.comm.local import LocalComm
 from grace_ds.data.pool import read_sources
 from grace_ds.errors import ConfigError, DataError
-from grace_ds.graph import backends as backends
+from grace_ds.graph import backends
 from grace_ds.graph.ring import nearest
 from grace_ds.graph.rows import Request
 from grace_ds.records import Coreset

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grace_ds.config.schema import GraceConfig, RefreshConfig, SelectionConfig
-from grace_ds.refresh import trigger as cadence
+from grace_ds.refresh import trigger
 
 
 def config(
@@ -28,8 +28,8 @@ def config(
 def refreshes(c: GraceConfig, steps: int) -> list[int]:
     """The steps at which refreshes are made, from the first on."""
     made = [0]
-    while made[-1] + cadence.configured_interval(c, made[-1]) < steps:
-        made.append(made[-1] + cadence.configured_interval(c, made[-1]))
+    while made[-1] + trigger.configured_interval(c, made[-1]) < steps:
+        made.append(made[-1] + trigger.configured_interval(c, made[-1]))
     return made
 
 
@@ -42,7 +42,7 @@ def refreshes(c: GraceConfig, steps: int) -> list[int]:
 def test_the_stretched_interval_is_the_shortest_below_the_overhead(
     interval: int, overhead: float, refresh_seconds: float, step_seconds: float
 ) -> None:
-    steps = cadence.stretched_interval(config(interval=interval, overhead=overhead), 0, refresh_seconds, step_seconds)
+    steps = trigger.stretched_interval(config(interval=interval, overhead=overhead), 0, refresh_seconds, step_seconds)
     assert steps >= interval
     assert refresh_seconds <= overhead * steps * step_seconds * (1 + 1e-9)
     if steps > interval:
@@ -51,13 +51,13 @@ def test_the_stretched_interval_is_the_shortest_below_the_overhead(
 
 @pytest.mark.parametrize(("name", "step_seconds"), [("fixed", 0.001), ("adaptive", None), ("adaptive", 0.0)])
 def test_it_stays_as_configured_when_fixed_or_while_no_step_was_timed(name: str, step_seconds: float | None) -> None:
-    assert cadence.stretched_interval(config(name), 0, 1e6, step_seconds) == 10
+    assert trigger.stretched_interval(config(name), 0, 1e6, step_seconds) == 10
 
 
 def test_the_first_coreset_is_due_at_the_start_step_however_dear_a_refresh_is() -> None:
     c = config(start=25)
-    assert cadence.stretched_interval(c, 7, 1e6, 0.001) == 18
-    assert cadence.configured_interval(c, 25) == 10
+    assert trigger.stretched_interval(c, 7, 1e6, 0.001) == 18
+    assert trigger.configured_interval(c, 25) == 10
 
 
 @pytest.mark.parametrize(
@@ -104,10 +104,10 @@ def test_a_run_of_known_length_opens_for_a_twentieth_of_it_at_most(
     c.total_steps = total
     assert refreshes(c, made[-1] + 1) == made
     assert all(
-        cadence.stretched_interval(c, step, 1e6, 1.0) == cadence.configured_interval(c, step) for step in range(c.warmup_steps)
+        trigger.stretched_interval(c, step, 1e6, 1.0) == trigger.configured_interval(c, step) for step in range(c.warmup_steps)
     )
     assert (
-        cadence.stretched_interval(c, c.warmup_steps, 1e6, 1.0) > interval
+        trigger.stretched_interval(c, c.warmup_steps, 1e6, 1.0) > interval
     )  # the first coreset does not wait, the later ones do
 
 
@@ -118,27 +118,27 @@ def test_an_interval_of_one_step_has_no_halves() -> None:
 @pytest.mark.parametrize("step", [2, 5, 7])
 def test_a_run_taken_up_within_the_opening_keeps_its_refreshes(step: int) -> None:
     c = config(recipe="grace")
-    assert step + cadence.configured_interval(c, step) == (5 if step < 5 else 10)
+    assert step + trigger.configured_interval(c, step) == (5 if step < 5 else 10)
 
 
 def test_a_run_is_uniform_before_its_start_and_from_its_stop() -> None:
     c = config(start=20, stop=60)
-    assert [s for s in range(80) if not cadence.is_uniform(c, s)] == list(range(20, 60))
-    assert not any(cadence.is_uniform(config(), s) for s in range(80))
+    assert [s for s in range(80) if not trigger.is_uniform(c, s)] == list(range(20, 60))
+    assert not any(trigger.is_uniform(config(), s) for s in range(80))
 
 
 def test_only_steps_that_a_coreset_can_use_are_harvested() -> None:
     c = config(start=20, stop=60)
-    assert [s for s in range(80) if cadence.collected(c, s, next_refresh=s + 1)] == list(range(10, 60))
+    assert [s for s in range(80) if trigger.collected(c, s, next_refresh=s + 1)] == list(range(10, 60))
 
 
 def test_what_nothing_would_be_trained_on_is_neither_harvested_nor_made() -> None:
     c = config()
     c.total_steps = 35
-    refreshes = [s for s in range(1, 40) if cadence.is_due(c, s, next_refresh=(s // 10) * 10 or 10)]
+    refreshes = [s for s in range(1, 40) if trigger.is_due(c, s, next_refresh=(s // 10) * 10 or 10)]
     assert 30 in refreshes
     assert 35 not in refreshes
-    collected = [s for s in range(35) if cadence.collected(c, s, next_refresh=(s // 10 + 1) * 10)]
+    collected = [s for s in range(35) if trigger.collected(c, s, next_refresh=(s // 10 + 1) * 10)]
     assert collected == list(range(30))  # the rows of steps 30 to 34 no refresh would read
 
 
@@ -147,16 +147,16 @@ def test_a_basis_is_fitted_where_rows_will_be_measured_with_it_and_nowhere_else(
     c = config(start=start, stop=stop)
     c.total_steps = total
     for step in range(0, total or 80, 10):
-        used = any(cadence.collected(c, s, next_refresh=step + 10) for s in range(step, min(step + 10, total or 80)))
-        assert cadence.wants_basis(c, step, 10) == used
+        used = any(trigger.collected(c, s, next_refresh=step + 10) for s in range(step, min(step + 10, total or 80)))
+        assert trigger.wants_basis(c, step, 10) == used
 
 
 def test_a_job_that_goes_on_beyond_its_stated_end_is_served_again() -> None:
     c = config()
     c.total_steps = 20
-    assert not cadence.is_due(c, 20, next_refresh=20)
-    assert cadence.is_due(c, 21, next_refresh=20)
-    assert cadence.collected(c, 20, next_refresh=20)
+    assert not trigger.is_due(c, 20, next_refresh=20)
+    assert trigger.is_due(c, 21, next_refresh=20)
+    assert trigger.collected(c, 20, next_refresh=20)
 
 
 def fits(useful: bool, versions: int) -> list[int]:
@@ -166,7 +166,7 @@ def fits(useful: bool, versions: int) -> list[int]:
     for version in range(1, versions + 1):
         if fitted and fitted[-1] == version - 1:
             units[fitted[-1]] = 0.4 if useful else 0.0
-        if cadence.basis_due(units, version):
+        if trigger.basis_due(units, version):
             fitted.append(version)
     return fitted
 
@@ -174,4 +174,4 @@ def fits(useful: bool, versions: int) -> list[int]:
 def test_a_useless_basis_is_looked_at_again_ever_more_rarely() -> None:
     assert fits(True, 20) == list(range(1, 21))
     assert fits(False, 40) == [1, 3, 7, 15, 31]
-    assert cadence.basis_due({1: 0.0, 3: 0.0, 7: 0.3}, 8)  # useful again: at once
+    assert trigger.basis_due({1: 0.0, 3: 0.0, 7: 0.3}, 8)  # useful again: at once

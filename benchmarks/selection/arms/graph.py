@@ -7,7 +7,7 @@ import numpy as np
 from benchmarks.selection.arms.base import SubsetArm, View
 from grace_ds.comm.local import LocalComm
 from grace_ds.features.content import ContentFeatures, TokenReader, content_features
-from grace_ds.graph import backends as backends
+from grace_ds.graph import backends
 from grace_ds.graph.ring import nearest
 from grace_ds.graph.rows import Request
 from grace_ds.records import Array, IntArray, Neighbours
