@@ -28,7 +28,7 @@ DAMAGES = {
     "visit counts missing": ("remove", f"{OURS}/visits*", ("visits.safetensors", "missing", "use an older checkpoint")),
     "manifest torn": ("tear", f"{OURS}/manifest.json", ("manifest.json", "torn", "use an older one")),
     "manifest missing": ("remove", f"{OURS}/manifest.json", ("manifest.json", "missing", "use an older checkpoint")),
-    "newer schema": ("future", MODEL, (OURS, "schema 4", "install a newer grace_ds")),
+    "newer schema": ("future", MODEL, (OURS, "schema 5", "install a newer grace_ds")),
 }
 
 
