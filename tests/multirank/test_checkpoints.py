@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from grace_ds.integrations.checkpoint_state import SCHEMA
 from tests.multirank.launch import COLLECTING, Records, run_jobs, stream
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(400)]
@@ -28,7 +29,7 @@ DAMAGES = {
     "visit counts missing": ("remove", f"{OURS}/visits*", ("visits.safetensors", "missing", "use an older checkpoint")),
     "manifest torn": ("tear", f"{OURS}/manifest.json", ("manifest.json", "torn", "use an older one")),
     "manifest missing": ("remove", f"{OURS}/manifest.json", ("manifest.json", "missing", "use an older checkpoint")),
-    "newer schema": ("future", MODEL, (OURS, "schema 5", "install a newer grace_ds")),
+    "newer schema": ("future", MODEL, (OURS, f"schema {SCHEMA + 1}", "install a newer grace_ds")),
 }
 
 

@@ -56,4 +56,4 @@ def test_a_python_that_is_too_old_or_missing_is_named():
 
 def test_ci_runs_exactly_the_test_script():
     commands = [line for line in (ROOT / ".ci/run").read_text().splitlines() if line and not line.startswith("#")]
-    assert commands[-1] == "exec bash launch/test.sh"
+    assert commands[-1] == "exec bash launch/test.sh --all"
