@@ -87,11 +87,7 @@ def measure(name: str, count: int, bf16: bool) -> tuple[list[tuple[float, float]
     for job in (with_us, plain):
         job.steps(12)  # the first collected step sets the layers' scale, the refresh after it fits the basis
     with_us.no_more_refreshes()
-    rng, pairs = np.random.default_rng(0), []
-    for _ in range(count):
-        order = [with_us, plain] if rng.random() < 0.5 else [plain, with_us]
-        seconds = {id(job): job.steps(STEPS[name]) for job in order}
-        pairs.append((seconds[id(with_us)], seconds[id(plain)]))
+    pairs = interleaved(with_us, plain, STEPS[name], count, seed=0)
     facts = {"parameters": sum(p.numel() for p in plain.engine.module.parameters())} | with_us.counts(plain)
     for job in (with_us, plain):
         job.close()
@@ -120,14 +116,19 @@ def watch_ratios(name: str, count: int, bf16: bool) -> list[float]:
     for job in (watched, blind):
         job.steps(12)
         job.no_more_refreshes()
-    rng, ratios = np.random.default_rng(1), []
-    for _ in range(count):
-        order = [watched, blind] if rng.random() < 0.5 else [blind, watched]
-        seconds = {id(job): job.steps(STEPS[name]) for job in order}
-        ratios.append(seconds[id(watched)] / seconds[id(blind)])
+    pairs = interleaved(watched, blind, STEPS[name], count, seed=1)
     for job in (watched, blind):
         job.close()
-    return ratios
+    return [a / b for a, b in pairs]
+
+
+def interleaved(a: Job, b: Job, steps: int, count: int, seed: int) -> list[tuple[float, float]]:
+    """CPU seconds of ``count`` turns of ``a`` and of ``b``, so many steps each; which goes first is drawn for each pair."""
+    rng, pairs = np.random.default_rng(seed), []
+    for _ in range(count):
+        seconds = {id(job): job.steps(steps) for job in ((a, b) if rng.random() < 0.5 else (b, a))}
+        pairs.append((seconds[id(a)], seconds[id(b)]))
+    return pairs
 
 
 def _nothing(*args: Any, **kwargs: Any) -> int:

@@ -1,7 +1,9 @@
-"""Register extensions by name: recipes, objectives, graph back ends, transports, layer rules.
+"""Register extensions by name: recipes, objectives, graph back ends and transports.
 
 Each kind has one :class:`Registry`, which other packages can use too.  A module listed under ``plugins`` in the configuration
 is imported on every rank before the configuration is checked, so that the names that it registers work like built-in ones.
+Layer rules are looked up by class and not by name: :func:`grace_ds.gradients.layers.register_rule` keeps a table of its own,
+which plugins can extend in the same way.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ class Registry(Generic[T]):
     def __init__(self, key: str, home: str) -> None:
         self.key, self._home = key, home
         self._entries: dict[str, T] = {}
-        self._at_home = False
+        self._loaded = False
 
     def register(self, name: str) -> Callable[[T], T]:
         """Return a decorator that registers a value under ``name``; the last one registered under a name counts."""
@@ -44,19 +46,21 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: there is none.
         """
-        known = self.names()
-        if name not in known:
-            raise ConfigError(
-                f"{self.key} = {name!r}; known: {', '.join(known)}. List the module that registers it under plugins"
-            )
+        self._load()
+        if name not in self._entries:
+            known = ", ".join(self._entries)
+            raise ConfigError(f"{self.key} = {name!r}; known: {known}. List the module that registers it under plugins")
         return self._entries[name]
 
     def names(self) -> tuple[str, ...]:
         """Return all names, in the order in which they were registered."""
-        if not self._at_home:
-            self._at_home = True  # set first, because the home module may call this while it is imported
-            importlib.import_module(self._home)
+        self._load()
         return tuple(self._entries)
+
+    def _load(self) -> None:
+        if not self._loaded:
+            self._loaded = True  # set first, because the home module may look names up while it is imported
+            importlib.import_module(self._home)
 
 
 recipes: Registry[Any] = Registry("recipe", "grace_ds.recipes")

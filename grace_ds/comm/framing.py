@@ -1,7 +1,7 @@
 """Build every collective on four small primitives of an adapter, with headers and checks that all adapters share.
 
 An adapter moves bytes and knows nothing of dtypes or shapes.  Everything else happens here: a fixed-size header goes from
-every rank to every rank, all ranks reach the same verdict from the same headers, and only then does a payload move.  So
+every rank to every rank, all ranks decide alike from the same headers, and only then does a payload move.  So
 the ranks stay in step whatever happens between two collectives.
 
 Two kinds of error leave a collective, and a stage's handler must distinguish them:

@@ -1,4 +1,4 @@
-"""Define the fixed-size header that opens every collective, and the verdict that all ranks reach from the headers."""
+"""Define the fixed-size header that opens every collective, and what all ranks decide from the headers."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class LivenessProbe:
         if unreachable:
             if probe.rank == 0:
                 where, port = probe.addresses[unreachable[0]]
-                log.info("rank %d cannot be asked at %s:%d: lost ranks will not be told by name", unreachable[0], where, port)
+                log.info("rank %d cannot be probed at %s:%d: lost ranks will not be named", unreachable[0], where, port)
             probe.close()
         return probe
 

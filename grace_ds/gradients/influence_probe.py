@@ -168,7 +168,7 @@ class InfluenceProbe:
         assert self.call is not None
         # A gradient that exists already comes from a checkpoint: an earlier process of the run has proven the call.
         known = self.call.known(proven=self.gradient is not None)
-        answer = [known, known and self.call.seen > 1, self.call.verdict()]
+        answer = [known, known and self.call.seen > 1, self.call.obstacle()]
         answers = [json.loads(x.tobytes()) for x in self.comm.allgather(np.frombuffer(json.dumps(answer).encode(), np.uint8))]
         self.ready, self._settled = all(known for known, _, _ in answers), all(seen_twice for _, seen_twice, _ in answers)
         self.call.look_again()
@@ -241,9 +241,9 @@ class InfluenceProbe:
             raise DataError("no trusted sample has a finite gradient; check the trusted set, or set recipe: content")
         unit, error = unit_of(influences)
         if self.comm.rank == 0:
-            verdict = "used" if unit else "left out: the trusted halves do not agree"
+            use = "used" if unit else "left out: the trusted halves do not agree"
             message = "basis %d: median influence of the other trusted half %.3g, standard error %.2g: %s"
-            log.info(message, basis.version, float(np.median(influences)), error, verdict)
+            log.info(message, basis.version, float(np.median(influences)), error, use)
         return unit
 
     def _draw(self, ids: IntArray, version: int, purpose: int, count: int) -> IntArray:

@@ -131,7 +131,7 @@ class JobCall:
             return False
         return all(a.sure or proven or (self._varied and self.seen > 1) for a in self._arguments.values())
 
-    def verdict(self) -> str:
+    def obstacle(self) -> str:
         """Return why the call cannot be repeated; empty if no reason is known.
 
         Call it after an optimizer step.

@@ -144,7 +144,7 @@ class ProgressReporter:
             self.say(self.facts(step))
         except Exception as error:  # a failed report must not affect the job
             self.say = _discard
-            log.warning("the progress cannot be told any more (%s: %s); training goes on", type(error).__name__, error)
+            log.warning("the progress cannot be reported any more (%s: %s); training goes on", type(error).__name__, error)
 
     def close(self) -> None:
         """Report the state of the run for the last time.  A second call does nothing."""

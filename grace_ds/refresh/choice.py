@@ -22,7 +22,7 @@ from grace_ds.selection.objectives import select
 from grace_ds.selection.sources import by_source
 
 ANCHOR_SHARE = 1 / 32  # of the window: enough anchors for scores to reach the other samples over a few hops
-SOURCES_TOLD = 64  # most sources that a schedule's meta lists
+MOST_SOURCES = 64  # most sources that a schedule's meta lists
 _AUDIT_SALT = 0x5EED_A0D1  # keeps the audit draw apart from the coreset's
 
 
@@ -75,7 +75,7 @@ def choose(
     urgency = priority(signals.staleness, signals.disagreement)
     explore = signals.ids[outside][_top(urgency[outside], signals.ids[outside], explores, context.config.seed, inputs.version)]
     if labels is not None:
-        details |= {"sources": shares_told(labels, labels[np.searchsorted(signals.ids, coreset.ids)])}
+        details |= {"sources": source_shares(labels, labels[np.searchsorted(signals.ids, coreset.ids)])}
     meta = {
         "objective": selection.objective,
         "batch": context.batch,
@@ -129,10 +129,10 @@ def draw(
     return by_source(among, selection.shares, labels, ids, log_p, k, context.include, context.exclude, whole=edges is not None)
 
 
-def shares_told(window: IntArray, coreset: IntArray) -> dict[str, list[int]]:
+def source_shares(window: IntArray, coreset: IntArray) -> dict[str, list[int]]:
     """Return the number of samples of each source in the window and in the coreset.
 
-    Only the ``SOURCES_TOLD`` largest sources of the window are listed.
+    Only the ``MOST_SOURCES`` largest sources of the window are listed.
 
     Args:
         window, coreset: source of each sample of either.
@@ -142,7 +142,7 @@ def shares_told(window: IntArray, coreset: IntArray) -> dict[str, list[int]]:
     """
     names, within = np.unique(window, return_counts=True)
     chosen = np.bincount(np.searchsorted(names, coreset), minlength=len(names))
-    top = np.sort(np.argsort(-within, kind="stable")[:SOURCES_TOLD])
+    top = np.sort(np.argsort(-within, kind="stable")[:MOST_SOURCES])
     return {"names": names[top].tolist(), "window": within[top].tolist(), "coreset": chosen[top].tolist()}
 
 

@@ -17,7 +17,7 @@ from grace_ds.features.content import ContentFeatures
 from grace_ds.features.limits import Limits
 from grace_ds.features.quality import QualityModel
 from grace_ds.records import IntArray, Losses, Neighbours, Role, SampleRecords, Schedule, Signals
-from grace_ds.refresh.choice import choose, judge, shares_told
+from grace_ds.refresh.choice import choose, judge, source_shares
 from grace_ds.refresh.influence import enough_labels
 from grace_ds.refresh.signals import Estimate, RefreshContext, RefreshInputs
 from grace_ds.refresh.table import Table
@@ -233,7 +233,7 @@ def test_what_the_guard_has_stepped_down_to_is_weighed_by_its_own_signals_alone(
 
 
 def test_a_source_that_the_coreset_leaves_out_is_told_with_none() -> None:
-    told = shares_told(np.array([4, 4, 7, 9, 4]), np.array([7, 4]))
+    told = source_shares(np.array([4, 4, 7, 9, 4]), np.array([7, 4]))
     assert told == {"names": [4, 7, 9], "window": [3, 1, 1], "coreset": [1, 1, 0]}
 
 

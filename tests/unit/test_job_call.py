@@ -103,7 +103,7 @@ CALLS: dict[str, tuple[Callable[[int], Any], Callable[[Any], Made]]] = {
 def test_a_call_is_repeated_with_another_batch(name: str) -> None:
     made, make = CALLS[name]
     call = learned(make, made(1), made(2))
-    assert not call.verdict() and call.known()
+    assert not call.obstacle() and call.known()
     wanted = make(made(77))
     args, kwargs = call.rebuild(made(77))
     assert same(args, wanted[0]) and same(kwargs, wanted[1])
@@ -152,7 +152,7 @@ def test_what_cannot_be_rebuilt_is_refused(name: str) -> None:
     call = learned(make, made(1), made(2))
     assert not call.known()
     with pytest.raises(ConfigError, match=says) as refused:
-        refuse("grace", call.verdict())
+        refuse("grace", call.obstacle())
     assert "loss_fn=lambda module, batch" in str(refused.value) and "recipe: content" in str(refused.value)
     with pytest.raises(DataError, match="a probe cannot repeat the job's call"):
         call.rebuild(made(3))
@@ -209,15 +209,15 @@ def test_a_batch_without_what_the_call_takes_says_so() -> None:
 def test_a_forward_of_other_data_is_passed_over() -> None:
     call = learned(lambda b: ((b["input_ids"],), {}), batch(1))
     call.learn((tokens(8),), {}, IssuedBatch.of(np.arange(ROWS), 1, batch(2)))
-    assert call.seen == 1 and not call.verdict() and call.known()
+    assert call.seen == 1 and not call.obstacle() and call.known()
 
 
 def test_an_output_without_a_loss_is_refused() -> None:
     call = learned(lambda b: ((b,), {}), tokens(1))
     call.returned({"loss": torch.tensor(1.0)})
-    assert not call.verdict()
+    assert not call.obstacle()
     call.returned(torch.zeros(3))
-    assert "output (Tensor) holds no scalar loss" in call.verdict()
+    assert "output (Tensor) holds no scalar loss" in call.obstacle()
 
 
 def test_the_ranks_are_asked_ever_more_rarely_and_before_each_refresh() -> None:
