@@ -78,7 +78,7 @@ class BasisAccumulator(HookSink):
     """Accumulate Y and W of every layer on this rank, from the backward passes routed to it (``Sketcher.route``).
 
     Unlike a :class:`MicroBatchCapture` it keeps each layer's input alive until its gradient arrives.  Use it for probes, not for
-    training.
+    training.  Of a layer that is split over ranks each of them adds its blocks of Y and of W, or its terms of their sums.
 
     Args:
         layers: the sketcher's layers.
@@ -99,9 +99,9 @@ class BasisAccumulator(HookSink):
 
     def capture(self, index: int, x: torch.Tensor) -> Receiver | None:
         """Keep the input of layer ``index``; the returned receiver adds this call's contribution to Y and W."""
-        flat = x.detach().reshape(-1, x.shape[-1])
+        flat, split = x.detach().reshape(-1, x.shape[-1]), self._layers[index].split
         psi, omega = self._pair(index)
-        held = [(flat, psi.project(flat))]
+        held = [(flat, split.all_tokens(psi.project(flat)))]
         nbytes = sum(t.numel() * t.element_size() for t in held[0])
         self.hold(nbytes)
 
@@ -110,7 +110,10 @@ class BasisAccumulator(HookSink):
                 return
             a, psi_a = held.pop()
             g = grad.detach().reshape(-1, grad.shape[-1]).to(product_dtype(grad))
-            self._add(self._y, index, torch.mm(omega.project(g), a.to(g.dtype)))
+            omega_g = omega.project(g)
+            if split.scattered:  # a has this rank's tokens and all features, g all tokens and this rank's block
+                omega_g = split.own_tokens(split.whole("out", omega_g))
+            self._add(self._y, index, torch.mm(omega_g, a.to(g.dtype)))
             self._add(self._w, index, torch.mm(psi_a.to(g.dtype), g))
             self.seen.add(index)
             self.backward_seen = True
@@ -123,7 +126,7 @@ class BasisAccumulator(HookSink):
             layer = self._layers[index]
             psi = signs(layer.name, self._seed, "psi", (self._rows, layer.inputs))
             omega = signs(layer.name, self._seed, "omega", (self._columns, layer.outputs))
-            self._sides[index] = Side(psi), Side(omega)
+            self._sides[index] = Side(layer.split.block("in", psi)), Side(layer.split.block("out", omega))
         return self._sides[index]
 
     def _add(self, sums: dict[int, torch.Tensor], index: int, part: torch.Tensor) -> None:
@@ -134,12 +137,14 @@ class BasisAccumulator(HookSink):
             self.hold(part.numel() * 4)
 
     def pack(self) -> npt.NDArray[np.float64]:
-        """Return this rank's Y and W of all layers in order, 1-D float64.  Their sum over ranks covers the whole trusted set."""
+        """Return this rank's Y and W of all layers in order, 1-D float64, 0 where another rank has them.
+
+        Their sum over all ranks of the job covers the whole trusted set and the whole model.
+        """
         parts = []
         for index, layer in enumerate(self._layers):
-            for sums, shape in zip((self._y, self._w), self._shapes(layer), strict=True):
-                found = sums.get(index)
-                parts.append(np.zeros(shape[0] * shape[1]) if found is None else found.double().cpu().numpy().ravel())
+            for sums, side, shape in zip((self._y, self._w), ("in", "out"), self._shapes(layer), strict=True):
+                parts.append(placed(sums.get(index), layer, side, shape))
         return np.concatenate(parts)
 
     def _shapes(self, layer: Layer) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -171,6 +176,14 @@ class BasisAccumulator(HookSink):
             psi = signs(layer.name, self._seed, "psi", (self._rows, layer.inputs)).astype(np.float64)
             factors[layer.name] = _factorise(arrays[0].T, arrays[1], psi, self._rank)
         return TrustedBasis(version, factors)
+
+
+def placed(block: torch.Tensor | None, layer: Layer, side: str, shape: tuple[int, int]) -> Matrix:
+    """Return this rank's ``block`` (rows, its features of ``side``) within the whole layer's ``shape``, 0 elsewhere, flat."""
+    whole = np.zeros(shape)
+    if block is not None:
+        whole[:, layer.split.columns(side, shape[1])] = block.double().cpu().numpy()
+    return whole.ravel()
 
 
 def _sum(newer: Factors, older: Factors, weight: float) -> Factors:

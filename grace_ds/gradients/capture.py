@@ -196,11 +196,13 @@ class LossCapture:
     Attributes:
         ids: (n,) int64, dataset ids, in the order of the batch's rows.
         losses: (n,) float32 tensor or None; see :meth:`Sketcher.observe_loss`.
+        tokens: (n,) int64 tensor of valid targets, or None.
     """
 
     def __init__(self, ids: IntArray) -> None:
         self.ids = np.ascontiguousarray(ids, np.int64).reshape(-1)
         self.losses: torch.Tensor | None = None
+        self.tokens: torch.Tensor | None = None
 
 
 class MicroBatchCapture(HookSink):
@@ -234,7 +236,7 @@ class MicroBatchCapture(HookSink):
             return None
         if index == self.plan.pooled and self._hidden is None and x.shape[-1] == len(self.plan.pooling):
             self._hidden = self._pool(x.detach(), split)
-        if share.gather is not None:
+        if share.scattered:
             split = (split[0] * share.size, split[1])
         side_in, side_out = self.plan.sides[index]
         held = [share.all_tokens(side_in.project(x.detach().reshape(-1, x.shape[-1])))]

@@ -71,7 +71,7 @@ class GradientCollector:
             comm: used only while the scale is not frozen.
         """
         started = time.perf_counter()
-        collected = [self._finish(capture, grad_scale) for capture in captures]
+        collected = [self.finish(capture, grad_scale) for capture in captures]
         if not self.sketcher.scale.frozen:
             self._freeze(comm)
             self.rows_dropped += sum(len(rows.ids) for rows in collected if rows is not None)
@@ -98,7 +98,7 @@ class GradientCollector:
         Nothing is removed yet, so that a refresh that fails loses nothing.
         """
         rows = SampleRecords.concat(self._inbox) if self._inbox else SampleRecords.empty(self.sketcher.dim)
-        losses = Losses.concat([_losses(self._read), rows.losses])
+        losses = Losses.concat([self._losses_read(), rows.losses])
         losses = losses.take(losses.finite())
         first = int(comm.allreduce(np.array([losses.step.min(initial=2**62)], np.int64), "min")[0])
         last = int(comm.allreduce(np.array([losses.step.max(initial=-1)], np.int64), "max")[0])
@@ -144,13 +144,30 @@ class GradientCollector:
         self.sketcher.load_state_dict(state["sketcher"])
         self.drained(state["running_mean"])
 
-    def _finish(self, capture: MicroBatchCapture, grad_scale: float) -> CollectedRows | None:
+    def _losses_read(self) -> Losses:
+        """Return the losses that were read and not drained yet, in that order, not centred."""
+        found = [(step, reading) for step, reading in self._read if reading.losses is not None]
+        if not found:
+            return Losses.empty()
+        steps = np.repeat([step for step, _ in found], [len(reading.ids) for _, reading in found]).astype(np.int64)
+        values = torch.cat([reading.losses for _, reading in found if reading.losses is not None]).float().cpu().numpy()
+        return Losses(np.concatenate([reading.ids for _, reading in found]), steps, values)
+
+    def losses(self, captures: Sequence[LossCapture]) -> FloatArray:
+        """Return the losses of the samples of ``captures`` that have any, (n,) float32, nats per token."""
+        found = [capture.losses.float().cpu().numpy() for capture in captures if capture.losses is not None]
+        return np.concatenate([np.empty(0, np.float32), *found])
+
+    def finish(self, capture: MicroBatchCapture, grad_scale: float, reduction: str | None = None) -> CollectedRows | None:
         """Return the rows of a capture; None if there are none.
 
         An error (such as out of memory) costs the rows, not the step.
+
+        Args:
+            reduction: "mean" or "sum", how the loss joins the tokens of a micro-batch; default: as the config says of the job.
         """
         try:
-            return self.sketcher.finish(capture, grad_scale, self.config.reduction)
+            return self.sketcher.finish(capture, grad_scale, reduction or self.config.reduction)
         except Exception as error:
             if not self.sketcher.failures:
                 log.warning("a micro-batch gives no rows (%s: %s); training goes on", type(error).__name__, error)
@@ -161,16 +178,6 @@ class GradientCollector:
         total = comm.allreduce(self.sketcher.scale.sums())
         if total[-1] > 0:
             self.sketcher.scale.freeze(total)
-
-
-def _losses(read: Sequence[tuple[int, LossCapture]]) -> Losses:
-    """Return the raw losses of ``read``, in that order."""
-    tensors = [reading.losses for _, reading in read if reading.losses is not None]
-    if not tensors:
-        return Losses.empty()
-    steps = np.repeat([step for step, _ in read], [len(reading.ids) for _, reading in read]).astype(np.int64)
-    values = torch.cat(tensors).float().cpu().numpy()
-    return Losses(np.concatenate([reading.ids for _, reading in read]), steps, values)
 
 
 def _running_means(sums: FloatArray, mean: float | None) -> tuple[FloatArray, float | None]:

@@ -148,9 +148,7 @@ class Sketcher:
         try:
             found = sample_losses(output, len(target.ids))
             if found is not None:
-                target.losses = found[0]
-                if isinstance(target, MicroBatchCapture):
-                    target.tokens = found[1]
+                target.losses, target.tokens = found
         except Exception as error:
             self._warn_once("losses", "losses cannot be read from the autograd graph (%r); rows go without", error)
         finally:
@@ -202,25 +200,11 @@ class Sketcher:
 
     def accumulator(self, rank: int = TRUSTED_RANK) -> BasisAccumulator:
         """Return an empty accumulator for a basis of ``rank`` factors per layer, fed through :meth:`route`."""
-        self._refuse_parts()
         return BasisAccumulator(self.layers, self.seed, rank, self._meter)
 
     def moments(self) -> MomentAccumulator:
         """Return an empty accumulator of the layers' second moments, fed through :meth:`route`."""
-        self._refuse_parts()
         return MomentAccumulator(self.layers, self.seed, meter=self._meter)
-
-    def _refuse_parts(self) -> None:
-        """Refuse layers that are split over ranks.
-
-        The second moment of a side that is spread over ranks is not a sum of what each rank sees: E[a aᵀ] pairs all blocks.
-        """
-        parts = [layer.name for layer in self.layers if layer.module is None or layer.split.size > 1 or not layer.split.counted]
-        if parts:
-            raise ConfigError(
-                f"{parts[0]} is split over ranks, and a trusted basis is fitted to whole layers only: use recipe: content with "
-                "tensor, sequence or pipeline parallelism"
-            )
 
     def _make_plan(self) -> Plan:
         sides: list[tuple[Side, Side]] = []

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from grace_ds.comm.all_ranks import run_on_all_ranks
 from grace_ds.comm.base import Comm
-from grace_ds.data.in_flight import IssuedBatch
 from grace_ds.errors import DataError
 from grace_ds.features.quality import robust_location
 from grace_ds.gradients.basis import TrustedBasis
 from grace_ds.gradients.hooks import Sketcher
-from grace_ds.gradients.job_call import JobCall
 from grace_ds.gradients.kfac import whiten
-from grace_ds.gradients.losses import scalar_loss
-from grace_ds.gradients.probe import LossFn, probe_basis, probe_losses, probe_rows
-from grace_ds.gradients.probe_items import SampleForm
+from grace_ds.gradients.passes import Passes, ProbeBatch
 from grace_ds.records import FloatArray, IntArray
-from grace_ds.utils.rng import undisturbed_rng
 
 log = logging.getLogger("grace_ds")
 
@@ -90,106 +81,51 @@ class InfluenceProbe:
     A refresh probes few samples, different ones each time, and remembers the gradients of earlier ones.
 
     Args:
-        module: ``engine.module``.
+        passes: run the model.
         sketcher: attached to it.
         dataset: trusted samples, items like those of the job's dataset.
         halves: two disjoint sets of positions in ``dataset``.
         pool: the job's own dataset; the trusted gradient is divided by its second moments.
-        collate: the job's collate function.
-        rows: samples per batch of a probe.
-        device: of the module.
-        loss_fn: (module, batch) → mean loss; default: call the module as the job does and take the loss from its output.
-        comm: between the ranks.
+        comm: between all ranks that probe.
         seed: of the run.
         count: sizes of the probes.
-        form: what a sample must look like to be probed.
-
-    Attributes:
-        ready: whether probes can be made; equal on all ranks.  Without a ``loss_fn`` it is False until :meth:`settle` succeeds.
+        replicas: (this rank's data-parallel rank, number of them); default: every rank of ``comm`` has a model of its own.
+            Ranks that hold one model together probe the same samples, and the first of them reports what is found.
+        reports: whether this rank is that first one.
     """
 
     def __init__(
         self,
-        module: torch.nn.Module,
+        passes: Passes,
         sketcher: Sketcher,
         dataset: Any,
         halves: tuple[IntArray, IntArray],
         pool: Any,
-        collate: Callable[[list[Any]], Any],
-        rows: int,
-        device: torch.device,
-        loss_fn: LossFn | None,
         comm: Comm,
         seed: int,
         count: Probes,
-        form: SampleForm | None = None,
+        replicas: tuple[int, int] | None = None,
+        reports: bool = True,
     ) -> None:
-        self.module, self.sketcher, self.dataset, self.halves, self.pool = module, sketcher, dataset, halves, pool
-        self.collate, self.rows, self.device, self.comm, self.seed = collate, rows, device, comm, seed
-        self.count, self.form = count, form or SampleForm()
+        self.passes, self.sketcher, self.dataset, self.halves, self.pool = passes, sketcher, dataset, halves, pool
+        self.comm, self.seed, self.count, self.reports = comm, seed, count, reports
+        self.replica, self.replicas = replicas or (comm.rank, comm.size)
         self.gradient: TrustedBasis | None = None  # behind the basis in force, earlier ones included
-        self.probed = 0  # samples that this rank has run through the model in probes
-        self.call = JobCall() if loss_fn is None else None
-        self.loss_fn: LossFn = loss_fn or self._repeat
-        self.ready = self._settled = loss_fn is not None
-        self._steps = 0  # optimizer steps counted by :meth:`asks`
 
-    # -- the job's call ------------------------------------------------------------------------------------------------
+    @property
+    def ready(self) -> bool:
+        """Whether probes can be made; equal on all ranks."""
+        return self.passes.ready
 
-    def saw(self, args: tuple[Any, ...], kwargs: dict[str, Any], issued: IssuedBatch) -> None:
-        """Learn from the start of a training forward: the job has called its module with the batch ``issued``."""
-        if self.call is not None and self.call.watching:
-            self.call.learn(args, kwargs, issued)
-
-    def returned(self, output: Any) -> None:
-        """Learn from the output of that forward."""
-        if self.call is not None:
-            self.call.returned(output)
-
-    def asks(self, refresh: bool) -> bool:
-        """Return whether to call :meth:`settle` after this optimizer step.
-
-        Equal on all ranks.  Every rank calls it at every step.
-
-        Args:
-            refresh: whether a refresh follows.
-        """
-        if self.call is None:
-            return False
-        self._steps += 1
-        return refresh or not (self._settled or self._steps & (self._steps - 1))  # at steps 1, 2, 4, 8, ...
+    @property
+    def probed(self) -> int:
+        """Samples that this rank has run through the model in probes."""
+        return self.passes.probed
 
     def settle(self) -> str:
-        """Agree over all ranks on whether a probe can repeat the job's call.  Collective.
-
-        Returns:
-            The reason why it cannot; empty if it can.
-        """
-        assert self.call is not None
-        # A gradient that exists already comes from a checkpoint: an earlier process of the run has proven the call.
-        known = self.call.known(proven=self.gradient is not None)
-        answer = [known, known and self.call.seen > 1, self.call.obstacle()]
-        answers = [json.loads(x.tobytes()) for x in self.comm.allgather(np.frombuffer(json.dumps(answer).encode(), np.uint8))]
-        self.ready, self._settled = all(known for known, _, _ in answers), all(seen_twice for _, seen_twice, _ in answers)
-        self.call.look_again()
-        why = next((f"{reason} (rank {rank})" for rank, (_, _, reason) in enumerate(answers) if reason), "")
-        self.ready = self.ready and not why
-        return why
-
-    def _repeat(self, module: torch.nn.Module, batch: Any) -> torch.Tensor:
-        """Return the loss of the job's own call of the module, made with another batch."""
-        assert self.call is not None
-        args, kwargs = self.call.rebuild(batch)
-        output = module(*args, **kwargs)
-        loss = scalar_loss(output)
-        if loss is None:
-            raise DataError(
-                f"the model's output ({type(output).__name__}) holds no scalar loss, which the trusted probe needs; pass "
-                f"loss_fn=lambda module, batch: ... to grace_ds.initialize, or set recipe: content"
-            )
-        return loss
-
-    # -- the probes ----------------------------------------------------------------------------------------------------
+        """Agree over all ranks on whether probes can be made; return the reason why not, empty if they can.  Collective."""
+        # A gradient that exists already comes from a checkpoint: an earlier process of the run has made probes.
+        return self.passes.settle(proven=self.gradient is not None)
 
     def fit(self, version: int, window: IntArray) -> Fitted:
         """Fit basis number ``version`` to the model as it is now; change no state yet.  Collective.
@@ -203,12 +139,10 @@ class InfluenceProbe:
         """
         fitting, judging = self.halves
         moments = self.sketcher.moments()
-        batches = self._batches(self.pool, self._draw(window, version, 1, self.count.pool), "pool")
-        probe_basis(self.module, batches, self.loss_fn, self.sketcher, moments)
+        self.passes.gradients(self.passes.read(self.pool, self._draw(window, version, 1, self.count.pool), "pool"), moments)
         second = moments.fit(self.comm.allreduce(moments.pack()))
         target = self.sketcher.accumulator(self.sketcher.rank)
-        batches = self._batches(self.dataset, self._draw(fitting, version, 2, self.count.fit))
-        probe_basis(self.module, batches, self.loss_fn, self.sketcher, target)
+        self.passes.gradients(self._trusted(self._draw(fitting, version, 2, self.count.fit)), target)
         gradient = target.fit(self.comm.allreduce(target.pack()), version)
         if self.gradient is not None:
             gradient = gradient.plus(self.gradient, _MEMORY ** (version - self.gradient.version))
@@ -223,20 +157,17 @@ class InfluenceProbe:
         nothing.
         """
         ids = self._draw(self.halves[0], version, 0, FORWARDS)
-        local = probe_losses(self.module, self._batches(self.dataset, ids), self.loss_fn)
-        all_losses: FloatArray = np.concatenate(self.comm.allgather(local))
-        return all_losses[np.isfinite(all_losses)]
+        return self._of_all(self.passes.losses(self._trusted(ids)))
 
     def _unit(self, basis: TrustedBasis, ids: IntArray) -> float:
         before = self.sketcher.basis
         self.sketcher.set_basis(basis)
         try:
-            collected = probe_rows(self.module, self._batches(self.dataset, ids), self.loss_fn, self.sketcher)
+            collected = self.passes.rows(self._trusted(ids))
         finally:
             self.sketcher.set_basis(before)
         local = np.concatenate([rows.influence * rows.norm for rows in collected]) if collected else np.empty(0, np.float32)
-        influences = np.concatenate(self.comm.allgather(local.astype(np.float32)))
-        influences = influences[np.isfinite(influences)]
+        influences = self._of_all(local.astype(np.float32))
         if not len(influences):
             raise DataError("no trusted sample has a finite gradient; check the trusted set, or set recipe: content")
         unit, error = unit_of(influences)
@@ -246,50 +177,18 @@ class InfluenceProbe:
             log.info(message, basis.version, float(np.median(influences)), error, use)
         return unit
 
+    def _of_all(self, local: FloatArray) -> FloatArray:
+        """Return the finite values of all models, each counted once.  Collective."""
+        found: FloatArray = np.concatenate(self.comm.allgather(local if self.reports else local[:0]))
+        return found[np.isfinite(found)]
+
+    def _trusted(self, ids: IntArray) -> list[ProbeBatch]:
+        return self.passes.read(self.dataset, ids, "trusted")
+
     def _draw(self, ids: IntArray, version: int, purpose: int, count: int) -> IntArray:
-        """Return this rank's ids of a probe, equally many on every rank (ZeRO-3 gathers weights in step)."""
+        """Return this model's ids of a probe, equally many for every model (ZeRO-3 gathers weights in step)."""
         rng = np.random.Generator(np.random.Philox(key=[self.seed, 4 * version + purpose]))
         chosen = rng.permutation(ids)[:count] if len(ids) < 4 * count else rng.choice(ids, count)
-        each = max(1, len(chosen) // self.comm.size)
-        at = (self.comm.rank * each + np.arange(each)) % len(chosen)
+        each = max(1, len(chosen) // self.replicas)
+        at = (self.replica * each + np.arange(each)) % len(chosen)
         return np.asarray(chosen[at], np.int64)
-
-    def _batches(self, dataset: Any, ids: IntArray, which: str = "trusted") -> list[tuple[IntArray, Any]]:
-        """Return this rank's batches of one probe.  Collective.
-
-        All samples are read and checked before the probe begins.  ZeRO-3 gathers weights inside the probe, so a rank whose data
-        fail in the middle would leave the others waiting in the job's own collective.
-
-        Args:
-            dataset: to read from.
-            ids: (n,) int64, positions in ``dataset``.
-            which: name of the samples in messages.
-
-        Raises:
-            DataError: a sample cannot be probed; raised on every rank.
-        """
-        parts = [ids[start : start + self.rows] for start in range(0, len(ids), self.rows)]
-
-        def read() -> list[tuple[IntArray, Any]]:
-            with undisturbed_rng():
-                batches = [self.form.batch(dataset, part, self.collate, which) for part in parts]
-            moved = [(part, _to(batch, self.device)) for part, batch in zip(parts, batches, strict=True)]
-            if self.call is not None:
-                for _, batch in moved:
-                    self.call.rebuild(batch)
-            return moved
-
-        moved = run_on_all_ranks(self.comm, read)
-        self.probed += len(ids)
-        return moved
-
-
-def _to(tree: Any, device: torch.device) -> Any:
-    if isinstance(tree, torch.Tensor):
-        return tree.to(device)
-    if isinstance(tree, dict):
-        return {key: _to(value, device) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        moved = [_to(value, device) for value in tree]
-        return type(tree)(*moved) if hasattr(tree, "_fields") else type(tree)(moved)
-    return tree

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from grace_ds.errors import DataError
-from grace_ds.gradients.basis import Factors, TrustedBasis, padded
+from grace_ds.gradients.basis import Factors, TrustedBasis, padded, placed
 from grace_ds.gradients.capture import HookSink, Meter, Receiver
 from grace_ds.gradients.layers import Layer
 from grace_ds.gradients.projection import Side, product_dtype, signs
@@ -74,8 +74,10 @@ class MomentAccumulator(HookSink):
 
     def capture(self, index: int, x: torch.Tensor) -> Receiver | None:
         """Add the input's contribution at once; the returned receiver adds the gradient's."""
+        split = self._layers[index].split
         self._add(index, "in", x.detach().reshape(-1, x.shape[-1]))
-        self._tokens[index] += x.numel() // x.shape[-1]
+        if split.rank == 0 or split.scattered:
+            self._tokens[index] += x.numel() // x.shape[-1]
 
         def receive(grad: torch.Tensor) -> None:
             if not self.closed:
@@ -86,11 +88,13 @@ class MomentAccumulator(HookSink):
         return receive
 
     def _add(self, index: int, side: str, flat: torch.Tensor) -> None:
-        key = (index, side)
+        key, split = (index, side), self._layers[index].split
+        if not split.adds(side):
+            return
         if key not in self._sides:
-            self._sides[key] = Side(self._test(index, side).astype(np.float32))
+            self._sides[key] = Side(split.block(side, self._test(index, side).astype(np.float32)))
         wide = flat.to(product_dtype(flat))
-        part = torch.mm(self._sides[key].project(wide), wide).float()
+        part = torch.mm(split.whole(side, self._sides[key].project(wide)), wide).float()
         self._totals[index, int(side == "out")] += float(wide.float().square().sum())
         if key in self._sums:
             self._sums[key] += part
@@ -105,12 +109,14 @@ class MomentAccumulator(HookSink):
         return signs(layer.name, self._seed, f"moment-{side}", shape).astype(np.float64)
 
     def pack(self) -> Matrix:
-        """Return this rank's sums of all layers in order, 1-D float64.  Their sum over ranks covers all probed samples."""
+        """Return this rank's sums of all layers in order, 1-D float64, 0 where another rank has them.
+
+        Their sum over all ranks of the job covers all probed samples and the whole model.
+        """
         parts = [self._totals.ravel(), self._tokens]
         for index, layer in enumerate(self._layers):
             for side, width in (("in", layer.inputs), ("out", layer.outputs)):
-                found = self._sums.get((index, side))
-                parts.append(np.zeros(self._rank * width) if found is None else found.double().cpu().numpy().ravel())
+                parts.append(placed(self._sums.get((index, side)), layer, side, (self._rank, width)))
         return np.concatenate(parts)
 
     def fit(self, packed: Matrix) -> dict[str, tuple[Moment, Moment]]:

@@ -74,9 +74,8 @@ class ColumnRule(_ParallelRule):
         """Return this rank's block of the outputs; with sequence parallelism its tokens must be gathered."""
         layer: Any = module
         size = layer.output_size // layer.output_size_per_partition
-        group = getattr(layer, "tp_group", None)
-        gather = _tp_group(group) if size > 1 and getattr(layer, "sequence_parallel", False) else None
-        return Split("out", _tp_rank(group, size), size, gather, time_major=True)
+        scattered = size > 1 and bool(getattr(layer, "sequence_parallel", False))
+        return Split("out", *_place(layer, size), scattered=scattered, time_major=True)
 
     def _converts(self, module: nn.Module) -> bool:
         return bool(getattr(module, "gather_output", False))
@@ -90,22 +89,22 @@ class RowRule(_ParallelRule):
         """Return this rank's block of the inputs."""
         layer: Any = module
         size = layer.input_size // layer.input_size_per_partition
-        return Split("in", _tp_rank(getattr(layer, "tp_group", None), size), size, time_major=True)
+        return Split("in", *_place(layer, size), time_major=True)
 
     def _converts(self, module: nn.Module) -> bool:
         return not getattr(module, "input_is_parallel", True)
 
 
-def _tp_group(group: Any) -> Any:
-    if group is not None:
-        return group
-    from megatron.core import parallel_state
+def _place(layer: Any, size: int) -> tuple[int, int, Any]:
+    """Return (rank, size, group) of the tensor-parallel ranks that hold ``layer`` in ``size`` blocks."""
+    if size == 1:
+        return 0, 1, None
+    group = getattr(layer, "tp_group", None)
+    if group is None:
+        from megatron.core import parallel_state
 
-    return parallel_state.get_tensor_model_parallel_group()
-
-
-def _tp_rank(group: Any, size: int) -> int:
-    return dist.get_rank(_tp_group(group)) if size > 1 else 0
+        group = parallel_state.get_tensor_model_parallel_group()
+    return dist.get_rank(group), size, group
 
 
 def select_parallel(

@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from grace_ds.errors import DataError, ProbeFailed
-from grace_ds.gradients.capture import CollectedRows, HookSink
+from grace_ds.gradients.capture import CollectedRows, HookSink, LossCapture, MicroBatchCapture
 from grace_ds.gradients.hooks import Sketcher
 from grace_ds.gradients.losses import sample_losses
-from grace_ds.records import FloatArray, IntArray
+from grace_ds.records import IntArray
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
 Batches = Iterable[tuple[IntArray, Any]]
+Finish = Callable[[MicroBatchCapture, float], CollectedRows | None]
 
 
 def _as_leaf(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -119,25 +119,30 @@ def probe_basis(module: nn.Module, batches: Batches, loss_fn: LossFn, sketcher: 
         raise DataError("a hook failed during a probe (its warning is in the log); nothing can be fitted")
 
 
-def probe_losses(module: nn.Module, batches: Batches, loss_fn: LossFn) -> FloatArray:
-    """Return the losses of the samples of ``batches``, (n,) float32, nats per token.
-
-    Batches whose per-sample losses cannot be read are left out.
+def probe_losses(module: nn.Module, batches: Batches, loss_fn: LossFn) -> list[LossCapture]:
+    """Return the losses of the samples of ``batches``, one capture a batch; its losses are None if they cannot be read.
 
     Args:
         module, batches, loss_fn: as for :func:`probe_rows`; there is no backward pass.
     """
-    losses = [np.empty(0, np.float32)]
+    captures = []
     with untouched(module):
         for ids, batch in batches:
+            capture = LossCapture(ids)
             per_sample = sample_losses(loss_fn(module, batch), len(ids))
             if per_sample is not None:
-                losses.append(per_sample[0].cpu().numpy())
-    return np.concatenate(losses)
+                capture.losses, capture.tokens = per_sample
+            captures.append(capture)
+    return captures
 
 
 def probe_rows(
-    module: nn.Module, batches: Batches, loss_fn: LossFn, sketcher: Sketcher, loss_scale: float = 1.0
+    module: nn.Module,
+    batches: Batches,
+    loss_fn: LossFn,
+    sketcher: Sketcher,
+    loss_scale: float = 1.0,
+    finish: Finish | None = None,
 ) -> list[CollectedRows]:
     """Return sketches, losses and alignments of the samples of ``batches``, as the training backward would give them.
 
@@ -147,11 +152,14 @@ def probe_rows(
         loss_fn: (module, batch) → the batch's scalar mean loss.
         sketcher: attached; with a trusted basis for alignments.
         loss_scale: multiplies the loss before the backward and is divided out afterwards; for float16 models.
+        finish: turns a capture and its gradient scale into rows; default: ``sketcher.finish``, right if this rank holds the
+            whole model and all tokens.
 
     Returns:
         One record per batch; a batch whose loss reached no sketched layer gives none.
     """
     collected = []
+    finish = finish or sketcher.finish
     with untouched(module):
         for ids, batch in batches:
             capture = sketcher.begin(ids)
@@ -160,7 +168,7 @@ def probe_rows(
                 sketcher.observe_loss(loss)
                 sketcher.end()
                 (loss * loss_scale).backward()  # type: ignore[no-untyped-call]
-                rows = sketcher.finish(capture, grad_scale=1.0 / loss_scale)
+                rows = finish(capture, 1.0 / loss_scale)
             finally:
                 sketcher.end()
                 sketcher.discard(capture)

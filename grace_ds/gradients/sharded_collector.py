@@ -10,16 +10,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from grace_ds.comm.base import Comm
 from grace_ds.config.schema import CollectConfig
-from grace_ds.gradients.capture import CollectedRows, MicroBatchCapture, Plan, row_factor
+from grace_ds.gradients.capture import CollectedRows, LossCapture, MicroBatchCapture, Plan, row_factor
 from grace_ds.gradients.collector import CollectedInterval, GradientCollector
 from grace_ds.gradients.hooks import Sketcher
-from grace_ds.records import HIDDEN, IntArray, Losses, SampleRecords
+from grace_ds.records import HIDDEN, Array, FloatArray, IntArray, Losses, SampleRecords
 
 _BESIDE = 3  # columns between sketch and hidden state: inner product, sum of losses, number of tokens
 
@@ -43,6 +44,17 @@ class Part:
     grad_scale: float
 
 
+class Peers(Protocol):
+    """What sums over the ranks that hold one model together: a transport of their own, or a part of another."""
+
+    @property
+    def size(self) -> int:
+        """Number of these ranks."""
+
+    def allreduce(self, array: Array) -> Array:
+        """Return the sum over these ranks, the same bits on all of them."""
+
+
 class ShardedGradientCollector(GradientCollector):
     """Collector on each rank that holds a part of the model.
 
@@ -51,11 +63,12 @@ class ShardedGradientCollector(GradientCollector):
         config: what to collect.
         peers: the ranks that hold one model together; they commit the same micro-batches in the same order.
         leader: whether this rank passes the rows on; exactly one of the peers does.
+        counts_losses: whether this rank's losses count: tensor-parallel peers all have the same ones.
     """
 
-    def __init__(self, sketcher: Sketcher, config: CollectConfig, peers: Comm, leader: bool) -> None:
+    def __init__(self, sketcher: Sketcher, config: CollectConfig, peers: Peers, leader: bool, counts_losses: bool = True) -> None:
         super().__init__(sketcher, config)
-        self.peers, self.leader = peers, leader
+        self.peers, self.leader, self.counts_losses = peers, leader, counts_losses
         self.summed_bytes = 0  # bytes given to all-reduces over the peers so far, on this rank
         self._parts: list[Part] = []
 
@@ -78,12 +91,43 @@ class ShardedGradientCollector(GradientCollector):
         self.discard(captures)
         self.seconds += time.perf_counter() - started
 
+    def read(self, readings: Sequence[LossCapture], step: int) -> None:
+        """Keep the losses of an optimizer step that was applied and whose gradients were not collected."""
+        self._read += [(step, reading) for reading in readings]  # the peers must agree on which: this rank may have seen none
+
+    def _losses_read(self) -> Losses:
+        """Return the losses that were read and not drained yet; only the leader has any.  Collective over the peers."""
+        if not self._read:
+            return Losses.empty()
+        values = self.losses([reading for _, reading in self._read])
+        ids = np.concatenate([reading.ids for _, reading in self._read])
+        steps = np.repeat([step for step, _ in self._read], [len(reading.ids) for _, reading in self._read]).astype(np.int64)
+        return Losses(ids, steps, values) if self.leader else Losses.empty()
+
+    def losses(self, captures: Sequence[LossCapture]) -> FloatArray:
+        """Return the losses of all samples of ``captures``, (n,) float32, NaN where no peer has one.
+
+        Collective over the peers.
+        """
+        if not captures:
+            return np.empty(0, np.float32)
+        sums, tokens = self._sum(np.concatenate([np.stack(self._sums_of(c)) for c in captures], 1))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(sums / tokens, np.float32)
+
+    def finish(self, capture: MicroBatchCapture, grad_scale: float, reduction: str | None = None) -> CollectedRows | None:
+        """Return the rows of a capture, on all peers.  Collective over the peers."""
+        part = self._part(capture, 0, grad_scale)
+        self.sketcher.discard(capture)
+        return self._rows(part, self._sum(part.values), reduction or self.config.reduction)
+
     def pending(self, comm: Comm | None) -> CollectedInterval:
         """Return the interval as :meth:`GradientCollector.pending` does; only the leader has rows.  Collective over the peers."""
         found = self.collect()
         for step in sorted({step for step, _ in found}):
             self._keep([rows for row_step, rows in found if row_step == step], step)
         if comm is None:
+            self._losses_read()
             return CollectedInterval(SampleRecords.empty(self.sketcher.dim), Losses.empty(), self.running_mean)
         return super().pending(comm)
 
@@ -97,14 +141,15 @@ class ShardedGradientCollector(GradientCollector):
             return []
         total, start, found = self._sum(np.concatenate([p.values for p in parts])), 0, []
         for part in parts if self.leader else ():
-            found.append((part.step, self._rows(part, total[start : start + len(part.ids)])))
+            rows = self._rows(part, total[start : start + len(part.ids)], self.config.reduction)
+            found.append((part.step, rows))
             start += len(part.ids)
         return found
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
     def _part(self, capture: MicroBatchCapture, step: int, grad_scale: float) -> Part:
-        losses, tokens = _losses(capture)
+        losses, tokens = self._sums_of(capture)
         try:
             linear, hidden = capture.linear(self.sketcher.scale.sigma), capture.pooled()
             values = np.concatenate([linear, losses[:, None], tokens[:, None], hidden], 1)
@@ -120,12 +165,12 @@ class ShardedGradientCollector(GradientCollector):
         here = {i for i, layer in enumerate(self.sketcher.layers) if layer.here}
         return not capture.spoiled and not capture.closed and here <= capture.seen
 
-    def _rows(self, part: Part, values: npt.NDArray[np.float32]) -> CollectedRows:
+    def _rows(self, part: Part, values: npt.NDArray[np.float32], reduction: str) -> CollectedRows:
         dim = self.sketcher.dim
         tokens = values[:, dim + 2]
         known = np.isfinite(tokens).all() and (tokens > 0).any()
         counts = np.rint(tokens).astype(np.int64) if known else None
-        factor = row_factor(len(part.ids), part.grad_scale, self.config.reduction, counts)
+        factor = row_factor(len(part.ids), part.grad_scale, reduction, counts)
         with np.errstate(invalid="ignore", divide="ignore"):
             loss = (values[:, dim + 1] / tokens).astype(np.float32)
         product = None if part.plan.strength is None else values[:, dim]
@@ -144,7 +189,7 @@ class ShardedGradientCollector(GradientCollector):
         """Freeze the scale of the layers from one step, equal on all ranks.  Collective over the peers and over ``comm``."""
         if not captures:
             return
-        parts = [np.concatenate([self._coordinates(capture), _losses(capture)[1][:, None]], 1) for capture in captures]
+        parts = [np.concatenate([self._coordinates(capture), self._sums_of(capture)[1][:, None]], 1) for capture in captures]
         total, start = self._sum(np.concatenate(parts).astype(np.float32)), 0
         for capture in captures if self.leader else ():
             rows = total[start : start + len(capture.ids)]
@@ -166,12 +211,11 @@ class ShardedGradientCollector(GradientCollector):
         coordinates = capture.coordinates().reshape(len(capture.ids), -1)
         return coordinates if self._whole(capture) else np.full_like(coordinates, np.nan)
 
-
-def _losses(capture: MicroBatchCapture) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Return, per sample, the sum of its tokens' losses and their number, (n,) each; 0 if this rank has seen none."""
-    n = len(capture.ids)
-    if capture.losses is None or capture.tokens is None:
-        return np.zeros(n, np.float32), np.zeros(n, np.float32)
-    tokens = capture.tokens.cpu().numpy().astype(np.float32)
-    mean = capture.losses.float().cpu().numpy()
-    return np.where(tokens > 0, mean * tokens, 0.0).astype(np.float32), tokens
+    def _sums_of(self, capture: MicroBatchCapture | LossCapture) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Return, per sample, the sum of its tokens' losses and their number, (n,) each; 0 where this rank counts none."""
+        n = len(capture.ids)
+        if capture.losses is None or capture.tokens is None or not self.counts_losses:
+            return np.zeros(n, np.float32), np.zeros(n, np.float32)
+        tokens = capture.tokens.cpu().numpy().astype(np.float32)
+        mean = capture.losses.float().cpu().numpy()
+        return np.where(tokens > 0, mean * tokens, 0.0).astype(np.float32), tokens

@@ -181,7 +181,7 @@ class Controller:
             return
         self.weighed = issued
         if self.influence_probe is not None:
-            self.influence_probe.saw(*inputs, issued)
+            self.influence_probe.passes.saw(*inputs, issued)
         capture: MicroBatchCapture | LossCapture | None = None
         if self.collector is not None and len(issued.ids) and issued.ids.min() >= 0:
             sketcher = self.collector.sketcher
@@ -195,7 +195,7 @@ class Controller:
         """End the forward: read per-sample losses if the output holds the loss; return the argument of :meth:`on_backward`."""
         current, self._current = self._current, None
         if current is not None and self.influence_probe is not None:
-            self.influence_probe.returned(output)
+            self.influence_probe.passes.returned(output)
         if current is not None and current[1] is not None:
             assert self.collector is not None
             self.collector.sketcher.end()
@@ -323,7 +323,7 @@ class Controller:
         with undisturbed_rng():  # each of these may read the dataset
             self.recorder.settle()
             due = trigger.is_due(self.config, step, self.next_refresh) and not self.frozen and self.config.replay is None
-            if self.influence_probe is not None and not self.frozen and self.influence_probe.asks(due):
+            if self.influence_probe is not None and not self.frozen and self.influence_probe.passes.asks(due):
                 self._settle(self.influence_probe)
             if due and not self.frozen:
                 self.refresh()

@@ -30,6 +30,7 @@ from grace_ds.gradients.collector import GradientCollector
 from grace_ds.gradients.hooks import Sketcher
 from grace_ds.gradients.influence_probe import InfluenceProbe, Probes
 from grace_ds.gradients.layers import select_layers
+from grace_ds.gradients.passes import ModulePasses
 from grace_ds.gradients.probe_items import SampleForm
 from grace_ds.integrations.controller import Controller
 from grace_ds.integrations.engine import is_pipeline, shares_model
@@ -96,20 +97,17 @@ def build_controller(
             undo.append(collector.sketcher.detach)
         influence_probe = None
         if collector is not None and parts.trusted is not None and probed:
+            device = torch.device(engine.device)
+            passes = ModulePasses(engine.module, collector, collate, geometry.rows, device, user_inputs.loss_fn, comm, form)
             influence_probe = InfluenceProbe(
-                engine.module,
+                passes,
                 collector.sketcher,
                 parts.trusted,
                 split_trusted(len(parts.trusted), config.seed),
                 dataset,
-                collate,
-                geometry.rows,
-                torch.device(engine.device),
-                user_inputs.loss_fn,
                 comm,
                 config.seed,
                 Probes.of(config.refresh.probe_share, config.refresh.interval_steps, geometry.batch),
-                form,
             )
         show = preview_of(dataset, config.features.tokens_key)
         agreement, liveness = agreement_of(comm), LivenessProbe.open(os.environ)

@@ -8,10 +8,13 @@ import torch
 from torch import nn
 
 from grace_ds.comm.local import LocalComm
+from grace_ds.config.schema import CollectConfig
 from grace_ds.errors import DataError
+from grace_ds.gradients.collector import GradientCollector
 from grace_ds.gradients.hooks import Sketcher
 from grace_ds.gradients.influence_probe import InfluenceProbe, Probes, unit_of
 from grace_ds.gradients.layers import select_layers
+from grace_ds.gradients.passes import ModulePasses
 from grace_ds.gradients.probe import probe_rows
 from tests.unit.narrow import NAMES, Narrow, cycles, direction, influences
 
@@ -60,9 +63,10 @@ def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 def probe_of(model: Narrow, sketcher: Sketcher, trusted: Reads, each: int = 64, window: Reads | None = None) -> InfluenceProbe:
     halves = np.arange(0, 24, 2), np.arange(1, 24, 2)
     pool = window or Reads(POOL)
-    device = torch.device("cpu")
-    count = Probes(each, each, each)
-    return InfluenceProbe(model, sketcher, trusted, halves, pool, torch.stack, 5, device, loss, LocalComm(5.0), 3, count)
+    passes = ModulePasses(
+        model, GradientCollector(sketcher, CollectConfig()), torch.stack, 5, torch.device("cpu"), loss, LocalComm(5.0)
+    )
+    return InfluenceProbe(passes, sketcher, trusted, halves, pool, LocalComm(5.0), 3, Probes(each, each, each))
 
 
 def scaled_sketcher(model: Narrow) -> Sketcher:

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from grace_ds.comm.local import LocalComm
+from grace_ds.config.schema import CollectConfig
 from grace_ds.data.in_flight import IssuedBatch
 from grace_ds.errors import ConfigError, DataError
+from grace_ds.gradients.collector import GradientCollector
 from grace_ds.gradients.hooks import Sketcher
-from grace_ds.gradients.influence_probe import InfluenceProbe, Probes
 from grace_ds.gradients.job_call import JobCall, refuse
 from grace_ds.gradients.layers import select_layers
+from grace_ds.gradients.passes import ModulePasses
 from tests.unit.narrow import NAMES, Narrow
 
 pytestmark = pytest.mark.timeout(60)
@@ -221,7 +223,7 @@ def test_an_output_without_a_loss_is_refused() -> None:
 
 
 def test_the_ranks_are_asked_ever_more_rarely_and_before_each_refresh() -> None:
-    model, halves = Narrow(), (np.arange(2), np.arange(2))
-    sketcher, device = Sketcher(select_layers(model, NAMES), 7, rank=16, dim=64), torch.device("cpu")
-    probe = InfluenceProbe(model, sketcher, [], halves, [], list, 4, device, None, LocalComm(5.0), 0, Probes(1, 1, 1))
-    assert [step for step in range(1, 20) if probe.asks(refresh=step == 13)] == [1, 2, 4, 8, 13, 16]
+    model, device = Narrow(), torch.device("cpu")
+    collector = GradientCollector(Sketcher(select_layers(model, NAMES), 7, rank=16, dim=64), CollectConfig())
+    passes = ModulePasses(model, collector, list, 4, device, None, LocalComm(5.0))
+    assert [step for step in range(1, 20) if passes.asks(refresh=step == 13)] == [1, 2, 4, 8, 13, 16]

@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 from grace_ds.comm.local import LocalComm
+from grace_ds.config.schema import CollectConfig
 from grace_ds.errors import DataError
+from grace_ds.gradients.collector import GradientCollector
 from grace_ds.gradients.influence_probe import InfluenceProbe, Probes
+from grace_ds.gradients.passes import ModulePasses
 from grace_ds.gradients.probe_items import SampleForm, embedding_rows
 from tests.unit.narrow import VOCAB, Narrow, cycles
 from tests.unit.test_influence_probe import Reads, loss, scaled_sketcher
@@ -80,8 +83,9 @@ def test_trusted_samples_of_two_lengths_are_refused_at_the_start_where_nobody_pa
 
 def probe_of(trusted: Any, pool: Any) -> InfluenceProbe:
     model, halves = Narrow(), (np.arange(0, 24, 2), np.arange(1, 24, 2))
-    sketcher, device, count = scaled_sketcher(model), torch.device("cpu"), Probes(64, 64, 64)
-    return InfluenceProbe(model, sketcher, trusted, halves, pool, torch.stack, 40, device, loss, LocalComm(5.0), 3, count, FORM)
+    sketcher, device, comm = scaled_sketcher(model), torch.device("cpu"), LocalComm(5.0)
+    passes = ModulePasses(model, GradientCollector(sketcher, CollectConfig()), torch.stack, 40, device, loss, comm, FORM)
+    return InfluenceProbe(passes, sketcher, trusted, halves, pool, comm, 3, Probes(64, 64, 64))
 
 
 @pytest.mark.parametrize("which", ["trusted", "pool"])
