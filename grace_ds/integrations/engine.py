@@ -16,14 +16,23 @@ def geometry_of(engine: Any) -> Geometry:
     """Return how the engine's batches map to positions.
 
     Raises:
-        ConfigError: the batch does not divide into micro-batches of the data-parallel ranks.
+        ConfigError: the batch does not divide into micro-batches of the data-parallel ranks, or two kinds of parallelism share
+            their ranks.
     """
+    tensor, sequence = engine.autotp_size(), engine.sequence_parallel_size
+    if tensor > 1 and sequence > 1:
+        raise ConfigError(
+            f"tensor_parallel.autotp_size = {tensor} and {sequence} sequence-parallel ranks: DeepSpeed lays both over the same "
+            "ranks, which then add up outputs of different tokens; use one of the two"
+        )
     ranks, rows, accumulation = (
         engine.dp_world_size,
         engine.train_micro_batch_size_per_gpu(),
         engine.gradient_accumulation_steps(),
     )
-    if engine.train_batch_size() != ranks * rows * accumulation:
+    batch = ranks * rows * accumulation
+    # AutoTP reads the batch before it makes its groups, and counts tensor-parallel ranks as if each had samples of its own.
+    if engine.train_batch_size() not in (batch, batch * max(1, tensor)):
         raise ConfigError(
             f"train_batch_size = {engine.train_batch_size()} is not ranks × micro-batch × accumulation = "
             f"{ranks} × {rows} × {accumulation}; positions of samples would not be defined: make them agree"
