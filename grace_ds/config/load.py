@@ -284,6 +284,29 @@ def refuse_curriculum(ds_config: Mapping[str, Any]) -> None:
             )
 
 
+def refuse_over_stream(config: GraceConfig) -> None:
+    """Refuse what a dataset must be read by index for, over one that can only be iterated over.
+
+    Raises:
+        ConfigError: naming the first such key.
+    """
+    selection = config.selection
+    asked = {
+        "mode: shadow": config.mode == "shadow",
+        "replay": config.replay is not None,
+        "selection.include": selection.include is not None,
+        "selection.exclude": selection.exclude is not None,
+        "selection.sources": selection.sources is not None,
+        "features.cache_dir": config.features.cache_dir is not None,
+    }
+    for key, is_asked in asked.items():
+        if is_asked:
+            raise ConfigError(
+                f"{key} needs a dataset that can be read by index, and the training data are iterable; leave it out, or "
+                "materialise the dataset"
+            )
+
+
 def write_resolved(config: GraceConfig, directory: str | Path) -> Path:
     """Write ``grace_resolved.yaml`` into ``directory`` (made if missing) and return its path.  For one rank only.
 

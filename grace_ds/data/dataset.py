@@ -16,15 +16,17 @@ from grace_ds.data.in_flight import InFlightBatches, tensors_of
 from grace_ds.errors import DataError
 from grace_ds.utils.rng import undisturbed_rng
 
+UNKNOWN = 2**40  # micro-batches of a loader whose length is not known, and more
+
 
 class IdDataset(Dataset[Any]):
-    """The job's map-style dataset; it returns (position, id, item) for such a pair, (-1, id, item) for a plain index."""
+    """The job's dataset by index; it returns (position, id, item) for such a pair, (-1, id, item) for a plain index."""
 
     def __init__(self, base: Any) -> None:
         if not (hasattr(base, "__getitem__") and hasattr(base, "__len__")):
             raise DataError(
-                f"training data of type {type(base).__name__} has no length or no index access; a coreset needs a map-style "
-                f"dataset (iterable datasets cannot be drawn from by id): materialise it, or leave grace off"
+                f"training data of type {type(base).__name__} have no length or no index access; a coreset is drawn by index: "
+                "give a map-style dataset, or an iterable one to grace_ds.initialize or grace_ds.attach"
             )
         self.base = base
         if hasattr(base, "__getitems__"):
@@ -85,7 +87,10 @@ class IdLoader:
         self._iterator: Iterator[Any] | None = None
 
     def __len__(self) -> int:
-        return len(self.inner)
+        length: int = len(self.inner)
+        if length >= UNKNOWN:
+            raise TypeError("a loader over an iterable dataset has no len(): set a number of steps instead")
+        return length
 
     def __iter__(self) -> IdLoader:
         self._iterator = iter(self.inner)

@@ -7,15 +7,17 @@ computed from the position: nothing of the corpus' size is stored.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from grace_ds.data.order import Permutation
+from grace_ds.data.order import Order, Permutation
+from grace_ds.data.schedule import ScheduleBook
 from grace_ds.errors import ConfigError, DataError
-from grace_ds.records import IntArray
+from grace_ds.records import IntArray, Schedule
 
 COLLECTED_SHARE = 20  # an automatic window holds 20 refreshes' worth of samples: each collects 5 % of it
 
@@ -31,6 +33,55 @@ class Window:
     def positions(self) -> IntArray:
         """Return the positions, (size,) int64."""
         return (self.start + np.arange(self.size, dtype=np.int64)) % self.n
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What a schedule is made from.
+
+    Attributes:
+        ids: (m,) int64, sorted: the window.
+        order: of the corpus from the schedule's start on, if nothing is chosen; None: the run's.
+        closed: ids of the window that are not chosen any more, sorted.
+        meta: entries of the schedule's ``meta`` from which the next window follows.
+    """
+
+    ids: IntArray
+    order: Order | None = None
+    closed: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Windows(Protocol):
+    """The windows of a corpus, one for each schedule: of a dataset with an index, or of a stream; equal on all ranks.
+
+    Attributes:
+        n: samples of the corpus; 0 if that is not known.
+        limit: ids lie below it.
+        size: most samples of a window.
+        advance: samples by which the window moves from one schedule to the next; 0 if it does not move.
+    """
+
+    n: int
+    limit: int
+    size: int
+    advance: int
+
+    def known(self, version: int, book: ScheduleBook) -> IntArray:
+        """Return the ids whose samples can be read before schedule ``version`` is made, (m,) int64, sorted."""
+        ...
+
+    def place(self, version: int, start: int, book: ScheduleBook, trained: IntArray) -> Placed:
+        """Return what schedule ``version`` is made from; it begins at position ``start``, after the schedules of ``book``."""
+        ...
+
+    def hold(self, schedules: Iterable[Schedule]) -> None:
+        """Keep the samples that ``schedules`` and the window of the last one need."""
+        ...
+
+    def check(self, schedules: Iterable[Schedule]) -> None:
+        """Raise CheckpointError if ``schedules`` of a checkpoint were made from other data."""
+        ...
 
 
 class Pool:
@@ -61,6 +112,7 @@ class Pool:
         self.n = n
         self.size = min(n, window or COLLECTED_SHARE * interval_steps * batch)
         self.advance = 0 if self.size == n else max(1, min(self.size, round(interval_steps * batch / budget)))
+        self.limit = n
         self._order = Permutation(n, seed)
 
     def window(self, version: int) -> Window:
@@ -72,6 +124,20 @@ class Pool:
         if self.size == self.n:
             return np.arange(self.n, dtype=np.int64)
         return np.sort(self._order(self.window(version).positions()))
+
+    def known(self, version: int, book: ScheduleBook) -> IntArray:
+        """See :class:`Windows`."""
+        return self.window_at(version)
+
+    def place(self, version: int, start: int, book: ScheduleBook, trained: IntArray) -> Placed:
+        """See :class:`Windows`."""
+        return Placed(self.window_at(version))
+
+    def hold(self, schedules: Iterable[Schedule]) -> None:
+        """See :class:`Windows`: a dataset with an index needs nothing."""
+
+    def check(self, schedules: Iterable[Schedule]) -> None:
+        """See :class:`Windows`: the number of samples is compared elsewhere."""
 
 
 def implied_repeats(total_steps: int, batch: int, budget: float, n: int) -> float:

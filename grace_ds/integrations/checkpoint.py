@@ -151,8 +151,8 @@ def write(controller: Controller, folder: Path, tag: str) -> dict[str, Any]:
         # The table at the next refresh must not depend on whether a checkpoint was saved in between, nor on the number of
         # ranks that load it.  So rows that their owners do not have yet are delivered now.
         collect = controller.collector.pending(controller.comm)
-        received, _ = gather_rows(controller.comm, collect.rows, controller.context.pool.n)
-        losses, _ = gather_rows(controller.comm, collect.losses, controller.context.pool.n)
+        received, _ = gather_rows(controller.comm, collect.rows, controller.context.pool.limit)
+        losses, _ = gather_rows(controller.comm, collect.losses, controller.context.pool.limit)
         controller.table, controller.seen = controller.table.merge(received), controller.seen.merge(losses)
         controller.collector.drained(collect.running_mean)
     try:
@@ -186,8 +186,9 @@ def check(controller: Controller, saved: CheckpointState, state: dict[str, Any],
     folder, numbers, n = saved.folder, saved.numbers, controller.context.pool.n
     if numbers["samples"] != n:
         raise CheckpointError(
-            f"{folder} was made with a dataset of {numbers['samples']} samples, this one has {n}; use the same data"
+            f"{folder} was made with {_corpus(numbers['samples'])}, this one is {_corpus(n)}; use the same data"
         )
+    controller.context.pool.check(saved.schedules)
     if not numbers["step"] == step == state.get("step"):
         raise CheckpointError(
             f"{folder} is of step {numbers['step']}, the engine's checkpoint of step {step} "
@@ -208,6 +209,11 @@ def check(controller: Controller, saved: CheckpointState, state: dict[str, Any],
                 basis.check(controller.collector.sketcher.layers)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
+
+
+def _corpus(samples: int) -> str:
+    """Return a dataset by its size in words."""
+    return f"a dataset of {samples} samples" if samples else "a stream"
 
 
 def take_over(controller: Controller, saved: CheckpointState, step: int) -> None:

@@ -138,6 +138,7 @@ class Controller:
         self.recorder.forget()
         self._clock = time.perf_counter()
         self.watch.restart(cursor)
+        self.context.pool.hold(self.book.schedules)
         self._last_frontier = cursor // self.geometry.micro
         if self.sampler is not None:
             self.sampler.frontier = self.sampler.issued = self._last_frontier
@@ -421,6 +422,7 @@ class Controller:
             uniform=trigger.is_uniform(config, self.step),
             kept=self.kept,
             collect_every=collect_every(config, self.book),
+            book=ScheduleBook(self.book.schedules),
         )
 
     def _take_over(self, fresh: AgreedRefresh) -> None:
@@ -442,6 +444,7 @@ class Controller:
         self.metrics.count(schedule, last)
         self.book.publish(schedule)
         self.book.prune(self.cursor)
+        self.context.pool.hold(self.book.schedules)
         self.next_refresh = int(schedule.meta["next_refresh_step"])
         totals = {
             "train_seconds": self.metrics.train_seconds,

@@ -8,8 +8,9 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from grace_ds.config.load import ALIAS, HOME, find_block, load_config, read_ds_config, refuse_curriculum
+from grace_ds.config.load import ALIAS, HOME, find_block, load_config, read_ds_config, refuse_curriculum, refuse_over_stream
 from grace_ds.data.dataset import IdDataset
+from grace_ds.data.iterable import IterableBuffer, map_style
 from grace_ds.data.order import order_of
 from grace_ds.data.trusted import Tokenize
 from grace_ds.errors import ConfigError
@@ -64,21 +65,24 @@ def initialize(
         progress.say_off()
         return result
     refuse_curriculum(read_ds_config(config))
-    data = bound.arguments.get("training_data")
-    if data is None:
+    given = bound.arguments.get("training_data")
+    if given is None:
         raise ConfigError(
             "grace is on but deepspeed.initialize got no training_data; pass the dataset, or call deepspeed.initialize as "
             "before and grace_ds.attach(engine, dataset) for a loader of your own (a transformers.Trainer: "
             "grace_ds.huggingface.attach(trainer))"
         )
+    data = map_style(given)
     IdDataset(data)  # reports what is wrong with the dataset before an engine is built
+    if isinstance(data, IterableBuffer):
+        refuse_over_stream(grace)
     bound.arguments["training_data"] = None
     if isinstance(bound.arguments.get("config"), dict):
         bound.arguments["config"] = copy.deepcopy(bound.arguments["config"])  # DeepSpeed writes into it
     engine, optimizer, _, scheduler = original(*bound.args, **bound.kwargs)
     user_inputs = UserInputs(trusted_data, validation_data, tokenize, loss_fn)
     handle = _handle_class(engine)(engine, data, grace, bound.arguments.get("collate_fn"), user_inputs)
-    engine.training_data = data
+    engine.training_data = given
     engine.training_dataloader = handle.feed()
     preemption.from_environment(engine)
     return engine, optimizer, engine.training_dataloader, scheduler
@@ -119,13 +123,13 @@ def attach(
 
     Args:
         engine: a DeepSpeed engine.
-        dataset: the job's map-style training dataset.
+        dataset: the job's training dataset, map-style or iterable.
         config: the grace block; default: the one in the engine's own config.
         collate_fn: the job's, default torch's.
         trusted_data, validation_data, tokenize, loss_fn: as for :func:`initialize`.
-        sampler: the job's sampler without GRACE, a ``DistributedSampler`` or ``SequentialSampler``.  Its order is used
-            wherever nothing is chosen, and in shadow mode it feeds the job (any sampler works there).  Default: a
-            ``DistributedSampler`` with seed 0, like the one that DeepSpeed makes.
+        sampler: the job's sampler without GRACE, a ``DistributedSampler`` or ``SequentialSampler`` (none of an iterable
+            dataset).  Its order is used wherever nothing is chosen, and in shadow mode it feeds the job (any sampler works
+            there).  Default: a ``DistributedSampler`` with seed 0, like the one that DeepSpeed makes.
 
     Returns:
         The handle; its ``loader(...)`` makes the data loader.
@@ -146,8 +150,15 @@ def attach(
         raise ConfigError("grace is not enabled in this config; set enabled: true, or leave attach out and use your own loader")
     if getattr(engine, "grace_ds", None) is not None:
         raise ConfigError("GRACE is attached to this engine already; call engine.grace_ds.detach() first")
+    dataset = map_style(dataset)
     IdDataset(dataset)  # reports what is wrong with the dataset before its length is asked for
-    order = order_of(sampler, len(dataset), grace.seed)
+    if isinstance(dataset, IterableBuffer):
+        refuse_over_stream(grace)
+        if sampler is not None:
+            raise ConfigError(f"a {type(sampler).__name__} cannot draw from an iterable dataset; leave sampler out")
+        order = None
+    else:
+        order = order_of(sampler, len(dataset), grace.seed)
     if sampler is not None and order is None and grace.mode == "train":
         raise ConfigError(
             f"the order of a {type(sampler).__name__} cannot be told from a position: give attach a DistributedSampler or a "

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from grace_ds.comm.time_limits import adopt_job_limit
 from grace_ds.config.schema import GraceConfig
 from grace_ds.data.dataset import IdCollate, IdDataset, IdLoader
+from grace_ds.data.iterable import IterableBuffer, IterableSampler
 from grace_ds.data.order import Order, SamplerOrder, shuffled
 from grace_ds.data.sampler import Geometry, StreamSampler
 from grace_ds.errors import ConfigError
@@ -68,7 +69,7 @@ class Grace:
         self._job_collate = collate_fn or getattr(engine, "collate_fn", None)
         self.collate = IdCollate(self._job_collate)
         geometry = geometry_of(engine)
-        if user_inputs.order is None:
+        if user_inputs.order is None and not isinstance(dataset, IterableBuffer):
             user_inputs = dataclasses.replace(user_inputs, order=self._engine_order(len(dataset), config.seed))
         with undisturbed_rng():  # reading the dataset must not change the job's random state
             self.controller: Controller = build_controller(engine, dataset, config, geometry, self.collate.collate, user_inputs)
@@ -111,6 +112,10 @@ class Grace:
         sampler: Any = self.controller.sampler or self.job_sampler
         if sampler is None and (not self.job_shuffles or dp_rank(self.engine) != self.engine.global_rank):
             sampler = self._job_sampler()
+        if self._streams:
+            if num_local_io_workers:
+                raise _one_reader(num_local_io_workers)
+            num_local_io_workers = 0
         inner = self.engine.deepspeed_io(
             self.dataset, data_sampler=sampler, collate_fn=self.collate, num_local_io_workers=num_local_io_workers
         )
@@ -130,6 +135,8 @@ class Grace:
                 raise ConfigError(
                     f"loader({key}=...) is decided by GRACE and the engine; leave it out (sampler and collate_fn go to attach)"
                 )
+        if self._streams and options.get("num_workers"):
+            raise _one_reader(options["num_workers"])
         stream: Any = self.controller.sampler or self.job_sampler or self._job_sampler()
         rows = self.engine.train_micro_batch_size_per_gpu()
         inner: Any = DataLoader(self.dataset, batch_size=rows, sampler=stream, collate_fn=self.collate, **options)
@@ -143,7 +150,14 @@ class Grace:
         """Return the order of the sampler that DeepSpeed makes when it is given none."""
         return shuffled(n, 0, seed) if self.job_shuffles else SamplerOrder(n, shuffle=False)
 
+    @property
+    def _streams(self) -> bool:
+        """Whether the training data are iterable."""
+        return isinstance(self.dataset.base, IterableBuffer)
+
     def _stream_sampler(self, geometry: Geometry, samples: int) -> StreamSampler:
+        if self._streams:
+            return IterableSampler(self.controller.book, geometry, self.engine.dataloader_drop_last())
         length = -(-samples // geometry.ranks)
         micro = length // geometry.rows if self.engine.dataloader_drop_last() else -(-length // geometry.rows)
         return StreamSampler(self.controller.book, geometry, micro, length)
@@ -238,6 +252,14 @@ class Grace:
     def _grad_scale(self) -> float:
         """Return the factor that turns the step's gradients into those of its micro-batches' losses."""
         return self.controller.geometry.accumulation / float(self.engine._get_optimizer_loss_scale() or 1.0)
+
+
+def _one_reader(workers: int) -> ConfigError:
+    return ConfigError(
+        f"{workers} data workers over an iterable dataset: the window's samples are in this process alone, so its loader takes "
+        "none; leave workers out, and to read in the background pass DataLoader(dataset, batch_size=None, num_workers=1) as the "
+        "training data"
+    )
 
 
 def _in_finalizer() -> bool:

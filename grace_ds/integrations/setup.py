@@ -18,8 +18,10 @@ from grace_ds.comm.choose import choose
 from grace_ds.comm.liveness import LivenessProbe
 from grace_ds.comm.time_limits import within_job_limit
 from grace_ds.config.schema import GraceConfig
+from grace_ds.data.iterable import IterableBuffer
+from grace_ds.data.iterable_pool import IterablePool
 from grace_ds.data.order import Order, SeededOrder
-from grace_ds.data.pool import Pool, check_repeats, read_ids, read_sources
+from grace_ds.data.pool import Pool, Windows, check_repeats, read_ids, read_sources
 from grace_ds.data.sampler import Geometry
 from grace_ds.data.trusted import split_trusted
 from grace_ds.errors import ConfigError
@@ -65,8 +67,8 @@ def build_controller(
     Raises:
         ConfigError, DataError: the config cannot be satisfied; on every rank.
     """
-    n = len(dataset)
-    if config.total_steps:
+    if config.total_steps and not isinstance(dataset, IterableBuffer):
+        n = len(dataset)
         repeats = check_repeats(config.total_steps, geometry.batch, config.budget, n, config.max_repeats)
         log.info("implied repeats of a chosen sample: %.2f", repeats)
     fallback = _fallback(config)
@@ -180,7 +182,7 @@ class Components:
         sources: (n,) source of every sample; None if they are not known.
     """
 
-    pool: Pool
+    pool: Windows
     order: Order
     reader: TokenReader | None
     trusted: Any
@@ -196,8 +198,13 @@ def prepare(dataset: Any, config: GraceConfig, geometry: Geometry, user_inputs: 
     Raises:
         ConfigError, DataError: something cannot be read, or does not fit together.
     """
+    pool: Windows
+    interval = config.refresh.interval_steps
+    if isinstance(dataset, IterableBuffer):
+        pool = IterablePool(dataset, config.window, config.budget, interval, geometry.batch, geometry.ranks)
+    else:
+        pool = Pool(len(dataset), config.window, config.budget, interval, geometry.batch, config.seed)
     n = len(dataset)
-    pool = Pool(n, config.window, config.budget, config.refresh.interval_steps, geometry.batch, config.seed)
     selection = config.selection
     include, exclude = (read_ids(path, n) if path else np.empty(0, np.int64) for path in (selection.include, selection.exclude))
     both = np.intersect1d(include, exclude)

@@ -61,7 +61,7 @@ def choose(
     whole = decision.level == context.recipe.name
     parts = weighed_by(context, inputs, decision)
     allowed = ~np.isin(signals.ids, context.exclude)
-    k = max(1, round(context.config.budget * len(signals.ids)))
+    k = max(1, round(context.config.budget * (len(signals.ids) - len(context.closed))))
     log_p = log_importance(recipe(decision.level), signals, parts)
     labels = context.sources(signals.ids) if context.sources is not None else None
     coreset = draw(context, inputs, signals.ids, log_p, k, edges, labels)
@@ -246,7 +246,8 @@ def uniform_forever(context: RefreshContext, version: int, step: int, start: int
 
     A pure function of its arguments, so that every rank can make it locally.
     """
-    return _in_order(context, version, step, start, context.pool.n, step + context.pool.n // context.batch, {})
+    length = context.pool.n or context.pool.size
+    return _in_order(context, version, step, start, length, step + length // context.batch, {})
 
 
 def _in_order(
@@ -257,8 +258,8 @@ def _in_order(
     meta = {
         "objective": "uniform",
         "batch": context.batch,
-        "window": context.pool.n,
-        "coreset": context.pool.n,
+        "window": context.pool.n or context.pool.size,
+        "coreset": context.pool.n or context.pool.size,
         "decided_at_step": step,
         "next_refresh_step": due,
         **details,

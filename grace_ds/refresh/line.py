@@ -8,6 +8,9 @@ the caller keeps the old table, the old graph and the old schedule.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -17,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from grace_ds.errors import during
+from grace_ds.data.pool import Placed
+from grace_ds.errors import DataError, during
 from grace_ds.features.content import ContentFeatures
 from grace_ds.graph.repair import KeptGraph, follow
 from grace_ds.records import FloatArray, IntArray, Losses, Neighbours, SampleRecords, Schedule
@@ -82,10 +86,11 @@ def refresh(context: RefreshContext, inputs: RefreshInputs) -> RefreshResult:
     clock = Stopwatch()
     with clock("gather"):
         start = activation(context.comm, inputs.issued, context.batch)
-        received, sent = gather_rows(context.comm, inputs.rows, context.pool.n)
-        read, sent_losses = gather_rows(context.comm, inputs.losses, context.pool.n)
+        received, sent = gather_rows(context.comm, inputs.rows, context.pool.limit)
+        read, sent_losses = gather_rows(context.comm, inputs.losses, context.pool.limit)
     with clock("table"):
-        window = context.pool.window_at(inputs.version)
+        context, placed = place(context, inputs, start)
+        window = placed.ids
         own = window[owner_of(window, context.comm.size) == context.comm.rank]
         table, latest = inputs.table.merge(received).keep(window), inputs.seen.merge(read).keep(window)
     kept, account, counts = inputs.kept, None, {}
@@ -114,6 +119,8 @@ def refresh(context: RefreshContext, inputs: RefreshInputs) -> RefreshResult:
             counts["graph_searched"] = float(graph.searched)
         if not math.isnan(content.density_ratio):
             counts["density_ratio"] = content.density_ratio if context.comm.rank == 0 else 0.0
+    if schedule is not None and placed.meta:
+        schedule = dataclasses.replace(schedule, meta={**schedule.meta, **placed.meta})
     if context.arrange is not None and schedule is not None:
         schedule = context.arrange(schedule)
     with clock("broadcast"):
@@ -127,6 +134,26 @@ def refresh(context: RefreshContext, inputs: RefreshInputs) -> RefreshResult:
         "nonfinite_dropped": float(sent.not_finite),
     }
     return RefreshResult(schedule, table, latest, kept, clock.seconds, counts, account)
+
+
+def place(context: RefreshContext, inputs: RefreshInputs, start: int) -> tuple[RefreshContext, Placed]:
+    """Return the context and the window of a schedule that begins at position ``start``.  Collective.
+
+    Raises:
+        DataError: the ranks read other samples from a stream; on every rank.
+    """
+    placed = context.pool.place(inputs.version, start, inputs.book, inputs.visits.ids)
+    if not placed.meta:
+        return context, placed
+    digest = np.frombuffer(hashlib.blake2b(json.dumps(dict(placed.meta)).encode(), digest_size=8).digest(), np.int64)
+    low, high = (int(context.comm.allreduce(digest, op)[0]) for op in ("min", "max"))
+    if low != high:
+        raise DataError(
+            f"the ranks read different samples from the stream, in the window of schedule {inputs.version}; let every rank read "
+            "all of it in one order, not split by rank (split_dataset_by_node, get_rank), and with a fixed seed of its shuffle"
+        )
+    order, exclude = placed.order or context.order, np.union1d(context.exclude, placed.closed)
+    return dataclasses.replace(context, order=order, exclude=exclude, closed=placed.closed), placed
 
 
 def rows_of(

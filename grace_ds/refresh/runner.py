@@ -122,7 +122,7 @@ class RefreshRunner:
         wanted = self._wants_basis(inputs, interval) and trigger.basis_due(reference, inputs.version)
         if self.influence_probe is not None and self.influence_probe.ready and wanted:
             with during("trusted basis"):
-                fitted = self.influence_probe.fit(inputs.version, self.context.pool.window_at(inputs.version))
+                fitted = self.influence_probe.fit(inputs.version, self.context.pool.known(inputs.version, inputs.book))
             reference = {**reference, inputs.version: fitted.unit}
         inputs, mean = dataclasses.replace(inputs, interval=interval, reference=reference), None
         if self.collector is not None:

@@ -15,8 +15,8 @@ import numpy as np
 from grace_ds.comm.base import Comm
 from grace_ds.config.schema import GraceConfig
 from grace_ds.data.order import Order
-from grace_ds.data.pool import Pool
-from grace_ds.data.schedule import VisitCounts
+from grace_ds.data.pool import Windows
+from grace_ds.data.schedule import ScheduleBook, VisitCounts
 from grace_ds.features.content import ContentFeatures
 from grace_ds.features.limits import Limits
 from grace_ds.graph.propagate import Propagated, confidence, crowding, propagate
@@ -50,11 +50,12 @@ class RefreshContext:
         arrange: applied by root to a schedule before it is published; None: nothing.
         chart: sorted ids of the window → map of some of them, on root, for ``run_dir``; None: no map.
         device: of the job's model, as torch names it; the graph is searched and scores are spread there if possible.
+        closed: ids of the window, sorted, that are not chosen any more and do not count for the budget.
     """
 
     comm: Comm
     config: GraceConfig
-    pool: Pool
+    pool: Windows
     order: Order
     batch: int
     contents: Callable[[ContentFeatures | None, IntArray], ContentFeatures]
@@ -65,6 +66,7 @@ class RefreshContext:
     arrange: Callable[[Schedule], Schedule] | None = None
     chart: Callable[[IntArray], ProjectedSamples] | None = None
     device: str = "cpu"
+    closed: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
 
     @property
     def recipe(self) -> Recipe:
@@ -93,6 +95,7 @@ class RefreshInputs:
         uniform: make a schedule of the whole corpus in uniform order (before ``start_step``, after ``stop_step``).
         kept: state left by the previous refresh.
         collect_every: k if every k-th optimizer step was collected since.
+        book: the published schedules that positions still refer to.
     """
 
     rows: SampleRecords
@@ -113,6 +116,7 @@ class RefreshInputs:
     uniform: bool = False
     kept: RefreshState = field(default_factory=RefreshState)
     collect_every: int = 1
+    book: ScheduleBook = field(default_factory=ScheduleBook)
 
 
 def active_parts(context: RefreshContext, inputs: RefreshInputs) -> frozenset[str]:

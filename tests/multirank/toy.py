@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 VOCAB, LENGTH, SAMPLES = 61, 17, 192
 
@@ -85,3 +87,19 @@ class Model(nn.Module):
 def drop_multiples_of_sixteen(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     kept = [x for x in items if int(x["sid"]) % 16]
     return torch.utils.data.default_collate(kept)  # raises for a lone multiple of sixteen, as such functions do
+
+
+class Stream(IterableDataset[dict[str, torch.Tensor]]):
+    """The samples of a :class:`Corpus` one after another; ``sid`` is the position over all passes, if it is told the pass."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        super().__init__()
+        self.corpus, self.epoch = corpus, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        n = len(self.corpus)
+        for i in range(n):
+            yield {**self.corpus[i], "sid": torch.tensor([self.epoch * n + i])}

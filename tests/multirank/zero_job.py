@@ -31,7 +31,7 @@ import grace_ds
 import grace_ds.refresh.choice
 from grace_ds.errors import GraceError
 from grace_ds.selection.guard import Contrast
-from tests.multirank.toy import SAMPLES, Corpus, Model, drop_multiples_of_sixteen
+from tests.multirank.toy import SAMPLES, Corpus, Model, Stream, drop_multiples_of_sixteen
 
 # It would be compiled first, for a minute, under a lock that a killed rank leaves behind.
 __compatible_ops__["deepspeed_shm_comm"] = False
@@ -171,7 +171,9 @@ def run(spec: dict[str, Any], rank: int) -> dict[str, Any]:
     model = Model(spec.get("checkpointing", "none"))
     if model.checkpointing == "deepspeed":
         deepspeed.checkpointing.configure(None)
-    data = Corpus(spec.get("samples", SAMPLES), clean=spec.get("clean", False), bare=spec.get("bare", False))
+    data: Any = Corpus(spec.get("samples", SAMPLES), clean=spec.get("clean", False), bare=spec.get("bare", False))
+    if spec.get("stream"):
+        data = Stream(data)
     collate = drop_multiples_of_sixteen if spec.get("filter") else None
     start = grace_ds.initialize if spec.get("via") is None else deepspeed.initialize
     given = None if spec.get("own") else data
