@@ -141,6 +141,14 @@ def walk(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...
         yield path, tree
 
 
+def attention_of(inputs: Any, rows: int) -> torch.Tensor | None:
+    """Return the (rows, T) attention mask among the arguments of a model, by its name; None if there is none of this form."""
+    for path, leaf in walk(inputs):
+        if path and path[-1] == "attention_mask" and isinstance(leaf, torch.Tensor) and leaf.dim() == 2 and len(leaf) == rows:
+            return leaf.detach()
+    return None
+
+
 def leaf_version(leaf: Any) -> int:
     """Return the number of in-place changes of a tensor; 0 for anything else."""
     return int(leaf._version) if isinstance(leaf, torch.Tensor) and not leaf.is_inference() else 0

@@ -20,6 +20,7 @@ from grace_ds.records import Array, IntArray
 from grace_ds.utils.rng import undisturbed_rng
 
 TOKEN_KEYS = ("input_ids", "tokens", "ids", "text_ids")
+IGNORED = -100  # label of a token that torch's cross_entropy leaves out
 BLOCK_TOKENS = 1 << 18  # approximate tokens per block, so that its temporaries fit the caches
 FINGERPRINT_ITEMS = 64
 CURE = "name the entry that holds the token ids with features.tokens_key, or set features.enabled: false"
@@ -56,7 +57,8 @@ def tokens_of(item: Any, key: str = "auto", masked: bool = False) -> IntArray:
 
     Args:
         item: a 1-D integer tensor, array or list; a mapping; or a tuple or list of such.  A leading axis of length 1 is
-            dropped; if a mapping holds an ``attention_mask``, the tokens that it masks are dropped.
+            dropped; if a mapping holds an ``attention_mask``, the tokens that it masks are dropped, and without one what its
+            ``labels`` show to be padding: a run of one token at either end whose labels are all ignored (-100).
         key: the mapping's key or the tuple's position; "auto" tries ``TOKEN_KEYS``, or takes the first integer entry.
         masked: True keeps the masked tokens.
 
@@ -138,14 +140,27 @@ def _vector(value: Any) -> IntArray | None:
 
 
 def _unmasked(tokens: IntArray, item: Mapping[Any, Any]) -> IntArray:
-    """Return the tokens whose attention mask is not 0; all of them if there is no mask of their length."""
-    mask: Any = item.get("attention_mask")
-    if hasattr(mask, "detach"):
-        mask = mask.detach().cpu().numpy()
-    if mask is None:
+    """Return the tokens whose attention mask is not 0, or those between the padding that the labels show."""
+    mask, labels = _flat(item.get("attention_mask")), _flat(item.get("labels"))
+    if mask is not None:
+        return tokens[mask != 0] if mask.shape == tokens.shape else tokens
+    if labels is None or labels.shape != tokens.shape or not len(tokens):
         return tokens
-    keep: Array = np.asarray(mask).reshape(-1) != 0
-    return tokens[keep] if keep.shape == tokens.shape else tokens
+    ignored = labels == IGNORED
+    first = int(np.argmin(ignored & (tokens == tokens[0])))
+    last = len(tokens) - int(np.argmin((ignored & (tokens == tokens[-1]))[::-1]))
+    # A single token at an end is more likely one that begins or ends a text.
+    return tokens[first if first > 1 else 0 : last if last < len(tokens) - 1 else len(tokens)]
+
+
+def _flat(value: Any) -> Array | None:
+    """Return a tensor, array or list of numbers as a 1-D array; None if there is none."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().numpy()
+    try:
+        return None if value is None else np.asarray(value).reshape(-1)
+    except ValueError:  # a ragged list
+        return None
 
 
 class TokenReader:

@@ -213,6 +213,7 @@ class MicroBatchCapture(HookSink):
         plan: the projections in force when the capture began.
         losses: (n,) float32 tensor or None; see :meth:`Sketcher.observe_loss`.
         tokens: (n,) int64 tensor of valid targets, or None.
+        attention: (n, T) tensor, 0 at the padding of the batch's rows; None: nothing is known of padding.
     """
 
     def __init__(self, ids: IntArray, plan: Plan, fold: Fold, meter: Meter) -> None:
@@ -222,6 +223,7 @@ class MicroBatchCapture(HookSink):
             raise DataError("a micro-batch with no ids cannot be bound; leave it out of the collection")
         self.losses: torch.Tensor | None = None
         self.tokens: torch.Tensor | None = None
+        self.attention: torch.Tensor | None = None
         self.plan = plan
         self._fold = fold
         self._sums: torch.Tensor | None = None  # (layers, n, width, width) float32
@@ -254,11 +256,17 @@ class MicroBatchCapture(HookSink):
         return receive
 
     def _pool(self, x: torch.Tensor, split: Layout) -> torch.Tensor:
-        """Return the projected mean of ``x`` over each sample's tokens, (n, HIDDEN) float32."""
+        """Return the projected mean of ``x`` over each sample's tokens without known padding, (n, HIDDEN) float32."""
         n, (tokens, time_major) = len(self.ids), split
         flat = x.reshape(-1, x.shape[-1])
         rows = flat.view(tokens, n, -1).transpose(0, 1) if time_major else flat.view(n, tokens, -1)
-        return rows.mean(1, dtype=torch.float32) @ self.plan.pooling.to(x.device)
+        # A mask of another length belongs to other tokens: the batch was cut, or its tokens are spread over ranks.
+        if self.attention is None or self.attention.shape != (n, tokens):
+            mean = rows.mean(1, dtype=torch.float32)
+        else:
+            real = (self.attention != 0).to(x.device).unsqueeze(2)
+            mean = (rows * real).sum(1, dtype=torch.float32) / real.sum(1, dtype=torch.float32).clamp(min=1)
+        return mean @ self.plan.pooling.to(x.device)
 
     def pooled(self) -> npt.NDArray[np.float32]:
         """Return the samples' hidden states, (n, HIDDEN) float32; 0 if the layer was not seen."""

@@ -17,7 +17,7 @@ from grace_ds.comm.base import Comm
 from grace_ds.comm.liveness import LivenessProbe
 from grace_ds.comm.peer_failure import PeerFailureHandler
 from grace_ds.config.schema import GraceConfig
-from grace_ds.data.in_flight import InFlightBatches, IssuedBatch
+from grace_ds.data.in_flight import InFlightBatches, IssuedBatch, attention_of
 from grace_ds.data.sampler import Geometry, Stream
 from grace_ds.data.schedule import ScheduleBook, VisitCounts, load_book
 from grace_ds.errors import ConfigError, GraceError, TransportError
@@ -188,6 +188,7 @@ class Controller:
             sketcher = self.collector.sketcher
             if self.collecting:
                 capture = sketcher.begin(issued.ids)
+                capture.attention = attention_of(inputs, len(issued.ids))
             elif self.reading:
                 capture = sketcher.read(issued.ids)
         self._current = (issued, capture)

@@ -70,7 +70,8 @@ def test_says_none_when_the_losses_cannot_be_told():
         "no cross entropy": logits.square().mean(),
         "does not divide": F.cross_entropy(flat[:-1], labels[:-1]),
         "class weights": F.cross_entropy(flat, labels, weight=torch.ones(V)),
-        "token weights": (F.cross_entropy(flat, labels, reduction="none") * mask).sum() / mask.sum(),
+        "weights of a width of their own": (F.cross_entropy(flat, labels, reduction="none").view(N, 2, 3) * mask[:3]).sum(),
+        "weights that are learned": (F.cross_entropy(flat, labels, reduction="none") * logits.mean((1, 2)).repeat(T)).sum(),
         "smoothed": F.cross_entropy(flat, labels, reduction="none", label_smoothing=0.1).mean(),
         "not a scalar": logits,
         "nothing": None,
@@ -79,6 +80,34 @@ def test_says_none_when_the_losses_cannot_be_told():
     }
     for why, output in unknown.items():
         assert sample_losses(output, N) is None, why
+
+
+@pytest.mark.parametrize("ignore", [-100, 3])
+@pytest.mark.parametrize("kind", ["mask", "weights", "boolean"])
+def test_a_loss_mask_of_the_jobs_own_is_honoured(ignore, kind):
+    logits, targets, _, _ = case(ignore)
+    mask = torch.rand(N, T) if kind == "weights" else torch.rand(N, T) < 0.6
+    mask[1], mask[2] = (True, False) if kind == "boolean" else (1, 0)  # a sample whose every token counts, and one without any
+    mask = mask if kind != "mask" else mask.float()
+    weight = mask.float() * (targets != ignore)
+    each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=ignore, reduction="none").view(N, T)
+    alone = torch.stack([(each[i] * weight[i]).sum() / weight[i].sum() for i in range(N)])
+    forms = {
+        "flat": lambda: (
+            (
+                F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=ignore, reduction="none") * mask.flatten()
+            ).sum()
+            / mask.sum()
+        ),
+        "rows": lambda: (F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=ignore, reduction="none") * mask).sum(),
+        "the mask first": lambda: 2 * (mask * each).sum() / mask.sum(),
+        "and sample weights": lambda: ((each * mask).sum(1) / mask.sum(1).clamp(min=1) * torch.rand(N)).mean(),
+    }
+    for name, form in forms.items():
+        losses, tokens = sample_losses(form(), N)
+        np.testing.assert_allclose(losses.numpy(), alone.detach().numpy(), rtol=1e-5, err_msg=name)
+        assert tokens.tolist() == (weight != 0).sum(1).tolist(), name
+        assert losses.isnan().tolist() == [False, False, True, False]
 
 
 def test_does_not_keep_the_graph_alive():
