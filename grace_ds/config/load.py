@@ -218,6 +218,7 @@ def validate(config: GraceConfig, path: str = HOME) -> None:
         ("collect.dim", config.collect.dim, 8 <= config.collect.dim <= 8192, "between 8 and 8192"),
         ("collect.rank", config.collect.rank, 1 <= config.collect.rank <= 64, "between 1 and 64"),
         ("features.dim", config.features.dim, 8 <= config.features.dim <= 4096, "between 8 and 4096"),
+        ("features.separator", config.features.separator, config.features.separator >= -1, "-1 (none) or a token id"),
         ("features.max_tokens", config.features.max_tokens, config.features.max_tokens >= 8, "8 or more"),
         ("graph.k", config.graph.k, 1 <= config.graph.k <= 256, "between 1 and 256"),
         ("graph.recall", config.graph.recall, 0 < config.graph.recall <= 1, "in (0, 1]"),

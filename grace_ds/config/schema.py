@@ -64,6 +64,7 @@ class FeaturesConfig:
     tokens_key: str = "auto"  # key (or tuple position) of the token ids in a dataset item
     dim: int = 96  # width of the projected TF-IDF vectors
     max_tokens: int = 4096  # tokens of a sample that are looked at
+    separator: int = -1  # token id that ends a document of a packed sample; -1: an item's seq_lengths or position_ids tell
     cache_dir: str | None = None  # where the statistics are kept between runs; null: not kept
 
 

@@ -21,6 +21,7 @@ from grace_ds.utils.rng import undisturbed_rng
 
 TOKEN_KEYS = ("input_ids", "tokens", "ids", "text_ids")
 IGNORED = -100  # label of a token that torch's cross_entropy leaves out
+BREAK = -(2**31)  # stands between two documents of a packed sample; no n-gram holds it
 BLOCK_TOKENS = 1 << 18  # approximate tokens per block, so that its temporaries fit the caches
 FINGERPRINT_ITEMS = 64
 CURE = "name the entry that holds the token ids with features.tokens_key, or set features.enabled: false"
@@ -32,7 +33,7 @@ class TokenBlock:
 
     Attributes:
         ids: (n,) int64, dataset ids.
-        flat: (total,) int64, all tokens in the order of ``ids``.
+        flat: (total,) int64, all tokens in the order of ``ids``; :data:`BREAK` between the documents of a packed sample.
         offsets: (n + 1,) int64; sample i is ``flat[offsets[i]:offsets[i + 1]]``.
     """
 
@@ -163,6 +164,27 @@ def _flat(value: Any) -> Array | None:
         return None
 
 
+def document_starts(item: Any, tokens: int) -> IntArray:
+    """Return the positions above 0 at which a document of a packed item begins, (m,) int64, ascending; none if it says none.
+
+    Args:
+        item: a dataset item; only a mapping can say where its documents begin.
+        tokens: number of its tokens; an entry that does not fit it says nothing.
+    """
+    none = np.empty(0, np.int64)
+    if not isinstance(item, Mapping):
+        return none
+    lengths, positions = (_vector(item[key]) if key in item else None for key in ("seq_lengths", "position_ids"))
+    if lengths is not None and len(lengths) and (lengths > 0).all() and int(lengths.sum()) == tokens:
+        return np.cumsum(lengths)[:-1]
+    if positions is not None and len(positions) == tokens:
+        starts = np.flatnonzero((positions[1:] == 0) & (positions[:-1] > 0)) + 1
+        counted = np.diff(positions) == 1
+        counted[starts - 1] = True
+        return starts if counted.all() else none  # positions that do not count tokens say nothing about documents
+    return none
+
+
 class TokenReader:
     """Reader that streams the token ids of a map-style dataset.
 
@@ -170,31 +192,39 @@ class TokenReader:
         dataset: with ``__getitem__`` (int) and ``__len__``.
         key: as for :func:`tokens_of`.
         max_tokens: maximum tokens read per sample; the rest is ignored.
+        separator: token id that ends a document within a sample; -1: none does.  Without one, documents are told by an item's
+            ``seq_lengths`` (as TRL packs) or by ``position_ids`` that start again.
 
     Attributes:
         seconds: time spent in the dataset so far.
     """
 
-    def __init__(self, dataset: Any, key: str = "auto", max_tokens: int = 4096) -> None:
+    def __init__(self, dataset: Any, key: str = "auto", max_tokens: int = 4096, separator: int = -1) -> None:
         if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
             raise DataError(
                 f"dataset of type {type(dataset).__name__} has no __getitem__ and __len__: content features need a "
                 "map-style dataset; give one, or set features.enabled: false"
             )
-        self.dataset, self.key, self.max_tokens = dataset, key, max_tokens
+        self.dataset, self.key, self.max_tokens, self.separator = dataset, key, max_tokens, separator
         self.seconds = 0.0
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def row(self, sample: int) -> IntArray:
-        """Return the first ``max_tokens`` tokens of one sample, (T,) int64."""
+        """Return the first ``max_tokens`` tokens of one sample with its documents divided by :data:`BREAK`, (T,) int64."""
         try:
             item = self.dataset[sample]
         except Exception as error:
             raise DataError(f"dataset[{sample}] raised {type(error).__name__}: {error}; repair that item") from error
         try:
-            return tokens_of(item, self.key)[: self.max_tokens]
+            tokens = tokens_of(item, self.key)
+            starts = document_starts(item, len(tokens))
+            starts = starts[starts < min(len(tokens), self.max_tokens)]
+            tokens = tokens[: self.max_tokens]
+            if self.separator >= 0:
+                tokens = np.where(tokens == self.separator, BREAK, tokens)
+            return np.insert(tokens, starts, BREAK) if len(starts) else tokens
         except DataError as error:
             raise DataError(f"sample {sample}: {error}") from error
 

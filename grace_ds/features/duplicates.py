@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from grace_ds.data.tokens import TokenBlock
+from grace_ds.data.tokens import BREAK, TokenBlock
 from grace_ds.features.ngrams import FLOOR, GRAM, SMALLEST, Allreduce, Sampling
 from grace_ds.records import Array, IntArray
 
@@ -65,7 +65,7 @@ def ngram_bins(block: TokenBlock, sampling: Sampling = SMALLEST) -> Grams:
 
 
 def _hashes(block: TokenBlock) -> tuple[Words, IntArray]:
-    """Hash every 6-gram within one sample.
+    """Hash every 6-gram within one document of a sample.
 
     Returns:
         (total,) finished hashes, sample after sample; (n,) number of 6-grams of each sample.
@@ -88,6 +88,13 @@ def _hashes(block: TokenBlock) -> tuple[Words, IntArray]:
     for distance in range(1, GRAM):  # a 6-gram that starts in a sample's last 5 positions runs into the next sample
         starts = block.offsets[1:-1] - distance
         within[starts[(starts >= 0) & (starts < size)]] = False
+    breaks = np.flatnonzero(block.flat == BREAK)
+    if len(breaks):
+        for distance in range(GRAM):
+            starts = breaks - distance
+            within[starts[(starts >= 0) & (starts < size)]] = False
+        of_sample = np.searchsorted(block.offsets, np.flatnonzero(within), "right") - 1
+        grams = np.bincount(of_sample, minlength=len(lengths))
     return six[within], grams
 
 
@@ -193,7 +200,7 @@ class NgramCounts:
         grams = ngram_bins(block, self.sampling)
         elsewhere = grams.bins ^ (_ELSEWHERE & np.intp((1 << self.sampling.bits) - 1))
         once = self._quantile(elsewhere, grams, minus=0)
-        once = once[np.diff(block.offsets) >= GRAM]
+        once = once[grams.lengths > 0]
         return np.stack([1 / (1 + once), 1 / (COPIES + once)], 1)
 
     def _quantile(self, bins: npt.NDArray[np.intp], grams: Grams, minus: int) -> npt.NDArray[np.float64]:

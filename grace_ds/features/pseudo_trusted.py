@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from grace_ds.data.tokens import BREAK
 from grace_ds.features.quality import held_out_statistics, likelihoods
 from grace_ds.records import IntArray
 
@@ -53,7 +54,7 @@ def typical(flat: IntArray, offsets: IntArray) -> Typical:
     Samples without a bigram, or with a negative token id (no trusted sample may have one), are never taken.  If there are two
     kinds and samples have different lengths, only the larger kind is used.
     """
-    negative = np.concatenate([[0], np.cumsum(flat < 0)])
+    negative = np.concatenate([[0], np.cumsum((flat < 0) & (flat != BREAK))])
     usable = np.flatnonzero((np.diff(offsets) >= 2) & (negative[offsets[1:]] == negative[offsets[:-1]]))
     if len(usable) < LEAST:
         return Typical(np.empty(0, np.int64))

@@ -23,6 +23,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from grace_ds.data.tokens import BREAK
 from grace_ds.errors import DataError
 from grace_ds.features.limits import MIN_SPREAD, Limits
 from grace_ds.records import Array, FloatArray, IntArray
@@ -88,14 +89,15 @@ class QualityModel:
         Raises:
             DataError: fewer than 2 sequences with at least 2 tokens, or negative token ids.
         """
-        usable = int((np.diff(offsets) >= 2).sum())
+        rows = [row for row in (flat[a:b] for a, b in pairwise(offsets)) if _has_bigram(row)]
+        usable = len(rows)
         if usable < 2:
             raise DataError(
                 f"{usable} trusted sequence(s) of at least 2 tokens: the threshold is learned from held-out ones, which "
                 f"takes 2 at the least and {MIN_TRUSTED} to be steady; give more, or set recipe: density"
             )
-        if int(flat.min()) < 0:
-            raise DataError(f"trusted token id {int(flat.min())} is negative: give ids of the job's own tokenizer")
+        if int(flat[flat != BREAK].min(initial=0)) < 0:
+            raise DataError(f"trusted token id {int(flat[flat != BREAK].min())} is negative: give ids of the job's own tokenizer")
         if usable < MIN_TRUSTED:
             log.warning(
                 "only %d trusted sequences (at least %d are advised): the filter's threshold rests on their spread, "
@@ -104,7 +106,6 @@ class QualityModel:
                 MIN_TRUSTED,
             )
         vocab = max(vocab, int(flat.max()) + 1)
-        rows = [flat[a:b] for a, b in pairwise(offsets) if b - a >= 2]
         raw = held_out_statistics(rows, vocab)
         centre, deviation = _location(raw)
         counted = _count(flat, offsets, vocab)
@@ -198,14 +199,17 @@ def _count(flat: IntArray, offsets: IntArray, vocab: int, even: bool = False) ->
         even: give all sequences the same weight, independent of length.
     """
     left, _, code, row = _bigrams(flat, offsets, vocab)
+    sizes, real = np.diff(offsets), flat != BREAK
+    of_row = np.repeat(np.arange(len(sizes)), sizes)
+    if not real.all():
+        flat, of_row = flat[real], of_row[real]
     tokens = None if vocab <= DENSE else np.unique(flat)
     size, of_token, of_bigram = vocab, None, None
     if tokens is not None:
         size, left, flat = len(tokens), _entries(left, tokens), _entries(flat, tokens)
     if even:
-        sizes = np.diff(offsets)
         weight = sizes.mean() / np.maximum(sizes, 1)  # 1 if all have one length: the counts are then the same as without weights
-        of_token, of_bigram = np.repeat(weight, sizes), weight[row]
+        of_token, of_bigram = weight[of_row], weight[row]
     return QualityModel(
         bigrams=np.bincount(code, of_bigram, 1 << BITS),
         contexts=np.bincount(left, of_bigram, size + 1),
@@ -217,6 +221,11 @@ def _count(flat: IntArray, offsets: IntArray, vocab: int, even: bool = False) ->
         held_out=np.empty((0, STATISTICS), np.float32),
         tokens=tokens,
     )
+
+
+def _has_bigram(row: IntArray) -> bool:
+    real = row != BREAK
+    return bool((real[1:] & real[:-1]).any())
 
 
 def _entries(token: IntArray, tokens: IntArray) -> IntArray:
@@ -283,7 +292,7 @@ def _join(rows: list[IntArray]) -> tuple[IntArray, IntArray]:
 
 
 def _bigrams(flat: IntArray, offsets: IntArray, vocab: int) -> tuple[IntArray, IntArray, IntArray, IntArray]:
-    """Return left token, right token, hash bin and sample of every bigram within a sample, each (m,) int64.
+    """Return left token, right token, hash bin and sample of every bigram within a document, each (m,) int64.
 
     Tokens outside of the vocabulary (negative ones too) are returned as ``vocab``, but hashed as they are.
     """
@@ -296,6 +305,9 @@ def _bigrams(flat: IntArray, offsets: IntArray, vocab: int) -> tuple[IntArray, I
     code >>= np.uint64(64 - BITS)
     known = np.minimum(token, np.uint64(vocab)).view(np.int64)
     within = row[1:] == row[:-1]
+    breaks = flat == BREAK
+    if breaks.any():
+        within &= ~(breaks[1:] | breaks[:-1])
     return known[:-1][within], known[1:][within], code.view(np.int64)[within], row[1:][within]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from grace_ds.data.tokens import TokenBlock
+from grace_ds.data.tokens import BREAK, TokenBlock
 from grace_ds.features.ngrams import Allreduce
 from grace_ds.records import Array, FloatArray, IntArray
 from grace_ds.utils.grid import on_grid
@@ -58,9 +58,15 @@ def _pieces(block: TokenBlock) -> Iterator[Array]:
         keys[:total] |= row
         keys[total:] |= row[1:]
         ends = np.unique(offsets[(offsets > 0) & (offsets < total)])
-        keys[total + ends - 1] = np.iinfo(dtype).max  # a pair across two samples is not a term: sort it to the end
+        none = np.zeros(len(keys), np.bool_)
+        none[total + ends - 1] = True  # a pair across two samples is not a term
+        breaks = block.flat[block.offsets[first] : block.offsets[last]] == BREAK
+        if breaks.any():
+            none[:total] |= breaks
+            none[total:] |= breaks[1:] | breaks[:-1]
+        keys[none] = np.iinfo(dtype).max  # sorted to the end
         keys.sort()
-        yield keys[: len(keys) - len(ends)]
+        yield keys[: len(keys) - int(none.sum())]
 
 
 def _hash_into(out: Array, x: npt.NDArray[np.uint64]) -> None:

@@ -17,7 +17,7 @@ from grace_ds.comm.base import Comm
 from grace_ds.comm.choose import choose
 from grace_ds.comm.liveness import LivenessProbe
 from grace_ds.comm.time_limits import within_job_limit
-from grace_ds.config.schema import GraceConfig
+from grace_ds.config.schema import FeaturesConfig, GraceConfig
 from grace_ds.data.iterable import IterableBuffer
 from grace_ds.data.iterable_pool import IterablePool
 from grace_ds.data.order import Order, SeededOrder
@@ -212,15 +212,20 @@ def prepare(dataset: Any, config: GraceConfig, geometry: Geometry, user_inputs: 
         raise ConfigError(f"sample {int(both[0])} is in selection.include and in selection.exclude; drop it from one")
     reader = None
     if config.features.enabled and config.replay is None and recipe(config.recipe).content:
-        reader = TokenReader(dataset, config.features.tokens_key, config.features.max_tokens)
+        reader = reader_of(dataset, config.features)
     trusted = trusted_set(dataset, reader, config, user_inputs) if recipe(config.recipe).trusted else None
     quality_model = None
     if trusted is not None and reader is not None:
-        tokens = TokenReader(trusted, config.features.tokens_key, config.features.max_tokens).all()
+        tokens = reader_of(trusted, config.features).all()
         quality_model = QualityModel.fit(tokens.flat, tokens.offsets)
     sources = read_sources(selection.sources, n) if selection.sources is not None else None
     order = user_inputs.order or SeededOrder(n, config.seed)
     return Components(pool, order, reader, trusted, quality_model, include, exclude, sources)
+
+
+def reader_of(dataset: Any, features: FeaturesConfig) -> TokenReader:
+    """Return the reader of a dataset's tokens that the config describes."""
+    return TokenReader(dataset, features.tokens_key, features.max_tokens, features.separator)
 
 
 def refresh_context(
