@@ -218,6 +218,18 @@ def validate(config: GraceConfig, path: str = HOME) -> None:
         ("collect.dim", config.collect.dim, 8 <= config.collect.dim <= 8192, "between 8 and 8192"),
         ("collect.rank", config.collect.rank, 1 <= config.collect.rank <= 64, "between 1 and 64"),
         ("features.dim", config.features.dim, 8 <= config.features.dim <= 4096, "between 8 and 4096"),
+        (
+            "selection.least_share",
+            config.selection.least_share,
+            0 <= config.selection.least_share <= 1,
+            "between 0 and 1: of a source's share of the window",
+        ),
+        (
+            "selection.most_share",
+            config.selection.most_share,
+            config.selection.most_share >= 1,
+            "1 or more: of a source's share of the window",
+        ),
         ("features.separator", config.features.separator, config.features.separator >= -1, "-1 (none) or a token id"),
         ("features.max_tokens", config.features.max_tokens, config.features.max_tokens >= 8, "8 or more"),
         ("graph.k", config.graph.k, 1 <= config.graph.k <= 256, "between 1 and 256"),
@@ -257,6 +269,14 @@ def _validate_combinations(config: GraceConfig, path: str) -> None:
         needs = "only recipe: uniform does without content features"
         raise ConfigError(f"{path}.recipe = {config.recipe!r} with features.enabled: false; {needs}, or turn them on")
     uses = recipes.recipe(config.recipe).uses
+    if config.selection.shares == "adapt":
+        if config.selection.sources is None:
+            raise ConfigError(f"{path}.selection.shares = 'adapt' without selection.sources; name each sample's source there")
+        if "gradients" not in config.parts:
+            raise ConfigError(
+                f"{path}.selection.shares = 'adapt' learns from influences, which recipe {config.recipe!r} does not measure; "
+                "set recipe: grace and leave gradients out of ablate, or set shares: keep"
+            )
     odd = [part for part in config.ablate if part not in uses]
     if odd:
         near = difflib.get_close_matches(odd[0], uses, 1)

@@ -21,7 +21,7 @@ REMOVED = {  # keys of the first version → what to do instead
     "selection.loss_tilt": "leave it out: recipe grace always weighs by loss; ablate: [loss] does without",
 }
 WEIGHTS = ("none", "inverse_probability")
-SHARES = ("keep", "floor", "free")
+SHARES = ("keep", "floor", "free", "adapt")
 CADENCES = ("adaptive", "fixed")
 EXECUTORS = ("ring", "dask")
 TIERS = ("auto", "exact", "clustered")
@@ -97,7 +97,9 @@ class SelectionConfig:
     include: str | None = None  # file of ids (one a line, or .npy) that every coreset holds
     exclude: str | None = None  # file of ids that no coreset holds
     sources: str | None = None  # .npy of one integer for each sample of the dataset: the source of the blend that it is from
-    shares: str = "keep"  # with sources. keep: each has its share of the window in a coreset; floor: half of it at least; free
+    shares: str = "keep"  # with sources. keep: each has its share of the window; floor: half of it at least; free; adapt: learned
+    least_share: float = 0.5  # shares: adapt: least share of a source in a coreset, in multiples of its share of the window
+    most_share: float = 2.0  # shares: adapt: largest share of a source, likewise
 
 
 @dataclass

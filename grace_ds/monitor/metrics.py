@@ -105,6 +105,11 @@ class Metrics:
                 events["unknown_influence"] = 1 - int(outcome.schedule.meta["known_influence"]) / int(
                     outcome.schedule.meta["window"]
                 )
+            if "source_factors" in outcome.schedule.meta and "sources" in outcome.schedule.meta:
+                sources = outcome.schedule.meta["sources"]
+                total = max(sum(sources["coreset"]), 1)
+                shares = zip(sources["names"], sources["coreset"], strict=True)
+                events |= {f"source_share/{name}": count / total for name, count in shares}
             guard = outcome.schedule.meta.get("guard", {})
             if guard:
                 # 0 is uniform, so a curve at 0 shows that the guard has stepped all the way down.

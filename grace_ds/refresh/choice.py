@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,12 @@ from grace_ds.refresh.signals import Estimate, RefreshContext, RefreshInputs, we
 from grace_ds.selection.guard import Decision, Remembered, Window, contrast, decide, effective_share, heard, prediction_skill
 from grace_ds.selection.gumbel import gumbel
 from grace_ds.selection.objectives import select
-from grace_ds.selection.sources import by_source
+from grace_ds.selection.sources import Learned, by_source
+
+log = logging.getLogger("grace_ds")
 
 ANCHOR_SHARE = 1 / 32  # of the window: enough anchors for scores to reach the other samples over a few hops
+LOGGED = 8  # sources whose shares are logged
 MOST_SOURCES = 64  # most sources that a schedule's meta lists
 _AUDIT_SALT = 0x5EED_A0D1  # keeps the audit draw apart from the coreset's
 
@@ -53,6 +57,9 @@ def choose(
             "explained": estimate.explained,
             "collect_every": collect_every(context, inputs, estimate, len(signals.ids)),
         }
+    learned = learn_shares(context, inputs, signals.ids, seen)
+    if learned is not None:
+        details |= {"source_factors": learned.meta()}
     # A run starts on the unfiltered pool: the varied and repetitive text that a filter rejects helps a fresh model leave its
     # first plateau.
     if decision.level == "uniform" or inputs.step < context.config.warmup_steps:
@@ -64,7 +71,7 @@ def choose(
     k = max(1, round(context.config.budget * (len(signals.ids) - len(context.closed))))
     log_p = log_importance(recipe(decision.level), signals, parts)
     labels = context.sources(signals.ids) if context.sources is not None else None
-    coreset = draw(context, inputs, signals.ids, log_p, k, edges, labels)
+    coreset = draw(context, inputs, signals.ids, log_p, k, edges, labels, learned)
     length = (inputs.interval + slack(context.config, inputs.interval)) * context.batch
     outside = allowed & ~np.isin(signals.ids, coreset.ids)
     # Audit slots are useful only if gradients are collected to evaluate them.  Exploration is useful in any case: should the
@@ -75,7 +82,10 @@ def choose(
     urgency = priority(signals.staleness, signals.disagreement)
     explore = signals.ids[outside][_top(urgency[outside], signals.ids[outside], explores, context.config.seed, inputs.version)]
     if labels is not None:
-        details |= {"sources": source_shares(labels, labels[np.searchsorted(signals.ids, coreset.ids)])}
+        shares = source_shares(labels, labels[np.searchsorted(signals.ids, coreset.ids)])
+        details |= {"sources": shares}
+        if learned is not None:
+            log.info("schedule %d: shares of the sources: %s", inputs.version, in_words(shares))
     meta = {
         "objective": selection.objective,
         "batch": context.batch,
@@ -109,6 +119,7 @@ def draw(
     k: int,
     edges: Neighbours | None,
     labels: IntArray | None,
+    learned: Learned | None = None,
 ) -> Coreset:
     """Draw a coreset of ``k`` of the window's ``ids`` (n,), from each source separately if there are ``labels``.
 
@@ -116,6 +127,7 @@ def draw(
         log_p: (n,) log importance.
         edges: the graph over the window, for objectives that need it.
         labels: (n,) source of each sample; None if sources are not known.
+        learned: of the sources' shares; None unless they are learned.
     """
     selection = context.config.selection
 
@@ -126,7 +138,33 @@ def draw(
     if labels is None or selection.shares == "free":
         return among(ids, log_p, k, context.include, context.exclude)
     # The rows of a graph are those of the whole window, so a part of it is drawn by excluding the others.
-    return by_source(among, selection.shares, labels, ids, log_p, k, context.include, context.exclude, whole=edges is not None)
+    whole = edges is not None
+    return by_source(among, selection.shares, labels, ids, log_p, k, context.include, context.exclude, whole, learned)
+
+
+def learn_shares(context: RefreshContext, inputs: RefreshInputs, window: IntArray, seen: Seen | None) -> Learned | None:
+    """Return what is learned of the sources' shares, from the last schedule's and the influences since; None if nothing is.
+
+    Args:
+        window: ids of the window.
+    """
+    selection = context.config.selection
+    if selection.shares != "adapt" or context.sources is None:
+        return None
+    last = inputs.book.schedules[-1].meta if inputs.book.schedules else {}
+    learned = Learned.of(last.get("source_factors", {}), selection.least_share, selection.most_share)
+    if seen is None:
+        return learned
+    names, counts = np.unique(context.sources(window), return_counts=True)
+    given = dict(zip(names.tolist(), (counts / counts.sum()).tolist(), strict=True))
+    return learned.after(given, context.sources(seen.core_ids), seen.core)
+
+
+def in_words(shares: Mapping[str, list[int]]) -> str:
+    """Return the shares of window and coreset, those that differ most first, for the log; from :func:`source_shares`."""
+    window, coreset = (np.array(shares[key]) / max(sum(shares[key]), 1) for key in ("window", "coreset"))
+    order = np.argsort(-np.abs(coreset - window), kind="stable")[:LOGGED]
+    return ", ".join(f"{shares['names'][i]}: {window[i]:.3f} → {coreset[i]:.3f}" for i in order)
 
 
 def source_shares(window: IntArray, coreset: IntArray) -> dict[str, list[int]]:
@@ -152,6 +190,7 @@ class Seen:
 
     Attributes:
         core, audit: (n,), (m,) float32, in units of the trusted median.
+        core_ids: (n,) int64, the samples of ``core``.
         predicted, measured: (l,) float32, of all of them: predictions from older ones (NaN: none), and the measured values.
     """
 
@@ -159,6 +198,7 @@ class Seen:
     audit: FloatArray
     predicted: FloatArray
     measured: FloatArray
+    core_ids: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 def judge(context: RefreshContext, inputs: RefreshInputs, signals: Signals, seen: Seen | None) -> Decision:

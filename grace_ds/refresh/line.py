@@ -219,4 +219,4 @@ def by_role(context: RefreshContext, inputs: RefreshInputs, table: Table[SampleR
     ids, label, expected = ids[order], label[order], expected[order]
     core = np.isin(ids, inputs.core)
     audit = ~core if inputs.audit is None else np.isin(ids, inputs.audit)
-    return Seen(label[core & ~audit], label[audit], expected, label)
+    return Seen(label[core & ~audit], label[audit], expected, label, ids[core & ~audit])
