@@ -174,9 +174,10 @@ def pool_of(source: Any, budget: float = 0.25, window: int = 0) -> IterablePool:
 def test_whatever_the_schedules_do_no_sample_is_lost(seed: int, length: int) -> None:
     rng = np.random.default_rng(seed)
     pool, book, trained = pool_of(Numbers(length)), ScheduleBook(), np.empty(0, np.int64)
-    start, eligible_until, passed_before = 0, 0, 0
+    behind, start, eligible_until, passed_before = trained, 0, 0, 0
     for version in range(30):
-        placed = pool.place(version, start, book, trained)
+        # A loader has been given more than was trained on when a refresh begins.
+        placed = pool.place(version, start, book, behind)
         stand = placed.meta["stream"]
         open_ids = np.setdiff1d(placed.ids, placed.closed)
         assert not np.isin(open_ids, trained).any()
@@ -196,6 +197,7 @@ def test_whatever_the_schedules_do_no_sample_is_lost(seed: int, length: int) -> 
         book.publish(chosen(version, start, ids, meta))
         pool.hold(book.schedules[-2:])
         used = int(rng.integers(0, len(ids) + 1))
+        behind = trained
         trained = np.union1d(trained, book.slots(start, used).ids) if used else trained
         start += used
         book.prune(start)
