@@ -168,6 +168,7 @@ def test_a_run_collects_and_builds_what_its_decisions_ask_for(block: dict[str, A
     assert any(learned) == (collects and "sketches" in config.parts)
 
 
+@settings(deadline=None)  # a busy machine is no fault
 @given(st.floats(0.001, 1), st.integers(1, 5000))
 def test_the_collected_share_is_kept_to_but_for_a_few_steps_of_each_interval(share: float, interval: int) -> None:
     every = load_config({"collect": {"share": share}, "refresh": {"interval_steps": interval}}).collect_every
