@@ -192,7 +192,7 @@ class TokenReader:
         dataset: with ``__getitem__`` (int) and ``__len__``.
         key: as for :func:`tokens_of`.
         max_tokens: maximum tokens read per sample; the rest is ignored.
-        separator: token id that ends a document within a sample; -1: none does.  Without one, documents are told by an item's
+        separator: token id that ends a document within a sample; -1: none does.  Without one, an item marks its documents by
             ``seq_lengths`` (as TRL packs) or by ``position_ids`` that start again.
 
     Attributes:

@@ -146,17 +146,16 @@ class GradientCollector:
 
     def _losses_read(self) -> Losses:
         """Return the losses that were read and not drained yet, in that order, not centred."""
-        found = [(step, reading) for step, reading in self._read if reading.losses is not None]
-        if not found:
+        if not self._read:
             return Losses.empty()
-        steps = np.repeat([step for step, _ in found], [len(reading.ids) for _, reading in found]).astype(np.int64)
-        values = torch.cat([reading.losses for _, reading in found if reading.losses is not None]).float().cpu().numpy()
-        return Losses(np.concatenate([reading.ids for _, reading in found]), steps, values)
+        steps = np.repeat([step for step, _ in self._read], [len(reading.ids) for _, reading in self._read]).astype(np.int64)
+        ids = np.concatenate([reading.ids for _, reading in self._read])
+        return Losses(ids, steps, self.losses([reading for _, reading in self._read]))
 
     def losses(self, captures: Sequence[LossCapture]) -> FloatArray:
         """Return the losses of the samples of ``captures`` that have any, (n,) float32, nats per token."""
-        found = [capture.losses.float().cpu().numpy() for capture in captures if capture.losses is not None]
-        return np.concatenate([np.empty(0, np.float32), *found])
+        found = [capture.losses for capture in captures if capture.losses is not None]
+        return torch.cat(found).float().cpu().numpy() if found else np.empty(0, np.float32)  # one copy from the device
 
     def finish(self, capture: MicroBatchCapture, grad_scale: float, reduction: str | None = None) -> CollectedRows | None:
         """Return the rows of a capture; None if there are none.

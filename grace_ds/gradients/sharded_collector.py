@@ -97,12 +97,8 @@ class ShardedGradientCollector(GradientCollector):
 
     def _losses_read(self) -> Losses:
         """Return the losses that were read and not drained yet; only the leader has any.  Collective over the peers."""
-        if not self._read:
-            return Losses.empty()
-        values = self.losses([reading for _, reading in self._read])
-        ids = np.concatenate([reading.ids for _, reading in self._read])
-        steps = np.repeat([step for step, _ in self._read], [len(reading.ids) for _, reading in self._read]).astype(np.int64)
-        return Losses(ids, steps, values) if self.leader else Losses.empty()
+        found = super()._losses_read()
+        return found if self.leader else Losses.empty()
 
     def losses(self, captures: Sequence[LossCapture]) -> FloatArray:
         """Return the losses of all samples of ``captures``, (n,) float32, NaN where no peer has one.

@@ -27,7 +27,7 @@ from tests.cluster.hosts import ADDRESSES, NAMES, Hosts, missing
 from tests.cluster.zygote import Zygote, session
 from tests.multirank.launch import COLLECTING, environment, free_port
 from tests.multirank.test_entries import wait_until
-from tests.multirank.toy import Corpus
+from tests.multirank.toy import Corpus, write_trusted
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(420), pytest.mark.skipif(bool(missing()), reason=missing() or "-")]
 
@@ -136,15 +136,10 @@ def play(zygote: Zygote, folder: Path, place: str, how: str, rank: int) -> Playe
         hosts.stop()
 
 
-def write_trusted(folder: Path) -> None:
-    rows = Corpus(64, salt=3).tokens
-    (folder / "trusted.jsonl").write_text("\n".join(json.dumps({"input_ids": row.tolist(), "sid": [0]}) for row in rows))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     at = tmp_path_factory.mktemp("faults")
-    write_trusted(at)
+    write_trusted(at / "trusted.jsonl", Corpus(64, salt=3).tokens)
     return at
 
 

@@ -67,12 +67,12 @@ class Reason:
     Attributes:
         by: who refuses it: GRACE, or the engine, with GRACE or without.
         words: that the error holds.
-        told: the reason, for the page.
+        text: the reason, for the page.
     """
 
     by: str
     words: str
-    told: str
+    text: str
 
 
 REASONS = {
@@ -109,10 +109,8 @@ def refusal(records: list[dict[str, Any]]) -> str:
     errors = [(r["by"], r["error"]) for r in records if "error" in r]
     if not errors:
         return ""
-    # A rank may still be connecting when another is refused and closes: what it then says is no reason of its own.
-    own = [(by, error) for by, error in errors if not ("gloo" in error.lower() and "onnect" in error)]
     for key, reason in REASONS.items():
-        if len(errors) == len(records) and own and all(by == reason.by and reason.words in error for by, error in own):
+        if len(errors) == len(records) and all(by == reason.by and reason.words in error for by, error in errors):
             return REFUSED + key
     raise AssertionError(f"{len(errors)} of {len(records)} ranks: {errors}")
 

@@ -44,15 +44,14 @@ def make_engine(folder: Path) -> tuple[Any, Any]:
     from deepspeed.ops import __compatible_ops__
 
     import grace_ds
-    from tests.multirank.toy import Corpus, Model
+    from tests.multirank.toy import Corpus, Model, write_trusted
 
     __compatible_ops__["deepspeed_shm_comm"] = False
     os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())  # which DeepSpeed asks for
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     trusted = folder / "trusted.jsonl"
     if torch.distributed.get_rank() == 0:
-        rows = Corpus(64, salt=3).tokens
-        trusted.write_text("\n".join(json.dumps({"input_ids": row.tolist(), "sid": [0]}) for row in rows))
+        write_trusted(trusted, Corpus(64, salt=3).tokens)
     torch.distributed.barrier()
     config = {
         "train_batch_size": 8,

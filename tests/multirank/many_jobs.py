@@ -29,6 +29,7 @@ SLOW_TO_IMPORT = (
     "tests.multirank.cell_job",
 )
 PARENTS = 2
+LINGER_SECONDS = 5  # for the peers of a rank that has failed, to fail too
 Job = dict[str, Any]
 Records = dict[str, list[dict[str, Any]]]
 
@@ -87,6 +88,10 @@ def _run_rank(world: World, job: Job, place: Path) -> None:
             result = {"by": by, "error": f"{type(error).__name__}: {error}"}
         (place / f"part{world.rank}").write_bytes(pickle.dumps(result))
         os.replace(place / f"part{world.rank}", place / f"result{world.rank}")
+        if "error" in result:  # a peer may still be connecting to this rank, and be about to fail by itself
+            results, limit = [place / f"result{r}" for r in range(world.size)], time.monotonic() + LINGER_SECONDS
+            while time.monotonic() < limit and not all(r.exists() for r in results):
+                time.sleep(0.02)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -107,7 +112,7 @@ def _await(children: dict[int, int], place: Path, deadline: float) -> dict[int, 
                     failed.touch()
         now = time.monotonic()
         if soon is None and failed.exists():
-            soon = now + 5
+            soon = now + LINGER_SECONDS
         if now > min(deadline, soon or deadline):
             by = "peer" if soon is not None else "time"
             failed.touch()

@@ -10,7 +10,7 @@ from tests.multirank.modes import MODES
 
 PAGE = ROOT / "docs" / "support.md"
 BEGIN, END = "<!-- made by tests.multirank.support_page -->\n", "<!-- end of what is made -->\n"
-TOLD = {EQUAL: "yes", CLOSE: "in line", ALONE: "yes"}
+WORDS = {EQUAL: "yes", CLOSE: "in line", ALONE: "yes"}
 MARKS = dict(zip(REASONS, "abcdefgh", strict=False))
 
 
@@ -34,7 +34,7 @@ def tables() -> str:
     for name, mode in MODES.items():
         found = [_cell([x] if (x := record["modes"].get(f"{name}, {recipe}")) else []) for recipe in RECIPE]
         lines.append(f"| {mode.area} | {mode.what} | " + " | ".join(found) + " |")
-    lines += ["", *(f"({MARKS[key]}) {reason.told}.  " for key, reason in REASONS.items())]
+    lines += ["", *(f"({MARKS[key]}) {reason.text}.  " for key, reason in REASONS.items())]
     return "\n".join(lines).strip() + "\n"
 
 
@@ -44,8 +44,8 @@ def _tried(zero: str, parallel: str, recipe: str) -> list[Cell]:
 
 def _cell(outcomes: list[str]) -> str:
     """The entry for what was tried: the worst of it; a dash for nothing."""
-    told = sorted({f"({MARKS[x.removeprefix(REFUSED)]})" if x.startswith(REFUSED) else TOLD[x] for x in outcomes})
-    return told[0] if told else "–"
+    words = sorted({f"({MARKS[x.removeprefix(REFUSED)]})" if x.startswith(REFUSED) else WORDS[x] for x in outcomes})
+    return words[0] if words else "–"
 
 
 def page(text: str) -> str:

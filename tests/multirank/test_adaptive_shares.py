@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.multirank.launch import COLLECTING, Records, run_jobs
-from tests.multirank.toy import Corpus
+from tests.multirank.toy import Corpus, write_trusted
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(280)]
 
@@ -24,9 +24,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def told(folder: Path) -> tuple[Records, str]:
-    trusted = folder / "trusted.jsonl"
-    trusted.write_text("\n".join(json.dumps({"input_ids": row.tolist(), "sid": [0]}) for row in Corpus(128, salt=3).tokens[::2]))
+def launched(folder: Path) -> tuple[Records, str]:
+    trusted = write_trusted(folder / "trusted.jsonl", Corpus(128, salt=3).tokens[::2])
     # Every other sample of the corpus is noise, and not like the trusted set.
     np.save(folder / "noise.npy", np.arange(SAMPLES) % 2)
     np.save(folder / "alike.npy", np.arange(SAMPLES) // 2 % 2)
@@ -54,7 +53,7 @@ def shares(folder: Path, name: str) -> list[float]:
     return [of[1] / sum(of) for of in found]
 
 
-def test_a_source_of_noise_loses_share(told: tuple[Records, str], folder: Path) -> None:
+def test_a_source_of_noise_loses_share(launched: tuple[Records, str], folder: Path) -> None:
     found = shares(folder, "noise")
     assert found[0] == pytest.approx(0.5, abs=0.01)
     # What content has let through of it is measured, some sixty samples a refresh: too few for its lower bound after so long.
@@ -62,20 +61,20 @@ def test_a_source_of_noise_loses_share(told: tuple[Records, str], folder: Path) 
     assert min(found) >= 0.25 - 0.01
 
 
-def test_sources_that_are_alike_keep_their_shares(told: tuple[Records, str], folder: Path) -> None:
+def test_sources_that_are_alike_keep_their_shares(launched: tuple[Records, str], folder: Path) -> None:
     found = shares(folder, "alike")
     assert all(share == pytest.approx(0.5, abs=0.1) for share in found), found
 
 
-def test_the_shares_are_logged_and_told_to_the_monitor(told: tuple[Records, str], folder: Path) -> None:
+def test_the_shares_are_logged_and_given_to_the_monitor(launched: tuple[Records, str], folder: Path) -> None:
     last = shares(folder, "noise")[-1]
-    assert f"→ {last:.3f}" in told[1]
+    assert f"→ {last:.3f}" in launched[1]
     (path,) = (folder / "noise-csv").glob("*source_share_1.csv")
     rows = list(csv.reader(path.open()))
     assert float(rows[-1][1]) == pytest.approx(last, abs=1e-4)
 
 
-def test_a_resumed_run_goes_on_from_what_was_learned(told: tuple[Records, str]) -> None:
-    records = told[0]
+def test_a_resumed_run_goes_on_from_what_was_learned(launched: tuple[Records, str]) -> None:
+    records = launched[0]
     assert records["resumed"][0]["schedules"] == records["noise"][0]["schedules"]
     assert records["resumed"][0]["params"] == records["noise"][0]["params"]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.multirank.launch import COLLECTING, Records, refreshes, run_jobs, stream
-from tests.multirank.toy import Corpus
+from tests.multirank.toy import Corpus, write_trusted
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(300)]
 
@@ -55,8 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def launched(folder: Path) -> tuple[Records, str]:
-    trusted = folder / "trusted.jsonl"
-    trusted.write_text("\n".join(json.dumps({"input_ids": row.tolist(), "sid": [0]}) for row in Corpus(64, salt=3).tokens))
+    trusted = write_trusted(folder / "trusted.jsonl", Corpus(64, salt=3).tokens)
     jobs: dict[str, Any] = {"base": BASE}
     for stage, (module, name, after) in HANGS.items():
         grace = {**GRACE, "window": 150} if stage == "features" else GRACE  # a window that moves has new features to read
@@ -86,7 +84,7 @@ def launched(folder: Path) -> tuple[Records, str]:
     # ZeRO-3 gathers weights in the probes: a rank that left them half-way would leave the other in the job's own collective.
     zero3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
     for stage, after in READS.items():
-        probe = {"module": "grace_ds.gradients.influence_probe", "name": "_to", "rank": 1, "after": after}
+        probe = {"module": "grace_ds.gradients.passes", "name": "_to", "rank": 1, "after": after}
         jobs[f"read_{stage}"] = {**BASE, "steps": 5, "ds": zero3, "grace": {**GRACE, "trusted": str(trusted)}, "fault": probe}
     for value in ("nan", "inf"):
         jobs[f"first_{value}"] = {**BASE, "steps": 8, "fault": {**SKETCH, "poison": value, "after": 0}}

@@ -13,7 +13,7 @@ import pytest
 
 from grace_ds.data.schedule import load_book
 from tests.multirank.launch import COLLECTING, Records, run_jobs, stream
-from tests.multirank.toy import Corpus
+from tests.multirank.toy import Corpus, write_trusted
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(280)]
 
@@ -45,8 +45,7 @@ def one(folder: Path) -> Records:
 def two(folder: Path, one: Records) -> Records:
     """What two ranks make of it, and runs of their own."""
     saved, replay = str(folder / "two"), str(folder / "run1" / "schedules")
-    trusted = folder / "trusted.jsonl"
-    trusted.write_text("\n".join(json.dumps({"input_ids": row.tolist(), "sid": [0]}) for row in Corpus(128, salt=3).tokens[::2]))
+    trusted = write_trusted(folder / "trusted.jsonl", Corpus(128, salt=3).tokens[::2])
     long = {**LONG, "grace": {**GRACE, "trusted": str(trusted)}}
     run_dir = {**GRACE, "run_dir": str(folder / "run2")}
     jobs: dict[str, Any] = {
