@@ -16,9 +16,10 @@ import pytest
 
 from grace_ds.data.schedule import load_book
 from tests.cluster.hosts import ADDRESSES, PATH, Hosts, missing
-from tests.cluster.test_faults import LIMIT, MARGIN, PLACES, write_spec, write_trusted
+from tests.cluster.test_faults import LIMIT, MARGIN, PLACES, write_spec
 from tests.multirank.launch import COLLECTING, environment, stream
 from tests.multirank.test_entries import living, wait_until, write_config
+from tests.multirank.toy import Corpus, write_trusted
 
 WHY = missing("sshd", "ssh-keygen", "pdsh")
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300), pytest.mark.skipif(bool(WHY), reason=WHY or "-")]
@@ -127,7 +128,7 @@ def cut(folder: Path, way: str, place: str, how: str) -> tuple[int, dict[int, st
     """Exit status of the launcher, what is left of the job on both hosts, its output, and its last whole checkpoint."""
     hosts, at = Hosts(folder / "hosts", ssh=True), folder / "job"
     folder.mkdir()
-    write_trusted(folder)
+    write_trusted(folder / "trusted.jsonl", Corpus(64, salt=3).tokens)
     fault = {"rank": 1, "how": "cut", "place": PLACES[place][0]}
     spec = write_spec(at, "spec.json", steps=1000, save=str(at / "saved"), fault=fault)
     hosts.start()
