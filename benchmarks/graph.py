@@ -215,7 +215,7 @@ def full_refresh(n: int, width: int) -> dict[str, Any]:
     return {
         "n": n,
         "width": width,
-        "chosen": len(chosen.coreset.ids),
+        "chosen": len(chosen.ids),
         "graph s": built - wall,
         "propagate s": carried - built,
         "select s": done - carried,

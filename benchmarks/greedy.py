@@ -241,7 +241,7 @@ def measure_samples(n: int, repeats: int) -> list[dict[str, Any]]:
             sample_without_replacement(ids, log_p, k, 1, version)
             seconds.append(time.process_time() - began)
         tracemalloc.start()
-        drawn = sample_without_replacement(ids, log_p, k, 1, 0).coreset
+        drawn = sample_without_replacement(ids, log_p, k, 1, 0)
         peak = tracemalloc.get_traced_memory()[1] - drawn.ids.nbytes - drawn.weights.nbytes
         tracemalloc.stop()
         median = float(np.median(seconds))

@@ -119,11 +119,6 @@ class QualityModel:
         unigram = (self.unigrams + 0.5) / (self.unigrams.sum() + 0.5 * kinds)
         return unigram, np.log(unigram), np.log(self.contexts + BACKOFF)
 
-    def score(self, flat: IntArray, offsets: IntArray) -> Float64Array:
-        """Return the mean log p(b | a) in nats per token, (n,) float64; -inf for samples without a bigram."""
-        left, right, code, row = _bigrams(flat, offsets, self.vocab)
-        return _row_mean(self._log_p(left, self._at(right), code), row, len(offsets) - 1)
-
     def likelihood(self, flat: IntArray, offsets: IntArray) -> Float64Array:
         """Return the mean log p(b | a) + log p(b) in nats per token, (n,) float64; -inf for samples without a bigram.
 
@@ -159,10 +154,6 @@ class QualityModel:
         seen = _row_mean((self.bigrams[code] > 0).astype(np.float64), row, n)
         return np.stack([mean, np.sqrt(np.maximum(square, 0.0)), common, seen, _distinct(right, row, n)], 1)
 
-    def statistics(self, flat: IntArray, offsets: IntArray) -> FloatArray:
-        """Return the raw statistics in robust deviations from held-out trusted sequences, (n, 5) float32 in [-6, 6]."""
-        return self._standard(self.raw_statistics(flat, offsets))
-
     def quality(self, flat: IntArray, offsets: IntArray) -> Float64Array:
         """Return the pass of the trusted filter, (n,) float64 in [0.02, 1]; samples without a bigram get the minimum."""
         left, right, code, row = _bigrams(flat, offsets, self.vocab)
@@ -172,7 +163,11 @@ class QualityModel:
         return self.limits.quality(raw)
 
     def examine(self, flat: IntArray, offsets: IntArray) -> tuple[Float64Array, FloatArray]:
-        """Return :meth:`quality` and :meth:`statistics`, computed in one pass."""
+        """Return :meth:`quality`, and the raw statistics in robust deviations from held-out trusted sequences.
+
+        Returns:
+            (n,) float64 in [0.02, 1]; (n, 5) float32 in [-6, 6].
+        """
         raw = self.raw_statistics(flat, offsets)
         return self.limits.quality(raw), self._standard(raw)
 

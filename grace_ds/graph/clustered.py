@@ -10,7 +10,7 @@ which only bound what a rank holds at once.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,18 +18,15 @@ import numpy as np
 from grace_ds.comm.base import Comm
 from grace_ds.comm.buckets import splitmix64
 from grace_ds.graph.backends import Backend
-from grace_ds.graph.merge import PAD, finished, merge
+from grace_ds.graph.merge import PAD, merge
 from grace_ds.graph.placement import Placement
 from grace_ds.graph.rows import Request, both, collapse, distinct
 from grace_ds.graph.search import search
-from grace_ds.records import Array, FloatArray, IntArray, Neighbours
+from grace_ds.records import Array, FloatArray, IntArray
 
 LEAST_WAVE = 1 << 20  # minimum bytes of rows sent to a rank in a wave
 WAVE_SHARE = 32  # else the limit of a wave is a thirty-second of the index rows that the rank holds
 GIANT = 4  # parts of the whole work per rank: a cluster that costs more has its queries divided
-
-
-Executor = Callable[[Comm, Request, Backend, Placement], IntArray]
 
 
 @dataclass(frozen=True)
@@ -91,24 +88,15 @@ def wave_bytes(n_index: int, width: int, ranks: int) -> int:
     return max(LEAST_WAVE, 4 * width * n_index // (ranks * WAVE_SHARE))
 
 
-def nearest_clustered(
-    comm: Comm, request: Request, backend: Backend, placement: Placement, executor: Executor | None = None
-) -> Neighbours:
-    """Search as :func:`grace_ds.graph.ring.nearest` does, but only among rows that share a cluster.  Collective.
+def nearest_keys(comm: Comm, request: Request, backend: Backend, placement: Placement) -> IntArray:
+    """Search as :func:`grace_ds.graph.ring.nearest_keys` does, but only among rows that share a cluster.  Collective.
 
     Args:
         comm: of all ranks.
         request: of this rank.
         backend: an exact one.
         placement: of the rows of ``request``.
-        executor: replaces :func:`nearest_keys`; None: the ring.
     """
-    keys = (executor or nearest_keys)(comm, request, backend, placement)
-    return finished(keys, request.q_ids, request.k, request.exclude_self)
-
-
-def nearest_keys(comm: Comm, request: Request, backend: Backend, placement: Placement) -> IntArray:
-    """Return the same as (n, wanted) keys of :mod:`grace_ds.graph.merge`; they include a query's own key.  Collective."""
     local = LocalRows(request, placement, comm.size)
     for wave in local.waves:
         packs = [local.pack(wave, rank) for rank in range(comm.size)]

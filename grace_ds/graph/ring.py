@@ -20,13 +20,13 @@ from grace_ds.records import FloatArray, IntArray, Neighbours
 Executor = Callable[[Comm, FloatArray, Shard, int, Backend], IntArray]
 
 
-def nearest(comm: Comm, request: Request, backend: Backend, executor: Executor | None = None) -> Neighbours:
+def nearest(comm: Comm, request: Request, backend: Backend) -> Neighbours:
     """Search this rank's queries among the index rows of all ranks.  Collective.  Arguments: :func:`nearest_keys`.
 
     Returns:
         (n, k) ids and cosines in multiples of 2**-20, nearest first, ties by the lower id, for this rank's queries.
     """
-    return finished(nearest_keys(comm, request, backend, executor), request.q_ids, request.k, request.exclude_self)
+    return finished(nearest_keys(comm, request, backend), request.q_ids, request.k, request.exclude_self)
 
 
 def nearest_keys(comm: Comm, request: Request, backend: Backend, executor: Executor | None = None) -> IntArray:

@@ -79,7 +79,7 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 def _summary(run: Run, run_facts: Facts) -> str:
     boxes = "".join(
         f'<div class="card"><span>{escape(label)}</span><b>{escape(value)}</b><span>{escape(under)}</span></div>'
-        for label, value, under in cards(run, run_facts)
+        for label, value, under in cards(run_facts)
     )
     return f'<section><div class="cards">{boxes}</div><p>{escape(chosen_by(run, run_facts))}</p></section>'
 

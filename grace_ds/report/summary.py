@@ -6,7 +6,7 @@ from grace_ds.report.facts import Facts
 from grace_ds.report.load import Run
 
 
-def cards(run: Run, run_facts: Facts) -> list[tuple[str, str, str]]:
+def cards(run_facts: Facts) -> list[tuple[str, str, str]]:
     """Return (label, value, remark) of the run's main numbers."""
     entries = []
     if run_facts.delta is not None:

@@ -25,7 +25,7 @@ def terminal(run: Run, width: int | None = None, colour: bool = False) -> str:
     # Text, never markup: a sample may contain [red] or control characters.
     console = Console(file=buffer, width=width, force_terminal=colour, highlight=False)
     numbers = Table(title=Text(str(run.folder)), show_header=False)
-    for cells in cards(run, run_facts):
+    for cells in cards(run_facts):
         numbers.add_row(*(Text(c) for c in cells))
     console.print(numbers)
     for line in (chosen_by(run, run_facts), loss_verdict(run, run_facts)):

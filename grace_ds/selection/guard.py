@@ -240,7 +240,7 @@ def decide(
         window.losses.after(before.losses) if window.losses.weight else before.losses
     )  # without a new look the old value does not decay
     blind = before.blind.at(version, seen or Remembered())
-    level = _clean(recipe, window, losses) or _level(recipe, version, window, losses, found, before)
+    level = _clean(window, losses) or _level(recipe, version, window, losses, found, before)
     numbers = {**level.numbers, "effective_share": window.share}
     if losses.weight:
         numbers["loss_share"] = losses.value
@@ -254,7 +254,7 @@ def decide(
     return replace(level, numbers={**numbers, "prediction_skill": known.value, "prediction_skill_samples": known.weight})
 
 
-def _clean(recipe: str, window: Window, losses: Remembered) -> Decision | None:
+def _clean(window: Window, losses: Remembered) -> Decision | None:
     """Return the decision for a clean window; None if something is worth leaving out, or this is not known yet."""
     if window.share < window.clean or window.awaited or (losses.weight and losses.value < window.clean):
         return None

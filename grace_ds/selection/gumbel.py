@@ -8,7 +8,6 @@ the number of ranks, on other ids or on any generator of the job.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -21,21 +20,6 @@ Words = npt.NDArray[np.uint64]
 CHUNK = 1 << 16  # ids hashed at once: the scratch arrays stay in the cache
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A sample without replacement.
-
-    Attributes:
-        coreset: the ids, sorted, with inverse-probability weights of mean 1.
-        threshold: kappa, the (k+1)-th largest perturbed log-probability; -inf if nothing was left over.
-        short: number of ids missing from the k requested, because there were too few to choose from.
-    """
-
-    coreset: Coreset
-    threshold: float
-    short: int
 
 
 def random_words(seed: int, version: int, purpose: int, ids: IntArray) -> Words:
@@ -107,19 +91,19 @@ def check_log_p(ids: IntArray, log_p: Array) -> Floats:
     return np.asarray(log_p, np.float64)
 
 
-def sample_without_replacement(ids: IntArray, log_p: Array, k: int, seed: int, version: int) -> Drawn:
+def sample_without_replacement(ids: IntArray, log_p: Array, k: int, seed: int, version: int) -> Coreset:
     """Draw k of ``ids`` with probabilities in proportion to exp(log_p), successively without replacement.
 
     Args:
         ids: (n,) int64, sorted, unique, the whole window, on the root.
         log_p: (n,) float, unnormalised; -inf for an id that must never be chosen.
-        k: ids wanted; with fewer finite ``log_p`` all of those are taken, and ``short`` is the number missing.
+        k: ids wanted; with fewer finite ``log_p`` all of those are taken.
         seed: of the run.
         version: of the coreset.
 
     Returns:
-        Ids with weights 1 / P(perturbed log-probability above the threshold), which make weighted means over the sample
-        consistent for means over the window; scaled to mean 1.
+        Ids, sorted, with weights 1 / P(perturbed log-probability above the (k+1)-th largest one), which make weighted means over
+        the sample consistent for means over the window; scaled to mean 1.
 
     Beyond its arguments and its result it holds at most 16 bytes per id and a constant.
     """
@@ -141,7 +125,7 @@ def sample_without_replacement(ids: IntArray, log_p: Array, k: int, seed: int, v
         np.negative(weights, out=weights)
         np.expm1(weights, out=weights)
         np.divide(-1.0, weights, out=weights)
-    return Drawn(Coreset(drawn, mean_one(weights)), threshold, max(0, k - len(drawn)))
+    return Coreset(drawn, mean_one(weights))
 
 
 def _log_total(log_p: Floats) -> float:

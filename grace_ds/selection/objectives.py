@@ -149,13 +149,13 @@ def _flat(ids: IntArray) -> Coreset:
 @register("sample")
 def _sample(request: Request) -> Coreset:
     """Draw by Gumbel top-k: without replacement, in proportion to p; inverse-probability weights."""
-    return sample_without_replacement(request.ids, request.log_p, request.k, request.seed, request.version).coreset
+    return sample_without_replacement(request.ids, request.log_p, request.k, request.seed, request.version)
 
 
 @register("uniform", weighs=False)
 def _uniform(request: Request) -> Coreset:
     """Draw with equal chances, again for each version."""
-    return sample_without_replacement(request.ids, np.zeros(len(request.ids)), request.k, request.seed, request.version).coreset
+    return sample_without_replacement(request.ids, np.zeros(len(request.ids)), request.k, request.seed, request.version)
 
 
 @register("topk")

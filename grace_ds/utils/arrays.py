@@ -8,7 +8,6 @@ only within :func:`device_memory`.  The edges of the graph and all data sent bet
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import logging
 from collections.abc import Iterator
@@ -35,13 +34,6 @@ def library_for(device: Any) -> tuple[str, str]:
         return "numpy", f"the device is {device}"
     problem = _cupy_problem()
     return ("torch", problem) if problem else ("cupy", f"the device is {device}")
-
-
-def namespace_for(device: Any) -> Any:
-    """Return the array-API namespace of the library for ``device``; log the choice and the reason once."""
-    library, why = library_for(device)
-    _log_choice(library, why)
-    return importlib.import_module(f"array_api_compat.{library}")
 
 
 def to_device(array: Any, device: Any) -> Any:

@@ -14,6 +14,7 @@ from grace_ds.graph import clustered, placement
 from grace_ds.graph.backends import exact
 from grace_ds.graph.build import knn
 from grace_ds.graph.clusters import fit, nearest_centroids
+from grace_ds.graph.merge import finished
 from grace_ds.graph.ring import nearest
 from grace_ds.graph.rows import Request, prepared
 from grace_ds.records import Neighbours
@@ -77,9 +78,14 @@ def placed(clusters: int, overlap: int = 0, recall: float = 0.99, n: int = N) ->
     return asked, placement.place(comm, asked, centroids, recall, overlap)
 
 
+def searched(asked: Request, p: placement.Placement) -> Neighbours:
+    keys = clustered.nearest_keys(LocalComm(5.0), asked, exact("torch"), p)
+    return finished(keys, asked.q_ids, asked.k, asked.exclude_self)
+
+
 def test_one_cluster_is_the_exact_tier() -> None:
     asked, p = placed(1)
-    graph = clustered.nearest_clustered(LocalComm(5.0), asked, exact("torch"), p)
+    graph = searched(asked, p)
     wanted = nearest(LocalComm(5.0), asked, exact("torch"))
     assert p.recall == 1
     assert graph.ids.tobytes() == wanted.ids.tobytes() and graph.similarity.tobytes() == wanted.similarity.tobytes()
@@ -89,7 +95,7 @@ def test_one_cluster_is_the_exact_tier() -> None:
 def test_the_foretold_recall_is_what_the_search_reaches(overlap: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "SAMPLE_QUERIES", N)  # all of them: then it is no estimate
     asked, p = placed(40, overlap)
-    graph = clustered.nearest_clustered(LocalComm(5.0), asked, exact("torch"), p)
+    graph = searched(asked, p)
     true = nearest(LocalComm(5.0), asked, exact("torch"))
     assert p.recall == pytest.approx(np.mean([np.isin(t, g).mean() for t, g in zip(true.ids, graph.ids, strict=True)]), abs=1e-12)
     assert p.recall < 1

@@ -163,7 +163,7 @@ def test_statistics_are_the_trusted_models_however_sharded(tmp_path, monkeypatch
     monkeypatch.setattr(tokens, "BLOCK_TOKENS", 200)  # several blocks a rank
     parts = run(rows, shares, trusted, want_statistics=True)
     assert parts[1].statistics.shape == (0, 5)
-    assert same_bits(by_id(parts)[3:], [trusted.statistics(block.flat, block.offsets)])
+    assert same_bits(by_id(parts)[3:], [trusted.examine(block.flat, block.offsets)[1]])
     assert same_bits(by_id(parts)[:3], by_id(run(rows, shares, trusted)))
     for _ in range(2):  # computed, then from the cache
         kept = run(rows, shares, trusted, want_statistics=True, cache_dir=tmp_path, fingerprint="data")

@@ -179,7 +179,7 @@ def test_sampling_holds_at_most_16_bytes_an_id(share: float) -> None:
     n = 1_000_000
     ids, log_p = np.arange(n), np.random.default_rng(0).normal(size=n)
     tracemalloc.start()
-    drawn = gumbel.sample_without_replacement(ids, log_p, int(share * n), 1, 0).coreset
+    drawn = gumbel.sample_without_replacement(ids, log_p, int(share * n), 1, 0)
     peak = tracemalloc.get_traced_memory()[1] - drawn.ids.nbytes - drawn.weights.nbytes
     tracemalloc.stop()
     assert peak <= 16 * n + 40 * gumbel.CHUNK
@@ -198,12 +198,16 @@ def test_a_sample_is_the_largest_of_the_perturbed(seed: int, n: int, k: int, chu
         patch.setattr(gumbel, "gumbel", lambda _s, _v, asked: np.array([noise[i] for i in asked.tolist()], float))
         got = gumbel.sample_without_replacement(ids, log_p, k, 1, 0)
     ranked = sorted((i for i, p in zip(ids.tolist(), log_p, strict=True) if p == 0), key=lambda i: (-noise[i], i))
-    assert got.coreset.ids.tolist() == sorted(ranked[: max(k, 0)])
-    assert got.short == max(0, k - len(ranked))
-    if 0 <= k < len(ranked):
-        assert got.threshold == pytest.approx(noise[ranked[k]] - np.log(len(ranked)))
-    else:
-        assert got.threshold == -np.inf
+    assert got.ids.tolist() == sorted(ranked[: max(k, 0)])
+
+
+def test_a_weight_is_one_over_the_chance_to_be_above_the_largest_that_was_left_over() -> None:
+    ids, log_p = np.arange(50), np.random.default_rng(0).normal(size=50)
+    got = gumbel.sample_without_replacement(ids, log_p, 12, 1, 0)
+    spread = log_p - np.log(np.exp(log_p).sum())
+    threshold = np.sort(spread + gumbel.gumbel(1, 0, ids))[-13]
+    wanted = 1 / (1 - np.exp(-np.exp(spread[got.ids] - threshold)))  # a Gumbel variable exceeds x with chance 1 - exp(-exp(-x))
+    assert got.weights == pytest.approx(wanted / wanted.mean(), rel=1e-6)
 
 
 def test_the_noise_of_an_id_depends_on_seed_and_version_and_on_no_other_id() -> None:
@@ -245,7 +249,7 @@ def test_weights_stay_with_their_samples_where_some_must_be_in() -> None:
     rng = np.random.default_rng(2)
     ids, log_p, must = np.arange(0, 60, 2), rng.normal(size=30) * 2, np.isin(np.arange(30), [4, 11, 23])
     got = select("sample", ids, log_p, 12, seed=1, version=3, include=ids[must])
-    others = gumbel.sample_without_replacement(ids[~must], log_p[~must], 9, 1, 3).coreset
+    others = gumbel.sample_without_replacement(ids[~must], log_p[~must], 9, 1, 3)
     expected = dict(zip(others.ids.tolist(), others.weights.tolist(), strict=True)) | dict.fromkeys(ids[must].tolist(), 1.0)
     assert got.ids.tolist() == sorted(expected)
     assert got.weights == pytest.approx(np.array([expected[i] for i in sorted(expected)]) * 12 / sum(expected.values()), rel=1e-5)

@@ -128,7 +128,7 @@ class Dsir(SubsetArm):
         if version:
             return None
         log_ratio = dsir_log_ratio(view.rows, view.trusted, self.SMOOTHING)
-        return sample_without_replacement(view.ids, log_ratio, view.k, self.plan.seed, 0).coreset.ids
+        return sample_without_replacement(view.ids, log_ratio, view.k, self.plan.seed, 0).ids
 
 
 def bags(rows: Array) -> IntArray:

@@ -105,4 +105,4 @@ class Density(SubsetArm):
         view = self.view
         if not len(self._log_p):
             self._log_p = -np.log1p(content(view, density=True, tfidf=False).density.astype(np.float64))
-        return sample_without_replacement(view.ids, self._log_p, view.k, self.plan.seed, version).coreset.ids
+        return sample_without_replacement(view.ids, self._log_p, view.k, self.plan.seed, version).ids

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
@@ -56,7 +55,6 @@ class Backend(Protocol):
         ...
 
 
-BackendFactory = Callable[[float], Backend]  # argument: the recall that an approximate back end must reach
 register = registry.backends.register
 
 
