@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
 import platform
 import re
 import sysconfig
@@ -20,6 +20,7 @@ import numpy as np
 
 from grace_ds.errors import DataError
 from grace_ds.records import Array
+from grace_ds.utils.files import write_atomic
 from grace_ds_quickstart.generated import generated_code
 from grace_ds_quickstart.pollute import Encode, JunkSource, Kind, Pool, mix
 from grace_ds_quickstart.tokenizer import encode_stream, train_tokenizer
@@ -129,15 +130,14 @@ def prepare(spec: CorpusSpec, folder: Path, root: Path | None = None) -> Corpus:
     if manifest and manifest["key"] == key and manifest["digest"] == _digest(folder) and (folder / TOKENIZER).is_file():
         return Corpus(folder, manifest, reused=True)
     arrays, facts, tokenizer = build(spec, root)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / TOKENIZER, tokenizer)
+    write_atomic(folder / TOKENIZER, tokenizer.encode())
     # The manifest goes last: a build that was cut off leaves none, or one whose digest does not match.
     for name, array in arrays.items():
-        temporary = folder / f".{name}.tmp.npy"
-        np.save(temporary, array)
-        os.replace(temporary, folder / f"{name}.npy")
+        buffer = io.BytesIO()
+        np.save(buffer, array)
+        write_atomic(folder / f"{name}.npy", buffer.getbuffer())
     manifest = {"key": key, "digest": _digest(folder), **facts}
-    write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
+    write_atomic(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
     return Corpus(folder, manifest, reused=False)
 
 
@@ -186,13 +186,6 @@ def make_pool(spec: CorpusSpec, clean: Array, encode: Encode, vocab: int) -> Poo
         )
     order = rng.permutation(len(clean))[: spec.pool_size].astype(np.int64)
     return Pool(rows=clean[order], kinds=np.full(len(order), Kind.UNIQUE, np.uint8), sources=order)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a run cut off, sees the old text or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ Keys of summary.json (every time in seconds, every overhead a share of the arm's
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -34,7 +35,7 @@ from rich.table import Table
 from grace_ds.data.schedule import load_book
 from grace_ds.errors import CheckpointError
 from grace_ds.records import Array, IntArray, Role
-from grace_ds_quickstart.corpus import write_text
+from grace_ds.utils.files import write_atomic
 from grace_ds_quickstart.pollute import Kind
 
 LIBRARIES = ("grace_ds", "torch", "deepspeed", "numpy", "tokenizers", "faiss-cpu", "mpi4py")
@@ -210,13 +211,11 @@ def _cell(value: Any, form: str) -> str:
 
 def write(summary: dict[str, Any], arms: list[str], folder: Path) -> None:
     """Write ``summary.json`` and ``loss_curves.png``; each replaces an older one whole."""
-    write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    temporary = folder / ".loss_curves.tmp.png"
-    draw(summary, arms, temporary)
-    os.replace(temporary, folder / "loss_curves.png")
+    write_atomic(folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+    write_atomic(folder / "loss_curves.png", draw(summary, arms))
 
 
-def draw(summary: dict[str, Any], arms: list[str], path: Path) -> None:
+def draw(summary: dict[str, Any], arms: list[str]) -> bytes:
     """The validation loss of each arm against optimizer steps, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -242,4 +241,6 @@ def draw(summary: dict[str, Any], arms: list[str], path: Path) -> None:
     axes.set_title(f"{summary['pool']} pool, seed {summary['seed']}, equal steps")
     axes.grid(alpha=0.3)
     axes.legend(title="arm, final loss", frameon=False)
-    figure.savefig(path, format="png")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

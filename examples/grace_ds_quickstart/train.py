@@ -24,7 +24,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.utils.data import Dataset, DistributedSampler
 
 import grace_ds
-from grace_ds_quickstart.corpus import write_text
+from grace_ds.utils.files import write_atomic
 from grace_ds_quickstart.model import GPT, GPTConfig
 
 MPI_NAMES = {"RANK": "RANK", "WORLD_SIZE": "SIZE", "LOCAL_RANK": "LOCAL_RANK"}  # torch's, and Open MPI's behind OMPI_COMM_WORLD_
@@ -160,7 +160,7 @@ def main() -> None:
             report(f"step {step}/{args.steps} val_loss {value:.4f}")
     if dist.get_rank() == 0:
         found = {"parameters": parameters, "train_seconds": training, **result(args, engine, curve)}
-        write_text(args.out / "result.json", json.dumps(found, indent=1))
+        write_atomic(args.out / "result.json", json.dumps(found, indent=1).encode())
     dist.barrier()
     dist.destroy_process_group()
 

@@ -9,17 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from grace_ds.records import Array, IntArray
+from grace_ds.utils.hashing import splitmix64
 
 N_BUCKETS = 4096
-
-
-def splitmix64(array: Array) -> np.ndarray[tuple[int, ...], np.dtype[np.uint64]]:
-    """Return the first output of splitmix64 seeded with each element of ``array`` (integers of any shape); uint64."""
-    with np.errstate(over="ignore"):
-        z = np.asarray(array).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return np.asarray(z ^ (z >> np.uint64(31)))
 
 
 def bucket_of(ids: Array) -> IntArray:

@@ -111,18 +111,15 @@ def _make_registered(transport: Transport, me: Facts, timeout: float) -> Comm:
     Raises:
         TransportError: it cannot be made, or it numbers the ranks differently; raised on every rank.
     """
-    comm: Comm | None = None
-    problem, place = "", (me.group.index(me.rank), len(me.group))
-    try:
-        comm = transport(me.group, timeout)
-        if (comm.rank, comm.size) != place:
-            problem = f"rank {me.rank} is {comm.rank} of {comm.size} in it, and {place[0]} of {place[1]} in the job"
-    except Exception as error:  # user code may raise anything
-        problem = f"on rank {me.rank}: {type(error).__name__}: {error}"
-    reason = _first_problem(problem)
-    if reason or comm is None:
-        if comm is not None:
-            comm.close()
+    place = me.group.index(me.rank), len(me.group)
+
+    def misplaced(comm: Comm) -> str:
+        if (comm.rank, comm.size) == place:
+            return ""
+        return f"rank {me.rank} is {comm.rank} of {comm.size} in it, and {place[0]} of {place[1]} in the job"
+
+    comm, reason = _made_on_all(lambda: transport(me.group, timeout), misplaced, f"on rank {me.rank}")
+    if comm is None:
         raise TransportError(f"comm: {me.kind} cannot be used: {reason}; repair it, or set comm: auto")
     return comm
 
@@ -181,30 +178,49 @@ def _try_mpi(all_facts: list[Facts], me: Facts, timeout: float) -> tuple[Comm | 
         return None, reason
     from grace_ds.comm import mpi
 
-    comm: Comm | None = None
-    problem = ""
-    try:
+    def start() -> str:
         size = mpi.world()[1]
-        if size != len(all_facts):
-            problem = f"MPI's world has {size} rank(s), torch's has {len(all_facts)}; {_CURE}"
-    except Exception as error:  # a broken MPI installation raises anything from ImportError to RuntimeError
-        problem = f"MPI does not start on rank {me.rank}: {type(error).__name__}: {error}"
-    reason = _first_problem(problem)
-    if not reason:
-        try:
-            problem = mpi.Handshake(timeout).check(me.rank, all_facts[0].token)
-        except TransportError as error:
-            problem = str(error)
-        reason = _first_problem(problem)
-    if not reason:
-        try:
-            comm = mpi.MpiComm(me.group, timeout)
-        except Exception as error:
-            problem = f"no communicator on rank {me.rank}: {error}"
-        reason = _first_problem(problem)
-        if reason and comm is not None:
-            comm.close()
+        return "" if size == len(all_facts) else f"MPI's world has {size} rank(s), torch's has {len(all_facts)}; {_CURE}"
+
+    reason = _problem_on_any(start, f"MPI does not start on rank {me.rank}") or _problem_on_any(
+        lambda: mpi.Handshake(timeout).check(me.rank, all_facts[0].token), f"no handshake over MPI on rank {me.rank}"
+    )
+    if reason:
+        return None, reason
+    return _made_on_all(lambda: mpi.MpiComm(me.group, timeout), lambda comm: "", f"no communicator on rank {me.rank}")
+
+
+def _made_on_all(make: Callable[[], Comm], check: Callable[[Comm], str], failure: str) -> tuple[Comm | None, str]:
+    """Make a transport on all ranks or on none.  Collective over torch's world.
+
+    Args:
+        make: returns the transport; may raise.
+        check: returns what is wrong with it; empty if nothing is.
+        failure: what an exception means, for the reason.
+
+    Returns:
+        The transport and an empty reason; or None and the same reason on all ranks.
+    """
+    comm: Comm | None = None
+
+    def work() -> str:
+        nonlocal comm
+        comm = make()
+        return check(comm)
+
+    reason = _problem_on_any(work, failure)
+    if reason and comm is not None:
+        comm.close()  # only now: on all ranks that have one
     return (None, reason) if reason else (comm, "")
+
+
+def _problem_on_any(work: Callable[[], str], failure: str) -> str:
+    """Run ``work`` on all ranks; return the first problem that it returns or raises on any rank, else "".  Collective."""
+    try:
+        problem = work()
+    except Exception as error:  # code of the user, or of a broken installation of MPI, may raise anything
+        problem = f"{failure}: {type(error).__name__}: {error}"
+    return next((found for found in share(problem) if found), "")
 
 
 def _logged(comm: Comm, why: str) -> Comm:
@@ -233,8 +249,3 @@ def share(mine: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, mine)
     return values
-
-
-def _first_problem(mine: str) -> str:
-    """Return the first problem that any rank has found; empty only if no rank has found one.  Collective."""
-    return next((problem for problem in share(mine) if problem), "")

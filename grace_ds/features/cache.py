@@ -6,7 +6,6 @@ import hashlib
 import io
 import logging
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from grace_ds.records import Array
+from grace_ds.utils.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -57,14 +57,7 @@ def store(folder: str | os.PathLike[str], key: str, arrays: Mapping[str, Array])
     buffer = io.BytesIO()
     contents: dict[str, Any] = {"digest": _digest(key, arrays), **arrays}
     np.savez(buffer, allow_pickle=False, **contents)
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        with os.fdopen(handle, "wb") as file:
-            file.write(buffer.getbuffer())
-        os.replace(temporary, path)
+        write_atomic(path, buffer.getbuffer())
     except OSError as error:
         log.warning("feature cache %s was not written: %s (set features.cache_dir to a writable folder)", path, error)
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)

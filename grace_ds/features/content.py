@@ -12,7 +12,6 @@ counts: to the next window, into the cache and into checkpoints.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -30,6 +29,7 @@ from grace_ds.features.memory import Memory
 from grace_ds.features.ngrams import Allreduce, Sampling, agree_sampling, mixed, some
 from grace_ds.features.tfidf import Terms, TfIdf
 from grace_ds.records import Array, FloatArray, IntArray
+from grace_ds.utils.files import digest
 
 __all__ = ["ContentFeatures", "TokenReader", "TokenScorer", "content_features", "fingerprint", "tokens_of"]
 
@@ -224,7 +224,7 @@ def content_features(
         model = "" if trusted is None else trusted.digest()
         facts = [RECIPE, name, dim, seed, want_density, want_tfidf, want_statistics, keep_counts, model]
         facts += _pool_digest(ids, allreduce)
-        key = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+        key = digest(json.dumps(facts).encode())
         arrays = cache.load(cache_dir, key)
         # A miss on one rank is a miss on all: a hit would skip the sums over ranks that a miss takes part in.
         if int(allreduce(np.array([arrays is None], np.int64))[0]) == 0 and arrays is not None:
@@ -350,4 +350,4 @@ def _pool_digest(ids: IntArray, allreduce: Allreduce) -> list[str | int]:
     code = mixed(ids)
     low, high = code & np.uint64(0xFFFFFFFF), code >> np.uint64(32)  # halves: their sums cannot overflow
     sums = allreduce(np.array([len(ids), low.sum(), high.sum()]).astype(np.int64))
-    return [hashlib.blake2b(ids.astype("<i8").tobytes(), digest_size=16).hexdigest(), *map(int, sums)]
+    return [digest(ids.astype("<i8").tobytes()), *map(int, sums)]

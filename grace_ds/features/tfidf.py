@@ -20,22 +20,14 @@ from grace_ds.data.tokens import BREAK, TokenBlock
 from grace_ds.features.ngrams import Allreduce
 from grace_ds.records import Array, FloatArray, IntArray
 from grace_ds.utils.grid import on_grid
+from grace_ds.utils.hashing import GOLDEN, finish
 
 BITS = 18
 TERMS = 1 << BITS
 _UNI = np.uint64(0xD6E8FEB86659FD93)
-_LEFT = np.uint64(0x9E3779B97F4A7C15)
+_LEFT = np.uint64(GOLDEN)
 _RIGHT = np.uint64(0xC2B2AE3D27D4EB4F)
-_MIX = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 CHUNK = 1 << 13  # approximate tokens hashed and sorted at once: the arrays fit the nearest caches
-
-
-def _finish(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Apply splitmix64's last steps: every output bit depends on every input bit."""
-    x = (x ^ (x >> np.uint64(30))) * _MIX[0]
-    x = (x ^ (x >> np.uint64(27))) * _MIX[1]
-    mixed: npt.NDArray[np.uint64] = x ^ (x >> np.uint64(31))
-    return mixed
 
 
 def _pieces(block: TokenBlock) -> Iterator[Array]:
@@ -70,16 +62,8 @@ def _pieces(block: TokenBlock) -> Iterator[Array]:
 
 
 def _hash_into(out: Array, x: npt.NDArray[np.uint64]) -> None:
-    """Write the bins in [0, 2^18) of ``x`` to ``out``: the top bits of :func:`_finish`.  Overwrites ``x``."""
-    scratch = x >> np.uint64(30)
-    x ^= scratch
-    x *= _MIX[0]
-    np.right_shift(x, np.uint64(27), out=scratch)
-    x ^= scratch
-    x *= _MIX[1]
-    np.right_shift(x, np.uint64(31), out=scratch)
-    x ^= scratch
-    np.right_shift(x, np.uint64(64 - BITS), out=out, casting="unsafe")
+    """Write the bins in [0, 2^18) of ``x`` to ``out``: the top bits of its hashes.  Overwrites ``x``."""
+    np.right_shift(finish(x), np.uint64(64 - BITS), out=out, casting="unsafe")
 
 
 def _distinct(keys: Array) -> tuple[Array, IntArray]:
@@ -129,7 +113,7 @@ class TfIdf:
         self.dim = dim
         self.frequency = np.zeros(TERMS, np.int64)
         self.samples = 0
-        code = _finish(np.arange(TERMS, dtype=np.uint64) + np.uint64(seed * int(_LEFT) % 2**64))
+        code = finish(np.arange(TERMS, dtype=np.uint64) + np.uint64(seed * GOLDEN % 2**64))
         self._place = ((code >> np.uint64(1)) % np.uint64(dim)).astype(np.int64)
         self._sign = np.where(code & np.uint64(1), 1.0, -1.0)
         self._weight = self._sign

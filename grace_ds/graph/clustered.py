@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from grace_ds.comm.base import Comm
-from grace_ds.comm.buckets import splitmix64
 from grace_ds.graph.backends import Backend
 from grace_ds.graph.merge import PAD, merge
 from grace_ds.graph.placement import Placement
 from grace_ds.graph.rows import Request, both, collapse, distinct
 from grace_ds.graph.search import search
 from grace_ds.records import Array, FloatArray, IntArray
+from grace_ds.utils.hashing import splitmix64
 
 LEAST_WAVE = 1 << 20  # minimum bytes of rows sent to a rank in a wave
 WAVE_SHARE = 32  # else the limit of a wave is a thirty-second of the index rows that the rank holds

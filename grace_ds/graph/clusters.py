@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from grace_ds.comm.base import Comm
-from grace_ds.comm.buckets import splitmix64
 from grace_ds.records import Array, FloatArray, IntArray
 from grace_ds.utils.grid import ROW_GRID
+from grace_ds.utils.hashing import splitmix64
 
 SAMPLE_ROWS = 20  # per centroid: twice as many cost twice as much, and overlap compensates for it
 ROUNDS = 10

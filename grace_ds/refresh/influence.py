@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from grace_ds.comm.base import Comm
-from grace_ds.comm.buckets import splitmix64
 from grace_ds.features.content import ContentFeatures
 from grace_ds.features.limits import tail_location
 from grace_ds.features.quality import STATISTICS
 from grace_ds.records import Array, FloatArray, IntArray, SampleRecords
 from grace_ds.refresh.table import Table
 from grace_ds.selection.ridge import TARGET_CLIP, Ridge, columns, design, normal_equations, weight_of
+from grace_ds.utils.hashing import splitmix64
 
 TOLERANCE = 0.1  # of the explained variance: a smaller error of the fit does not justify more labels
 LEAST_DEVIATION = 0.02  # of the trusted predictions, in trusted medians: smaller deviations are not meaningful

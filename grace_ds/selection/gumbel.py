@@ -14,12 +14,10 @@ import numpy.typing as npt
 
 from grace_ds.errors import DataError
 from grace_ds.records import Array, Coreset, FloatArray, IntArray
+from grace_ds.utils.hashing import GOLDEN, Words, finish, finish_one
 
 Floats = npt.NDArray[np.float64]
-Words = npt.NDArray[np.uint64]
 CHUNK = 1 << 16  # ids hashed at once: the scratch arrays stay in the cache
-_GOLDEN = 0x9E3779B97F4A7C15
-_MASK = (1 << 64) - 1
 
 
 def random_words(seed: int, version: int, purpose: int, ids: IntArray) -> Words:
@@ -29,17 +27,17 @@ def random_words(seed: int, version: int, purpose: int, ids: IntArray) -> Words:
     """
     key = 0
     for part in (seed, version, purpose):
-        key = _mix_one((key ^ (part & _MASK)) + _GOLDEN)
+        key = finish_one((key ^ (part % 2**64)) + GOLDEN)
     words = np.asarray(ids, np.int64).astype(np.uint64)
     for lo in range(0, len(words), CHUNK):
         block = words[lo : lo + CHUNK]
-        block *= np.uint64(_GOLDEN)
+        block *= np.uint64(GOLDEN)
         block += np.uint64(key)
-        _mix(block)
+        finish(block)
         # Mix twice, so that neighbouring keys share no sequence.  The word mixed in is that of id -1, which no sample has:
         # the word of a real id would cancel to 0 there and give that id the same noise in every version.
-        block ^= np.uint64(_mix_one(key - _GOLDEN))
-        _mix(block)
+        block ^= np.uint64(finish_one(key - GOLDEN))
+        finish(block)
     return words
 
 
@@ -176,18 +174,3 @@ def mean_one(weights: Array) -> FloatArray:
     """Return ``weights`` (m,) scaled to mean 1, float32; m may be 0."""
     total = float(np.sum(weights, dtype=np.float64))
     return (np.asarray(weights, np.float64) * (len(weights) / total if total > 0 else 1.0)).astype(np.float32)
-
-
-def _mix(z: Words) -> None:
-    """Apply splitmix64's finaliser in place."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z ^= z >> np.uint64(shift)
-        z *= np.uint64(factor)
-    z ^= z >> np.uint64(31)
-
-
-def _mix_one(z: int) -> int:
-    z &= _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)

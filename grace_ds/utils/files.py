@@ -13,7 +13,7 @@ def digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def write_atomic(path: Path, data: bytes, private: bool = False) -> None:
+def write_atomic(path: Path, data: bytes | memoryview, private: bool = False) -> None:
     """Write a file so that a reader finds the old content or the new, also after a power failure.
 
     The folder is made if it is missing.  Permissions follow the process's umask, as for any new file.

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grace_ds.comm.buckets import buckets_of, splitmix64
+from grace_ds.comm.buckets import buckets_of
 from grace_ds.errors import CheckpointError, DataError
 from grace_ds.records import HIDDEN, SampleRecords
 from grace_ds.refresh.bucket_files import save_columns
 from grace_ds.refresh.table import N_BUCKETS, SCHEMA, Table, bucket_of, owner_of
+from grace_ds.utils.hashing import splitmix64
 
 DIM = 3
 
