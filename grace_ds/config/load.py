@@ -7,7 +7,6 @@ ranks read the same config, so all ranks raise the same error.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,11 +16,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from grace_ds import recipes, registry
+from grace_ds import registry
 from grace_ds.config import schema
+from grace_ds.config.checks import check_types, check_values
 from grace_ds.config.interpolated import hidden, marked, unresolved
 from grace_ds.config.schema import GraceConfig, Plain
-from grace_ds.config.value_types import check_types
 from grace_ds.errors import ConfigError
 from grace_ds.utils.files import write_atomic
 
@@ -132,7 +131,7 @@ def _checked(layers: Sequence[Any], path: str) -> GraceConfig:
         log.warning("%s.recipe = %r is now called %r; the old name goes with the next version", path, config.recipe, new)
         config.recipe = new
     registry.load_plugins(config.plugins, path)
-    validate(config, path)
+    check_values(config, path)
     return config
 
 
@@ -173,122 +172,6 @@ def _refuse_removed(raw: Plain, path: str) -> None:
     for key, cure in schema.REMOVED.items():
         if _get(raw, key, _ABSENT) is not _ABSENT:
             raise ConfigError(f"{path}.{key} is gone: {cure}")
-
-
-def validate(config: GraceConfig, path: str = HOME) -> None:
-    """Check every rule that a type cannot express.
-
-    Raises:
-        ConfigError: naming the key, its value and what is allowed.
-    """
-    choices = [
-        ("recipe", config.recipe, (recipes.AUTO, *recipes.names())),
-        ("mode", config.mode, schema.MODES),
-        ("weights", config.weights, schema.WEIGHTS),
-        ("comm", config.comm, ("auto", *registry.transports.names())),
-        ("refresh.cadence", config.refresh.cadence, schema.CADENCES),
-        ("collect.reduction", config.collect.reduction, schema.REDUCTIONS),
-        ("graph.backend", config.graph.backend, ("auto", *registry.backends.names())),
-        ("graph.tier", config.graph.tier, schema.TIERS),
-        ("graph.executor", config.graph.executor, schema.EXECUTORS),
-        ("selection.objective", config.selection.objective, registry.objectives.names()),
-        ("selection.shares", config.selection.shares, schema.SHARES),
-        ("checkpoint.on_missing_state", config.checkpoint.on_missing_state, schema.MISSING_STATE),
-        ("checkpoint.on_damaged_state", config.checkpoint.on_damaged_state, schema.MISSING_STATE),
-        ("checkpoint.on_failed_save", config.checkpoint.on_failed_save, schema.FAILED_SAVE),
-    ]
-    for key, value, allowed in choices:
-        if value not in allowed:
-            near = difflib.get_close_matches(str(value), allowed, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{path}.{key} = {value!r}; it must be one of {', '.join(allowed)}{hint}")
-    numbers: list[tuple[str, float, bool, str]] = [
-        ("budget", config.budget, 0 < config.budget <= 1, "in (0, 1]"),
-        ("window", config.window, config.window >= 0, "0 (automatic) or a number of samples"),
-        ("seed", config.seed, config.seed >= 0, "0 or more"),
-        ("max_repeats", config.max_repeats, config.max_repeats > 0, "above 0"),
-        ("start_step", config.start_step, config.start_step >= -1, "-1 (after the first interval), 0 or more"),
-        ("total_steps", config.total_steps, config.total_steps >= 0, "0 (unknown) or more"),
-        ("refresh.interval_steps", config.refresh.interval_steps, config.refresh.interval_steps >= 1, "1 or more"),
-        ("refresh.max_overhead", config.refresh.max_overhead, 0 < config.refresh.max_overhead <= 1, "in (0, 1]"),
-        ("refresh.slack_steps", config.refresh.slack_steps, config.refresh.slack_steps >= -1, "-1 (automatic) or more"),
-        ("refresh.probe_share", config.refresh.probe_share, 0 < config.refresh.probe_share <= 1, "in (0, 1]"),
-        ("refresh.timeout_seconds", config.refresh.timeout_seconds, config.refresh.timeout_seconds > 0, "above 0"),
-        ("collect.share", config.collect.share, 0 < config.collect.share <= 1, "in (0, 1]"),
-        ("collect.dim", config.collect.dim, 8 <= config.collect.dim <= 8192, "between 8 and 8192"),
-        ("collect.rank", config.collect.rank, 1 <= config.collect.rank <= 64, "between 1 and 64"),
-        ("features.dim", config.features.dim, 8 <= config.features.dim <= 4096, "between 8 and 4096"),
-        (
-            "selection.least_share",
-            config.selection.least_share,
-            0 <= config.selection.least_share <= 1,
-            "between 0 and 1: of a source's share of the window",
-        ),
-        (
-            "selection.most_share",
-            config.selection.most_share,
-            config.selection.most_share >= 1,
-            "1 or more: of a source's share of the window",
-        ),
-        ("features.separator", config.features.separator, config.features.separator >= -1, "-1 (none) or a token id"),
-        ("features.max_tokens", config.features.max_tokens, config.features.max_tokens >= 8, "8 or more"),
-        ("graph.k", config.graph.k, 1 <= config.graph.k <= 256, "between 1 and 256"),
-        ("graph.recall", config.graph.recall, 0 < config.graph.recall <= 1, "in (0, 1]"),
-        ("graph.clusters", config.graph.clusters, 0 <= config.graph.clusters <= 1 << 20, "0 (automatic) to 1048576"),
-        ("graph.overlap", config.graph.overlap, 0 <= config.graph.overlap <= 8, "0 (automatic) to 8"),
-        ("graph.sketch_share", config.graph.sketch_share, 0 <= config.graph.sketch_share < 1, "in [0, 1)"),
-        ("graph.hidden_share", config.graph.hidden_share, 0 <= config.graph.hidden_share < 1, "in [0, 1)"),
-        ("graph.drift", config.graph.drift, 0 <= config.graph.drift < 1, "in [0, 1)"),
-        ("graph.hops", config.graph.hops, 1 <= config.graph.hops <= 64, "between 1 and 64"),
-        ("graph.shrink", config.graph.shrink, config.graph.shrink > 0, "above 0, so that one weak neighbour does not decide"),
-        ("graph.decay", config.graph.decay, 0 < config.graph.decay <= 1, "in (0, 1]"),
-        ("selection.explore", config.selection.explore, 0 <= config.selection.explore < 1, "in [0, 1)"),
-        ("selection.audit", config.selection.audit, 0 <= config.selection.audit < 1, "in [0, 1)"),
-        ("guard.clean_share", config.guard.clean_share, 0 < config.guard.clean_share <= 1, "in (0, 1]"),
-        ("guard.confidence", config.guard.confidence, 0 < config.guard.confidence < 1, "in (0, 1)"),
-    ]
-    for key, number, ok, allowed_range in numbers:
-        if not ok:
-            raise ConfigError(f"{path}.{key} = {number}; it must be {allowed_range}")
-    _validate_combinations(config, path)
-
-
-def _validate_combinations(config: GraceConfig, path: str) -> None:
-    first = max(config.start_step, config.warmup_steps)
-    if config.stop_step and config.stop_step <= first:
-        raise ConfigError(
-            f"{path}.stop_step = {config.stop_step} is not after the first choice at step {first}; raise it, or 0 for never"
-        )
-    learned = config.graph.sketch_share + config.graph.hidden_share
-    if learned >= 1:
-        raise ConfigError(f"{path}.graph: sketch_share + hidden_share = {learned:g} leaves nothing to content; keep it below 1")
-    if config.selection.explore + config.selection.audit >= 1:
-        total = config.selection.explore + config.selection.audit
-        raise ConfigError(f"{path}.selection: explore + audit = {total:g} leaves no slot for the coreset; keep it below 1")
-    if recipes.recipe(config.recipe).content and not config.features.enabled and config.replay is None:
-        needs = "only recipe: uniform does without content features"
-        raise ConfigError(f"{path}.recipe = {config.recipe!r} with features.enabled: false; {needs}, or turn them on")
-    uses = recipes.recipe(config.recipe).uses
-    if config.selection.shares == "adapt":
-        if config.selection.sources is None:
-            raise ConfigError(f"{path}.selection.shares = 'adapt' without selection.sources; name each sample's source there")
-        if "gradients" not in config.parts:
-            raise ConfigError(
-                f"{path}.selection.shares = 'adapt' learns from influences, which recipe {config.recipe!r} does not measure; "
-                "set recipe: grace and leave gradients out of ablate, or set shares: keep"
-            )
-    odd = [part for part in config.ablate if part not in uses]
-    if odd:
-        near = difflib.get_close_matches(odd[0], uses, 1)
-        known = f"it can do without {', '.join(sorted(uses))}" if uses else "it has no parts to leave out"
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{path}.ablate names {odd[0]!r}, which is no part of recipe {config.recipe!r}: {known}{hint}")
-    if config.covers and not config.features.enabled:
-        raise ConfigError(f"{path}.selection.objective = 'facility_location' needs the content graph; set features.enabled: true")
-    if config.replay is not None and config.mode == "shadow":
-        raise ConfigError(f"{path}: replay and mode: shadow exclude each other (shadow leaves the batches alone); drop one")
-    if not config.collect.layers:
-        raise ConfigError(f"{path}.collect.layers is empty; name at least one pattern, or ['auto']")
 
 
 def refuse_curriculum(ds_config: Mapping[str, Any]) -> None:

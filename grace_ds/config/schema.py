@@ -1,7 +1,7 @@
 """Define the configuration: every key that grace_ds knows, with its type, its default and its meaning.
 
 The sections are plain dataclasses, used as OmegaConf structured configs.  An unknown key or a wrong type is an error with the
-key's path; rules that span several keys are in :func:`grace_ds.config.load.validate`.
+key's path; rules that span several keys are in :mod:`grace_ds.config.checks`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 from grace_ds import recipes, registry
 
-MODES = ("train", "shadow")
 RENAMED_RECIPES = {"prior": "content"}  # old names, accepted with a warning for one version
 RENAMED = {"harvest": "collect", "graph.leaf": "graph.backend"}  # old keys, accepted with a warning for one version
 REMOVED = {  # keys of the first version → what to do instead
@@ -20,14 +19,6 @@ REMOVED = {  # keys of the first version → what to do instead
     "graph.residuals": "leave it out: recipe grace always spreads along the graph; ablate: [graph] does without",
     "selection.loss_tilt": "leave it out: recipe grace always weighs by loss; ablate: [loss] does without",
 }
-WEIGHTS = ("none", "inverse_probability")
-SHARES = ("keep", "floor", "free", "adapt")
-CADENCES = ("adaptive", "fixed")
-EXECUTORS = ("ring", "dask")
-TIERS = ("auto", "exact", "clustered")
-REDUCTIONS = ("mean", "sum")
-MISSING_STATE = ("rebuild", "error")
-FAILED_SAVE = ("warn", "error")
 WARMUP_SHARE = 20  # the warm-up of a run of known length lasts at most one part in so many of it
 LEAST_COLLECTED = 8  # fewest steps between two refreshes that are collected, if there are so many
 
