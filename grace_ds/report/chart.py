@@ -1,14 +1,13 @@
-"""Build the map's section of the page: a figure, and next to it the sample that is pointed at.
+"""Describe the map of the page: a figure, and the text of each sample that can be pointed at.
 
 The figure is an image.  The positions of its points, and the text for each, are data of the page that its script reads.  They
-are text, never markup: both are escaped here, and the script writes text alone.
+are text, never markup: the template escapes both, and the script writes text alone.
 """
 
 from __future__ import annotations
 
 import json
-from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,29 +16,29 @@ from grace_ds.report.load import Run
 from grace_ds.report.samples import text_of
 
 CHARACTERS = 160
-_EMPTY = "Point at a sample, tap it, or step through them with the arrow keys once the map is focused."
 
 
-def body(run: Run) -> str:
-    """Return the content of the section."""
-    chart = run.chart
-    if chart is None:
-        return f"<p>{escape(_why_not(run))}</p>"
+class Map(NamedTuple):
+    """What the section shows of a map.
+
+    Attributes:
+        about: a paragraph on the samples and the axes.
+        pictures: (image, meaning of its colour).
+        points: JSON of each point's place on an image, from the left and from the top, and of its text.
+    """
+
+    about: str
+    pictures: list[tuple[str, str]]
+    points: str
+
+
+def map_of(run: Run, chart: dict[str, Any]) -> Map:
+    """Return what the section shows of the run's map."""
     drawn = [figures.chart(chart, name) for name in figures.MAPPED if np.isfinite(_floats(chart.get(name, []))).any()]
-    pictures = "".join(
-        f'<figure class="map" tabindex="0"><img src="{uri}" alt="samples on two axes; {escape(label)}">'
-        '<i class="spot" hidden></i>'
-        f"<figcaption>{escape(label)}; ringed: chosen</figcaption></figure>"
-        for uri, label, _ in drawn
-    )
     left, top = np.round(drawn[0][2], 4).T.tolist()
     texts = [_description(run, chart, i) for i in range(len(chart["ids"]))]
-    points = escape(json.dumps({"left": left, "top": top, "said": texts}))
-    return (
-        f"<p>{escape(_about(chart))}</p>"
-        f'<div class="figures">{pictures}<div id="point" role="status"><pre>{_EMPTY}</pre></div></div>'
-        f'<div id="points" hidden>{points}</div>'
-    )
+    points = json.dumps({"left": left, "top": top, "texts": texts})
+    return Map(_about(chart), [(uri, label) for uri, label, _ in drawn], points)
 
 
 def _about(chart: dict[str, Any]) -> str:
@@ -75,7 +74,8 @@ def _description(run: Run, chart: dict[str, Any], i: int) -> str:
     return "; ".join(facts) + "\n" + (text or "(the dataset shows neither text nor token ids)")
 
 
-def _why_not(run: Run) -> str:
+def why_not(run: Run) -> str:
+    """Return why the run has no map."""
     recipe, features = run.config.get("recipe"), run.config.get("features") or {}
     if recipe == "uniform" or features.get("enabled") is False:
         return "There is no map: samples are placed by their content, and this configuration does not read it."

@@ -6,7 +6,7 @@ if (maps.length) {
   let at = -1;
   const show = (i) => {
     at = i;
-    card.textContent = points.said[i];
+    card.textContent = points.texts[i];
     for (const map of maps) {
       const image = map.querySelector("img"), spot = map.querySelector(".spot");
       spot.style.left = points.left[i] * image.clientWidth + "px";

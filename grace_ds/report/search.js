@@ -1,7 +1,7 @@
 "use strict";
 const box = document.getElementById("search"), group = document.getElementById("group");
 const rows = Array.from(document.querySelectorAll("#samples tbody tr"));
-const said = document.getElementById("found");
+const count = document.getElementById("found");
 function filter() {
   const words = box.value.toLowerCase().split(/\s+/).filter(Boolean);
   let found = 0;
@@ -11,7 +11,7 @@ function filter() {
     row.hidden = !shown;
     found += shown;
   }
-  said.textContent = found + " of " + rows.length + " samples";
+  count.textContent = found + " of " + rows.length + " samples";
 }
 if (box) {
   box.addEventListener("input", filter);

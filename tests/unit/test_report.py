@@ -331,7 +331,7 @@ def test_the_map_is_of_real_samples_with_what_is_known_of_them(tmp_path: Path) -
         assert i not in known or 10**log_chance == pytest.approx(known[i], rel=1e-3)
     said = Seen(page(run)).text
     assert f"All {N} samples of the window" in said and f"{chart['explained'][0]:.1%}" in said
-    assert f"sample 7: {MARKUP}"[:100] in json.loads(re.findall(r'{"left".*?}', said)[0])["said"][7]
+    assert f"sample 7: {MARKUP}"[:100] in json.loads(re.findall(r'{"left".*?}', said)[0])["texts"][7]
 
 
 def test_the_map_of_the_last_coreset_outlives_a_pause_but_not_a_new_run(tmp_path: Path) -> None:

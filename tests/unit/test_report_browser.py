@@ -88,15 +88,15 @@ def test_a_sample_of_the_map_shows_its_text(opened: Any) -> None:
     image.scroll_into_view_if_needed()
     box = image.bounding_box()
     rng = np.random.default_rng(0)
-    for i in rng.choice(len(points["said"]), 12, replace=False).tolist():
+    for i in rng.choice(len(points["texts"]), 12, replace=False).tolist():
         x, y = points["left"][i] * box["width"], points["top"][i] * box["height"]
         opened.mouse.move(box["x"] + x, box["y"] + y)
         shown = card.inner_text()
         # Samples may lie at one place: what is shown is one that does.
-        at = next(j for j, said in enumerate(points["said"]) if said.startswith(shown.split(";")[0] + ";"))
+        at = next(j for j, said in enumerate(points["texts"]) if said.startswith(shown.split(";")[0] + ";"))
         assert abs(points["left"][at] - points["left"][i]) * box["width"] < 1.5
         assert abs(points["top"][at] - points["top"][i]) * box["height"] < 1.5
-        assert MARKUP[:60] in shown and shown.split(";")[0] == points["said"][at].split(";")[0]
+        assert MARKUP[:60] in shown and shown.split(";")[0] == points["texts"][at].split(";")[0]
         spot = opened.locator(".spot").first.bounding_box()
         assert abs(spot["x"] + spot["width"] / 2 - box["x"] - x) < 2 and abs(spot["y"] + spot["height"] / 2 - box["y"] - y) < 2
     assert opened.evaluate("document.querySelectorAll('#point *').length") == 1  # markup stays text
