@@ -41,13 +41,13 @@ class Finding:
     Attributes:
         what: name of the check.
         status: ok | note | warning | failure; the last one alone makes the exit status 1.
-        said: the result in words, with the value.
+        message: the result in words, with the value.
         cure: what to do; empty if nothing needs to be done.
     """
 
     what: str
     status: str
-    said: str
+    message: str
     cure: str = ""
 
 
@@ -261,7 +261,7 @@ def doctor(environ: Mapping[str, str], shared: Path | None, as_json: bool, job: 
     if as_json:
         return json.dumps({"ok": not failed, "findings": [asdict(f) for f in found]}, indent=1) + "\n", int(failed)
     width = max(len(f.what) for f in found)
-    lines = [f"{f.status:8} {f.what:{width}}  {f.said}" + (f"\n{'':{width + 11}}→ {f.cure}" if f.cure else "") for f in found]
+    lines = [f"{f.status:8} {f.what:{width}}  {f.message}" + (f"\n{'':{width + 11}}→ {f.cure}" if f.cure else "") for f in found]
     return "\n".join([*lines, "something here would stop a job" if failed else "nothing here would stop a job", ""]), int(failed)
 
 

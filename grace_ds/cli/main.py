@@ -104,7 +104,7 @@ def _add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
         example="""\
             grace-ds plan --samples 1e8 --ranks 64
             grace-ds plan --samples 1e8 --ranks 64 --tokens 1024 --batch 2048 --steps 1e5 --parameters 7e9 --tflops 400
-            grace-ds plan --samples 1e6 --ranks 8 --set recipe=grace graph.residuals=true --calibrate --json
+            grace-ds plan --samples 1e6 --ranks 8 --set recipe=grace graph.tier=exact --calibrate --json
             """,
     )
     job = planner.add_argument_group("the job")

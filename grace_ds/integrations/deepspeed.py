@@ -62,7 +62,7 @@ def initialize(
     if grace is None or not grace.enabled or _left_to_attach:
         result: tuple[Any, Any, Any, Any] = original(*args, **kwargs)
         preemption.from_environment(result[0])
-        progress.say_off()
+        progress.report_off()
         return result
     refuse_curriculum(read_ds_config(config))
     given = bound.arguments.get("training_data")

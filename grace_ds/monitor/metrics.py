@@ -32,7 +32,7 @@ from grace_ds.utils.rng import undisturbed_rng
 log = logging.getLogger("grace_ds")
 
 PREVIEW_CHARACTERS, PREVIEW_TOKENS = 300, 96
-PREVIEW_SECONDS = 10.0  # most time that rank 0 reads the dataset for one account; the other ranks wait in the next step
+PREVIEW_SECONDS = 10.0  # most time that rank 0 reads the dataset for one explanation; the other ranks wait in the next step
 MAP, MAP_CHARACTERS, MAP_TOKENS = "map.json", 160, 48
 Preview = Callable[[int], dict[str, Any]]  # dataset id → entries beside its reasons
 EventWriter = Callable[[dict[str, float], int], None]  # events by name, samples trained on so far
@@ -240,7 +240,7 @@ def keep_explanation(
                 known.update(mapped)
         if unread:
             log.warning(
-                "the account of refresh %d shows %d of its samples by their ids alone: the dataset was read for %g s",
+                "the explanation of refresh %d shows %d of its samples by their ids alone: the dataset was read for %g s",
                 version,
                 unread,
                 PREVIEW_SECONDS,
@@ -253,7 +253,7 @@ def keep_explanation(
             facts = {key: explanation[key] for key in ("version", "step", "level", "used", "window")}
             write_atomic(folder / MAP, json.dumps({**facts, **chart, "shown": list(mapped.values())}).encode())
     except Exception as error:  # the dataset's own code runs here
-        log.warning("no account of refresh %d is kept (%s: %s); training goes on", version, type(error).__name__, error)
+        log.warning("no explanation of refresh %d is kept (%s: %s); training goes on", version, type(error).__name__, error)
 
 
 def _short(shown: dict[str, Any]) -> dict[str, Any]:

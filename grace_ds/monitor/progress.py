@@ -25,7 +25,7 @@ VARIABLE = "GRACE_DS_PROGRESS"  # path of the datagram socket of the view, or LI
 LINES = "lines"
 DRAWN_EVERY, LINE_EVERY = 0.5, 60.0  # seconds
 Facts = dict[str, Any]
-Say = Callable[[Facts], None]
+Send = Callable[[Facts], None]
 
 
 def follow(handle: Any) -> ProgressReporter | None:
@@ -33,17 +33,17 @@ def follow(handle: Any) -> ProgressReporter | None:
     destination = os.environ.get(VARIABLE)
     if not destination or handle.controller.comm.rank != 0:
         return None
-    reporter = ProgressReporter(handle.controller, *_speaker(destination))
+    reporter = ProgressReporter(handle.controller, *_sender(destination))
     _reporters.add(reporter)
-    reporter.tell()
+    reporter.report()
     return reporter
 
 
-def say_off() -> None:
+def report_off() -> None:
     """Report, on rank 0, that GRACE is off in the job's config."""
     destination = os.environ.get(VARIABLE)
     if destination and int(os.environ.get("RANK", "0")) == 0:
-        _speaker(destination)[0]({"off": True})
+        _sender(destination)[0]({"off": True})
 
 
 def line(facts: Facts) -> str:
@@ -98,26 +98,26 @@ class ProgressReporter:
 
     Args:
         controller: of this rank, which is rank 0.
-        say: receives the facts.
+        send: receives the facts.
         every: seconds between two reports; a refresh is also reported at once if the reports go to a view.
     """
 
-    def __init__(self, controller: Any, say: Say, every: float) -> None:
-        self.controller, self.say, self.every = controller, say, every
+    def __init__(self, controller: Any, send: Send, every: float) -> None:
+        self.controller, self.send, self.every = controller, send, every
         self._loss = LossReader()
         self._due = 0.0
         self._seen: tuple[float, int] | None = None  # seconds of training and step at the last report
         self._undo = [
-            replace_method(controller, "after_step", self.stepped),
-            replace_method(controller, "observe_loss", self.heard),
+            replace_method(controller, "after_step", self.on_step),
+            replace_method(controller, "observe_loss", self.on_loss),
         ]
 
-    def heard(self, original: Callable[..., Any], loss: Any) -> Any:
+    def on_loss(self, original: Callable[..., Any], loss: Any) -> Any:
         """Keep the loss at each backward, and call the controller's own method."""
         self._loss.offer(loss)
         return original(loss)
 
-    def stepped(self, original: Callable[..., Any], step: int, *args: Any, **kwargs: Any) -> Any:
+    def on_step(self, original: Callable[..., Any], step: int, *args: Any, **kwargs: Any) -> Any:
         """Report around the controller's own work after an optimizer step, which may include a refresh."""
         controller = self.controller
         due = (
@@ -127,13 +127,13 @@ class ProgressReporter:
         )
         refreshing = due and self.every < LINE_EVERY
         if refreshing:
-            self.tell(step)
+            self.report(step)
         result = original(step, *args, **kwargs)
         if time.monotonic() >= self._due or refreshing:
-            self.tell()
+            self.report()
         return result
 
-    def tell(self, step: int | None = None) -> None:
+    def report(self, step: int | None = None) -> None:
         """Report the state of the run.
 
         Args:
@@ -141,25 +141,25 @@ class ProgressReporter:
         """
         self._due = time.monotonic() + self.every
         try:
-            self.say(self.facts(step))
+            self.send(self.facts(step))
         except Exception as error:  # a failed report must not affect the job
-            self.say = _discard
+            self.send = _discard
             log.warning("the progress cannot be reported any more (%s: %s); training goes on", type(error).__name__, error)
 
     def close(self) -> None:
         """Report the state of the run for the last time.  A second call does nothing."""
         while self._undo:
             self._undo.pop()()
-        self.tell()
-        say, self.say = self.say, _discard
-        if isinstance(say, _Datagrams):
-            say.close()
+        self.report()
+        send, self.send = self.send, _discard
+        if isinstance(send, _Datagrams):
+            send.close()
 
     def facts(self, step: int | None = None) -> Facts:
         """Return the state of the run, JSON-able; shares are of the wall time since the start, validation and saving included.
 
         Args:
-            step: as for :meth:`tell`.
+            step: as for :meth:`report`.
         """
         controller, metrics = self.controller, self.controller.snapshot()
         current = controller.step if step is None else step
@@ -231,7 +231,7 @@ class LossReader:
         return self._value
 
 
-def _speaker(destination: str) -> tuple[Say, float]:
+def _sender(destination: str) -> tuple[Send, float]:
     """Return the function that receives the facts, and the seconds between two calls of it."""
     if destination == LINES or not os.path.exists(destination):  # rank 0 may run on another host than the view
         return lambda facts: print(line(facts), flush=True), LINE_EVERY

@@ -17,7 +17,7 @@ from grace_ds.recipes import Recipe, log_importance, recipe
 from grace_ds.records import Array, Coreset, FloatArray, IntArray, Neighbours, Role, Schedule, Signals
 from grace_ds.refresh.influence import enough_labels
 from grace_ds.refresh.signals import Estimate, RefreshContext, RefreshInputs, weighed_parts
-from grace_ds.selection.guard import Decision, Remembered, Window, contrast, decide, effective_share, heard, prediction_skill
+from grace_ds.selection.guard import Decision, Remembered, Window, contrast, decide, effective_share, loss_share, prediction_skill
 from grace_ds.selection.gumbel import gumbel
 from grace_ds.selection.objectives import select
 from grace_ds.selection.sources import Learned, by_source
@@ -211,7 +211,7 @@ def judge(context: RefreshContext, inputs: RefreshInputs, signals: Signals, seen
     filters = full.trusted and np.isfinite(signals.quality).any()
     clean = config.guard.clean_share if filters or not full.content else float("inf")
     uses_losses = "loss" in config.parts and config.collects and context.trusted is not None
-    losses = heard(signals.loss_pass[_drawn_uniformly(inputs, signals)]) if uses_losses else Remembered()
+    losses = loss_share(signals.loss_pass[_drawn_uniformly(inputs, signals)]) if uses_losses else Remembered()
     window = Window(share, clean, losses, awaited=uses_losses and inputs.step < config.learning)
     difference = (
         contrast(seen.core, seen.audit, config.guard.confidence, config.seed + inputs.version) if seen is not None else None

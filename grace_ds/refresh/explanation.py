@@ -39,7 +39,7 @@ def explanation(context: RefreshContext, signals: Signals, schedule: Schedule) -
     try:
         return _explanation(context, signals, schedule)
     except Exception as error:  # the account must not cost a refresh
-        log.warning("refresh %d: no account of it can be kept (%s: %s)", schedule.version, type(error).__name__, error)
+        log.warning("refresh %d: no explanation of it can be kept (%s: %s)", schedule.version, type(error).__name__, error)
         return None
 
 

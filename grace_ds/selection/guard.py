@@ -189,7 +189,7 @@ def prediction_skill(predicted: Array, measured: Array) -> Remembered:
     return Remembered(float(a @ b / spread) if spread > 0 else 0.0, float(both.sum()))
 
 
-def heard(loss_pass: Array) -> Remembered:
+def loss_share(loss_pass: Array) -> Remembered:
     """Return the effective share under the losses' pass (n,) of uniformly drawn samples; empty for too few samples."""
     known = loss_pass[np.isfinite(loss_pass)]
     n = len(known)
@@ -202,7 +202,7 @@ class Window:
 
     Attributes:
         share: effective share of the window under content alone.
-        losses: effective share under the losses, from :func:`heard` since the last schedule.
+        losses: effective share under the losses, from :func:`loss_share` since the last schedule.
         clean: minimum share of a window in which nothing is worth leaving out.
         awaited: no loss has been compared with trusted ones yet, but one will be.
     """

@@ -166,8 +166,8 @@ def test_auto_is_cuvs_here_and_a_cpu_leaf_for_a_cpu_engine() -> None:
 @needs_cupy
 def test_the_doctor_says_what_would_compute() -> None:
     found = {f.what: f for f in doctor.gpu({})}
-    assert found["device"].said == "cuda"
-    assert found["graph.backend auto"].said.startswith("cuvs") and found["propagation rows"].said.startswith("cupy")
+    assert found["device"].message == "cuda"
+    assert found["graph.backend auto"].message.startswith("cuvs") and found["propagation rows"].message.startswith("cupy")
     assert {found[name].status for name in ("graph.backend auto", "propagation rows", *doctor._RAPIDS)} == {doctor.OK}
 
 

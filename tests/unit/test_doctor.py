@@ -73,16 +73,16 @@ def test_a_taken_port_and_one_that_is_none(tmp_path: Path) -> None:
 def test_two_launchers_that_disagree(tmp_path: Path, free_port: int) -> None:
     world = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
     env = {**healthy(tmp_path, free_port), **world}
-    assert finding(examine(env, None), "launcher").said == "rank 1 of 4"
+    assert finding(examine(env, None), "launcher").message == "rank 1 of 4"
     assert finding(examine({**env, "WORLD_SIZE": "4"}, None), "launcher").status == "ok"
     wrong = finding(examine({**env, "WORLD_SIZE": "2"}, None), "launcher")
-    assert wrong.status == "failure" and "4 ranks, WORLD_SIZE is 2" in wrong.said and "unset" in wrong.cure
+    assert wrong.status == "failure" and "4 ranks, WORLD_SIZE is 2" in wrong.message and "unset" in wrong.cure
 
 
 def test_storage_that_cannot_be_written(tmp_path: Path, free_port: int) -> None:
     (tmp_path / "file").write_text("")
     found = finding(examine(healthy(tmp_path, free_port), tmp_path / "file" / "below"), "storage")
-    assert found.status == "failure" and str(tmp_path / "file") in found.said
+    assert found.status == "failure" and str(tmp_path / "file") in found.message
 
 
 def test_a_version_out_of_range_names_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_a_version_out_of_range_names_the_range(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module, "_version", lambda name: {"deepspeed": "0.5.0", "hjson": None}.get(name, real(name)))
     old, gone = (finding(module.packages(), name) for name in ("deepspeed", "hjson"))
     assert old.status == gone.status == "failure"
-    assert "0.5.0" in old.said and "pip install 'deepspeed" in old.cure and gone.said == "not installed"
+    assert "0.5.0" in old.message and "pip install 'deepspeed" in old.cure and gone.message == "not installed"
 
 
 def test_memory_is_compared_with_what_the_ranks_of_a_job_hold(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_memory_is_compared_with_what_the_ranks_of_a_job_hold(tmp_path: Path) ->
     too_large = finding(module.memory(Job(config, 1e15, 1e6, 2, 2)), "memory")
     assert too_large.status == module.FAILURE and "ZeRO stage" in too_large.cure
     assert finding(module.memory(Job(config, 1e3, 1e3, 2, 2)), "memory").status == module.OK
-    assert "--parameters must be above 0" in finding(module.memory(Job(config, 0, 1e6, 2, 2)), "memory").said
+    assert "--parameters must be above 0" in finding(module.memory(Job(config, 0, 1e6, 2, 2)), "memory").message
     done = subprocess.run(
         [*COMMAND, "--config", str(config), "--parameters", "1e15", "--samples", "10"], capture_output=True, text=True
     )
@@ -134,11 +134,11 @@ def on_a_card(monkeypatch: pytest.MonkeyPatch, **values: object) -> None:
 
 def test_what_would_compute_on_a_cpu() -> None:
     found = module.gpu({"DS_ACCELERATOR": "cpu"})
-    assert finding(found, "device").said == "cpu (DS_ACCELERATOR)"
+    assert finding(found, "device").message == "cpu (DS_ACCELERATOR)"
     backend, rows = finding(found, "graph.backend auto"), finding(found, "propagation rows")
     assert backend.status == rows.status == module.OK and not backend.cure and not rows.cure
-    assert backend.said.startswith(("faiss (exact below", "torch (faiss is not installed"))
-    assert rows.said == "numpy (the device is cpu)"
+    assert backend.message.startswith(("faiss (exact below", "torch (faiss is not installed"))
+    assert rows.message == "numpy (the device is cpu)"
 
 
 def test_what_would_compute_on_a_gpu_with_rapids(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,11 +146,11 @@ def test_what_would_compute_on_a_gpu_with_rapids(monkeypatch: pytest.MonkeyPatch
     have = {"cupy-cuda13x": "14.2.0", "cuvs-cu13": "26.10.0", "rmm-cu13": "26.10.0", "raft-dask-cu13": "26.10.0"}
     monkeypatch.setattr(module, "_version", have.get)
     found = module.gpu({})
-    assert finding(found, "gpu").said == "1 × NVIDIA Pretended, CUDA 13.0"
-    assert finding(found, "device").said == "cuda"
-    assert finding(found, "graph.backend auto").said == "cuvs (the device is cuda)"
-    assert finding(found, "propagation rows").said == "cupy (the device is cuda)"
-    assert {f.what: f.said for f in found if f.what in module._RAPIDS} == {
+    assert finding(found, "gpu").message == "1 × NVIDIA Pretended, CUDA 13.0"
+    assert finding(found, "device").message == "cuda"
+    assert finding(found, "graph.backend auto").message == "cuvs (the device is cuda)"
+    assert finding(found, "propagation rows").message == "cupy (the device is cuda)"
+    assert {f.what: f.message for f in found if f.what in module._RAPIDS} == {
         "cupy": "cupy-cuda13x 14.2.0",
         "cuvs": "cuvs-cu13 26.10.0",
         "rmm": "rmm-cu13 26.10.0",
@@ -166,9 +166,9 @@ def test_what_is_missing_on_a_gpu_comes_with_the_pip_line(monkeypatch: pytest.Mo
     found = module.gpu({})
     backend, rows, cuvs = (finding(found, what) for what in ("graph.backend auto", "propagation rows", "cuvs"))
     assert backend.status == rows.status == cuvs.status == module.NOTE
-    assert f"not cuvs: cuvs is not installed ({line})" in backend.said and backend.cure == cuvs.cure == line
-    assert rows.said == "torch (cupy does not work here: no compiler)" and not rows.cure
-    assert finding(found, "cupy").said == "cupy-cuda13x 14.2.0"
+    assert f"not cuvs: cuvs is not installed ({line})" in backend.message and backend.cure == cuvs.cure == line
+    assert rows.message == "torch (cupy does not work here: no compiler)" and not rows.cure
+    assert finding(found, "cupy").message == "cupy-cuda13x 14.2.0"
     kept_off = module.gpu({"DS_ACCELERATOR": "cpu"})
-    assert finding(kept_off, "propagation rows").said == "numpy (the device is cpu)"
+    assert finding(kept_off, "propagation rows").message == "numpy (the device is cpu)"
     assert not any(f.cure for f in kept_off)

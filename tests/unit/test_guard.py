@@ -19,7 +19,7 @@ from grace_ds.selection.guard import (
     decide,
     effective_share,
     from_meta,
-    heard,
+    loss_share,
     prediction_skill,
 )
 
@@ -167,10 +167,10 @@ def passing(share: float, n: int = 400) -> np.ndarray:
 
 
 def test_what_losses_pass_is_heard_as_an_effective_share() -> None:
-    assert [heard(passing(share)).value for share in (0.25, 0.5, 1)] == pytest.approx([0.26, 0.52, 1], abs=0.03)
-    assert heard(np.append(passing(0.5), np.full(99, np.nan))) == heard(passing(0.5))
-    assert heard(passing(0.5, 7)) == heard(np.full(99, np.nan)) == Remembered()
-    few, many = heard(passing(0.5, 20)), heard(passing(0.5, 4000))
+    assert [loss_share(passing(share)).value for share in (0.25, 0.5, 1)] == pytest.approx([0.26, 0.52, 1], abs=0.03)
+    assert loss_share(np.append(passing(0.5), np.full(99, np.nan))) == loss_share(passing(0.5))
+    assert loss_share(passing(0.5, 7)) == loss_share(np.full(99, np.nan)) == Remembered()
+    few, many = loss_share(passing(0.5, 20)), loss_share(passing(0.5, 4000))
     assert few.value == pytest.approx(many.value, abs=0.01) and 0 < few.weight < 0.5 < 0.9 < many.weight < 1
 
 
@@ -178,7 +178,7 @@ def looks(shares: list[float], awaited: int = 0) -> list[Decision]:
     """Schedules of recipe grace of a window that reads like the trusted samples, by what its losses pass at each look."""
     made: list[Decision] = []
     for version, share in enumerate(shares):
-        window = Window(0.9, 0.8, heard(passing(share)) if version >= awaited else Remembered(), version < awaited)
+        window = Window(0.9, 0.8, loss_share(passing(share)) if version >= awaited else Remembered(), version < awaited)
         made.append(decide("grace", version, window, None, made[-1] if made else None))
     return made
 
@@ -201,7 +201,7 @@ def test_until_losses_are_heard_a_window_is_not_called_clean() -> None:
     for share, level in ((0.4, "grace"), (0.9, "uniform")):
         found = looks([share] * 5, awaited=3)
         assert [d.level for d in found] == ["grace"] * 3 + [level] * 2
-        assert all("yet to be heard" in d.reason and not d.off for d in found[:3])
+        assert all("yet to be loss_share" in d.reason and not d.off for d in found[:3])
     never = decide("grace", 9, Window(0.9, 0.8), None, found[2])  # no trusted loss could be read
     assert never.level == "uniform" and "window is clean" in never.reason
 

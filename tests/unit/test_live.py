@@ -40,7 +40,7 @@ OURS = "import sys; from grace_ds.cli.launch import supervise; from grace_ds.cli
 OURS += "with Screen() as s: status = supervise([sys.executable, '-c', sys.argv[1]], s.environment, s.streams)\n"
 OURS += "sys.exit(status)"
 TELL = "import os, sys, time\nfrom grace_ds.monitor import progress as p\n"
-TELL += f"p._speaker(os.environ[p.VARIABLE])[0]({FACTS!r})\n"
+TELL += f"p._sender(os.environ[p.VARIABLE])[0]({FACTS!r})\n"
 
 
 def view(job: str, **options: Any) -> Any:
@@ -143,7 +143,7 @@ def test_nobody_listening_costs_nothing(tmp_path: Path, capsys: pytest.CaptureFi
     where = str(tmp_path / "s")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
         server.bind(where)
-        say, every = progress._speaker(where)
+        say, every = progress._sender(where)
         assert every < 1
         for _ in range(3000):  # nobody takes them: the buffer is full long before the end
             say(FACTS)
@@ -151,6 +151,6 @@ def test_nobody_listening_costs_nothing(tmp_path: Path, capsys: pytest.CaptureFi
     say(FACTS)  # refused
     os.unlink(where)
     say(FACTS)  # gone
-    say, every = progress._speaker(where)  # on another host than the one that draws
+    say, every = progress._sender(where)  # on another host than the one that draws
     say(FACTS)
     assert every >= 60 and capsys.readouterr().out.startswith("grace: step 1,200/4,000")

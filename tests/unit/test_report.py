@@ -269,7 +269,7 @@ def test_a_dataset_that_raises_costs_its_account_and_not_the_run(tmp_path: Path,
 
     run = load_run(record(tmp_path, preview=broken))
     assert len(run.schedules) == 3 and not run.explanations
-    assert "no account of refresh 1 is kept (RuntimeError" in caplog.text
+    assert "no explanation of refresh 1 is kept (RuntimeError" in caplog.text
 
 
 def test_token_ids_are_read_by_the_tokenizer_that_is_given(tmp_path: Path) -> None:
