@@ -244,8 +244,7 @@ def _own_options_first(words: Sequence[str]) -> list[str]:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from grace_ds.cli.doctor import doctor
-    from grace_ds.cli.memory import Job
+    from grace_ds.cli.doctor import Job, doctor
 
     job = None
     if args.config is not None:

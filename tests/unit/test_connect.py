@@ -11,10 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from grace_ds.comm import connect, listener
-from grace_ds.comm.connect import failures
-from grace_ds.comm.listener import Listener
-from grace_ds.comm.liveness import ENDED, LivenessProbe, address_of
+from grace_ds.comm import liveness
+from grace_ds.comm.liveness import ENDED, Listener, LivenessProbe, address_of, failures
 from tests.unit.sockets import full_queue
 
 pytestmark = pytest.mark.timeout(60)
@@ -87,7 +85,7 @@ def test_few_descriptors_are_enough_and_none_is_no_evidence(one: Listener) -> No
 
 
 def test_no_answer_is_told_from_a_refusal_within_its_time(monkeypatch: pytest.MonkeyPatch, one: Listener) -> None:
-    monkeypatch.setattr(connect, "_TRY_SECONDS", 0.4)
+    monkeypatch.setattr(liveness, "_TRY_SECONDS", 0.4)
     with full_queue() as address:
         mute = dict.fromkeys(range(20), address)
         assert set(failures(mute, at_once=8).values()) == {errno.ETIMEDOUT}
@@ -104,13 +102,13 @@ def test_only_the_interface_towards_the_master_is_listened_on(one: Listener) -> 
 
 
 def test_a_process_has_one_listener_and_a_forked_child_none() -> None:
-    mine = listener.of_this_process("127.0.0.1")
-    assert listener.of_this_process("127.0.0.1") is mine
+    mine = liveness.of_this_process("127.0.0.1")
+    assert liveness.of_this_process("127.0.0.1") is mine
     here = len(threading.enumerate())
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        other = listener.of_this_process("127.0.0.1")  # one of its own, where it asks for one
+        other = liveness.of_this_process("127.0.0.1")  # one of its own, where it asks for one
         os.write(writer, f"{other.address[1]} {mine._socket.fileno()}".encode())
         os._exit(0)
     told, _ = os.read(reader, 100).split(), os.waitpid(child, 0)

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from grace_ds.cli import doctor as module
-from grace_ds.cli.doctor import Finding, examine
-from grace_ds.cli.memory import Job, needs
+from grace_ds.cli.doctor import Finding, Job, examine, needs
 
 COMMAND = [sys.executable, "-m", "grace_ds.cli.main", "doctor"]
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed.rendezvous import rendezvous
 
-from grace_ds.comm import connect, liveness
+from grace_ds.comm import liveness
 from grace_ds.comm import peer_failure as peer_failure_module
 from grace_ds.comm.liveness import LivenessProbe
 from grace_ds.comm.local import LocalComm
@@ -44,7 +44,7 @@ def alone() -> Iterator[PeerFailureHandler]:
 @pytest.fixture
 def mute(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
     """Where a connection is neither made nor refused: a queue that is full, as a host that is cut off looks."""
-    monkeypatch.setattr(connect, "_TRY_SECONDS", 0.4)
+    monkeypatch.setattr(liveness, "_TRY_SECONDS", 0.4)
     monkeypatch.setattr(peer_failure_module, "_PATIENCE", 0.2)
     with full_queue() as address:
         yield address
