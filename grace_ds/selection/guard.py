@@ -278,7 +278,7 @@ def _level(recipe: str, version: int, window: Window, losses: Remembered, found:
         return Decision(_below(recipe), f"next look at schedule {look}", misses, look, off=DOWN)
     reason = f"effective share {window.share:.2f}"
     if window.share >= window.clean and window.awaited:
-        reason += "; losses are yet to be heard"
+        reason += "; losses are yet to be compared"
     elif window.share >= window.clean:
         reason += f", but {losses.value:.2f} under what losses pass is below {window.clean:g}"
     return Decision(recipe, reason, misses, look)

@@ -201,7 +201,7 @@ def test_until_losses_are_heard_a_window_is_not_called_clean() -> None:
     for share, level in ((0.4, "grace"), (0.9, "uniform")):
         found = looks([share] * 5, awaited=3)
         assert [d.level for d in found] == ["grace"] * 3 + [level] * 2
-        assert all("yet to be loss_share" in d.reason and not d.off for d in found[:3])
+        assert all("yet to be compared" in d.reason and not d.off for d in found[:3])
     never = decide("grace", 9, Window(0.9, 0.8), None, found[2])  # no trusted loss could be read
     assert never.level == "uniform" and "window is clean" in never.reason
 

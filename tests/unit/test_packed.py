@@ -108,8 +108,8 @@ def test_the_bigram_score_is_the_mean_over_the_documents_bigrams(packing: str) -
     packed = reader_of([PACKINGS[packing](parts)], packing).all()
     alone = TokenBlock.of(np.arange(5), parts)
     weights = [len(part) - 1 for part in parts]
-    expected = np.average(model.score(alone.flat, alone.offsets), weights=weights)
-    assert model.score(packed.flat, packed.offsets)[0] == pytest.approx(expected, rel=1e-12)
+    expected = np.average(model.raw_statistics(alone.flat, alone.offsets)[:, 0], weights=weights)
+    assert model.raw_statistics(packed.flat, packed.offsets)[:, 0][0] == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -142,7 +142,7 @@ def test_a_separator_unknown_to_the_trusted_set_no_longer_lowers_the_score() -> 
     model = QualityModel.fit(trusted.flat, trusted.offsets, vocab=END + 1)
     rows = [with_separator(documents(seed, 12, 4, 8)) for seed in range(20)]
     known, unknown = (TokenReader(rows, separator=separator).all() for separator in (END, -1))
-    gain = model.score(known.flat, known.offsets) - model.score(unknown.flat, unknown.offsets)
+    gain = model.raw_statistics(known.flat, known.offsets)[:, 0] - model.raw_statistics(unknown.flat, unknown.offsets)[:, 0]
     assert gain.min() > 0.3  # nats per token: a third of such short documents' bigrams hold the separator
 
 
