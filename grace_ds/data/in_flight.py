@@ -71,6 +71,10 @@ class InFlightBatches:
     def __len__(self) -> int:
         return len(self._batches)
 
+    def ids_of(self, k: int) -> IntArray | None:
+        """Return the ids of the k-th batch in flight, (rows,) int64, in the order of their issue; None if there is none."""
+        return self._batches[k].ids if k < len(self._batches) else None
+
     def issue(self, positions: torch.Tensor, ids: torch.Tensor, batch: Any) -> None:
         """Record a batch that goes to the user."""
         first = int(positions[0]) if len(positions) else -1
@@ -193,7 +197,7 @@ def _distinguishes(t: torch.Tensor) -> bool:
 
 
 def _contains(whole: torch.Tensor, part: torch.Tensor) -> bool:
-    """Return whether ``part`` has the values of ``whole``, or of all but a few of its columns at either end; both on the CPU."""
+    """Return whether ``part`` has the values of ``whole``, of most of its columns, or of a rank's share; both on the CPU."""
     if whole.is_floating_point() != part.is_floating_point():
         return False
     dtype = part.dtype if part.is_floating_point() else torch.int64
@@ -202,8 +206,12 @@ def _contains(whole: torch.Tensor, part: torch.Tensor) -> bool:
         return torch.equal(whole.reshape(-1), part.reshape(-1))
     if whole.dim() != part.dim() or whole.dim() < 2 or len(whole) != len(part) or whole.shape[2:] != part.shape[2:]:
         return False
-    spare = whole.shape[1] - part.shape[1]
-    return 0 < spare <= _CUT and any(torch.equal(whole[:, start : start + part.shape[1]], part) for start in range(spare + 1))
+    width, spare = part.shape[1], whole.shape[1] - part.shape[1]
+    if spare <= 0 or not width:
+        return False
+    # A share of the columns begins at a multiple of its length, or a few columns later.
+    starts = range(spare + 1) if spare <= _CUT else (s for s in range(spare + 1) if s % width <= min(_CUT, width // 2))
+    return any(torch.equal(whole[:, start : start + width], part) for start in starts)
 
 
 def _address(t: torch.Tensor) -> tuple[str, int]:

@@ -110,7 +110,9 @@ def copies(x: torch.Tensor, entry: torch.Tensor, path: Path) -> Iterator[Cut]:
     if len(shorter) > 1 or any(x.shape[axis] > entry.shape[axis] for axis in shorter):
         return
     slack = entry.shape[shorter[0]] - x.shape[shorter[0]] if shorter else 0
-    for start in sorted({*range(min(slack, _FEW) + 1), slack}):
+    # Of a sequence that is shared out over ranks, this one's part may begin at a multiple of its length, or one token later.
+    parts = [start + shift for start in range(0, slack, x.shape[shorter[0]]) for shift in (0, 1)] if shorter and slack else []
+    for start in sorted({*range(min(slack, _FEW) + 1), *(start for start in parts if start <= slack), slack}):
         starts = [start if axis in shorter else 0 for axis in range(x.dim())]
         part = entry[tuple(slice(s, s + n) for s, n in zip(starts, x.shape, strict=True))]
         if equal(part, x):

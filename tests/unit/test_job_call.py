@@ -227,3 +227,17 @@ def test_the_ranks_are_asked_ever_more_rarely_and_before_each_refresh() -> None:
     collector = GradientCollector(Sketcher(select_layers(model, NAMES), 7, rank=16, dim=64), CollectConfig())
     passes = ModulePasses(model, collector, list, 4, device, None, LocalComm(5.0))
     assert [step for step in range(1, 20) if passes.asks(refresh=step == 13)] == [1, 2, 4, 8, 13, 16]
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_a_ranks_share_of_the_sequence_is_cut_from_another_batch_too(rank: int) -> None:
+    """As a copy on the rank's own device; labels are one token ahead."""
+    width, length = 24, 97
+
+    def make(b: torch.Tensor) -> Made:
+        start = rank * width
+        share = b[:, start : start + width].clone(), b[:, start + 1 : start + width + 1].clone()
+        return share, {"start": start}
+
+    call, other = learned(make, tokens(1, length), tokens(2, length)), tokens(3, length)
+    assert call.known() and same(call.rebuild(other), make(other))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -214,3 +215,16 @@ def test_asking_a_filtering_collate_about_single_samples_draws_nothing_of_the_jo
     torch.manual_seed(5)
     _, ids, _ = IdCollate(collate)(items)
     assert ids.tolist() == [7, 9] and torch.equal(torch.rand(1), expected)
+
+
+def test_a_ranks_share_of_the_columns_is_recognised_and_of_another_batch_not() -> None:
+    flight = InFlightBatches(Geometry(1, 0, 4, 1))
+    batches = [torch.arange(4 * 97).reshape(4, 97) * factor for factor in (3, 5)]
+    for number, batch in enumerate(batches):
+        flight.issue(torch.arange(4) + 4 * number, torch.arange(4) + 4 * number, batch)
+    for rank, shift in itertools.product(range(4), (0, 1)):
+        start = 24 * rank + shift
+        for number, batch in enumerate(batches):
+            found = flight.match((batch[:, start : start + 24].clone(),))
+            assert found is not None and found.ids[0] == 4 * number
+    assert flight.match((batches[0][:, 12:36].clone() + 1,)) is None
