@@ -237,7 +237,7 @@ class MicroBatchCapture(HookSink):
         if split is None:
             return None
         if index == self.plan.pooled and self._hidden is None and x.shape[-1] == len(self.plan.pooling):
-            self._hidden = self._pool(x.detach(), split)
+            self._hidden = self._pool(x.detach(), split) * share.of_mean
         if share.scattered:
             split = (split[0] * share.size, split[1])
         side_in, side_out = self.plan.sides[index]

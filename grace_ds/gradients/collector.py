@@ -59,8 +59,8 @@ class GradientCollector:
         """Keep the losses of an optimizer step that was applied and whose gradients were not collected."""
         self._read += [(step, reading) for reading in readings if reading.losses is not None]
 
-    def commit(self, captures: Sequence[MicroBatchCapture], step: int, grad_scale: float, comm: Comm) -> None:
-        """Keep the rows of an optimizer step that was applied.
+    def commit(self, captures: Sequence[MicroBatchCapture], step: int, grad_scale: float, comm: Comm) -> int:
+        """Keep the rows of an optimizer step that was applied; return how many they are.
 
         The first collected step only freezes the scale of the layers and gives no rows.  It is the only collective one.
 
@@ -70,7 +70,7 @@ class GradientCollector:
             grad_scale: accumulation steps divided by the loss scale.
             comm: used only while the scale is not frozen.
         """
-        started = time.perf_counter()
+        started, before = time.perf_counter(), self.rows_kept
         collected = [self.finish(capture, grad_scale) for capture in captures]
         if not self.sketcher.scale.frozen:
             self._freeze(comm)
@@ -78,6 +78,7 @@ class GradientCollector:
         else:
             self._keep([rows for rows in collected if rows is not None], step)
         self.seconds += time.perf_counter() - started
+        return self.rows_kept - before
 
     def _keep(self, collected: Sequence[CollectedRows], step: int) -> None:
         """Put a step's rows into the inbox."""
@@ -106,7 +107,8 @@ class GradientCollector:
             return CollectedInterval(rows, losses, self.running_mean)
         at = losses.step - first
         sums = np.stack([np.bincount(at, weights, last - first + 1) for weights in (losses.loss.astype(np.float64), None)], 1)
-        means, final = _running_means(comm.allreduce(sums), self.running_mean)
+        # Of no loss at all, as on a rank that passes no rows on, NumPy makes integers.
+        means, final = _running_means(comm.allreduce(sums.astype(np.float64)), self.running_mean)
         known = np.clip(rows.step - first, 0, last - first)  # a row without a loss may belong to a step without losses
         rows = replace(rows, loss=rows.loss - means[known])
         return CollectedInterval(rows, replace(losses, loss=losses.loss - means[at]), final)
@@ -146,10 +148,10 @@ class GradientCollector:
 
     def _losses_read(self) -> Losses:
         """Return the losses that were read and not drained yet, in that order, not centred."""
-        if not self._read:
-            return Losses.empty()
-        steps = np.repeat([step for step, _ in self._read], [len(reading.ids) for _, reading in self._read]).astype(np.int64)
-        ids = np.concatenate([reading.ids for _, reading in self._read])
+        # Summed over peers even where nothing was read: see ShardedGradientCollector.losses.
+        counts = np.array([len(reading.ids) for _, reading in self._read], np.int64)
+        steps = np.repeat(np.array([step for step, _ in self._read], np.int64), counts)
+        ids = np.concatenate([np.empty(0, np.int64), *[reading.ids for _, reading in self._read]])
         return Losses(ids, steps, self.losses([reading for _, reading in self._read]))
 
     def losses(self, captures: Sequence[LossCapture]) -> FloatArray:

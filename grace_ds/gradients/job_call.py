@@ -38,7 +38,8 @@ from grace_ds.gradients.losses import scalar_loss
 
 CURE = (
     "pass loss_fn=lambda module, batch: ... to grace_ds.initialize (or attach), which is then called in the place of the job's "
-    "own call, or set recipe: content, which needs no probe"
+    "own call (where ranks share a sequence: with this rank's tokens, for its part of the loss), or set recipe: content, which "
+    "needs no probe"
 )
 WATCHED = 8  # calls examined at the start of a run; later, one between two refreshes
 

@@ -28,6 +28,10 @@ Hook = Callable[[nn.Module, tuple[Any, ...], Any], None]
 class LayerRule:
     """Rule for reading one class of layers.  Subclass it and register it with :func:`register_rule`."""
 
+    def reads(self, module: nn.Module) -> bool:
+        """Return whether the rule holds for ``module``, which is of its class or of a subclass."""
+        return True
+
     def features(self, module: nn.Module) -> tuple[int, int]:
         """Return (inputs, outputs) of the weight from the module's attributes: under ZeRO-3 the weight itself is empty."""
         raise NotImplementedError
@@ -89,11 +93,11 @@ class Conv1DRule(LayerRule):
 
 
 def rule_for(module: nn.Module) -> LayerRule | None:
-    """Return the rule of the module's class or of its nearest base class; None if there is none."""
+    """Return the rule of the module's class or of its nearest base class; None if there is none that reads it."""
     for cls in type(module).__mro__:
         rule = _RULES.get(cls) or _RULES.get(f"{cls.__module__}.{cls.__qualname__}")
         if rule is not None:
-            return rule
+            return rule if rule.reads(module) else None
     return None
 
 

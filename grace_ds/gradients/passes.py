@@ -21,7 +21,7 @@ from grace_ds.gradients.capture import CollectedRows, HookSink, MicroBatchCaptur
 from grace_ds.gradients.collector import GradientCollector
 from grace_ds.gradients.job_call import JobCall
 from grace_ds.gradients.losses import scalar_loss
-from grace_ds.gradients.probe import LossFn, probe_basis, probe_losses, probe_rows
+from grace_ds.gradients.probe import LossFn, among_peers, probe_basis, probe_losses, probe_rows
 from grace_ds.gradients.probe_items import SampleForm
 from grace_ds.records import FloatArray, IntArray
 from grace_ds.utils.rng import undisturbed_rng
@@ -122,6 +122,7 @@ class ModulePasses(Passes):
         loss_fn: (module, batch) → mean loss; default: call the module as the job does and take the loss from its output.
         comm: between all ranks that probe.
         form: what a sample must look like to be probed.
+        shared: whether other ranks hold parts of the model, and take part in each of its passes.
     """
 
     def __init__(
@@ -134,9 +135,11 @@ class ModulePasses(Passes):
         loss_fn: LossFn | None,
         comm: Comm,
         form: SampleForm | None = None,
+        shared: bool = False,
     ) -> None:
         self.module, self.collector, self.collate = module, collector, collate
         self.micro_batch_size, self.device, self.comm, self.form = rows, device, comm, form or SampleForm()
+        self.shared = shared
         self.call = JobCall() if loss_fn is None else None
         self.loss_fn: LossFn = loss_fn or self._repeat
         self.ready = self._settled = loss_fn is not None
@@ -161,7 +164,8 @@ class ModulePasses(Passes):
 
     def gradients(self, batches: list[ProbeBatch], sink: HookSink) -> None:
         """See :meth:`Passes.gradients`."""
-        probe_basis(self.module, batches, self.loss_fn, self.collector.sketcher, sink)
+        with among_peers(self.shared):
+            probe_basis(self.module, batches, self.loss_fn, self.collector.sketcher, sink)
 
     def rows(self, batches: list[ProbeBatch]) -> list[CollectedRows]:
         """See :meth:`Passes.rows`."""
@@ -169,11 +173,14 @@ class ModulePasses(Passes):
         def finish(capture: MicroBatchCapture, grad_scale: float) -> CollectedRows | None:
             return self.collector.finish(capture, grad_scale, "mean")  # what a loss_fn returns, whatever the job sums
 
-        return probe_rows(self.module, batches, self.loss_fn, self.collector.sketcher, finish=finish)
+        with among_peers(self.shared):
+            return probe_rows(self.module, batches, self.loss_fn, self.collector.sketcher, finish=finish)
 
     def losses(self, batches: list[ProbeBatch]) -> FloatArray:
         """See :meth:`Passes.losses`."""
-        return self.collector.losses(probe_losses(self.module, batches, self.loss_fn))
+        with among_peers(self.shared):
+            captures = probe_losses(self.module, batches, self.loss_fn)
+        return self.collector.losses(captures)
 
     # -- the job's call ------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from grace_ds.errors import ConfigError
-from grace_ds.gradients.capture import MicroBatchCapture
+from grace_ds.gradients.capture import LossCapture, MicroBatchCapture
 from grace_ds.gradients.hooks import Sketcher
 from grace_ds.records import IntArray
 from grace_ds.utils.methods import replace_method
@@ -29,6 +29,8 @@ class MicroBatches:
         ids: returns the dataset ids (n,) of the step's micro-batch k; None if the step is not collected.  On ranks that do
             not pass rows on, only the number of ids matters.
         counts_losses: whether to count this rank's losses: tensor-parallel peers all have the same ones.
+        reads: returns whether only the losses are read of the step in progress.
+        probing: follow the forwards of a probe, which runs the model in evaluation mode, instead of the job's.
     """
 
     def __init__(
@@ -38,16 +40,19 @@ class MicroBatches:
         count: int,
         ids: Callable[[int], IntArray | None],
         counts_losses: bool = True,
+        reads: Callable[[], bool] = lambda: False,
+        probing: bool = False,
     ) -> None:
         self.sketcher, self.count, self.ids, self.counts_losses = sketcher, count, ids, counts_losses
-        self._captures: dict[int, MicroBatchCapture] = {}
+        self.reads, self.probing = reads, probing
+        self._captures: dict[int, MicroBatchCapture | LossCapture] = {}
         self._forwards = [0] * len(chunks)
         self._undo: list[Callable[[], None]] = []
         for index, chunk in enumerate(chunks):
             self._undo.append(chunk.register_forward_pre_hook(self._before(index), with_kwargs=True).remove)
             self._undo.append(chunk.register_forward_hook(self._after(index), with_kwargs=True).remove)
 
-    def take(self) -> list[MicroBatchCapture]:
+    def take(self) -> list[MicroBatchCapture | LossCapture]:
         """Return the captures of the step that has just been applied, in order, and start a new step."""
         captures = [self._captures[k] for k in sorted(self._captures)]
         self._captures = {}
@@ -57,7 +62,14 @@ class MicroBatches:
     def restart(self) -> None:
         """Discard the captures of the step so far, because it is run again or was not applied."""
         for capture in self.take():
-            self.sketcher.discard(capture)
+            if isinstance(capture, MicroBatchCapture):
+                self.sketcher.discard(capture)
+
+    def begin(self, count: int) -> None:
+        """Begin a step of ``count`` micro-batches, which may be the same step once more."""
+        self.count = count
+        if any(self._forwards):
+            self.restart()
 
     def detach(self) -> None:
         """Remove the hooks, and discard the step in progress."""
@@ -79,9 +91,13 @@ class MicroBatches:
 
         self._undo.append(replace_method(owner, name, observed))
 
+    def _follows(self, module: nn.Module) -> bool:
+        """Return whether a forward of ``module`` that begins now is one of those to capture."""
+        return not module.training if self.probing else module.training and torch.is_grad_enabled()
+
     def _before(self, index: int) -> Callable[..., None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not (module.training and torch.is_grad_enabled()):
+            if not self._follows(module):
                 return
             if kwargs.get("packed_seq_params") is not None:
                 raise ConfigError(
@@ -97,15 +113,15 @@ class MicroBatches:
                 ids = self.ids(k)
                 if ids is None:
                     return
-                capture = self._captures[k] = self.sketcher.begin(ids)
-            else:
+                capture = self._captures[k] = self.sketcher.read(ids) if self.reads() else self.sketcher.begin(ids)
+            elif isinstance(capture, MicroBatchCapture):
                 self.sketcher.route(capture)
 
         return before
 
     def _after(self, index: int) -> Callable[..., None]:
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if not (module.training and torch.is_grad_enabled()):
+            if not self._follows(module):
                 return
             self.sketcher.end()
             capture = self._captures.get(self._forwards[index] - 1)
@@ -115,7 +131,7 @@ class MicroBatches:
         return after
 
 
-def _observe(capture: MicroBatchCapture, output: Any, mask: Any) -> None:
+def _observe(capture: MicroBatchCapture | LossCapture, output: Any, mask: Any) -> None:
     """Read per-token losses (n, T), which Megatron's models return if they are given labels."""
     n = len(capture.ids)
     if not isinstance(output, torch.Tensor) or output.dim() != 2 or output.shape[0] != n:

@@ -6,14 +6,14 @@ exists and no reduction of the engine is triggered.  The engine itself is never 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from grace_ds.errors import DataError, ProbeFailed
+from grace_ds.errors import DataError, GraceError, ProbeFailed
 from grace_ds.gradients.capture import CollectedRows, HookSink, LossCapture, MicroBatchCapture
 from grace_ds.gradients.hooks import Sketcher
 from grace_ds.gradients.losses import sample_losses
@@ -29,11 +29,15 @@ def _as_leaf(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor
 
 
 @contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
+def untouched(module: nn.Module, leaves: Sequence[nn.Module] | None = None) -> Iterator[None]:
     """Run ``module`` forwards and backwards within this context, in evaluation mode, without any effect on the job.
 
     A module that recomputes its activations only while it trains (``gradient_checkpointing`` of Hugging Face's models) keeps
     its own training flag, its children do not.  Otherwise a probe would hold activations that the job has no memory for.
+
+    Args:
+        module: the model, or this rank's part of it.
+        leaves: modules whose outputs begin the graph; default: its embeddings, of which there must be one.
 
     Restored on exit, exceptions included: training flags of every submodule, requires_grad of every parameter, and
     torch's random state on the CPU and on the module's devices.
@@ -42,8 +46,8 @@ def untouched(module: nn.Module) -> Iterator[None]:
         DataError: the model has no nn.Embedding to start a graph from.
         ProbeFailed: an exception was raised within the context under ZeRO-3.
     """
-    embeddings = [m for m in module.modules() if isinstance(m, nn.Embedding)]
-    if not embeddings:
+    embeddings = [m for m in module.modules() if is_embedding(m)] if leaves is None else leaves
+    if leaves is None and not embeddings:
         raise DataError(
             f"{type(module).__name__} has no nn.Embedding, where a probe of the trusted samples would begin; set recipe: content"
         )
@@ -53,7 +57,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
     handles = []
     try:
         module.eval()
-        for m in (m for m, flag in training.items() if flag and getattr(m, "gradient_checkpointing", False) is True):
+        for m in (m for m, flag in training.items() if flag and _recomputes(m)):
             m.training = True
         for parameter in learning:
             parameter.requires_grad_(False)
@@ -75,6 +79,41 @@ def untouched(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         for m, flag in training.items():
             m.training = flag
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Return whether ``module`` turns token ids into vectors, all of it or this rank's part, as AutoTP cuts one."""
+    return isinstance(module, nn.Embedding) or type(module).__name__ in ("VocabParallelEmbedding", "HiddenParallelEmbedding")
+
+
+@contextmanager
+def among_peers(shared: bool) -> Iterator[None]:
+    """End the job if a probe fails within this context while other ranks wait for this one's part of the same pass.
+
+    Args:
+        shared: whether other ranks hold parts of the model.
+
+    Raises:
+        ProbeFailed: the model has raised an exception.
+    """
+    try:
+        yield
+    except GraceError:  # raised between two passes, or by the transport, which ends the others' wait
+        raise
+    except Exception as error:
+        if shared:
+            raise ProbeFailed(
+                f"a probe failed on a rank that shares its model with others ({type(error).__name__}: {error}): they wait for "
+                "this one's part of the pass, so the job ends here; repair what the error names (of a rank that was only cut "
+                "off: what another's names), or set recipe: content"
+            ) from error
+        raise
+
+
+def _recomputes(module: nn.Module) -> bool:
+    """Return whether ``module`` itself recomputes the activations of its children while it trains."""
+    block = type(module).__name__ == "TransformerBlock" and getattr(module.config, "recompute_granularity", None) == "full"
+    return block or getattr(module, "gradient_checkpointing", False) is True
 
 
 def gathers(module: nn.Module) -> bool:

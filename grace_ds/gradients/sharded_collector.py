@@ -72,8 +72,8 @@ class ShardedGradientCollector(GradientCollector):
         self.summed_bytes = 0  # bytes given to all-reduces over the peers so far, on this rank
         self._parts: list[Part] = []
 
-    def commit(self, captures: Sequence[MicroBatchCapture], step: int, grad_scale: float, comm: Comm | None) -> None:
-        """Keep this rank's parts of the rows of an optimizer step that was applied.
+    def commit(self, captures: Sequence[MicroBatchCapture], step: int, grad_scale: float, comm: Comm | None) -> int:
+        """Keep this rank's parts of the rows of an optimizer step that was applied; return of how many rows they are whole.
 
         The first collected step only gives the layers' scale and no rows.  It costs one sum of the unfolded sketches.
 
@@ -83,13 +83,16 @@ class ShardedGradientCollector(GradientCollector):
             grad_scale: accumulation steps divided by the loss scale.
             comm: between the data-parallel replicas, on the leaders at least; None elsewhere.
         """
-        started = time.perf_counter()
+        started, whole = time.perf_counter(), 0
         if self.sketcher.scale.frozen:
-            self._parts += [self._part(capture, step, grad_scale) for capture in captures]
+            parts = [self._part(capture, step, grad_scale) for capture in captures]
+            whole = sum(len(part.ids) for part in parts if np.isfinite(part.values).all())
+            self._parts += parts
         else:
             self._measure(captures, grad_scale, comm)
         self.discard(captures)
         self.seconds += time.perf_counter() - started
+        return whole
 
     def read(self, readings: Sequence[LossCapture], step: int) -> None:
         """Keep the losses of an optimizer step that was applied and whose gradients were not collected."""
@@ -105,14 +108,17 @@ class ShardedGradientCollector(GradientCollector):
 
         Collective over the peers.
         """
-        if not captures:
-            return np.empty(0, np.float32)
-        sums, tokens = self._sum(np.concatenate([np.stack(self._sums_of(c)) for c in captures], 1))
+        # Even for no capture: another model's ranks may have some, and the sums of all models may be one exchange.
+        sums, tokens = self._sum(
+            np.concatenate([np.empty((2, 0), np.float32), *[np.stack(self._sums_of(c)) for c in captures]], 1)
+        )
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray(sums / tokens, np.float32)
 
     def finish(self, capture: MicroBatchCapture, grad_scale: float, reduction: str | None = None) -> CollectedRows | None:
         """Return the rows of a capture, on all peers.  Collective over the peers."""
+        if not self.sketcher.scale.frozen:
+            self._add_to_scale([capture], grad_scale, reduction or self.config.reduction)
         part = self._part(capture, 0, grad_scale)
         self.sketcher.discard(capture)
         return self._rows(part, self._sum(part.values), reduction or self.config.reduction)
@@ -133,9 +139,8 @@ class ShardedGradientCollector(GradientCollector):
         Collective over the peers.
         """
         parts, self._parts = self._parts, []
-        if not parts:
-            return []
-        total, start, found = self._sum(np.concatenate([p.values for p in parts])), 0, []
+        none = np.empty((0, self.sketcher.dim + _BESIDE + HIDDEN), np.float32)
+        total, start, found = self._sum(np.concatenate([none, *[p.values for p in parts]])), 0, []
         for part in parts if self.leader else ():
             rows = self._rows(part, total[start : start + len(part.ids)], self.config.reduction)
             found.append((part.step, rows))
@@ -183,25 +188,29 @@ class ShardedGradientCollector(GradientCollector):
 
     def _measure(self, captures: Sequence[MicroBatchCapture], grad_scale: float, comm: Comm | None) -> None:
         """Freeze the scale of the layers from one step, equal on all ranks.  Collective over the peers and over ``comm``."""
-        if not captures:
-            return
-        parts = [np.concatenate([self._coordinates(capture), self._sums_of(capture)[1][:, None]], 1) for capture in captures]
-        total, start = self._sum(np.concatenate(parts).astype(np.float32)), 0
-        for capture in captures if self.leader else ():
-            rows = total[start : start + len(capture.ids)]
-            start += len(capture.ids)
-            self.rows_dropped += len(rows)
-            tokens = rows[:, -1]
-            counts = np.rint(tokens).astype(np.int64) if np.isfinite(tokens).all() and (tokens > 0).any() else None
-            factor = row_factor(len(rows), grad_scale, self.config.reduction, counts)
-            squares = np.square(rows[:, :-1].reshape(len(rows), len(self.sketcher.layers), -1), dtype=np.float64).sum(2)
-            self.sketcher.scale.add(squares * (factor[:, None] * capture.plan.unit) ** 2)
+        self._add_to_scale(captures, grad_scale, self.config.reduction)
+        if self.leader:
+            self.rows_dropped += sum(len(capture.ids) for capture in captures)
         sums = self.sketcher.scale.sums()
         if comm is not None:
             sums = comm.allreduce(sums)
         shared_sums = self.peers.allreduce(sums if self.leader else np.zeros_like(sums))
         if shared_sums[-1] > 0:
             self.sketcher.scale.freeze(shared_sums)
+
+    def _add_to_scale(self, captures: Sequence[MicroBatchCapture], grad_scale: float, reduction: str) -> None:
+        """Add the captures' sketches, layer by layer, to the sums that the scale is made of.  Collective over the peers."""
+        parts = [np.empty((0, len(self.sketcher.layers) * self.sketcher.rank**2 + 1), np.float32)]
+        parts += [np.concatenate([self._coordinates(capture), self._sums_of(capture)[1][:, None]], 1) for capture in captures]
+        total, start = self._sum(np.concatenate(parts).astype(np.float32)), 0
+        for capture in captures if self.leader else ():
+            rows = total[start : start + len(capture.ids)]
+            start += len(capture.ids)
+            tokens = rows[:, -1]
+            counts = np.rint(tokens).astype(np.int64) if np.isfinite(tokens).all() and (tokens > 0).any() else None
+            factor = row_factor(len(rows), grad_scale, reduction, counts)
+            squares = np.square(rows[:, :-1].reshape(len(rows), len(self.sketcher.layers), -1), dtype=np.float64).sum(2)
+            self.sketcher.scale.add(squares * (factor[:, None] * capture.plan.unit) ** 2)
 
     def _coordinates(self, capture: MicroBatchCapture) -> npt.NDArray[np.float32]:
         coordinates = capture.coordinates().reshape(len(capture.ids), -1)

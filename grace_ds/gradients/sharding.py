@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from grace_ds.records import IntArray
+
 Array = TypeVar("Array", bound=np.ndarray[Any, Any])
 
 
@@ -26,13 +28,14 @@ class Split:
     """This rank's part of one layer; the default is the whole layer.
 
     Attributes:
-        side: "in" or "out", the weight's side of which the rank holds block ``rank`` of ``size`` equal ones; "" for neither.
+        side: "in" or "out", the weight's side of which the rank holds block ``rank`` of ``size``; "" for neither.
         rank, size: see ``side``.
         group: the process group of the ranks that hold the blocks, in their order; None if ``size`` is 1.
         scattered: the ranks of ``group``, in order, hold consecutive shares of the *input's* tokens, though each output
             gradient has all of them (sequence parallelism of a column-parallel layer).
         counted: False on a rank that sees the same tokens and the same weight as another rank that counts them.
         time_major: the token axis is known to come before the sample axis, even if the shape suggests otherwise.
+        held: (w,) int64, the features of ``side`` in this rank's block, in its order; None: equal blocks, one after another.
     """
 
     side: str = ""
@@ -42,11 +45,14 @@ class Split:
     scattered: bool = False
     counted: bool = True
     time_major: bool = False
+    held: IntArray | None = None
 
-    def columns(self, side: str, width: int) -> slice:
+    def columns(self, side: str, width: int) -> slice | IntArray:
         """Return which of a side's ``width`` features this rank holds."""
         if side != self.side or self.size == 1:
             return slice(0, width)
+        if self.held is not None:
+            return self.held
         block = width // self.size
         return slice(self.rank * block, (self.rank + 1) * block)
 
@@ -57,6 +63,11 @@ class Split:
     def adds(self, side: str) -> bool:
         """Return whether this rank's tokens on ``side`` are its own: no other rank of ``group`` adds the same products."""
         return side == self.side or self.rank == 0 or (self.scattered and side == "in")
+
+    @property
+    def of_mean(self) -> float:
+        """Factor of this rank's mean over the input's tokens, such that the sum over ``group`` is the mean over all tokens."""
+        return 1 / self.size if self.scattered else float(self.rank == 0)
 
     def whole(self, side: str, projected: torch.Tensor) -> torch.Tensor:
         """Return the projections (k, tokens) of whole features from those of each rank's block.  Collective over ``group``.

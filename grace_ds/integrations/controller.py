@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from grace_ds.comm.agreement import Agreement
@@ -281,28 +282,32 @@ class Controller:
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
-    def after_step(self, step: int, applied: bool, grad_scale: float) -> None:
+    def after_step(
+        self, step: int, applied: bool, grad_scale: float, seen: Sequence[MicroBatchCapture | LossCapture] = ()
+    ) -> None:
         """Commit an optimizer step, at the accumulation boundary; the only place where the cursor moves.
 
         Args:
             step: optimizer steps done, skipped ones included (``engine.global_steps``).
             applied: False if the step was skipped for an overflow: the cursor moves on, no row is kept.
             grad_scale: accumulation steps divided by the loss scale of the step.
+            seen: what was captured of the step's micro-batches, if another engine runs them; their forwards are not seen here.
         """
         collected = self.collecting
         for current in self._unwatched:
             self.on_backward(current)
         trained, self._trained, self._unwatched = self._trained, [], []
-        captures = [capture for _, capture in trained if isinstance(capture, MicroBatchCapture)]
+        found = [*[capture for _, capture in trained], *seen]
+        captures = [capture for capture in found if isinstance(capture, MicroBatchCapture)]
         if self.collector is not None and applied:
-            self.collector.read([reading for _, reading in trained if isinstance(reading, LossCapture)], step)
+            self.collector.read([reading for reading in found if isinstance(reading, LossCapture)], step)
         if collected:
             assert self.collector is not None
             try:
                 if applied:
-                    known, before = self.collector.sketcher.scale.frozen, self.collector.rows_kept
-                    self.collector.commit(captures, step, grad_scale, self.comm)
-                    self.watch.collected(self.collector.rows_kept - before, expected=known and bool(captures))
+                    known = self.collector.sketcher.scale.frozen
+                    rows = self.collector.commit(captures, step, grad_scale, self.comm)
+                    self.watch.collected(rows, expected=known and bool(captures))
                 else:
                     self.collector.discard(captures)
             except TransportError as error:

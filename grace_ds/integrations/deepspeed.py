@@ -46,7 +46,8 @@ def initialize(
         validation_data: the job's validation set, map-style; only read to make sure that no trusted sample is in it.
         tokenize: text → token ids, for a ``trusted`` file of text.
         loss_fn: (module, batch) → scalar mean loss, for the trusted probe; needed only if the module's output holds no
-            loss, or if the job calls the module with more than entries of the batch, slices of them and constants.
+            loss, or if the job calls the module with more than entries of the batch, slices of them and constants.  Where ranks
+            share a sequence it takes this rank's tokens of the batch, and returns this rank's part of the loss.
 
     Raises:
         ConfigError: the block is wrong, or it is enabled and no ``training_data`` is given.

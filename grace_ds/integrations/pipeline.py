@@ -12,11 +12,15 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 from grace_ds.data.dataset import IdLoader
 from grace_ds.data.sampler import Geometry, StreamSampler
 from grace_ds.errors import ConfigError
+from grace_ds.gradients.pipeline_batches import MicroBatches
 from grace_ds.integrations import checkpoint
 from grace_ds.integrations.handle import Grace
+from grace_ds.records import IntArray
 from grace_ds.utils.methods import replace_method
 
 
@@ -42,6 +46,14 @@ class PipelineGrace(Grace):
         if self.config.weights != "none":
             raise ConfigError("weights: inverse_probability is not passed on to a PipelineEngine's loss; set weights: none")
         self._fed: IdLoader | None = None
+        self._micro: MicroBatches | None = None
+        collector = self.controller.collector
+        if collector is not None:
+            accumulation, reads = self.controller.geometry.accumulation, lambda: not self.controller.collecting
+            self._micro = MicroBatches([self.engine.module], collector.sketcher, accumulation, self._ids, reads=reads)
+            if self.engine.is_last_stage() and self.engine.module.loss_fn is not None:
+                self._micro.follow_loss(self.engine.module, "loss_fn")
+            self._restore.append(self._micro.detach)
         replacements: dict[str, Callable[..., Any]] = {
             "train_batch": self._train_batch,
             "save_checkpoint": functools.partial(checkpoint.save, self.controller, self.engine),
@@ -66,6 +78,9 @@ class PipelineGrace(Grace):
     def _train_batch(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         controller, accumulation = self.controller, self.controller.geometry.accumulation
         controller.in_flight.clear()
+        if self._micro is not None:
+            self._micro.restart()
+        scale = self._grad_scale()
         result = original(*args, **kwargs)
         loads = self.engine.is_first_stage() or self.engine.is_last_stage()
         if loads and len(controller.in_flight) != min(accumulation, controller.in_flight.most):
@@ -77,8 +92,20 @@ class PipelineGrace(Grace):
             controller.sampler.frontier += accumulation
             controller.sampler.issued = max(controller.sampler.issued, controller.sampler.frontier)
         controller.in_flight.clear()
-        controller.after_step(self.engine.global_steps, self.engine.was_step_applied(), 1.0)
+        seen = self._micro.take() if self._micro is not None else []
+        controller.after_step(self.engine.global_steps, self.engine.was_step_applied(), scale, seen)
         return result
+
+    def _ids(self, k: int) -> IntArray | None:
+        """Return the samples of the step's micro-batch k: (rows,) int64; None if nothing is to be read of it.
+
+        The first stage knows them, and passes the rows on.  Of the others the captures only need the number.
+        """
+        controller, rows = self.controller, self.controller.geometry.rows
+        if not (controller.collecting or controller.reading):
+            return None
+        ids = controller.in_flight.ids_of(k) if self.engine.is_first_stage() else None
+        return np.full(rows, -1, np.int64) if ids is None or len(ids) != rows else ids
 
     def _load(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = checkpoint.load(self.controller, self.engine, original, *args, **kwargs)

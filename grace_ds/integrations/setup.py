@@ -28,14 +28,15 @@ from grace_ds.errors import ConfigError
 from grace_ds.features.content import ContentFeatures, TokenReader, content_features, follow_window
 from grace_ds.features.duplicates import COPIES
 from grace_ds.features.quality import QualityModel
-from grace_ds.gradients.collector import GradientCollector
 from grace_ds.gradients.hooks import Sketcher
 from grace_ds.gradients.influence_probe import InfluenceProbe, Probes
-from grace_ds.gradients.layers import select_layers
-from grace_ds.gradients.passes import ModulePasses
+from grace_ds.gradients.passes import ModulePasses, Passes
 from grace_ds.gradients.probe_items import SampleForm
+from grace_ds.gradients.sharded_collector import ShardedGradientCollector
 from grace_ds.integrations.controller import Controller
 from grace_ds.integrations.engine import is_pipeline, shares_model
+from grace_ds.integrations.pipeline_passes import PipelinePasses
+from grace_ds.integrations.shared_model import collector_of, sketcher_of
 from grace_ds.integrations.trusted_set import UserInputs, trusted_set
 from grace_ds.monitor.metrics import monitor_of, preview_of
 from grace_ds.recipes import AUTO, recipe
@@ -77,15 +78,10 @@ def build_controller(
     group = None if shares_model(engine) else engine.data_parallel_group
     comm = choose(config.comm, dp_group=group, timeout=within_job_limit(config.refresh.timeout_seconds))
     probed = sketcher is not None and "gradients" in config.parts
-    whole = not (shares_model(engine) or is_pipeline(engine))
 
     def read() -> tuple[Components, SampleForm]:
         parts = prepare(dataset, config, geometry, user_inputs)
-        form = (
-            SampleForm.of(engine.module, dataset, config.features.tokens_key)
-            if whole and parts.trusted is not None
-            else SampleForm()
-        )
+        form = SampleForm.of(engine.module, dataset, config.features.tokens_key) if parts.trusted is not None else SampleForm()
         if parts.trusted is not None:
             form.check_all(parts.trusted, collate if probed else None)
         return parts, form
@@ -94,13 +90,19 @@ def build_controller(
     try:
         parts, form = run_on_all_ranks(comm, read)
         context = refresh_context(comm, config, geometry, parts, device=str(engine.device))
-        collector = GradientCollector(sketcher.attach(), config.collect) if sketcher is not None else None
-        if collector is not None:
-            undo.append(collector.sketcher.detach)
+        collector = None
+        if sketcher is not None:
+            undo.append(sketcher.detach)
+            collector = collector_of(engine, config, sketcher.attach(), comm, geometry)
         influence_probe = None
         if collector is not None and parts.trusted is not None and probed:
-            device = torch.device(engine.device)
-            passes = ModulePasses(engine.module, collector, collate, geometry.rows, device, user_inputs.loss_fn, comm, form)
+            shared = isinstance(collector, ShardedGradientCollector)
+            passes: Passes
+            if is_pipeline(engine):
+                passes = PipelinePasses(engine, collector, collate, geometry.rows, comm, form)
+            else:
+                device, loss_fn = torch.device(engine.device), user_inputs.loss_fn
+                passes = ModulePasses(engine.module, collector, collate, geometry.rows, device, loss_fn, comm, form, shared)
             influence_probe = InfluenceProbe(
                 passes,
                 collector.sketcher,
@@ -110,6 +112,8 @@ def build_controller(
                 comm,
                 config.seed,
                 Probes.of(config.refresh.probe_share, config.refresh.interval_steps, geometry.batch),
+                (geometry.rank, geometry.ranks),
+                not isinstance(collector, ShardedGradientCollector) or collector.leader,
             )
         show = preview_of(dataset, config.features.tokens_key)
         agreement, liveness = agreement_of(comm), LivenessProbe.open(os.environ)
@@ -150,22 +154,6 @@ def _fallback(config: GraceConfig) -> str | None:
     """Return what ``recipe: auto`` becomes if gradients cannot be used; None if the config names them explicitly."""
     auto = config.recipe == AUTO and list(config.collect.layers) == ["auto"]
     return recipe(config.recipe).fallback if auto else None
-
-
-def sketcher_of(config: GraceConfig, engine: Any) -> Sketcher:
-    """Make the sketcher of the layers that the config names.
-
-    Raises:
-        ConfigError: a rank holds only parts of layers, or there is no layer to sketch.
-    """
-    if shares_model(engine) or is_pipeline(engine):
-        raise ConfigError(
-            f"recipe: {config.recipe} fits its trusted basis to layers that a rank sees whole; with tensor, sequence or pipeline "
-            f"parallelism set recipe: {recipe(config.recipe).fallback}, which needs no gradient"
-        )
-    layers = select_layers(engine.module, config.collect.layers, config.collect.exclude)
-    log.info("sketching %d layers: %s … %s", len(layers), layers[0].name, layers[-1].name)
-    return Sketcher(layers, config.seed, config.collect.dim, config.collect.rank)
 
 
 @dataclass(frozen=True)

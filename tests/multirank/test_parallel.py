@@ -79,14 +79,9 @@ def test_megatron_like_layouts_sketches_add_up(records, kind):
     assert sum(rank["here"] for rank in found) == found[0]["all"] * (2 if kind == "ulysses" else 1)
 
 
-def test_megatron_like_layouts_refuse_the_recipe_that_needs_whole_layers(records):
-    for kind, ranks in records.items():
-        assert all(("set recipe: content" in rank.get("recipe grace", "")) == (kind in ("ulysses", "pipeline")) for rank in ranks)
-
-
-def test_megatron_like_layouts_do_by_default_what_they_can(records):
-    for kind, ranks in records.items():
-        assert {rank["recipe auto"] for rank in ranks} == {"content" if kind in ("ulysses", "pipeline") else "grace"}
+def test_megatron_like_layouts_read_gradients_by_default(records):
+    for ranks in records.values():
+        assert {rank["recipe auto"] for rank in ranks} == {"grace"}
 
 
 def test_megatron_like_pipeline_refuses_data_of_its_own(records):
