@@ -79,6 +79,7 @@ def ds_config(kind: str, replicas: int) -> dict[str, Any]:
         "gradient_accumulation_steps": GAS,
         # With a smaller eps, steps would be made of the rounding of gradients that are 0, such as those of the keys' biases.
         "optimizer": {"type": "AdamW", "params": {"lr": 2e-4, "eps": 1e-7, "torch_adam": True}},
+        "gradient_clipping": 0.0,  # the default, 1.0, does not clip a pipeline's gradients
         "steps_per_print": 10**9,
     }
     if kind == "tensor":
