@@ -162,8 +162,8 @@ def global_name(chunk: nn.Module, name: str) -> tuple[str, tuple[str, int] | Non
         if part.isdigit() and isinstance(number, int):
             block = block or (canonical_name(".".join(parts)), number - 1)
             part = str(number - 1)
-        elif part.isdigit() and not parts:  # DeepSpeed's PipelineModule numbers layers over the whole pipeline
-            block = ("", int(part))
+        elif part.isdigit() and part != name and not parts:  # a PipelineModule numbers its layers over the whole pipeline
+            block = ("", int(part))  # one that is itself linear, such as the vocabulary head, is no block
         parts.append(part)
     while parts and parts[0] == "module":  # DistributedDataParallel, Float16Module
         parts.pop(0)
@@ -229,13 +229,13 @@ def _chosen(
 
 
 def _last_half(union: Mapping[str, tuple[int, int, Any]]) -> set[str]:
-    """Return the names in the last half of the blocks; the blocks are the list that holds the most weights."""
+    """Return the names in the last half of the blocks, which are the list that holds the most weights; without any, of all."""
     weights: dict[str, int] = defaultdict(int)
     for inputs, outputs, block in union.values():
         if block is not None:
             weights[block[0]] += inputs * outputs
     if not weights:
-        return set()
+        return set(sorted(union)[len(union) // 2 :])
     blocks = max(sorted(weights), key=weights.__getitem__)
     numbers = sorted({block[1] for _, _, block in union.values() if block is not None and block[0] == blocks})
     last = set(numbers[len(numbers) // 2 :])

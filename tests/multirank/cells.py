@@ -76,10 +76,8 @@ class Reason:
 
 
 REASONS = {
-    "parts of layers": Reason(
-        "GRACE",
-        "set recipe: content",
-        "GRACE refuses `recipe: grace`: a rank holds parts of layers, or other layers than its peers",
+    "two kinds": Reason(
+        "GRACE", "one of them at a time", "GRACE refuses `recipe: grace`: two kinds of model parallelism in one model"
     ),
     "same ranks": Reason(
         "GRACE", "over the same ranks", "GRACE refuses it: DeepSpeed lays tensor- and sequence-parallel ranks over one another"

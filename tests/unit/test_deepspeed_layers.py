@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from grace_ds.gradients.deepspeed_layers import held, select_autotp
-from grace_ds.gradients.layers import layer_of, rule_for
+from grace_ds.gradients.layers import layer_of, rule_for, select_layers
+from grace_ds.gradients.megatron_layers import select_parallel
 
 pytestmark = pytest.mark.timeout(60)
 layers = pytest.importorskip("deepspeed.module_inject.layers")
@@ -78,3 +79,15 @@ def test_a_subclass_with_a_cut_of_its_own_is_left_out_and_said(monkeypatch, capl
     assert [layer.name for layer in chosen] == ["read", "plain"]
     assert [layer.here for layer in chosen] == [True, False]
     assert "odd" in caplog.text and "%" in caplog.text
+
+
+def test_of_a_pipeline_as_of_the_whole_model_auto_leaves_out_the_vocabulary_head() -> None:
+    def block() -> nn.Module:
+        return nn.ModuleDict({"up": nn.Linear(8, 16), "down": nn.Linear(16, 8)})
+
+    model = nn.Module()  # with the names that a PipelineModule gives
+    for i, layer in enumerate([nn.Embedding(97, 8), *(block() for _ in range(4)), nn.Linear(8, 97)]):
+        model.add_module(str(i), layer)
+    found = select_parallel([model], ["auto"], [], 0, lambda mine: [mine], time_major=False)
+    assert sorted(layer.name for layer in found) == sorted(layer.name for layer in select_layers(model))
+    assert {layer.name.split(".")[0] for layer in found} == {"3", "4"}
