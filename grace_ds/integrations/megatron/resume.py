@@ -15,11 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from grace_ds.comm.all_ranks import run_on_all_ranks
+from grace_ds.comm.buckets import owner_of
 from grace_ds.data.schedule import VisitCounts, load_schedule
 from grace_ds.errors import CheckpointError
 from grace_ds.integrations.controller import Controller
 from grace_ds.records import Schedule
+from grace_ds.refresh import trigger
 from grace_ds.refresh.broadcast import broadcast_schedule
+from grace_ds.refresh.state import RefreshState
 from grace_ds.utils.files import write_atomic
 
 log = logging.getLogger("grace_ds")
@@ -64,7 +67,26 @@ def resume(controller: Controller, run_dir: str | None, digest: str, step: int, 
     controller.metrics.version, controller.metrics.refreshes = last.version, last.version + 1
     controller.next_refresh = int(last.meta["next_refresh_step"])
     controller.stand_at(step, cursor)
+    _restore_content(controller, schedules)
     return True
+
+
+def _restore_content(controller: Controller, schedules: list[Schedule]) -> None:
+    """Compute the content features of the last schedule's window as they were.  Collective.
+
+    In a window that moves, a sample's features are those of the window that it entered.  So the windows are followed again from
+    the last one that has no sample in common with the present one.  The next refresh computes those of a fixed window itself.
+    """
+    context = controller.context
+    pool, comm = context.pool, context.comm
+    read = [s.version for s in schedules if not trigger.is_uniform(controller.config, int(s.meta["decided_at_step"]))]
+    if not pool.advance or not read:
+        return
+    content = None
+    for version in range(max(read[0], read[-1] - -(-pool.size // pool.advance)), read[-1] + 1):
+        window = pool.window_at(version)
+        content = context.contents(content, window[owner_of(window, comm.size) == comm.rank])
+    controller.kept = RefreshState(content)
 
 
 def _read(run_dir: str | None, digest: str, controller: Controller, step: int, cursor: int) -> list[Schedule]:
