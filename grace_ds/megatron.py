@@ -1,20 +1,23 @@
-"""Add GRACE to a Megatron job, by three lines of ``pretrain_gpt.py``.
+"""Add GRACE to a Megatron job, by two lines of ``pretrain_gpt.py``.
 
 The lines::
 
     import grace_ds.megatron
     …
-    grace_ds.megatron.attach(model)                                        # at the end of model_provider
-    …
+    pretrain = grace_ds.megatron.wrap_pretrain(pretrain, "grace.yaml")   # before pretrain(...) is called
+
+They do what a job with a loop of its own writes in its two providers, in either order::
+
+    grace_ds.megatron.attach(model)                                          # at the end of model_provider
     return grace_ds.megatron.wrap(train_ds, "grace.yaml"), valid_ds, test_ds   # at the end of the datasets' provider
 
-``attach`` and ``wrap`` may be called in either order.  Both are called on every rank: the provider must set
-``is_distributed = True``, as Megatron-LM's does.  The loader must be Megatron's ``single`` one (its default).
+Both are called on every rank: the datasets' provider must set ``is_distributed = True``, as Megatron-LM's does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from grace_ds.data.trusted import Tokenize
@@ -23,7 +26,47 @@ from grace_ds.integrations.megatron import job as _job
 from grace_ds.integrations.megatron.job import Feed
 from grace_ds.records import IntArray
 
-__all__ = ["attach", "detach", "ids", "wrap"]
+__all__ = ["attach", "detach", "ids", "wrap", "wrap_pretrain"]
+
+
+def wrap_pretrain(pretrain: Callable[..., Any], config: Mapping[str, Any] | str, **options: Any) -> Callable[..., Any]:
+    """Return Megatron-LM's ``pretrain`` with GRACE in it: :func:`attach` and :func:`wrap` around what its providers return.
+
+    Args:
+        pretrain: ``megatron.training.pretrain``, whose first two arguments provide the datasets and the model.
+        config: see :func:`wrap`.
+        options: further keywords of :func:`wrap`.
+
+    Raises:
+        ConfigError: by the function returned, on every rank, if the datasets' provider is called on some ranks only.
+    """
+
+    @functools.wraps(pretrain)
+    def with_grace(
+        train_valid_test_dataset_provider: Callable[..., Any], model_provider: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        provider = train_valid_test_dataset_provider
+        detach()  # of an earlier call in this process, as after an in-process restart
+
+        # Megatron-LM reads the provider's attributes, and looks for vp_stage in its signature.
+        @functools.wraps(provider)
+        def datasets(*sizes: Any, **stage: Any) -> tuple[Any, ...]:
+            train_ds, *others = provider(*sizes, **stage)
+            return wrap(train_ds, config, **options), *others
+
+        def model(*positional: Any, **keywords: Any) -> Any:
+            if not getattr(provider, "is_distributed", False):
+                raise ConfigError(
+                    "the datasets' provider is called on tensor-parallel rank 0 alone, and every rank takes part in a schedule: "
+                    "set train_valid_test_datasets_provider.is_distributed = True before pretrain is called"
+                )
+            return attach(model_provider(*positional, **keywords))
+
+        result = pretrain(datasets, model, *args, **kwargs)
+        detach()
+        return result
+
+    return with_grace
 
 
 def wrap(
@@ -40,8 +83,9 @@ def wrap(
 ) -> Any:
     """Return the training dataset with the coreset's schedule: position p of the run gives the sample scheduled there.
 
-    The samples to choose from are one epoch of the corpus (of each dataset of a blend, whose weights stay as they are).  The
-    validation and test datasets are not touched.  Collective over all ranks.
+    The samples to choose from are one epoch of the corpus, or of each dataset of a blend.  A blend's weights stay as they are,
+    and each of its datasets is a source for ``selection.shares``, unless ``selection.sources`` names others.  The validation and
+    test datasets are not touched.  Collective over all ranks.
 
     Args:
         train_ds: the dataset that the job's provider has built; None on a rank without one.
@@ -57,7 +101,8 @@ def wrap(
         tokenize: text → token ids, for a ``trusted`` file of text.
 
     Returns:
-        A dataset of the same length for the job's own loader (``--dataloader-type single``); None if ``train_ds`` is None.
+        A dataset of the same length for the job's own loader (``--dataloader-type single`` or cyclic); None if ``train_ds`` is
+        None.  In an interleaved pipeline, call it once for each virtual stage.
         With ``mode: shadow`` or ``enabled: false`` it is ``train_ds``.
 
     Raises:

@@ -44,10 +44,12 @@ class Stream(Protocol):
     Attributes:
         frontier: number of micro-batches trained on.
         issued: number that may have been given to a loader, prefetch included.
+        steps_even: whether every optimizer step must move it by one step's micro-batches.
     """
 
     frontier: int
     issued: int
+    steps_even: bool
 
 
 class StreamSampler(Sampler[Any]):
@@ -62,6 +64,7 @@ class StreamSampler(Sampler[Any]):
 
     def __init__(self, book: ScheduleBook, geometry: Geometry, micro_batches: int, length: int) -> None:
         self.book, self.geometry, self.micro_batches, self.length = book, geometry, micro_batches, length
+        self.steps_even = True
         self.frontier = 0  # micro-batches trained on
         self.issued = 0  # micro-batches given to the loader, prefetch included
 

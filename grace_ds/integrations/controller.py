@@ -319,7 +319,7 @@ class Controller:
         self._steps_timed += 1
         if self.sampler is not None:
             moved = self.sampler.frontier - self._last_frontier
-            if not self._ramped:  # the step that changes its own length
+            if self.sampler.steps_even and not self._ramped:  # the step that changes its own length
                 self.sampler.frontier += self.watch.advance(moved, geometry, self.in_flight)
             self._ramped = False
             self._last_frontier = self.sampler.frontier

@@ -190,23 +190,49 @@ def work(world: World, folder: str) -> dict[str, Any]:
     found["after"] = consume(train, settings(home / "run2"), 6, STEPS, 2)
     found["abandoned"] = [path.name for path in (home / "run2" / "schedules").glob("*.abandoned")]
     found["rerun"] = consume(train, settings(home / "run3"), 0, STEPS, 0, rerun=3, valid=valid)
+    # A window of half the pool, which moves on with each schedule.
+    rolling = {"window": 120, "selection": {"objective": "sample"}}
+    found["rolling"] = consume(train, settings(home / "run6", **rolling), 0, 20, 0)
+    found["rolling"]["window"] = 120
+    found["rolled"] = consume(train, settings(home / "run6", **rolling), 10, 20, 0)
     longer, _ = datasets(home, ["a"], steps=10 * STEPS)
     found["longer"] = consume(longer, settings(home / "run4"), 0, 5, 0)
     blend, _ = datasets(home, ["a", "b"])
     found["blend"] = consume(blend, settings(home / "run5"), 0, STEPS, 0)
     found["blend"]["wanted"] = blend.dataset_index[: STEPS * BATCH].tolist()
+    lines = (home / "run5" / "refreshes.jsonl").read_text().splitlines()
+    found["blend"]["sources"] = [json.loads(line)["sources"] for line in lines if json.loads(line)["objective"] == "sample"]
     found["blend"]["first"] = len(_one_epoch(blend.datasets[0]))
     found["shadow"] = wrap(train, settings(None, mode="shadow")) is train
     grace_ds.megatron.detach()
     found["refused"] = refusals(home, train)
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(1, 2, virtual_pipeline_model_parallel_size=2)
-    try:
-        wrap(train, settings(None))
-    except ConfigError as error:
-        found["refused"]["interleaved"] = str(error)
+    found["interleaved"] = interleaved(train)
     parallel_state.destroy_model_parallel()
     return found
+
+
+def interleaved(train: Any) -> dict[str, Any]:
+    """Two stages of two virtual ones: the first rank's first and the last rank's last build the dataset."""
+    stages: list[Any] = [None, None]
+    rank = dist.get_rank()
+    stages[rank] = train
+    read: Any = None
+    holds = []
+    for stage in stages:
+        wrapped = wrap(stage, settings(None), workers=1)
+        holds.append(wrapped is not None)
+        if wrapped is not None:
+            order = [list(range(first, first + MICRO)) for first in range(0, INTERVAL * BATCH, MICRO)]
+            read = iter(DataLoader(wrapped, batch_sampler=order, num_workers=1, multiprocessing_context="fork"))
+    feed = job.feed
+    assert feed is not None
+    known = {feed.corpus[i]["tokens"].numpy().tobytes(): i for i in range(len(feed.corpus))}
+    ids = [known[row.numpy().tobytes()] for item in read for row in item["tokens"]]
+    scheduled = feed.slots(0, INTERVAL * BATCH).ids.tolist()
+    grace_ds.megatron.detach()
+    return {"holds": holds, "read": ids, "scheduled": scheduled}
 
 
 def _one_epoch(d: Any) -> Any:

@@ -82,7 +82,10 @@ class Texts(Dataset[Any]):
             tokens = next((item[key] for key in ("tokens", "input_ids", "text") if key in item), None)
             if tokens is None:
                 raise DataError(f"an item of the training dataset has {sorted(item)}, and none of tokens, input_ids and text")
-            item = tokens
+            packed, item = "cu_seqlens" in item, torch.as_tensor(tokens)
+            if packed:  # conversations, padded to the sequence's length
+                text = torch.nonzero(item != item[-1])
+                item = item[: int(text[-1]) + 2] if len(text) else item[:1]
         return {"input_ids": torch.as_tensor(item)}
 
 
@@ -127,13 +130,26 @@ def _unique(dataset: Any) -> Any:
     """Return one epoch of a Megatron dataset; any other map-style dataset counts as one epoch already."""
     if hasattr(dataset, "unique_description_hash") and hasattr(dataset, "index_split"):
         source = dataset
-        return type(source)(source.dataset, source.dataset_path, source.indices, None, source.index_split, source.config)
+
+        def of_length(samples: int | None) -> Any:
+            return type(source)(source.dataset, source.dataset_path, source.indices, samples, source.index_split, source.config)
+
+        part = of_length(None)
+        # Megatron-LM's dataset for --sft is as long as it is told to be, and None is no length.
+        return part if _has_length(part) else of_length(len(source.indices))
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise DataError(
             f"training data of type {type(dataset).__name__} has no length or no index access; a coreset needs a map-style "
             "dataset: leave GRACE out, or give one"
         )
     return dataset
+
+
+def _has_length(dataset: Any) -> bool:
+    try:
+        return len(dataset) >= 0
+    except TypeError:
+        return False
 
 
 def _digest(parts: list[Any]) -> str:

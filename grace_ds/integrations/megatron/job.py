@@ -8,6 +8,7 @@ data and need no schedule.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import sys
@@ -31,7 +32,8 @@ from grace_ds.data.trusted import Tokenize
 from grace_ds.errors import CheckpointError, ConfigError
 from grace_ds.integrations.controller import Controller
 from grace_ds.integrations.megatron.corpus import Corpus, Texts, follow, one_epoch
-from grace_ds.integrations.megatron.job_state import Facts, facts_of
+from grace_ds.integrations.megatron.cyclic import CyclicPositions
+from grace_ds.integrations.megatron.job_state import Facts, arguments, facts_of, virtual_stages
 from grace_ds.integrations.megatron.positions import Ring, Scheduled
 from grace_ds.integrations.megatron.resume import begin, keep_facts, resume
 from grace_ds.integrations.setup import Components, prepare, refresh_context
@@ -49,8 +51,9 @@ log = logging.getLogger("grace_ds")
 class Position:
     """The position of the run, in micro-batches over all ranks; a :class:`~grace_ds.data.sampler.Stream`."""
 
-    def __init__(self, frontier: int) -> None:
+    def __init__(self, frontier: int, steps_even: bool) -> None:
         self.frontier = self.issued = frontier
+        self.steps_even = steps_even
 
 
 class Feed:
@@ -60,20 +63,14 @@ class Feed:
         controller: without hooks on any engine; driven by :meth:`after_step`.
         corpus: defines what the ids mean.
         facts: of the job.
-        train: whether the job trains on the schedule; otherwise it keeps its own order, and the schedule is only logged.
-
-    Attributes:
-        ring: None if the job does not train on the schedule.
+        ring: that the job's data workers read; None if the job keeps its own order, and the schedule is only logged.
     """
 
-    def __init__(self, controller: Controller, corpus: Corpus, facts: Facts, train: bool) -> None:
-        self.controller, self.corpus, self.facts = controller, corpus, facts
-        self.position = Position(facts.consumed // facts.geometry.micro)
-        self.ring: Ring | None = None
-        if train:
-            config = controller.config
-            interval = max(config.refresh.interval_steps, config.start_step, 1)
-            self.ring = Ring((2 * interval + facts.lag + 1) * facts.geometry.batch)
+    def __init__(self, controller: Controller, corpus: Corpus, facts: Facts, ring: Ring | None) -> None:
+        self.controller, self.corpus, self.facts, self.ring = controller, corpus, facts, ring
+        self.position = Position(facts.consumed // facts.geometry.micro, not facts.uneven)
+        self._fence = (-1, 0)  # step of the next refresh, and the position that it is published up to
+        if ring is not None:
             controller.sampler = self.position
 
     def start(self, run_dir: str | None) -> None:
@@ -90,7 +87,7 @@ class Feed:
             self._begin(run_dir, step)
         run_on_all_ranks(controller.comm, lambda: self._keep(run_dir))
         controller.recorder.settle()
-        self._publish()
+        self._publish(started=False)
 
     def _begin(self, run_dir: str | None, step: int) -> None:
         """Make the run's first schedule, at whatever step the job is."""
@@ -144,12 +141,19 @@ class Feed:
         start = step * geometry.batch + micro * geometry.micro + geometry.rank * geometry.rows
         return self.slots(start, geometry.rows).ids
 
-    def _publish(self) -> None:
-        """Publish to the data workers the ids up to where the next schedule may begin, as far as the ring reaches."""
+    def _publish(self, started: bool = True) -> None:
+        """Publish to the data workers the ids up to where the next schedule may begin, as far as the ring reaches.
+
+        The next refresh follows the first optimizer step that reaches it.  Iterations without one, which Megatron-LM was told
+        to skip, are read all the same, so the ids go on over them.
+        """
         if self.ring is None:
             return
-        controller, geometry = self.controller, self.facts.geometry
-        fence = (max(controller.next_refresh, controller.step + 1) + self.facts.lag) * geometry.batch
+        controller, batch = self.controller, self.facts.geometry.batch
+        due = max(controller.next_refresh, controller.step + 1)
+        if self._fence[0] != due:
+            self._fence = (due, self.facts.next_end(controller.cursor, due * batch, started) + self.facts.lag * batch)
+        fence = self._fence[1]
         if controller.frozen or controller.config.replay is not None:
             fence = controller.cursor + self.ring.capacity
         start, end = max(self.ring.end, controller.cursor), min(fence, controller.cursor + self.ring.capacity)
@@ -157,16 +161,72 @@ class Feed:
             self.ring.write(start, controller.book.slots(start, end - start).ids)
 
 
+class Wrapping:
+    """The calls of :func:`wrap` in one run: one for each virtual stage of an interleaved pipeline, otherwise one.
+
+    Each stage of such a pipeline builds a dataset, most of them none.  The run's schedule is made in the last call, when it is
+    known which ranks have data; what earlier calls have returned reads the schedule from then on.
+
+    Args:
+        config: resolved; ``recipe`` and ``refresh`` are settled here.
+    """
+
+    def __init__(self, config: GraceConfig, facts: Facts, user_inputs: UserInputs) -> None:
+        self.config, self.facts, self.user_inputs = config, facts, user_inputs
+        # The first schedule is used until the second one takes over, ``lag`` steps after the second one is made.
+        config.refresh.slack_steps = max(slack(config, config.refresh.interval_steps), facts.lag)
+        self.left = virtual_stages()
+        self.corpus: Corpus | None = None
+        self.ring: Ring | None = None
+
+    def add(self, train_ds: Any) -> Any:
+        """Return what the job reads instead of a stage's dataset.  Collective over all ranks."""
+        corpus = corpus_on_all_ranks(train_ds)
+        self.corpus = corpus or self.corpus
+        if corpus is None:
+            return None
+        if self.config.mode != "train":
+            return train_ds
+        facts, interval = self.facts, max(self.config.refresh.interval_steps, self.config.start_step, 1)
+        self.ring = self.ring or Ring((2 * interval + facts.lag + facts.longest_gap + 2) * facts.geometry.batch)
+        sampler, position = getattr(facts.args, "dataloader_type", None), None
+        if sampler == "cyclic":
+            position = CyclicPositions(len(train_ds), facts.geometry, bool(facts.args.data_sharding), facts.total)
+        return Scheduled(corpus, self.ring, len(train_ds), position)
+
+    def finish(self) -> Feed | None:
+        """Make the run's first schedule, or resume the run; None on a rank without data.  Collective over all ranks."""
+        grace, facts, corpus = self.config, self.facts, self.corpus
+        comm, liveness = transport(grace, corpus is not None), LivenessProbe.open(os.environ)
+        if corpus is None:
+            return None
+        texts, blend = Texts(corpus), corpus.blend
+        parts: Components = run_on_all_ranks(comm, lambda: prepare(texts, grace, facts.geometry, self.user_inputs))
+        arrange = None if blend is None else lambda schedule: follow(blend, schedule)
+        context = refresh_context(comm, grace, facts.geometry, parts, arrange)
+        if blend is not None and parts.sources is None:
+            context = dataclasses.replace(context, sources=blend.of)
+        show = preview_of(texts, grace.features.tokens_key)
+        agreement = agreement_of(comm)
+        controller = Controller(grace, facts.geometry, context, None, agreement, liveness, None, lambda *_: None, show)
+        feed = Feed(controller, corpus, facts, self.ring)
+        feed.start(grace.run_dir)
+        return feed
+
+
 class Job:
     """What is attached in this process.
 
     Attributes:
         feed: None before :func:`wrap`, and on a rank without data.
+        off: :func:`wrap` was called, and the job runs without GRACE.
+        wrapping: between the first and the last call of :func:`wrap` in an interleaved pipeline.
     """
 
     def __init__(self) -> None:
         self.feed: Feed | None = None
-        self.wrapped = False
+        self.wrapped = self.off = False
+        self.wrapping: Wrapping | None = None
         self._optimizer: Any = None
         self._restore: list[Callable[[], None]] = []
 
@@ -186,7 +246,8 @@ class Job:
         self._optimizer = None
         if self.feed is not None:
             self.feed.controller.close()
-        self.feed, self.wrapped = None, False
+        self.feed, self.wrapping = None, None
+        self.wrapped = self.off = False
 
     def _find_optimizer(self, module: nn.Module, args: Any) -> None:
         if self._optimizer is not None or not (module.training and torch.is_grad_enabled()):
@@ -237,37 +298,27 @@ def wrap(
     tokenize: Tokenize | None = None,
 ) -> Any:
     """See :func:`grace_ds.megatron.wrap`."""
+    if job.off:
+        return train_ds
     if job.wrapped:
         raise ConfigError("grace_ds.megatron.wrap was called twice; call grace_ds.megatron.detach() first")
-    block = {"file": config} if isinstance(config, str) else dict(config)
-    grace = load_config(block, "grace_ds.megatron.wrap(config)")
-    if not grace.enabled:
-        job.wrapped = True
-        return train_ds
-    _log_to_screen()
-    settle(grace)
-    check_world_size(dist.get_world_size() if dist.is_initialized() else 1, os.environ)
-    facts = facts_of(consumed_samples, micro_batch_size, global_batch_size, num_workers, lag)
-    # The first schedule is used until the second one takes over, ``lag`` steps after the second one is made.
-    grace.refresh.slack_steps = max(slack(grace, grace.refresh.interval_steps), facts.lag)
-    comm = transport(grace, train_ds is not None)
-    liveness = LivenessProbe.open(os.environ)
-    corpus = corpus_on_all_ranks(train_ds)
-    job.wrapped = True
-    if train_ds is None or corpus is None:
-        return None
-    user_inputs = UserInputs(trusted_data, None, tokenize, None)
-    texts = Texts(corpus)
-    parts: Components = run_on_all_ranks(comm, lambda: prepare(texts, grace, facts.geometry, user_inputs))
-    blend = corpus.blend
-    arrange = None if blend is None else lambda schedule: follow(blend, schedule)
-    context = refresh_context(comm, grace, facts.geometry, parts, arrange)
-    show = preview_of(texts, grace.features.tokens_key)
-    agreement = agreement_of(comm)
-    controller = Controller(grace, facts.geometry, context, None, agreement, liveness, None, lambda *_: None, show)
-    job.feed = Feed(controller, corpus, facts, grace.mode == "train")
-    job.feed.start(grace.run_dir)
-    return train_ds if job.feed.ring is None else Scheduled(corpus, job.feed.ring, len(train_ds))
+    if job.wrapping is None:
+        block = {"file": config} if isinstance(config, str) else dict(config)
+        grace = load_config(block, "grace_ds.megatron.wrap(config)")
+        if not grace.enabled or getattr(arguments(), "skip_train", False):
+            job.off = job.wrapped = True
+            return train_ds
+        _log_to_screen()
+        settle(grace)
+        check_world_size(dist.get_world_size() if dist.is_initialized() else 1, os.environ)
+        facts = facts_of(consumed_samples, micro_batch_size, global_batch_size, num_workers, lag)
+        job.wrapping = Wrapping(grace, facts, UserInputs(trusted_data, None, tokenize, None))
+    wrapping = job.wrapping
+    wrapped = wrapping.add(train_ds)
+    wrapping.left -= 1
+    if not wrapping.left:
+        job.feed, job.wrapping, job.wrapped = wrapping.finish(), None, True
+    return wrapped
 
 
 def _log_to_screen() -> None:

@@ -7,6 +7,8 @@ has been overwritten.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ _CURE = (
     "the data workers run further ahead than lag allows: pass a larger lag to grace_ds.megatron.wrap, or lower num_workers or "
     "prefetch_factor"
 )
+_PATIENCE = 1800.0  # seconds that a data worker waits for the run's first schedule
 
 
 class Ring:
@@ -34,7 +37,8 @@ class Ring:
         self.end = 0  # in the process that writes: first position that is not published
         self._ids = torch.zeros(capacity, dtype=torch.int64)
         self._positions = torch.full((capacity,), -1, dtype=torch.int64)
-        for tensor in (self._ids, self._positions):
+        self._begun = torch.zeros(1, dtype=torch.bool)
+        for tensor in (self._ids, self._positions, self._begun):
             tensor.share_memory_()  # type: ignore[no-untyped-call]
 
     def write(self, start: int, ids: IntArray) -> None:
@@ -44,14 +48,16 @@ class Ring:
         self._positions[slots] = -1  # a reader must not accept a half-written entry
         self._ids[slots] = torch.from_numpy(np.ascontiguousarray(ids))
         self._positions[slots] = positions
+        self._begun[0] = True
         self.end = start + len(ids)
 
     def read(self, position: int) -> int:
-        """Return the id at ``position``; in any process.
+        """Return the id at ``position``; in any process.  Waits for the first :meth:`write`.
 
         Raises:
             DataError: it is not published, or has been overwritten.
         """
+        self._await_first()
         slot = position % self.capacity
         before = int(self._positions[slot])
         sample = int(self._ids[slot])
@@ -64,18 +70,34 @@ class Ring:
             )
         raise DataError(f"sample {position} of the run is asked for, long after it was to be read (found {before}); {_CURE}")
 
+    def _await_first(self) -> None:
+        """Wait until something is published: in an interleaved pipeline, data workers start before the first schedule."""
+        end = time.monotonic() + _PATIENCE
+        while not self._begun[0]:
+            if time.monotonic() > end:
+                raise DataError(
+                    f"no schedule was made within {_PATIENCE:g} s: call grace_ds.megatron.wrap once for each virtual pipeline "
+                    "stage, on every rank, and see the other ranks' messages"
+                )
+            time.sleep(0.02)
+
 
 class Scheduled(Dataset[Any]):
     """The job's training dataset with the schedule's samples: position p of the run → ``corpus[ring[p]]``.
 
     It is as long as the job's own dataset, and it is sent to data workers together with a handle on the shared ring.
+
+    Args:
+        position: index that the job's sampler asks for → position of the run; None: they are the same.
     """
 
-    def __init__(self, corpus: Any, ring: Ring, length: int) -> None:
-        self.corpus, self.ring, self.length = corpus, ring, length
+    def __init__(self, corpus: Any, ring: Ring, length: int, position: Callable[[int], int] | None = None) -> None:
+        self.corpus, self.ring, self.length, self.position = corpus, ring, length, position
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, position: int | None) -> Any:
-        return self.corpus[None if position is None else self.ring.read(int(position))]
+    def __getitem__(self, index: int | None) -> Any:
+        if index is None:  # Megatron's padding of an incomplete batch
+            return self.corpus[None]
+        return self.corpus[self.ring.read(int(index) if self.position is None else self.position(int(index)))]
