@@ -32,14 +32,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import grace_ds.megatron  # GRACE
 
-EOD = 256
+BYTES = {"vocab": 257, "eod": 256}  # of the toy corpus
 
 
-class Bytes:
-    """A tokeniser of bytes, with what Megatron's datasets ask of one."""
+class Tokens:
+    """What Megatron's datasets ask of the tokeniser of a corpus that is tokenised already."""
 
-    vocab_size, eod, pad = EOD + 1, EOD, -1
-    unique_identifiers = {"class": "bytes"}  # noqa: RUF012
+    pad = -1
+
+    def __init__(self, vocab: int, eod: int) -> None:
+        self.vocab_size, self.eod = vocab, eod
+        self.unique_identifiers = {"class": "tokens", "vocab": vocab, "eod": eod}
 
 
 class Single:
@@ -81,7 +84,7 @@ def model_of(c: DictConfig) -> Any:
     model = GPTModel(
         config=config,
         transformer_layer_spec=get_gpt_layer_local_spec(),
-        vocab_size=-(-Bytes.vocab_size // (8 * p.tensor)) * 8 * p.tensor,
+        vocab_size=-(-c.data.vocab // (8 * p.tensor)) * 8 * p.tensor,
         max_sequence_length=m.length,
         pre_process=mpu.is_pipeline_first_stage(),
         post_process=mpu.is_pipeline_last_stage(),
@@ -97,6 +100,8 @@ def model_of(c: DictConfig) -> Any:
 def datasets_of(c: DictConfig, consumed: int) -> tuple[Any, Any]:
     """Training and validation data; None on ranks that read none."""
     if c.data.prefix is None:
+        if {"vocab": c.data.vocab, "eod": c.data.eod} != BYTES:
+            raise SystemExit(f"the toy corpus is bytes: leave data.vocab and data.eod at {BYTES}, or give data.prefix")
         sources(Path(c.out) / "corpus")
     t = c.train
     config = GPTDatasetConfig(
@@ -105,7 +110,7 @@ def datasets_of(c: DictConfig, consumed: int) -> tuple[Any, Any]:
         blend=([str(c.data.prefix or Path(c.out) / "corpus")], None),
         split="95,5,0",
         path_to_cache=str(Path(c.out) / "indices"),
-        tokenizer=Bytes(),
+        tokenizer=Tokens(c.data.vocab, c.data.eod),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
@@ -128,7 +133,7 @@ def sources(prefix: Path, megabytes: float = 1.0) -> None:
         prefix.parent.mkdir(parents=True, exist_ok=True)
         builder, left = IndexedDatasetBuilder(f"{prefix}.bin"), int(megabytes * 2**20)
         for file in sorted(Path(os.__file__).parent.glob("*.py")):
-            text = [*file.read_bytes()[:left], EOD]
+            text = [*file.read_bytes()[:left], BYTES["eod"]]
             builder.add_document(torch.tensor(text), [len(text)])
             left -= len(text)
             if left <= 0:
@@ -195,7 +200,8 @@ def main(c: DictConfig) -> None:
     state = torch.load(saved) if saved.exists() else {"consumed": 0}
     consumed, t = state["consumed"], c.train
     model = model_of(c)
-    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=t.lr, clip_grad=0.0, bf16=c.bf16), [model])
+    precision = {"bf16": True, "params_dtype": torch.bfloat16} if c.bf16 else {}
+    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=t.lr, clip_grad=0.0, **precision), [model])
     model.config.finalize_model_grads_func, model.config.grad_scale_func = finalize_model_grads, optimizer.scale_loss
     if consumed:
         model.load_state_dict(state["model"])

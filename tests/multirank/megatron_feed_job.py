@@ -55,7 +55,7 @@ def datasets(folder: Path, names: list[str], steps: int = STEPS, seed: int = 1) 
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-    from examples.megatron_core.pretrain_gpt import Bytes
+    from examples.megatron_core.pretrain_gpt import BYTES, Tokens
 
     config = GPTDatasetConfig(
         random_seed=seed,
@@ -63,7 +63,7 @@ def datasets(folder: Path, names: list[str], steps: int = STEPS, seed: int = 1) 
         blend=([str(folder / name) for name in names], [3.0, 1.0] if len(names) == 2 else None),
         split="88,6,6",
         path_to_cache=str(folder / "indices"),
-        tokenizer=Bytes(),
+        tokenizer=Tokens(**BYTES),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,

@@ -31,6 +31,8 @@ def on_cpu() -> None:
     rng._set_all_rng_states = lambda cpu, *_: torch.set_rng_state(cpu)
     norms: Any = torch_norm
     norms.WrappedTorchNorm.__new__ = _norm
+    tensor: Any = torch.Tensor
+    tensor.type = _cuda_name(tensor.type)  # which its optimizers and its clipping check
     for name in ("empty", "zeros", "ones", "tensor", "full", "arange"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 
@@ -41,6 +43,14 @@ def _norm(cls: type, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any)
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return norm
+
+
+def _cuda_name(original: Any) -> Any:
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = original(self, *args, **kwargs)
+        return found if args or kwargs else found.replace("torch.", "torch.cuda.", 1)
+
+    return type_
 
 
 def _on_cpu(make: Any) -> Any:

@@ -56,4 +56,24 @@ def test_megatron_gpu_form_differs_by_its_numbers_alone():
         return {k: keys(v) if OmegaConf.is_dict(v) else None for k, v in node.items()}
 
     assert keys(gpu.train) == keys(cpu.train) and keys(gpu.model) == keys(cpu.model) and keys(gpu.parallel) == keys(cpu.parallel)
-    assert set(gpu) == set(cpu)
+    assert set(gpu) == set(cpu) and set(gpu.data) == set(cpu.data)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_megatron_gpu_form_runs_on_a_cpu_but_for_its_size(tmp_path):
+    """TP 2 × PP 2 × DP 2 in bfloat16 with recomputation, stopped and gone on: all of it but CUDA and NCCL."""
+    config = ROOT / "configs" / "megatron_gpu.yaml"
+    processes = OmegaConf.load(config).processes
+    assert processes == 8
+    small = ["model.layers=2", "model.hidden=32", "model.heads=4", "model.length=32"]
+    train = ["train.steps=9", "train.batch=16", "train.micro=4", "train.log_every=1", "train.save_every=3", "train.eval_micro=2"]
+    grace = ["grace.refresh.interval_steps=3", "grace.refresh.timeout_seconds=120", "grace.refresh.cadence=fixed"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [*launch, "examples/megatron_core/pretrain_gpt.py", config, f"out={tmp_path}", "device=cpu", *small, *train, *grace]
+    first = run_command([*command, "train.stop_after=6"], timeout=280)
+    second = run_command(command, timeout=280)
+    steps = [int(step) for said in (first, second) for step in re.findall(r"step (\d+): loss [\d.]+", said)]
+    assert steps == list(range(1, 10)) and "validation loss" in second
+    schedules = load_book(tmp_path / "grace" / "schedules").schedules
+    assert [s.meta["objective"] for s in schedules] == ["uniform", "sample", "sample", "sample"]
