@@ -220,7 +220,13 @@ def interleaved(train: Any) -> dict[str, Any]:
     stages[rank] = train
     read: Any = None
     holds = []
+    early = ""
     for stage in stages:
+        if holds:  # a step between the stages
+            try:
+                job._step(lambda: (True, None, None))
+            except ConfigError as error:
+                early = str(error)
         wrapped = wrap(stage, settings(None), workers=1)
         holds.append(wrapped is not None)
         if wrapped is not None:
@@ -232,7 +238,7 @@ def interleaved(train: Any) -> dict[str, Any]:
     ids = [known[row.numpy().tobytes()] for item in read for row in item["tokens"]]
     scheduled = feed.slots(0, INTERVAL * BATCH).ids.tolist()
     grace_ds.megatron.detach()
-    return {"holds": holds, "read": ids, "scheduled": scheduled}
+    return {"holds": holds, "read": ids, "scheduled": scheduled, "early": early}
 
 
 def _one_epoch(d: Any) -> Any:

@@ -100,6 +100,7 @@ def test_megatron_interleaved_stages_read_one_schedule(ranks):
     first, last = (rank["interleaved"] for rank in ranks)
     assert first["holds"] == [True, False] and last["holds"] == [False, True]
     assert first["read"] == last["read"] == first["scheduled"]
+    assert first["early"] == last["early"] and "2 virtual stages, and 1 of them" in first["early"]
     assert len(first["read"]) == INTERVAL * BATCH
 
 
@@ -176,6 +177,8 @@ def test_megatron_ramp_ends_where_its_own_calculator_says(monkeypatch):
             job_state.facts_of(None, None, None, None, None)
     finally:
         calculator.unset_num_microbatches_calculator()
+    with pytest.raises(ConfigError, match="rampup-batch-size cannot be followed"):
+        job_state.facts_of(None, None, None, None, None)
 
 
 @pytest.mark.parametrize("sharded", [True, False])

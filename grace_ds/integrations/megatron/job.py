@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,6 +43,7 @@ from grace_ds.recipes import AUTO, recipe
 from grace_ds.records import IntArray
 from grace_ds.refresh.choice import slack
 from grace_ds.utils.methods import replace_method
+from grace_ds.utils.screen import log_to_screen
 
 log = logging.getLogger("grace_ds")
 
@@ -271,6 +271,11 @@ class Job:
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
+        if self.wrapping is not None:
+            raise ConfigError(
+                f"an interleaved pipeline builds a dataset for each of its {virtual_stages()} virtual stages, and {self.wrapping.left} "
+                "of them were not given to grace_ds.megatron.wrap: call it for each of them on every rank, also for None"
+            )
         if not self.wrapped:
             raise ConfigError(
                 "grace_ds.megatron.attach was called, and the training dataset was not wrapped: return "
@@ -308,7 +313,7 @@ def wrap(
         if not grace.enabled or getattr(arguments(), "skip_train", False):
             job.off = job.wrapped = True
             return train_ds
-        _log_to_screen()
+        log_to_screen(dist.get_rank() if dist.is_initialized() else 0)
         settle(grace)
         check_world_size(dist.get_world_size() if dist.is_initialized() else 1, os.environ)
         facts = facts_of(consumed_samples, micro_batch_size, global_batch_size, num_workers, lag)
@@ -319,16 +324,6 @@ def wrap(
     if not wrapping.left:
         job.feed, job.wrapping, job.wrapped = wrapping.finish(), None, True
     return wrapped
-
-
-def _log_to_screen() -> None:
-    """Log to the screen on rank 0 if the job has set up no logging."""
-    if log.hasHandlers():
-        return
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("grace_ds: %(message)s"))
-    log.addHandler(handler)
-    log.setLevel(logging.WARNING if dist.is_initialized() and dist.get_rank() else logging.INFO)
 
 
 def settle(config: GraceConfig) -> None:

@@ -59,7 +59,7 @@ class Facts:
         if self.args is None:
             return counted
         done = int(self.args.consumed_train_samples)
-        return done + (self._batches().get() * self.geometry.micro if self._ramps else self.geometry.batch)
+        return done + (_calculator().get() * self.geometry.micro if self._ramps else self.geometry.batch)
 
     def next_end(self, cursor: int, due: int, started: bool = True) -> int:
         """Return the samples consumed after the first optimizer step from ``cursor`` on that ends at ``due`` or beyond.
@@ -75,7 +75,7 @@ class Facts:
         iteration = cursor // batch
         if self.args is not None:
             iteration = int(self.args.curr_iteration) + 1 if started else int(self.args.iteration)
-        sizes = copy.copy(self._batches()) if self._ramps else None  # Megatron's own arithmetic, on positions yet to come
+        sizes = copy.copy(_calculator()) if self._ramps else None  # Megatron's own arithmetic, on positions yet to come
         for number in itertools.count(iteration):
             if sizes is not None:
                 sizes.update(cursor, False)
@@ -85,11 +85,11 @@ class Facts:
                 break
         return cursor
 
-    def _batches(self) -> Any:
-        """Return Megatron's calculator of the micro-batches of a step."""
-        from megatron.core import num_microbatches_calculator
 
-        return num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR
+def _calculator() -> Any:
+    """Return Megatron's calculator of the micro-batches of a step; None if there is none."""
+    module = sys.modules.get("megatron.core.num_microbatches_calculator")
+    return getattr(module, "_GLOBAL_NUM_MICROBATCHES_CALCULATOR", None)
 
 
 def _runs(numbers: list[int]) -> list[list[int]]:
@@ -174,6 +174,11 @@ def _refuse(args: Any) -> None:
     for name, why in _REFUSED.items():
         if getattr(args, name, None):
             raise ConfigError(f"--{name.replace('_', '-')} cannot be served: {why}; leave it out, or leave GRACE out")
+    if getattr(args, "rampup_batch_size", None) and _calculator() is None:
+        raise ConfigError(
+            "--rampup-batch-size cannot be followed: this Megatron has no megatron.core.num_microbatches_calculator, as "
+            "megatron-core 0.16 has; leave it out, or use that version"
+        )
 
 
 def _data_parallel() -> tuple[int, int]:
