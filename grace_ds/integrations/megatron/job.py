@@ -273,8 +273,9 @@ class Job:
         result = original(*args, **kwargs)
         if self.wrapping is not None:
             raise ConfigError(
-                f"an interleaved pipeline builds a dataset for each of its {virtual_stages()} virtual stages, and {self.wrapping.left} "
-                "of them were not given to grace_ds.megatron.wrap: call it for each of them on every rank, also for None"
+                f"an interleaved pipeline builds a dataset for each of its {virtual_stages()} virtual stages, and "
+                f"{self.wrapping.left} of them were not given to grace_ds.megatron.wrap: call it for each of them on every rank, "
+                "also for None"
             )
         if not self.wrapped:
             raise ConfigError(
