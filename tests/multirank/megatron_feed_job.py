@@ -37,14 +37,22 @@ class Looked:
         return self.seen[-1]
 
 
-def corpus(prefix: Path, salt: int) -> None:
-    """Documents of random bytes, some of them near copies; on rank 0."""
+def corpus(prefix: Path, salt: int, copied: int = 0) -> None:
+    """Documents of random bytes; on rank 0.
+
+    Args:
+        copied: texts of which all documents are near copies, some of many and some of few; 0: none is.
+    """
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     if dist.get_rank() == 0:
         draw, builder = np.random.default_rng(salt), IndexedDatasetBuilder(f"{prefix}.bin")
+        known = draw.integers(0, 256, (copied, 40))
         for i in range(DOCUMENTS):
             text = draw.integers(0, 256 if i % 3 else 20, int(draw.integers(20, 60)))
+            if copied:
+                text = known[int(copied * draw.random() ** 3)]
+                text = np.where((np.arange(40) % 16 >= 14) | (np.arange(40) >= 38), draw.integers(0, 256, 40), text)
             builder.add_document(torch.from_numpy(np.append(text, 256)), [len(text) + 1])
         builder.finalize(f"{prefix}.idx")
     dist.barrier()
@@ -153,7 +161,11 @@ def consume(train: Any, block: dict[str, Any], first: int, last: int, workers: i
     wrapped = wrap(train, block, first * BATCH, workers)
     trainer = Trainer(wrapped, first * BATCH, workers)
     consumed, said = [], []
+    looked_at: list[Any] | None = None
     for step in range(first, last):
+        content = job.feed.controller.kept.content if job.feed is not None else None
+        if step == 10 and content is not None:
+            looked_at = [content.ids.tolist(), content.density.tolist()]
         seen, arithmetic = trainer.step(rerun=step == how.get("rerun"))
         consumed.append(seen)
         said.append(arithmetic)
@@ -161,9 +173,14 @@ def consume(train: Any, block: dict[str, Any], first: int, last: int, workers: i
             trainer.evaluate(how["valid"])
     feed = job.feed
     assert feed is not None
-    state = {"step": feed.controller.step, "cursor": feed.controller.cursor, "version": feed.controller.metrics.version}
+    state: dict[str, Any] = {
+        "step": feed.controller.step,
+        "cursor": feed.controller.cursor,
+        "version": feed.controller.metrics.version,
+    }
     uses = {k: feed.controller.metrics.refresh_failures for k in ("failures",)}
     samples = len(feed.corpus)
+    state["content"] = looked_at
     grace_ds.megatron.detach()
     del trainer, wrapped, feed
     gc.collect()  # a job has its process to itself: nothing of this one may end in a data worker that the next one forks
@@ -191,10 +208,11 @@ def work(world: World, folder: str) -> dict[str, Any]:
     found["abandoned"] = [path.name for path in (home / "run2" / "schedules").glob("*.abandoned")]
     found["rerun"] = consume(train, settings(home / "run3"), 0, STEPS, 0, rerun=3, valid=valid)
     # A window of half the pool, which moves on with each schedule.
-    rolling = {"window": 120, "selection": {"objective": "sample"}}
-    found["rolling"] = consume(train, settings(home / "run6", **rolling), 0, 20, 0)
-    found["rolling"]["window"] = 120
-    found["rolled"] = consume(train, settings(home / "run6", **rolling), 10, 20, 0)
+    corpus(home / "c", 3, copied=12)
+    copies, _ = datasets(home, ["c"], steps=20)
+    rolling = settings(home / "run6", window=300)
+    found["rolling"] = {**consume(copies, rolling, 0, 20, 0), "window": 300}
+    found["rolled"] = consume(copies, rolling, 10, 20, 0)
     longer, _ = datasets(home, ["a"], steps=10 * STEPS)
     found["longer"] = consume(longer, settings(home / "run4"), 0, 5, 0)
     blend, _ = datasets(home, ["a", "b"])

@@ -60,6 +60,8 @@ def test_megatron_resumes_a_window_that_moves(ranks):
     """What a sample's copies were is that of the window it entered: a resumed run must not see them anew."""
     assert ranks[0]["rolling"]["window"] < ranks[0]["rolling"]["samples"]
     assert stream(ranks, "rolled") == stream(ranks, "rolling")[10:]
+    for rank in ranks:
+        assert rank["rolled"]["content"] == rank["rolling"]["content"] and len(set(rank["rolled"]["content"][1])) > 3
 
 
 def test_megatron_step_that_is_run_again_and_evaluation_count_once(ranks):
