@@ -84,7 +84,7 @@ def _restore_content(controller: Controller, schedules: list[Schedule]) -> None:
         return
     content = None
     for version in range(max(read[0], read[-1] - -(-pool.size // pool.advance)), read[-1] + 1):
-        window = pool.window_at(version)
+        window = pool.known(version, controller.book)
         content = context.contents(content, window[owner_of(window, comm.size) == comm.rank])
     controller.kept = RefreshState(content)
 
