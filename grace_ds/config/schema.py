@@ -127,6 +127,7 @@ class GraceConfig:
     start_step: int = -1  # first step on a coreset, uniform before; 0: at once; -1: an interval, a 20th of total_steps at most
     stop_step: int = 0  # optimizer step at which selection ends and uniform goes on; 0: never
     trusted: str | None = None  # trusted samples: .jsonl with input_ids or text, .txt, or .npy (n, tokens)
+    tokenizer: str | None = None  # for trusted text: tokenizer.json, or a Hugging Face folder; null: the script's tokenize=
     pseudo_trusted: bool = True  # without a trusted set: take the pool's most typical samples for one
     weights: str = "none"  # what grace_ds.sample_weights() gives: none (ones) | inverse_probability
     comm: str = "auto"  # auto | mpi | torch | local

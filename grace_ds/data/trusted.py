@@ -117,8 +117,8 @@ def _cut(file: Path, texts: list[str], length: int, tokenize: Tokenize | None) -
     """Tokenise all texts, join them, and cut them into pieces as long as the job's own samples."""
     if tokenize is None:
         raise DataError(
-            f"trusted file {file} holds text: pass tokenize=lambda text: [...token ids] to grace_ds.initialize, or a file "
-            "with input_ids"
+            f"trusted file {file} holds text: name the job's tokenizer in the config (tokenizer: tokenizer.json), pass "
+            "tokenize=lambda text: [...token ids] to grace_ds.initialize, or give a file with input_ids"
         )
     tokens = np.concatenate([np.asarray(tokenize(text), np.int64) for text in texts])
     rows = tokens[: len(tokens) // length * length].reshape(-1, length)

@@ -10,6 +10,7 @@ import numpy as np
 
 from grace_ds.config.schema import GraceConfig
 from grace_ds.data.order import Order, Permutation
+from grace_ds.data.tokenizer import load_tokenizer
 from grace_ds.data.tokens import key_of
 from grace_ds.data.trusted import Tokenize, TrustedDataset, load_trusted, refuse_overlap
 from grace_ds.errors import DataError
@@ -56,7 +57,10 @@ def trusted_set(dataset: Any, reader: TokenReader | None, config: GraceConfig, u
         probed = config.replay is None and config.collects and "gradients" in config.parts
         with undisturbed_rng():
             example = dataset[0]
-        trusted = load_trusted(config.trusted, example, user_inputs.tokenize, key=_key(example, config), probed=probed)
+        tokenize = user_inputs.tokenize
+        if tokenize is None and config.tokenizer is not None:
+            tokenize = load_tokenizer(config.tokenizer)
+        trusted = load_trusted(config.trusted, example, tokenize, key=_key(example, config), probed=probed)
     if trusted is None:
         return _typical_of(dataset, reader, config.seed) if reader is not None and config.pseudo_trusted else None
     if len(trusted) < _LEAST:
