@@ -1,9 +1,10 @@
-"""Run an unchanged training script with GRACE: ``deepspeed --module grace_ds.run [--progress] train.py …``.
+"""Run an unchanged training script with GRACE: ``deepspeed --module grace_ds.run [--progress] [--grace FILE] train.py …``.
 
-With ``--progress`` rank 0 prints the state of the run once a minute; ``grace-ds run --progress`` draws it instead.
+With ``--progress`` rank 0 prints the state of the run once a minute; ``grace-ds run --progress`` draws it instead.  ``--grace``
+names a file with the grace block, for scripts whose DeepSpeed config is a dict in code.
 
-Inside the script ``deepspeed.initialize`` is :func:`grace_ds.initialize`; the script's own DeepSpeed config still decides
-whether GRACE is on.
+Inside the script ``deepspeed.initialize`` is :func:`grace_ds.initialize`, and a ``transformers.Trainer`` is attached to by
+itself.  The script's own DeepSpeed config, or ``--grace``, decides whether GRACE is on.
 """
 
 from __future__ import annotations
@@ -12,25 +13,24 @@ import os
 import runpy
 import sys
 from pathlib import Path
+from types import TracebackType
 
-from grace_ds.cli.commandline import in_one_line, wants_debug
+from grace_ds.cli.commandline import in_one_line, print_grace_error, wants_debug
+from grace_ds.config.block_file import GIVEN
+from grace_ds.integrations.unchanged import prepare_process
 
-_USAGE = "usage: deepspeed --module grace_ds.run [--progress] train.py [arguments]"
+_USAGE = "usage: deepspeed --module grace_ds.run [--progress] [--grace FILE] train.py [arguments]"
 
 
 def run_script(script: str, arguments: list[str]) -> None:
-    """Run ``script`` as ``__main__`` with ``deepspeed.initialize`` replaced.
+    """Run ``script`` as ``__main__``, in a process that is prepared for it.
 
     Raises:
         SystemExit: the script does not exist, or exits itself.
     """
     if not Path(script).is_file():
         raise SystemExit(f"grace_ds.run: no script {script!r}; {_USAGE}")
-    import deepspeed
-
-    from grace_ds.integrations import deepspeed as integration
-
-    integration.replace_initialize(deepspeed)
+    prepare_process()
     sys.argv = [script, *arguments]
     # The script's own folder comes first, as with ``python train.py``.
     sys.path.insert(0, str(Path(script).resolve().parent))
@@ -46,15 +46,32 @@ def main() -> None:
         SystemExit: no script is named, or as :func:`run_script`.
     """
     arguments = sys.argv[1:]
-    script_at = next((i for i, argument in enumerate(arguments) if not argument.startswith("-")), None)
-    if script_at is None:
-        raise SystemExit(_USAGE)
-    options = [argument for argument in arguments[:script_at] if argument != "--progress"]
-    if len(options) < script_at:
-        from grace_ds.monitor.progress import LINES, VARIABLE
+    launchers: list[str] = []
+    while arguments[:1] and arguments[0].startswith("-"):
+        option = arguments.pop(0)
+        if option == "--progress":
+            from grace_ds.monitor.progress import LINES, VARIABLE
 
-        os.environ.setdefault(VARIABLE, LINES)
-    run_script(arguments[script_at], options + arguments[script_at + 1 :])
+            os.environ.setdefault(VARIABLE, LINES)
+        elif option == "--grace" and arguments:
+            os.environ[GIVEN] = arguments.pop(0)
+        else:
+            launchers.append(option)
+    if not arguments:
+        raise SystemExit(_USAGE)
+    run_script(arguments[0], launchers + arguments[1:])
+
+
+def prepare_child() -> None:
+    """Prepare a process that ``grace-ds run COMMAND`` has started, directly or not; its errors of GRACE are one line."""
+    prepare_process()
+    before = sys.excepthook
+
+    def shown(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if wants_debug([]) or not print_grace_error("grace_ds", error):
+            before(kind, error, traceback)
+
+    sys.excepthook = shown
 
 
 if __name__ == "__main__":

@@ -112,6 +112,13 @@ def in_one_line(program: str, work: Callable[[], int | None], debug: bool, ours_
         return _report_foreign(program, error)
 
 
+def print_grace_error(program: str, error: BaseException) -> bool:
+    """Print an error of GRACE as one line; return False, and print nothing, for any other."""
+    if isinstance(error, GraceError):
+        _print_error(program, str(error), 1)
+    return isinstance(error, GraceError)
+
+
 def _report_foreign(program: str, error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return _print_error(program, "interrupted", INTERRUPTED)

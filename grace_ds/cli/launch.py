@@ -1,8 +1,9 @@
-"""Run the deepspeed launcher on an unchanged script, and leave none of its processes behind: ``grace-ds run``."""
+"""Run an unchanged script or command, and leave none of its processes behind: ``grace-ds run``."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,59 +12,87 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from grace_ds import _startup
 from grace_ds.cli.live import Screen, is_screen
+from grace_ds.config.block_file import GIVEN
 from grace_ds.errors import ConfigError
 from grace_ds.integrations.preemption import RESUME_ME, VARIABLE
+from grace_ds.monitor.progress import LINES
+from grace_ds.monitor.progress import VARIABLE as PROGRESS
 from grace_ds.utils.processes import end_group, signal_group
 
-USAGE = "grace-ds run [--progress] [--preempt-dir DIR] [launcher options] train.py [arguments]"
+_OWN = "[--grace FILE] [--progress] [--preempt-dir DIR]"
+USAGE = f"grace-ds run {_OWN} [launcher options] train.py [arguments], or grace-ds run {_OWN} COMMAND ..."
+_STARTUP = Path(_startup.__file__).parent
 _GRACE_SECONDS = 10.0  # seconds that interrupted processes have to end by themselves
-_PREEMPT, _PROGRESS = "--preempt-dir", "--progress"
+_PREEMPT, _PROGRESS, _GRACE = "--preempt-dir", "--progress", "--grace"
+_WANTED = {_PREEMPT: "the folder of the checkpoint", _GRACE: "the file with the grace block, YAML or JSON"}
 
 
 def run(words: Sequence[str]) -> int:
-    """Start the launcher with ``--module grace_ds.run`` before the script; return its exit status.
+    """Start a job and return its exit status.
+
+    A script runs under the deepspeed launcher, with ``--module grace_ds.run`` before it.  Any other command (``torchrun``,
+    ``accelerate launch``, ``trl sft``) runs as it is, with each Python process that it starts prepared by
+    ``grace_ds/_startup/sitecustomize.py``.
 
     Args:
-        words: options of ``grace-ds run``, launcher options, the script (the first word that ends in ``.py``), its arguments.
+        words: options of ``grace-ds run``, then a command and its arguments, or launcher options, the script (the first word that
+            ends in ``.py``) and its arguments.
     """
     environment: dict[str, str] = {}
-    progress_option: list[str] = []
-    while words[:1] in ([_PREEMPT], [_PROGRESS]):
-        if words[0] == _PROGRESS:
-            progress_option, words = [_PROGRESS], words[1:]
+    options: list[str] = []  # for grace_ds.run
+    progress = False
+    while words and words[0] in (_PREEMPT, _PROGRESS, _GRACE):
+        option, words = words[0], words[1:]
+        if option == _PROGRESS:
+            progress, options = True, [*options, option]
             continue
-        if len(words) < 2 or words[1].startswith("-"):
-            sys.stderr.write(f"grace-ds run: {_PREEMPT} needs the folder of the checkpoint; usage: {USAGE}\n")
+        if not words or words[0].startswith("-"):
+            sys.stderr.write(f"grace-ds run: {option} needs {_WANTED[option]}; usage: {USAGE}\n")
             return 2
-        environment[VARIABLE] = str(Path(words[1]).absolute())
-        words = words[2:]
-    script_index = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
-    if script_index is None:
-        sys.stderr.write(f"grace-ds run: no script given; usage: {USAGE}\n")
+        value, words = str(Path(words[0]).absolute()), words[1:]
+        if option == _PREEMPT:
+            environment[VARIABLE] = value
+        elif Path(value).is_file():
+            environment[GIVEN], options = value, [*options, option, value]
+        else:
+            sys.stderr.write(f"grace-ds run: there is no file {value} with a grace block; name another with {_GRACE}\n")
+            return 2
+    scripted = not words or words[0].startswith("-") or words[0].endswith(".py")
+    command = _launcher(words, options) if scripted else _program(words)
+    if isinstance(command, str):
+        sys.stderr.write(f"grace-ds run: {command}; usage: {USAGE}\n")
         return 2
-    if not Path(words[script_index]).is_file():
-        sys.stderr.write(f"grace-ds run: there is no script {words[script_index]!r} in {Path.cwd()}; usage: {USAGE}\n")
-        return 2
-    launcher = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        *words[:script_index],
-        "--module",
-        "grace_ds.run",
-        *progress_option,
-        *words[script_index:],
-    ]
-    if not progress_option or not is_screen(sys.stdout):  # without a terminal, rank 0 prints a line from time to time
-        return supervise(launcher, environment)
+    if not scripted:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_STARTUP), os.environ.get("PYTHONPATH")]))
+        environment |= {PROGRESS: LINES} if progress else {}
+    if not progress or not is_screen(sys.stdout):  # without a terminal, rank 0 prints a line from time to time
+        return supervise(command, environment)
     try:
         screen = Screen()
     except ConfigError as error:
         sys.stderr.write(f"grace-ds run: {error}\n")
         return 2
     with screen:
-        return supervise(launcher, {**environment, **screen.environment}, screen.streams)
+        return supervise(command, {**environment, **screen.environment}, screen.streams)
+
+
+def _program(words: Sequence[str]) -> list[str] | str:
+    """Return a command and its arguments as they are to be started; or what is wrong with them."""
+    found = shutil.which(words[0])
+    return [found, *words[1:]] if found else f"no script given, and there is no command {words[0]!r}"
+
+
+def _launcher(words: Sequence[str], options: Sequence[str]) -> list[str] | str:
+    """Return the deepspeed launcher's command line for a script; or what is wrong with the words."""
+    script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+    if script is None:
+        return "no script given"
+    if not Path(words[script]).is_file():
+        return f"there is no script {words[script]!r} in {Path.cwd()}"
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    return [*launcher, *words[:script], "--module", "grace_ds.run", *options, *words[script:]]
 
 
 def supervise(command: Sequence[str], environment: Mapping[str, str], streams: Mapping[str, Any] | None = None) -> int:

@@ -13,7 +13,7 @@ from grace_ds.cli.commandline import Parser, amount, count, in_one_line, nearest
 from grace_ds.cli.launch import USAGE, run
 from grace_ds.errors import GraceError
 
-_OWN_OPTIONS = ("--preempt-dir", "--progress", "--debug")  # options of ``grace-ds run`` itself, not of the launcher
+_OWN_OPTIONS = ("--grace", "--preempt-dir", "--progress", "--debug")  # options of ``grace-ds run`` itself, not of the launcher
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,9 +37,16 @@ def parser() -> argparse.ArgumentParser:
             grace-ds run train.py --deepspeed_config ds.json
             grace-ds run --num_gpus 8 train.py --deepspeed_config ds.json
             grace-ds run --progress --preempt-dir /shared/checkpoints train.py --deepspeed_config ds.json
+            grace-ds run --grace grace.yaml train.py
+            grace-ds run torchrun --nproc-per-node 8 train.py --deepspeed_config ds.json
+            grace-ds run accelerate launch --config_file deepspeed.yaml train.py
+            grace-ds run trl sft --config sft.yaml --deepspeed ds.json
             """,
-        description="Whether GRACE is on is decided by the block in the script's own DeepSpeed config. "
-        "Starts the deepspeed launcher on the script with deepspeed.initialize replaced by grace_ds.initialize. "
+        description="Whether GRACE is on is decided by the block in the script's own DeepSpeed config, or by --grace FILE, which "
+        "holds the block for a config that is a dict in code. "
+        "Starts the deepspeed launcher on the script, or a command as it is, with deepspeed.initialize replaced by "
+        "grace_ds.initialize, and attaches to a transformers.Trainer when it begins to train. A job that gives DeepSpeed no "
+        "training data keeps its own DataLoader, which then gives the coreset's batches. "
         "Options before the script go to the launcher, those after it to the script. --progress shows below the job's output "
         "how the run stands (a line a minute where that is no terminal); --preempt-dir names the checkpoint of a job told to go.",
     )
@@ -219,7 +226,7 @@ def _command(words: list[str]) -> int:
 
 
 def _own_options_first(words: Sequence[str]) -> list[str]:
-    """Return the words of ``run`` with its own options before the launcher's.
+    """Return the words of ``run`` with its own options before the launcher's, or before the command that is to be run.
 
     ``--debug`` is handled already and left out.
 
@@ -231,12 +238,14 @@ def _own_options_first(words: Sequence[str]) -> list[str]:
     launchers: list[str] = []
     before = iter(words[:script])
     for word in before:
+        if not launchers and not word.startswith("-"):  # a command: the rest is its own
+            return [*filter(None, own), word, *before, *words[script:]]
         name, equals, value = word.partition("=")
         if name not in _OWN_OPTIONS:
             if name.startswith("--") and (near := nearest(name, _OWN_OPTIONS)):
                 raise GraceError(f"run: there is no option {name}{near}")
             launchers.append(word)
-        elif name == "--preempt-dir":
+        elif name in ("--grace", "--preempt-dir"):
             own += [name, value if equals else next(before, "")]
         elif name != "--debug":
             own.append(word)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grace_ds import registry
 from grace_ds.config import schema
+from grace_ds.config.block_file import GIVEN
 from grace_ds.config.checks import check_types, check_values
 from grace_ds.config.interpolated import hidden, marked, unresolved
 from grace_ds.config.schema import GraceConfig, Plain
@@ -78,6 +80,20 @@ def find_block(ds_config: Mapping[str, Any]) -> tuple[str, Plain] | None:
             if _get(ds_config, f"{parent}.enabled") is not True:
                 raise ConfigError(f"{HOME} is on but {parent}.enabled is not true; set it to true, or grace.enabled to false")
     return path, dict(block)
+
+
+def block_of(ds_config: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> tuple[str, Plain] | None:
+    """Return the grace block of a job and its path: that of its DeepSpeed config, or the file of ``grace-ds run --grace``.
+
+    Raises:
+        ConfigError: as :func:`find_block`, or both are given.
+    """
+    found, given = find_block(ds_config), environ.get(GIVEN)
+    if not given:
+        return found
+    if found is not None:
+        raise ConfigError(f"the DeepSpeed config holds a grace block ({found[0]}) and --grace {given} gives another; keep one")
+    return given, {"file": given}
 
 
 def load_config(block: Mapping[str, Any], path: str = HOME, dotlist: Sequence[str] = ()) -> GraceConfig:

@@ -19,6 +19,20 @@ from grace_ds.utils.rng import undisturbed_rng
 UNKNOWN = 2**40  # micro-batches of a loader whose length is not known, and more
 
 
+_OPTIONS = (
+    "num_workers",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "generator",
+    "prefetch_factor",
+    "persistent_workers",
+    "pin_memory_device",
+    "in_order",
+)
+
+
 class IdDataset(Dataset[Any]):
     """The job's dataset by index; it returns (position, id, item) for such a pair, (-1, id, item) for a plain index."""
 
@@ -105,6 +119,11 @@ class IdLoader:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
+
+
+def loader_options(loader: Any) -> dict[str, Any]:
+    """Return the options of a torch DataLoader that one rebuilt over another dataset keeps; accelerate does the same."""
+    return {name: getattr(loader, name) for name in _OPTIONS if hasattr(loader, name)}
 
 
 def _rows_of(batch: Any) -> int | None:

@@ -82,9 +82,8 @@ class InFlightBatches:
         if len(ids) and bool((ids < 0).any()) and not self._warned:
             self._warned = True
             log.warning(
-                "collate_fn returned %d rows for %d samples and grace cannot tell which: such batches are not collected",
+                "collate_fn returned %d rows, not one a sample, and grace cannot tell which: such batches are not collected",
                 len(ids),
-                len(positions),
             )
         issued = IssuedBatch.of(ids.numpy().copy(), end, batch)
         if self._last is not None:

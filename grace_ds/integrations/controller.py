@@ -228,6 +228,16 @@ class Controller:
             self.sampler.frontier = max(self.sampler.frontier, current[0].end)
 
     @property
+    def forward_end(self) -> int:
+        """Number of the micro-batch of the forward in progress plus one; 0 if it is not one of the schedule."""
+        return self._current[0].end if self._current is not None else 0
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches that have been trained on in the optimizer step in progress."""
+        return len(self._trained)
+
+    @property
     def capturing(self) -> bool:
         """Whether gradients are collected of the forward in progress."""
         return self._current is not None and isinstance(self._current[1], MicroBatchCapture)

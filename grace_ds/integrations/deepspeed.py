@@ -8,15 +8,15 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from grace_ds.config.load import ALIAS, HOME, find_block, load_config, read_ds_config, refuse_curriculum, refuse_over_stream
+from grace_ds.config.load import ALIAS, HOME, block_of, load_config, read_ds_config, refuse_curriculum, refuse_over_stream
 from grace_ds.data.dataset import IdDataset
 from grace_ds.data.iterable import IterableBuffer, map_style
 from grace_ds.data.order import order_of
 from grace_ds.data.trusted import Tokenize
 from grace_ds.errors import ConfigError
 from grace_ds.gradients.probe import LossFn
-from grace_ds.integrations import preemption
-from grace_ds.integrations.engine import config_of, is_pipeline
+from grace_ds.integrations import adoption, preemption, unchanged
+from grace_ds.integrations.engine import config_of, engine_of, is_pipeline
 from grace_ds.integrations.handle import Grace
 from grace_ds.integrations.trusted_set import UserInputs
 from grace_ds.monitor import progress
@@ -58,15 +58,23 @@ def initialize(
     original = _original or deepspeed.initialize
     bound = inspect.signature(original).bind(*args, **kwargs)
     config = config_of(bound.arguments)
-    path_and_block = find_block(read_ds_config(config)) if config is not None else None
+    path_and_block = block_of(read_ds_config(config)) if config is not None else None
     grace = load_config(path_and_block[1], path_and_block[0]) if path_and_block is not None else None
     if grace is None or not grace.enabled or _left_to_attach:
         result: tuple[Any, Any, Any, Any] = original(*args, **kwargs)
         preemption.from_environment(result[0])
-        progress.report_off()
+        if not _left_to_attach:
+            progress.report_off()
+            unchanged.report_off(_why_off(config, path_and_block))
         return result
+    unchanged.waits("it has ended before that")
     refuse_curriculum(read_ds_config(config))
     given = bound.arguments.get("training_data")
+    if given is None and _original is not None:  # an unchanged script
+        result = original(*args, **kwargs)
+        adoption.await_loader(result[0], grace, UserInputs(trusted_data, validation_data, tokenize, loss_fn))
+        preemption.from_environment(result[0])
+        return result
     if given is None:
         raise ConfigError(
             "grace is on but deepspeed.initialize got no training_data; pass the dataset, or call deepspeed.initialize as "
@@ -97,6 +105,14 @@ def replace_initialize(module: Any) -> None:
         module.initialize = initialize
 
 
+def _why_off(config: Any, path_and_block: Any) -> str:
+    if config is None:
+        return "deepspeed.initialize got no config"
+    if path_and_block is None:
+        return f"the DeepSpeed config of this job holds no block {HOME} or {ALIAS}; add one, or use grace-ds run --grace FILE"
+    return f"{path_and_block[0]} has enabled: false"
+
+
 @contextlib.contextmanager
 def left_to_attach() -> Iterator[None]:
     """Make :func:`initialize` leave the engine to :func:`attach` within the block: its caller has no dataset to pass."""
@@ -123,7 +139,7 @@ def attach(
     """Add GRACE to a job that builds its own loader; the engine comes from plain ``deepspeed.initialize``.
 
     Args:
-        engine: a DeepSpeed engine.
+        engine: a DeepSpeed engine, or the model that Lightning Fabric's ``setup`` returns.
         dataset: the job's training dataset, map-style or iterable.
         config: the grace block; default: the one in the engine's own config.
         collate_fn: the job's, default torch's.
@@ -136,11 +152,13 @@ def attach(
         The handle; its ``loader(...)`` makes the data loader.
 
     Raises:
-        ConfigError: GRACE is off or attached already, or the order of ``sampler`` is not a function of the position.
+        ConfigError: this is no engine, GRACE is off or attached already, or the order of ``sampler`` is not a function of the
+            position.
     """
+    engine = engine_of(engine)
     if config is None:
         ds_config = read_ds_config(engine.config)
-        path_and_block = find_block(ds_config)
+        path_and_block = block_of(ds_config)
         if path_and_block is None:
             raise ConfigError(f"the engine's config holds no block {HOME!r} or {ALIAS!r}; add one, or pass config={{...}}")
         grace = load_config(path_and_block[1], path_and_block[0])
@@ -151,6 +169,7 @@ def attach(
         raise ConfigError("grace is not enabled in this config; set enabled: true, or leave attach out and use your own loader")
     if getattr(engine, "grace_ds", None) is not None:
         raise ConfigError("GRACE is attached to this engine already; call engine.grace_ds.detach() first")
+    adoption.release_all()
     dataset = map_style(dataset)
     IdDataset(dataset)  # reports what is wrong with the dataset before its length is asked for
     if isinstance(dataset, IterableBuffer):

@@ -12,6 +12,29 @@ from grace_ds.data.sampler import Geometry
 from grace_ds.errors import ConfigError
 
 
+def engine_of(given: Any) -> Any:
+    """Return the DeepSpeed engine that a job passes, bare or in the wrapper of Lightning Fabric.
+
+    Raises:
+        ConfigError: it is something else; with its type and what to pass instead.
+    """
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    inner = getattr(given, "_forward_module", given)
+    if isinstance(inner, DeepSpeedEngine):
+        return inner
+    kind = f"{type(given).__module__}.{type(given).__qualname__}"
+    if isinstance(inner, torch.nn.parallel.DistributedDataParallel):
+        cure = "the job runs torch's DDP: use a DeepSpeed config (accelerate: Accelerator(deepspeed_plugin=DeepSpeedPlugin(...)))"
+    elif hasattr(given, "get_train_dataloader"):
+        cure = "a transformers.Trainer is attached to by grace_ds.huggingface.attach(trainer)"
+    elif hasattr(given, "deepspeed_plugin") or hasattr(given, "prepare"):
+        cure = "pass the model that accelerator.prepare returns"
+    else:
+        cure = "pass what deepspeed.initialize, accelerator.prepare or fabric.setup returns for the model"
+    raise ConfigError(f"attach got a {kind}, and GRACE is tied to a DeepSpeed engine; {cure}")
+
+
 def geometry_of(engine: Any) -> Geometry:
     """Return how the engine's batches map to positions.
 

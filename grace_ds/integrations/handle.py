@@ -26,18 +26,21 @@ from grace_ds.data.iterable import IterableBuffer, IterableSampler
 from grace_ds.data.order import Order, SamplerOrder, shuffled
 from grace_ds.data.sampler import Geometry, StreamSampler
 from grace_ds.errors import ConfigError
-from grace_ds.integrations import checkpoint, sample_weights
+from grace_ds.integrations import checkpoint, sample_weights, unchanged
 from grace_ds.integrations.controller import Controller
 from grace_ds.integrations.engine import dp_rank, geometry_of, is_compiled, outputs
 from grace_ds.integrations.setup import build_controller
 from grace_ds.integrations.trusted_set import UserInputs
-from grace_ds.integrations.world import check_world_size
+from grace_ds.integrations.world import check_accelerate, check_world_size
 from grace_ds.monitor import progress
 from grace_ds.monitor.metrics import keep_config
 from grace_ds.utils.methods import replace_method
 from grace_ds.utils.rng import undisturbed_rng
+from grace_ds.utils.screen import log_to_screen
 
 log = logging.getLogger("grace_ds")
+
+_STEPS_UNSEEN = 4  # micro-batches of so many steps may go by without one, as of a job that draws several for a step
 
 
 class Grace:
@@ -47,8 +50,10 @@ class Grace:
         controller: the state; the sampler reads ``controller.book``.
         job_shuffles: whether the engine's own sampler, which shadow mode keeps, shuffles.
         job_sampler: the job's sampler, for shadow mode; None: the engine's own.
+        fed_by: what gives the engine its batches, for the log.
     """
 
+    fed_by = "GRACE's loader"
     job_shuffles = True
     job_sampler: Any = None
 
@@ -62,8 +67,11 @@ class Grace:
     ) -> None:
         self.engine = engine
         self._restore: list[Callable[[], None]] = []
+        self._in_step = False
+        unchanged.switched_on()
         _log_to_screen()
         check_world_size(dist.get_world_size() if dist.is_initialized() else 1, os.environ)
+        check_accelerate(dist.get_world_size() if dist.is_initialized() else 1)
         adopt_job_limit()
         self.dataset = IdDataset(dataset)
         self._job_collate = collate_fn or getattr(engine, "collate_fn", None)
@@ -88,6 +96,9 @@ class Grace:
         self.attach_hooks()
         self.controller.start()
         self.engine.grace_ds = self
+        log.info(
+            "GRACE is on: recipe %s, mode %s, %d samples, fed by %s", self.config.recipe, self.config.mode, samples, self.fed_by
+        )
         sample_weights.attached(self.controller)
         follower = progress.follow(self)
         if follower is not None:
@@ -180,6 +191,8 @@ class Grace:
             "destroy": self._destroy,
         }
         self._restore += [replace_method(self.engine, name, method) for name, method in replacements.items()]
+        if hasattr(self.engine.optimizer, "step"):
+            self._restore.append(replace_method(self.engine.optimizer, "step", self._optimizer_step))
 
     def detach(self) -> None:
         """Remove GRACE from the engine: restore its hooks and methods, close the transport.  A second call does nothing.
@@ -238,12 +251,35 @@ class Grace:
 
     def _backward(self, original: Callable[..., Any], loss: Any, *args: Any, **kwargs: Any) -> Any:
         self.controller.observe_loss(loss)
+        made, due = self.controller.micro_batches, self.controller.geometry.accumulation
+        if made >= _STEPS_UNSEEN * due:
+            raise ConfigError(
+                f"{made} micro-batches have been through engine.backward without a step, where {due} make one: the job steps an "
+                "optimizer that the engine does not know, or gradient_accumulation_steps is wrong, and GRACE cannot tell what "
+                "was trained on; call engine.step(), or step the optimizer that initialize returns"
+            )
         return original(loss, *args, **kwargs)
+
+    def _optimizer_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Step the engine's optimizer; if the job does so itself, as Lightning Fabric does, it is a step of the run."""
+        if self._in_step:
+            return original(*args, **kwargs)
+        engine, scale = self.engine, self._grad_scale()
+        result = original(*args, **kwargs)
+        engine.global_steps += 1  # engine.step was to count it: checkpoints carry it
+        engine.global_samples += engine.train_batch_size()
+        self.controller.follow(geometry_of(engine))
+        self.controller.after_step(engine.global_steps, not getattr(engine.optimizer, "overflow", False), scale)
+        return result
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         boundary = self.engine.is_gradient_accumulation_boundary()
         scale = self._grad_scale() if boundary else 1.0
-        result = original(*args, **kwargs)
+        self._in_step = True
+        try:
+            result = original(*args, **kwargs)
+        finally:
+            self._in_step = False
         if boundary:
             self.controller.follow(geometry_of(self.engine))
             self.controller.after_step(self.engine.global_steps, self.engine.was_step_applied(), scale)
@@ -271,13 +307,8 @@ def _in_finalizer() -> bool:
 
 
 def _log_to_screen() -> None:
-    """Log to the screen on rank 0, in the form of DeepSpeed's lines, if the job has set up no logging."""
+    """Log to the screen on rank 0, in the form of DeepSpeed's lines."""
     from deepspeed.utils import logger as deepspeed_logger
 
-    if log.hasHandlers():
-        return
-    handler = logging.StreamHandler(sys.stdout)
-    if deepspeed_logger.handlers:
-        handler.setFormatter(deepspeed_logger.handlers[0].formatter)
-    log.addHandler(handler)
-    log.setLevel(logging.WARNING if dist.is_initialized() and dist.get_rank() else logging.INFO)
+    handlers = deepspeed_logger.handlers
+    log_to_screen(dist.get_rank() if dist.is_initialized() else 0, handlers[0].formatter if handlers else None)

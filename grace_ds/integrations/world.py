@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 
 from grace_ds.errors import ConfigError
@@ -38,3 +39,22 @@ def check_world_size(world: int, environ: Mapping[str, str]) -> None:
                 f"{launcher} has started {tasks} tasks ({key}), torch.distributed has {world} rank(s): they would train apart, "
                 f"each on all of the data; {cure}. Where they are meant to be jobs of their own, unset {key}"
             )
+
+
+def check_accelerate(world: int) -> None:
+    """Raise an error if accelerate, where the job uses it, takes another number of processes for its world.
+
+    Args:
+        world: ranks of torch's world; 1 if it is not initialised.
+
+    Raises:
+        ConfigError: accelerate's loaders, gathers and steps would be those of another number of ranks.
+    """
+    state = getattr(sys.modules.get("accelerate.state"), "PartialState", None)
+    seen = state._shared_state.get("num_processes") if state is not None else None
+    if isinstance(seen, int) and seen != world:
+        raise ConfigError(
+            f"accelerate runs with {seen} process(es), torch.distributed with {world} rank(s): its loaders and gathers would be "
+            "those of another world; start the job by accelerate launch --use_deepspeed, or make the Accelerator after "
+            "deepspeed.init_distributed()"
+        )

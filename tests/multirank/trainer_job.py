@@ -20,7 +20,16 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from deepspeed.ops import __compatible_ops__
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
 import grace_ds.huggingface
 from grace_ds.errors import GraceError
@@ -62,6 +71,16 @@ def corpus(n: int = SAMPLES, salt: int = 0) -> datasets.Dataset:
             tokens[4] = 1
         rows.append({"input_ids": tokens.tolist(), "text": f"sample {i}", "sid": i})
     return datasets.Dataset.from_list(rows)
+
+
+def packed(rows: datasets.Dataset, length: int = 24) -> datasets.Dataset:
+    """Rows of ``length`` tokens, each of several documents whose positions begin anew, as packing makes them."""
+    tokens = [t for row in rows["input_ids"] for t in row]
+    places = [i for row in rows["input_ids"] for i in range(len(row))]
+    cut = [slice(at, at + length) for at in range(0, len(tokens) // length * length, length)]
+    return datasets.Dataset.from_list(
+        [{"input_ids": tokens[c], "labels": tokens[c], "position_ids": places[c], "sid": i} for i, c in enumerate(cut)]
+    )
 
 
 class Plain(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -145,14 +164,19 @@ def trainer_of(spec: dict[str, Any], out: str) -> tuple[Any, Steps]:
     }
     args = TrainingArguments(output_dir=f"{out}/{spec.get('folder', spec['name'])}", deepspeed=deepspeed_config, **arguments)
     data: Any = corpus()
-    if spec.get("data") == "plain":
+    collator: Any = padded
+    if spec.get("data") == "packed":
+        data, collator = packed(corpus(2 * SAMPLES)), default_data_collator
+    elif spec.get("data") == "plain":
         data = Plain(data)
     elif spec.get("data") == "iterable":
         data = data.to_iterable_dataset()
     steps = Steps()
     evaluation = corpus(12, salt=spec.get("eval_salt", 7))
+    if spec.get("data") == "packed":
+        evaluation = packed(evaluation)
     made = Trainer(
-        model=model_of(spec), args=args, train_dataset=data, eval_dataset=evaluation, data_collator=padded, callbacks=[steps]
+        model=model_of(spec), args=args, train_dataset=data, eval_dataset=evaluation, data_collator=collator, callbacks=[steps]
     )
     return made, steps
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch.utils.data import DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from grace_ds.data import order
@@ -91,7 +91,8 @@ class Stream(IterableDataset[int]):
 
 
 def test_attach_says_what_cannot_be_used_before_it_asks_for_a_length() -> None:
-    engine = SimpleNamespace(grace_ds=None)  # not looked at any further
+    engine = DeepSpeedEngine.__new__(DeepSpeedEngine)  # not looked at any further
+    torch.nn.Module.__init__(engine)
     with pytest.raises(DataError, match="cannot be started again"):
         attach(engine, iter(Stream()), {"recipe": "content"})
     with pytest.raises(ConfigError, match="SequentialSampler cannot draw from an iterable dataset"):

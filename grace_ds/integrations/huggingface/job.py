@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch.utils.data import ConcatDataset
 
-from grace_ds.config.load import find_block, load_config, read_ds_config, refuse_curriculum
+from grace_ds.config.load import block_of, load_config, read_ds_config, refuse_curriculum
 from grace_ds.config.schema import GraceConfig
 from grace_ds.data.order import order_of
 from grace_ds.data.sampler import Geometry, StreamSampler
 from grace_ds.errors import ConfigError, GraceError
+from grace_ds.integrations import adoption, unchanged
 from grace_ds.integrations.deepspeed import left_to_attach
 from grace_ds.integrations.handle import Grace
 from grace_ds.integrations.huggingface.loader import ScheduleBatches, rebuilt, take_ids
@@ -37,7 +38,7 @@ def attach(trainer: Any, user_inputs: UserInputs) -> TrainerJob | None:
     """
     refuse_without_deepspeed(trainer)
     ds_config = read_ds_config(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
-    path_and_block = find_block(ds_config)
+    path_and_block = block_of(ds_config)
     config = load_config(path_and_block[1], path_and_block[0]) if path_and_block is not None else None
     if config is None or not config.enabled:
         return None
@@ -46,7 +47,24 @@ def attach(trainer: Any, user_inputs: UserInputs) -> TrainerJob | None:
     refuse_settings(trainer, config)
     if getattr(trainer, "grace_ds", None) is not None:
         raise ConfigError("GRACE is attached to this Trainer already; call grace_ds.huggingface.attach once")
+    adoption.release_all()
     return TrainerJob(trainer, config, user_inputs)
+
+
+def attach_by_itself(trainer: Any) -> None:
+    """Attach GRACE to the Trainer of an unchanged script, at the start of its ``train()``; say why if that leaves it off.
+
+    Raises:
+        ConfigError, DataError: as :func:`attach`.
+    """
+    if getattr(trainer, "grace_ds", None) is not None:
+        return
+    if not getattr(trainer, "is_deepspeed_enabled", False):
+        unchanged.report_off(
+            "its Trainer uses no DeepSpeed; give it a config with TrainingArguments(deepspeed=CONFIG), or --deepspeed"
+        )
+    elif attach(trainer, UserInputs()) is None:
+        unchanged.report_off("the DeepSpeed config of its Trainer holds no grace block, or one with enabled: false")
 
 
 class TrainerJob:
@@ -118,6 +136,8 @@ class TrainerJob:
 
 class TrainerGrace(Grace):
     """The handle ``engine.grace_ds`` of a Trainer's engine."""
+
+    fed_by = "the Trainer's own loader"
 
     def __init__(self, trainer: Any, engine: Any, loader: Any, config: GraceConfig, user_inputs: UserInputs) -> None:
         self.trainer = trainer

@@ -16,27 +16,13 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler
 
-from grace_ds.data.dataset import IdCollate, IdDataset
+from grace_ds.data.dataset import IdCollate, IdDataset, loader_options
 from grace_ds.data.sampler import StreamSampler
 from grace_ds.errors import ConfigError, DataError, GraceError
 from grace_ds.records import IntArray
 
 KEY = "grace_ds_ids"
 _DROPPED = (-2, -2)  # index of a sample in a batch that the Trainer must skip without reading it
-
-# Options that a rebuilt loader keeps; accelerate does the same to skip batches.
-_OPTIONS = (
-    "num_workers",
-    "pin_memory",
-    "timeout",
-    "worker_init_fn",
-    "multiprocessing_context",
-    "generator",
-    "prefetch_factor",
-    "persistent_workers",
-    "pin_memory_device",
-    "in_order",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +145,7 @@ def rebuilt(stock: Any) -> Any:
         collate_fn=TrainerCollate(stock.collate_fn),
         _drop_last=stock._drop_last,
         _non_blocking=stock._non_blocking,
-        **{name: getattr(stock, name) for name in _OPTIONS if hasattr(stock, name)},
+        **loader_options(stock),
     )
 
 

@@ -29,6 +29,7 @@ from grace_ds.config.schema import GraceConfig
 from grace_ds.data.schedule import ScheduleSlice
 from grace_ds.data.trusted import Tokenize
 from grace_ds.errors import CheckpointError, ConfigError
+from grace_ds.integrations import unchanged
 from grace_ds.integrations.controller import Controller
 from grace_ds.integrations.megatron.corpus import Corpus, Texts, follow, one_epoch
 from grace_ds.integrations.megatron.cyclic import CyclicPositions
@@ -314,6 +315,7 @@ def wrap(
         if not grace.enabled or getattr(arguments(), "skip_train", False):
             job.off = job.wrapped = True
             return train_ds
+        unchanged.switched_on()
         log_to_screen(dist.get_rank() if dist.is_initialized() else 0)
         settle(grace)
         check_world_size(dist.get_world_size() if dist.is_initialized() else 1, os.environ)
