@@ -67,7 +67,7 @@ class PeerFailed(TransportError):
 
 
 class ProbeFailed(GraceError):
-    """A probe has failed within a ZeRO-3 forward or backward, while the other ranks wait in its next gather: the job ends."""
+    """A probe has failed within a forward or backward that other ranks take part in, and wait in: the job ends."""
 
 
 class TransportTimeout(TransportError):

@@ -140,10 +140,10 @@ class InfluenceProbe:
         fitting, judging = self.halves
         moments = self.sketcher.moments()
         self.passes.gradients(self.passes.read(self.pool, self._draw(window, version, 1, self.count.pool), "pool"), moments)
-        second = moments.fit(self.comm.allreduce(moments.pack()))
+        second = moments.fit(self.comm.allreduce(self.passes.sums(moments.pack())))
         target = self.sketcher.accumulator(self.sketcher.rank)
         self.passes.gradients(self._trusted(self._draw(fitting, version, 2, self.count.fit)), target)
-        gradient = target.fit(self.comm.allreduce(target.pack()), version)
+        gradient = target.fit(self.comm.allreduce(self.passes.sums(target.pack())), version)
         if self.gradient is not None:
             gradient = gradient.plus(self.gradient, _MEMORY ** (version - self.gradient.version))
         scale = dict(zip(self.sketcher.names, self.sketcher.scale.sigma.tolist(), strict=True))
@@ -186,9 +186,13 @@ class InfluenceProbe:
         return self.passes.read(self.dataset, ids, "trusted")
 
     def _draw(self, ids: IntArray, version: int, purpose: int, count: int) -> IntArray:
-        """Return this model's ids of a probe, equally many for every model (ZeRO-3 gathers weights in step)."""
+        """Return this model's ids of a probe, equally many for every model (ZeRO-3 gathers weights in step).
+
+        They are whole micro-batches where the job's own call takes nothing else.
+        """
         rng = np.random.Generator(np.random.Philox(key=[self.seed, 4 * version + purpose]))
         chosen = rng.permutation(ids)[:count] if len(ids) < 4 * count else rng.choice(ids, count)
-        each = max(1, len(chosen) // self.replicas)
+        multiple = self.passes.multiple
+        each = max(1, len(chosen) // (self.replicas * multiple)) * multiple
         at = (self.replica * each + np.arange(each)) % len(chosen)
         return np.asarray(chosen[at], np.int64)

@@ -44,9 +44,9 @@ CURE = (
 WATCHED = 8  # calls examined at the start of a run; later, one between two refreshes
 
 
-def refuse(recipe: str, why: str) -> NoReturn:
+def refuse(recipe: str, why: str, cure: str = CURE) -> NoReturn:
     """Raise the error for a recipe whose probes cannot be made."""
-    raise ConfigError(f"recipe: {recipe} has its probes repeat the job's call of its model, which cannot be: {why}; {CURE}")
+    raise ConfigError(f"recipe: {recipe} has its probes repeat the job's call of its model, which cannot be: {why}; {cure}")
 
 
 @dataclass

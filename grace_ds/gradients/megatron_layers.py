@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import logging
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -131,14 +132,18 @@ def select_parallel(
     Raises:
         ConfigError: on every rank: a layer of Transformer Engine, a pattern that matches nothing, or no layer left.
     """
-    local, skipped, engine = _found(chunks)
+    local, engine = _found(chunks)
     facts = {name: (*rule.features(module), block) for name, (module, rule, block) in local.items()}
-    all_ranks = share((facts, engine))
-    _refuse_engine([name for _, names in all_ranks for name in names])
-    if skipped:
-        log.info("%d linear layers of experts are not sketched, e.g. %s", len(skipped), skipped[0])
+    all_ranks = share((facts, engine, _weights(chunks)))
+    _refuse_engine([name for _, names, _ in all_ranks for name in names])
+    experts, others = (sum(counts) for counts in zip(*(weights for *_, weights in all_ranks), strict=True))
+    if experts:
+        log.info(
+            "the experts' layers are not sketched: they hold %.0f %% of the model's parameters; influence is that of the rest",
+            100 * experts / (experts + others),
+        )
     union: dict[str, tuple[int, int, Any]] = {}
-    for found, _ in all_ranks:
+    for found, *_ in all_ranks:
         for name, entry in found.items():
             if union.setdefault(name, entry) != entry:
                 both = f"{entry[:2]} on one rank and {union[name][:2]} on another"
@@ -173,10 +178,10 @@ def global_name(chunk: nn.Module, name: str) -> tuple[str, tuple[str, int] | Non
 Found = tuple[nn.Module, LayerRule, tuple[str, int] | None]
 
 
-def _found(chunks: Sequence[nn.Module]) -> tuple[dict[str, Found], list[str], list[str]]:
-    """Return this rank's layers with a rule by global name, names of expert layers, and names of Transformer Engine layers."""
+def _found(chunks: Sequence[nn.Module]) -> tuple[dict[str, Found], list[str]]:
+    """Return this rank's layers with a rule by global name, without those of experts, and names of Transformer Engine layers."""
     found: dict[str, Found] = {}
-    experts, engine = [], []
+    engine = []
     for chunk in chunks:
         for path, module in chunk.named_modules():
             if not path:
@@ -186,15 +191,30 @@ def _found(chunks: Sequence[nn.Module]) -> tuple[dict[str, Found], list[str], li
             if cls.__module__.startswith(_TRANSFORMER_ENGINE) and "Linear" in cls.__name__:
                 engine.append(f"{name} ({cls.__name__})")
             rule = rule_for(module)
-            if rule is None:
-                continue
-            if getattr(module, "is_expert", False):
-                experts.append(name)
+            if rule is None or getattr(module, "is_expert", False):
                 continue
             if name in found and found[name][0] is not module:
                 raise ConfigError(f"two chunks of the model hold a layer {name}: their blocks need a global layer_number")
             found[name] = (module, rule, block)
-    return found, experts, engine
+    return found, engine
+
+
+def _weights(chunks: Sequence[nn.Module]) -> tuple[int, int]:
+    """Return the numbers of parameters of this rank: in experts, those of other expert-parallel ranks included; and elsewhere."""
+    counts = [0, 0]
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            expert = ".experts." in name
+            counts[0 if expert else 1] += parameter.numel() * (_expert_ranks() if expert else 1)
+    return counts[0], counts[1]
+
+
+def _expert_ranks() -> int:
+    """Return over how many ranks Megatron has spread the experts of a layer."""
+    module = sys.modules.get("megatron.core.parallel_state")
+    if module is None or not module.model_parallel_is_initialized():
+        return 1
+    return int(module.get_expert_model_parallel_world_size() or 1)
 
 
 def _refuse_engine(names: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from grace_ds.comm.all_ranks import run_on_all_ranks
@@ -19,7 +20,7 @@ from grace_ds.data.in_flight import IssuedBatch
 from grace_ds.errors import DataError
 from grace_ds.gradients.capture import CollectedRows, HookSink, MicroBatchCapture
 from grace_ds.gradients.collector import GradientCollector
-from grace_ds.gradients.job_call import JobCall
+from grace_ds.gradients.job_call import CURE, JobCall
 from grace_ds.gradients.losses import scalar_loss
 from grace_ds.gradients.probe import LossFn, among_peers, probe_basis, probe_losses, probe_rows
 from grace_ds.gradients.probe_items import SampleForm
@@ -40,10 +41,14 @@ class Passes:
     Attributes:
         ready: whether the model can be run; equal on all ranks.
         probed: samples that this rank has run through the model so far.
+        multiple: of how many samples each model's part of a probe consists.
+        cure: what to do where :meth:`settle` finds that the model cannot be run.
     """
 
     ready = True
     probed = 0
+    multiple = 1
+    cure = CURE
 
     def read(self, dataset: Any, ids: IntArray, which: str) -> list[ProbeBatch]:
         """Read and check all samples of a probe before it begins.  Collective.
@@ -68,6 +73,10 @@ class Passes:
             DataError: a hook failed.
         """
         raise NotImplementedError
+
+    def sums(self, packed: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Return what to add up over all ranks that probe, from the sums of this rank's sink.  Collective."""
+        return packed
 
     def rows(self, batches: list[ProbeBatch]) -> list[CollectedRows]:
         """Return the samples' rows, as a collected training step would give them.

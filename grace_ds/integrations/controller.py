@@ -360,13 +360,14 @@ class Controller:
         if not why:
             return
         if self.fallback is None:
-            refuse(self.config.recipe, why)
+            refuse(self.config.recipe, why, influence_probe.passes.cure)
         if self.comm.rank == 0:
             log.warning(
-                "recipe: auto goes on as %s: a probe would have to repeat the job's call of its model, which cannot be: %s; "
-                "pass loss_fn=lambda module, batch: ... to grace_ds.initialize, to have gradients used",
+                "recipe: auto goes on as %s: a probe would have to repeat the job's call of its model, which cannot be: %s; to "
+                "have gradients used, %s",
                 self.fallback,
                 why,
+                influence_probe.passes.cure,
             )
         self._fall_back(self.fallback)
 

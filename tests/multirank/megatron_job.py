@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -299,7 +300,17 @@ def refusals(world: World) -> dict[str, str]:
     said["copies"] = " ".join(str(layer.here) for layer in copies)
     block.adapter.weight.sequence_parallel = True  # as Megatron marks what sees a share of the tokens
     said["token shares"] = str(select_parallel([model], ["*adapter"], [], 1, share)[0].here)
-    said["experts"] = " ".join(layer.name for layer in select_parallel([with_experts()], ["*"], [], 0, share))
+    lines: list[str] = []
+    log, handler = logging.getLogger("grace_ds"), logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    moe = with_experts()
+    said["experts"] = " ".join(layer.name for layer in select_parallel([moe], ["*"], [], 0, share))
+    log.removeHandler(handler)
+    inside = sum(p.numel() for layer in moe.decoder.layers for p in layer.mlp.experts.parameters())
+    said["share"] = f"{100 * inside / sum(p.numel() for p in moe.parameters()):.0f}"
+    said["lines"] = " ".join(lines)
     # Transformer Engine cannot be installed without a GPU: a class that says it is of that package stands in.
     block.fused = type("TELayerNormColumnParallelLinear", (torch.nn.Linear,), {"__module__": "transformer_engine.pytorch"})(4, 4)
     try:

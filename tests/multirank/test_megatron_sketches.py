@@ -108,4 +108,5 @@ def test_megatron_what_is_left_out_and_what_is_refused():
     assert said["copies"] == "True False"  # a layer that every rank has whole is counted once
     assert said["token shares"] == "True"
     assert said["experts"].split() == [f"decoder.layers.0.{part}" for part in sorted(LINEARS[:2])] + ["output_layer"]
+    assert 10 < int(said["share"]) < 90 and f"they hold {said['share']} % of the model's parameters" in said["lines"]
     assert "Transformer Engine" in said["engine"] and "--transformer-impl local" in said["engine"]
