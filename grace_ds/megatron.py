@@ -6,7 +6,7 @@ The lines::
     …
     pretrain = grace_ds.megatron.wrap_pretrain(pretrain, "grace.yaml")   # before pretrain(...) is called
 
-They do what a job with a loop of its own writes in its two providers, in either order::
+They do what a job with a loop of its own writes in its two providers, the model first for ``recipe: grace``::
 
     grace_ds.megatron.attach(model)                                          # at the end of model_provider
     return grace_ds.megatron.wrap(train_ds, "grace.yaml"), valid_ds, test_ds   # at the end of the datasets' provider
@@ -90,7 +90,7 @@ def wrap(
     Args:
         train_ds: the dataset that the job's provider has built; None on a rank without one.
         config: the grace block, or the path of a YAML file with it.  ``run_dir`` is where a resumed run finds its schedules;
-            ``recipe`` content (which ``auto`` is here), density or uniform.
+            ``recipe: grace`` needs :func:`attach` before, and ``auto`` is content without it.
         consumed_samples: samples trained on so far; this and the next three default to Megatron-LM's arguments.
         micro_batch_size: samples of a micro-batch on one data-parallel rank.
         global_batch_size: samples of an optimizer step.

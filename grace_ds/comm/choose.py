@@ -243,9 +243,14 @@ def _torch_rank() -> int:
 
 
 def share(mine: Any) -> list[Any]:
-    """Return the value of every rank in torch's rank order, whatever the backend of the job.  Collective."""
+    """Return the value of every rank in torch's rank order, whatever the backend of the job.  Collective.
+
+    Without torch.distributed there is one rank.
+    """
     import torch.distributed as dist
 
+    if not _torch_ready():
+        return [mine]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, mine)
     return values

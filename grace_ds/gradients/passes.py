@@ -66,6 +66,18 @@ class Passes:
         """
         raise NotImplementedError
 
+    def _read(self, comm: Comm, ids: IntArray, rows: int, read: Callable[[IntArray], Any]) -> list[ProbeBatch]:
+        """Read micro-batches of ``rows`` samples, each by ``read``, on all ranks of ``comm`` before any is run.  Collective."""
+
+        def read_all() -> list[ProbeBatch]:
+            with undisturbed_rng():
+                parts = [ids[start : start + rows] for start in range(0, len(ids), rows)]
+                return [ProbeBatch(part, read(part)) for part in parts]
+
+        batches = run_on_all_ranks(comm, read_all)
+        self.probed += len(ids)
+        return batches
+
     def gradients(self, batches: list[ProbeBatch], sink: HookSink) -> None:
         """Feed the gradient of every sample's loss to ``sink``, each sample with weight 1.
 
@@ -156,20 +168,14 @@ class ModulePasses(Passes):
 
     def read(self, dataset: Any, ids: IntArray, which: str) -> list[ProbeBatch]:
         """See :meth:`Passes.read`."""
-        parts = [ids[start : start + self.micro_batch_size] for start in range(0, len(ids), self.micro_batch_size)]
 
-        def read() -> list[ProbeBatch]:
-            with undisturbed_rng():
-                batches = [self.form.batch(dataset, part, self.collate, which) for part in parts]
-            moved = [ProbeBatch(part, _to(batch, self.device)) for part, batch in zip(parts, batches, strict=True)]
+        def read(part: IntArray) -> Any:
+            batch = _to(self.form.batch(dataset, part, self.collate, which), self.device)
             if self.call is not None:
-                for batch in moved:
-                    self.call.rebuild(batch.data)
-            return moved
+                self.call.rebuild(batch)
+            return batch
 
-        moved = run_on_all_ranks(self.comm, read)
-        self.probed += len(ids)
-        return moved
+        return self._read(self.comm, ids, self.micro_batch_size, read)
 
     def gradients(self, batches: list[ProbeBatch], sink: HookSink) -> None:
         """See :meth:`Passes.gradients`."""

@@ -154,7 +154,12 @@ def probe_basis(module: nn.Module, batches: Batches, loss_fn: LossFn, sketcher: 
             finally:
                 sketcher.end()
             loss.backward()  # type: ignore[no-untyped-call]
-    if target.spoiled:
+    refuse_spoiled(target.spoiled)
+
+
+def refuse_spoiled(spoiled: bool) -> None:
+    """Raise a DataError if a hook failed during a probe for gradients."""
+    if spoiled:
         raise DataError("a hook failed during a probe (its warning is in the log); nothing can be fitted")
 
 

@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 
-from grace_ds.comm.all_ranks import run_on_all_ranks
 from grace_ds.comm.base import Comm
 from grace_ds.errors import DataError
 from grace_ds.gradients.capture import CollectedRows, HookSink, LossCapture, MicroBatchCapture
 from grace_ds.gradients.collector import GradientCollector
 from grace_ds.gradients.losses import sample_losses, scalar_loss
 from grace_ds.gradients.passes import Passes, ProbeBatch
-from grace_ds.gradients.probe import among_peers, is_embedding, untouched
+from grace_ds.gradients.probe import among_peers, is_embedding, refuse_spoiled, untouched
 from grace_ds.gradients.probe_items import SampleForm
 from grace_ds.records import FloatArray, IntArray
 from grace_ds.utils.rng import undisturbed_rng
@@ -55,30 +54,24 @@ class PipelinePasses(Passes):
 
     def read(self, dataset: Any, ids: IntArray, which: str) -> list[ProbeBatch]:
         """See :meth:`Passes.read`."""
-        parts = [ids[start : start + self.micro_batch_size] for start in range(0, len(ids), self.micro_batch_size)]
 
-        def read() -> list[ProbeBatch]:
-            with undisturbed_rng():
-                batches = [self.form.batch(dataset, part, self.collate, which) for part in parts]
-            for batch in batches:
-                if self.engine.batch_fn is None and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-                    raise DataError(
-                        f"a PipelineEngine takes (inputs, labels), and the job's collate_fn joins {which} samples to a "
-                        f"{type(batch).__name__}; make it return such a pair"
-                    )
-            return [ProbeBatch(part, batch) for part, batch in zip(parts, batches, strict=True)]
+        def read(part: IntArray) -> Any:
+            batch = self.form.batch(dataset, part, self.collate, which)
+            if self.engine.batch_fn is None and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+                raise DataError(
+                    f"a PipelineEngine takes (inputs, labels), and the job's collate_fn joins {which} samples to a "
+                    f"{type(batch).__name__}; make it return such a pair"
+                )
+            return batch
 
-        batches = run_on_all_ranks(self.comm, read)
-        self.probed += len(ids)
-        return batches
+        return self._read(self.comm, ids, self.micro_batch_size, read)
 
     def gradients(self, batches: list[ProbeBatch], sink: HookSink) -> None:
         """See :meth:`Passes.gradients`."""
         sketcher = self.collector.sketcher
         with among_peers(self.engine.is_pipe_parallel):
             self._run(batches, [len(batch.ids) for batch in batches], lambda _: sketcher.route(sink), lambda *_: sketcher.end())
-        if sink.spoiled:
-            raise DataError("a hook failed during a probe (its warning is in the log); nothing can be fitted")
+        refuse_spoiled(sink.spoiled)
 
     def rows(self, batches: list[ProbeBatch]) -> list[CollectedRows]:
         """See :meth:`Passes.rows`."""

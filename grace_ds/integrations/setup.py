@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ from grace_ds.errors import ConfigError
 from grace_ds.features.content import ContentFeatures, TokenReader, content_features, follow_window
 from grace_ds.features.duplicates import COPIES
 from grace_ds.features.quality import QualityModel
-from grace_ds.gradients.hooks import Sketcher
 from grace_ds.gradients.influence_probe import InfluenceProbe, Probes
 from grace_ds.gradients.passes import ModulePasses, Passes
 from grace_ds.gradients.probe_items import SampleForm
@@ -48,6 +47,8 @@ log = logging.getLogger("grace_ds")
 
 # Largest error of the relative chance of a text with five copies (0.20 of a unique text's) that gives no warning.
 MISSED = 0.10
+
+Reader = TypeVar("Reader")
 
 
 def build_controller(
@@ -72,8 +73,8 @@ def build_controller(
         n = len(dataset)
         repeats = check_repeats(config.total_steps, geometry.batch, config.budget, n, config.max_repeats)
         log.info("implied repeats of a chosen sample: %.2f", repeats)
-    fallback = _fallback(config)
-    config, sketcher = settled(config, engine)
+    fallback = fallback_of(config)
+    config, sketcher = settled(config, lambda config: sketcher_of(config, engine))
     # Ranks that work on the same samples must agree on them, so all of them take part in one refresh.
     group = None if shares_model(engine) else engine.data_parallel_group
     comm = choose(config.comm, dp_group=group, timeout=within_job_limit(config.refresh.timeout_seconds))
@@ -126,31 +127,31 @@ def build_controller(
         raise
 
 
-def settled(config: GraceConfig, engine: Any) -> tuple[GraceConfig, Sketcher | None]:
-    """Return the config with ``recipe: auto`` decided, and the sketcher of the model's layers, not attached yet.
+def settled(config: GraceConfig, reads: Callable[[GraceConfig], Reader]) -> tuple[GraceConfig, Reader | None]:
+    """Return the config with ``recipe: auto`` decided, and what reads the model's gradients; None if nothing is collected.
 
-    The sketcher is None if nothing is collected.  The decision depends only on the model and its parallelism, so it is the
-    same on every rank.
+    Args:
+        reads: returns the latter, or raises a ConfigError where gradients cannot be read; the same on every rank.
 
     Raises:
         ConfigError: the config names gradients or layers that cannot be used.
     """
-    fallback = _fallback(config)
+    fallback = fallback_of(config)
     config = replace(config, recipe=recipe(config.recipe).name)
     if config.replay is not None or not config.collects:
         return config, None
     try:
-        sketcher = sketcher_of(config, engine)
+        reader = reads(config)
     except ConfigError as error:
         if fallback is None:
             raise
         log.info("recipe: auto is %s here: %s", fallback, error)
         return replace(config, recipe=fallback, ablate=[]), None
     log.info("recipe: %s", config.recipe)
-    return config, sketcher
+    return config, reader
 
 
-def _fallback(config: GraceConfig) -> str | None:
+def fallback_of(config: GraceConfig) -> str | None:
     """Return what ``recipe: auto`` becomes if gradients cannot be used; None if the config names them explicitly."""
     auto = config.recipe == AUTO and list(config.collect.layers) == ["auto"]
     return recipe(config.recipe).fallback if auto else None

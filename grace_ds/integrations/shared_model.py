@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from grace_ds.comm.base import Comm
+from grace_ds.comm.choose import share
 from grace_ds.comm.within import SumWithin
 from grace_ds.config.schema import GraceConfig
 from grace_ds.data.sampler import Geometry
@@ -86,7 +87,7 @@ def sketcher_of(config: GraceConfig, engine: Any) -> Sketcher:
     layout, collect = layout_of(engine, config), config.collect
     if is_pipeline(engine):
         _check_start(engine)
-        layers = select_parallel([engine.module], collect.layers, collect.exclude, 0, _of_all_ranks, time_major=False)
+        layers = select_parallel([engine.module], collect.layers, collect.exclude, 0, share, time_major=False)
     elif layout.tensor > 1:
         layers = select_autotp(engine.module, collect.layers, collect.exclude, layout.tensor_rank)
     else:
@@ -98,18 +99,8 @@ def sketcher_of(config: GraceConfig, engine: Any) -> Sketcher:
 def _check_start(engine: Any) -> None:
     """Raise an error on every rank if a probe cannot begin in the pipeline's first stage."""
     begins = any(map(is_embedding, engine.module.modules())) or not engine.is_first_stage()
-    if not all(_of_all_ranks(begins)):
+    if not all(share(begins)):
         raise ConfigError("the pipeline's first stage has no nn.Embedding, where a probe would begin; set recipe: content")
-
-
-def _of_all_ranks(value: Any) -> list[Any]:
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return [value]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
 
 
 def collector_of(engine: Any, config: GraceConfig, sketcher: Sketcher, comm: Comm, geometry: Geometry) -> GradientCollector:

@@ -19,6 +19,7 @@ pytest.importorskip("megatron.core", reason="megatron-core is not installed (pip
 
 from grace_ds.data.sampler import Geometry
 from grace_ds.integrations.megatron.cyclic import CyclicPositions
+from grace_ds.integrations.megatron.schedules import SCHEDULES, SIDE_EFFECTS
 from tests.multirank.harness import ROOT, run_command
 
 CHECKOUT = os.environ.get("GRACE_MEGATRON_LM")
@@ -73,7 +74,7 @@ def test_megatron_core_optimizers_are_found_and_say_whether_they_stepped():
     for name in ("FP32Optimizer", "MixedPrecisionOptimizer", "ChainedOptimizer"):
         kind = getattr(optimizers, name)
         assert parameters(kind.step) == []
-        assert callable(kind.scale_loss)
+        assert callable(kind.scale_loss) and parameters(kind.get_loss_scale) == []
         returned = [line.strip() for line in inspect.getsource(kind.step).splitlines() if line.strip().startswith("return ")]
         assert returned and all(line.count(",") == 2 for line in returned)  # (applied, gradient norm, zeros)
 
@@ -87,6 +88,10 @@ def test_megatron_core_places_ranks_by_these_functions():
         "get_data_parallel_rank",
         "get_virtual_pipeline_model_parallel_world_size",
         "get_tensor_model_parallel_group",
+        "get_tensor_model_parallel_rank",
+        "get_pipeline_model_parallel_world_size",
+        "get_context_parallel_world_size",
+        "get_expert_model_parallel_world_size",
     ):
         function = getattr(parallel_state, name)
         assert all(p.default is not inspect.Parameter.empty for p in inspect.signature(function).parameters.values()), name
@@ -111,6 +116,37 @@ def test_megatron_core_parallel_layers_have_what_the_sketches_read():
     assert "self.input_size_per_partition = " in row and "self.input_is_parallel = " in row
     for kind in (layers.ColumnParallelLinear, layers.RowParallelLinear):
         assert "self._forward_impl(" in inspect.getsource(kind.forward)
+
+
+def test_megatron_core_schedules_are_called_by_keyword_and_looked_up_at_each_call():
+    from megatron.core.pipeline_parallel import schedules
+
+    chooses = inspect.getsource(schedules.get_forward_backward_func)
+    assert chooses.count("forward_backward_func = ") == len(SCHEDULES)
+    for name in SCHEDULES:
+        assert f"forward_backward_func = {name}\n" in chooses
+        taken = inspect.signature(getattr(schedules, name)).parameters
+        assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in taken.values())
+        assert {"forward_step_func", "data_iterator", "model", "num_microbatches", "forward_only"} <= taken.keys()
+
+
+def test_megatron_core_schedules_do_nothing_but_passes_once_these_functions_are_unset():
+    """A function that a later version calls besides must be set aside too, or a probe would change the job."""
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.transformer import TransformerConfig
+
+    known = inspect.signature(TransformerConfig).parameters
+    assert all(known[name].default is None for name in SIDE_EFFECTS)
+    text = inspect.getsource(schedules)
+    used = {name for name in known if name.endswith("_func") and f"config.{name}" in text}
+    assert {*used, "timers"} == set(SIDE_EFFECTS)
+
+
+def test_megatron_core_reruns_of_a_step_can_be_set_aside():
+    from megatron.core import rerun_state_machine as reruns
+
+    assert hasattr(reruns, "_GLOBAL_RERUN_STATE_MACHINE") and hasattr(reruns.RerunMode, "DISABLED")
+    assert "self.mode" in inspect.getsource(reruns.RerunStateMachine)
 
 
 @pytest.fixture(scope="module")

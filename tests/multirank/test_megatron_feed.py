@@ -116,7 +116,7 @@ def test_megatron_refusals_say_why(ranks):
         assert "lag 1 is too short" in said["lag"] and "lag=2" in said["lag"]
         assert "not published that far" in said["ahead"] and "larger lag" in said["ahead"]
         assert "was made with the dataset" in said["hash"] and "fresh run_dir" in said["hash"]
-        assert "second moments" in said["grace"] and "recipe: content" in said["grace"]
+        assert "attach(model) before grace_ds.megatron.wrap" in said["grace"] and "recipe: content" in said["grace"]
         assert "holds no schedule of this run" in said["missing"]
         assert "between two steps" in said["between"]
         assert said["left in /dev/shm"] == ""
@@ -140,7 +140,7 @@ def test_megatron_skipped_iterations_move_the_cursor(monkeypatch):
     monkeypatch.setattr(job_state, "arguments", lambda: args)
     found = job_state.facts_of(None, None, None, None, None)
     args.consumed_train_samples = 20  # three iterations were skipped
-    assert found.cursor_after(12) == 24
+    assert (found.cursor_before(8), found.cursor_after(8)) == (20, 24)
 
 
 @pytest.mark.parametrize(("skipped", "due", "end"), [([], 6, 24), ([5], 6, 28), ([4, 5, 6], 5, 32), ([9], 6, 24), ([2], 2, 16)])

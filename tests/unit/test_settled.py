@@ -11,8 +11,8 @@ from torch import nn
 
 from grace_ds.config.load import load_config
 from grace_ds.errors import ConfigError
-from grace_ds.integrations.megatron.job import settle
 from grace_ds.integrations.setup import settled
+from grace_ds.integrations.shared_model import sketcher_of
 from tests.multirank.toy import Model
 
 UNREADABLE = nn.Sequential(nn.Embedding(20, 8), nn.LayerNorm(8))  # no layer of a kind that gradients can be read from
@@ -21,7 +21,7 @@ UNREADABLE = nn.Sequential(nn.Embedding(20, 8), nn.LayerNorm(8))  # no layer of 
 def of(module: nn.Module, **block: Any) -> tuple[str, list[str], int]:
     """The recipe, what it does without, and how many layers are sketched."""
     engine = SimpleNamespace(module=module, dp_world_size=1)
-    config, sketcher = settled(load_config(block), engine)
+    config, sketcher = settled(load_config(block), lambda config: sketcher_of(config, engine))
     return config.recipe, list(config.ablate), 0 if sketcher is None else len(sketcher.layers)
 
 
@@ -56,16 +56,3 @@ def test_what_was_asked_for_by_name_is_not_replaced() -> None:
 def test_where_nothing_is_collected_no_layer_is_looked_at(block: dict[str, Any]) -> None:
     found = of(UNREADABLE, **block)
     assert found == (block.get("recipe", "grace"), block.get("ablate", []), 0)
-
-
-def test_in_a_megatron_job_auto_is_content_and_grace_says_why_it_cannot_be() -> None:
-    auto = load_config({"ablate": ["sketches"]})
-    settle(auto)
-    assert (auto.recipe, auto.ablate, auto.collects) == ("content", [], False)
-    assert auto == load_config({"recipe": "content"})
-    for block in ({"recipe": "grace"}, {"recipe": "grace", "ablate": ["loss"]}):
-        with pytest.raises(ConfigError, match=r"recipe: grace cannot run.*Set recipe: content"):
-            settle(load_config(block))
-    without = load_config({"recipe": "grace", "ablate": ["gradients", "loss"]})
-    settle(without)
-    assert without.recipe == "grace" and without.builds_graph

@@ -3,7 +3,7 @@
 Position p of the run is row ``p`` of what Megatron's sampler iterates over, and ``consumed_samples`` is the current position.
 A refresh is made right after the optimizer's step, which every rank makes once per step, whatever the pipeline does, whether
 the step was run twice, and whether it was applied.  Only ranks that hold the dataset take part in a refresh; the others see no
-data and need no schedule.
+data and need no schedule.  Where gradients are read, they follow: :mod:`~grace_ds.integrations.megatron.gradients`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import nn
 from grace_ds.comm.agreement import agreement_of
 from grace_ds.comm.all_ranks import run_on_all_ranks
 from grace_ds.comm.base import Comm
-from grace_ds.comm.choose import choose
+from grace_ds.comm.choose import choose, share
 from grace_ds.comm.liveness import LivenessProbe
 from grace_ds.comm.time_limits import within_job_limit
 from grace_ds.config.load import load_config
@@ -29,18 +29,20 @@ from grace_ds.config.schema import GraceConfig
 from grace_ds.data.schedule import ScheduleSlice
 from grace_ds.data.trusted import Tokenize
 from grace_ds.errors import CheckpointError, ConfigError
+from grace_ds.gradients.capture import LossCapture, MicroBatchCapture
+from grace_ds.gradients.influence_probe import InfluenceProbe
 from grace_ds.integrations import unchanged
 from grace_ds.integrations.controller import Controller
 from grace_ds.integrations.megatron.corpus import Corpus, Texts, follow, one_epoch
 from grace_ds.integrations.megatron.cyclic import CyclicPositions
+from grace_ds.integrations.megatron.gradients import Gradients, gradients_of
 from grace_ds.integrations.megatron.job_state import Facts, arguments, facts_of, virtual_stages
 from grace_ds.integrations.megatron.positions import Ring, Scheduled
 from grace_ds.integrations.megatron.resume import begin, keep_facts, resume
-from grace_ds.integrations.setup import Components, prepare, refresh_context
+from grace_ds.integrations.setup import Components, fallback_of, prepare, refresh_context, settled
 from grace_ds.integrations.trusted_set import UserInputs
 from grace_ds.integrations.world import check_world_size
 from grace_ds.monitor.metrics import keep_config, preview_of
-from grace_ds.recipes import AUTO, recipe
 from grace_ds.records import IntArray
 from grace_ds.refresh.choice import slack
 from grace_ds.utils.methods import replace_method
@@ -65,10 +67,15 @@ class Feed:
         corpus: defines what the ids mean.
         facts: of the job.
         ring: that the job's data workers read; None if the job keeps its own order, and the schedule is only logged.
+        gradients: this rank's part in reading them; None if none are.
     """
 
-    def __init__(self, controller: Controller, corpus: Corpus, facts: Facts, ring: Ring | None) -> None:
-        self.controller, self.corpus, self.facts, self.ring = controller, corpus, facts, ring
+    def __init__(
+        self, controller: Controller, corpus: Corpus, facts: Facts, ring: Ring | None, gradients: Gradients | None = None
+    ) -> None:
+        self.controller, self.corpus, self.facts, self.ring, self.gradients = controller, corpus, facts, ring, gradients
+        if gradients is not None:
+            gradients.ids = lambda micro: self._micro_batch(facts.cursor_before(controller.cursor), micro)
         self.position = Position(facts.consumed // facts.geometry.micro, not facts.uneven)
         self._fence = (-1, 0)  # step of the next refresh, and the position that it is published up to
         if ring is not None:
@@ -113,17 +120,30 @@ class Feed:
             keep_facts(run_dir, self.corpus.digest, len(self.corpus), self.facts.geometry.batch)
             keep_config(self.controller.config)
 
-    def after_step(self, applied: bool) -> None:
+    def after_step(self, applied: bool, loss_scale: float = 1.0) -> None:
         """Follow an optimizer step; call it on every rank with data.  Collective if a refresh is due.
 
         Args:
             applied: False if the step was skipped for an overflow.
+            loss_scale: of the step.
         """
+        gradients = self.gradients
+        if gradients is None:
+            self._follow_step(applied, 1.0, [])
+            return
+        try:
+            self._follow_step(applied, gradients.grad_scale(loss_scale), gradients.micro.take())
+        except BaseException as error:
+            gradients.release(self.controller, error)
+            raise
+        gradients.release(self.controller, None)
+
+    def _follow_step(self, applied: bool, grad_scale: float, seen: Sequence[MicroBatchCapture | LossCapture]) -> None:
         geometry = self.facts.geometry
-        cursor = self.facts.cursor_after(self.controller.cursor + geometry.batch)
+        cursor = self.facts.cursor_after(self.controller.cursor)
         self.position.frontier = cursor // geometry.micro
         self.position.issued = self.position.frontier + self.facts.lag * geometry.accumulation
-        self.controller.after_step(cursor // geometry.batch, applied, 1.0)
+        self.controller.after_step(cursor // geometry.batch, applied, grad_scale, seen)
         self._publish()
 
     def slots(self, start: int, count: int) -> ScheduleSlice:
@@ -138,9 +158,12 @@ class Feed:
         """
         if self.ring is None:
             raise ConfigError("mode: shadow leaves the job its own order, and its samples have no ids here; use mode: train")
+        return self._micro_batch(step * self.facts.geometry.batch, micro)
+
+    def _micro_batch(self, start: int, micro: int) -> IntArray:
+        """Return this data-parallel rank's samples of micro-batch ``micro`` of the step from position ``start`` on."""
         geometry = self.facts.geometry
-        start = step * geometry.batch + micro * geometry.micro + geometry.rank * geometry.rows
-        return self.slots(start, geometry.rows).ids
+        return self.slots(start + micro * geometry.micro + geometry.rank * geometry.rows, geometry.rows).ids
 
     def _publish(self, started: bool = True) -> None:
         """Publish to the data workers the ids up to where the next schedule may begin, as far as the ring reaches.
@@ -170,10 +193,15 @@ class Wrapping:
 
     Args:
         config: resolved; ``recipe`` and ``refresh`` are settled here.
+
+    Attributes:
+        gradients: this rank's part in reading them, from :meth:`settle` on; None if none are.
     """
 
     def __init__(self, config: GraceConfig, facts: Facts, user_inputs: UserInputs) -> None:
         self.config, self.facts, self.user_inputs = config, facts, user_inputs
+        self.fallback = fallback_of(config)
+        self.gradients: Gradients | None = None
         # The first schedule is used until the second one takes over, ``lag`` steps after the second one is made.
         config.refresh.slack_steps = max(slack(config, config.refresh.interval_steps), facts.lag)
         self.left = virtual_stages()
@@ -195,24 +223,68 @@ class Wrapping:
             position = CyclicPositions(len(train_ds), facts.geometry, bool(facts.args.data_sharding), facts.total)
         return Scheduled(corpus, self.ring, len(train_ds), position)
 
+    def settle(self, chunks: Sequence[nn.Module]) -> Gradients | None:
+        """Find out whether gradients can be read, and decide ``recipe: auto``.  Collective over all ranks.
+
+        Args:
+            chunks: this rank's parts of the model.
+
+        Raises:
+            ConfigError: they cannot, and the config names them; on every rank.
+        """
+        holds_data = self.corpus is not None
+        self.config, self.gradients = settled(self.config, lambda config: gradients_of(config, self.facts, chunks, holds_data))
+        return self.gradients
+
     def finish(self) -> Feed | None:
         """Make the run's first schedule, or resume the run; None on a rank without data.  Collective over all ranks."""
-        grace, facts, corpus = self.config, self.facts, self.corpus
-        comm, liveness = transport(grace, corpus is not None), LivenessProbe.open(os.environ)
+        gradients, corpus = self.gradients, self.corpus
+        comm, liveness = transport(self.config, corpus is not None), LivenessProbe.open(os.environ)
         if corpus is None:
+            if gradients is not None:
+                gradients.listen()
             return None
+        try:
+            feed = self._feed(corpus, comm, liveness)
+            feed.start(self.config.run_dir)
+        except BaseException as error:
+            if gradients is not None:
+                gradients.release(None, error)
+            raise
+        if gradients is not None:
+            gradients.release(feed.controller, None)
+        return feed
+
+    def _feed(self, corpus: Corpus, comm: Comm, liveness: LivenessProbe) -> Feed:
+        """Build the feed of a rank with data.  Collective over these ranks."""
+        grace, facts, gradients = self.config, self.facts, self.gradients
         texts, blend = Texts(corpus), corpus.blend
-        parts: Components = run_on_all_ranks(comm, lambda: prepare(texts, grace, facts.geometry, self.user_inputs))
+
+        def read() -> tuple[Components, InfluenceProbe | None]:
+            parts = prepare(texts, grace, facts.geometry, self.user_inputs)
+            if gradients is None or parts.trusted is None or "gradients" not in grace.parts:
+                return parts, None
+            return parts, gradients.influence_probe(comm, corpus, parts.trusted, facts)
+
+        parts, influence_probe = run_on_all_ranks(comm, read)
         arrange = None if blend is None else lambda schedule: follow(blend, schedule)
         context = refresh_context(comm, grace, facts.geometry, parts, arrange)
         if blend is not None and parts.sources is None:
             context = dataclasses.replace(context, sources=blend.of)
         show = preview_of(texts, grace.features.tokens_key)
-        agreement = agreement_of(comm)
-        controller = Controller(grace, facts.geometry, context, None, agreement, liveness, None, lambda *_: None, show)
-        feed = Feed(controller, corpus, facts, self.ring)
-        feed.start(grace.run_dir)
-        return feed
+        controller = Controller(
+            grace,
+            facts.geometry,
+            context,
+            None if gradients is None else gradients.collector,
+            agreement_of(comm),
+            liveness,
+            influence_probe,
+            lambda *_: None,
+            show,
+            self.fallback,
+        )
+        return Feed(controller, corpus, facts, self.ring, gradients)
 
 
 class Job:
@@ -222,21 +294,27 @@ class Job:
         feed: None before :func:`wrap`, and on a rank without data.
         off: :func:`wrap` was called, and the job runs without GRACE.
         wrapping: between the first and the last call of :func:`wrap` in an interleaved pipeline.
+        chunks: this rank's parts of the model, as they were attached.
+        gradients: this rank's part in reading them; None if none are.
     """
 
     def __init__(self) -> None:
         self.feed: Feed | None = None
         self.wrapped = self.off = False
         self.wrapping: Wrapping | None = None
+        self.chunks: list[nn.Module] = []
+        self.gradients: Gradients | None = None
         self._optimizer: Any = None
         self._restore: list[Callable[[], None]] = []
 
     def attach(self, model: nn.Module, optimizer: Any) -> None:
         """Follow ``optimizer``, or the one that the first training forward of ``model`` reveals if none is given."""
+        chunks = list(model) if isinstance(model, (list, tuple)) else [model]
+        if not self.wrapped:
+            self.chunks += [chunk for chunk in chunks if not any(chunk is known for known in self.chunks)]
         if optimizer is not None:
             self._follow(optimizer)
             return
-        chunks = list(model) if isinstance(model, (list, tuple)) else [model]
         for chunk in chunks:
             self._restore.append(chunk.register_forward_pre_hook(self._find_optimizer).remove)
 
@@ -247,7 +325,9 @@ class Job:
         self._optimizer = None
         if self.feed is not None:
             self.feed.controller.close()
-        self.feed, self.wrapping = None, None
+        if self.gradients is not None:
+            self.gradients.close()
+        self.feed, self.wrapping, self.gradients, self.chunks = None, None, None, []
         self.wrapped = self.off = False
 
     def _find_optimizer(self, module: nn.Module, args: Any) -> None:
@@ -271,6 +351,7 @@ class Job:
         self._restore.append(replace_method(optimizer, "step", self._step))
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        scale = 1.0 if self.gradients is None else float(self._optimizer.get_loss_scale())
         result = original(*args, **kwargs)
         if self.wrapping is not None:
             raise ConfigError(
@@ -283,9 +364,12 @@ class Job:
                 "grace_ds.megatron.attach was called, and the training dataset was not wrapped: return "
                 "grace_ds.megatron.wrap(train_ds, config) from the dataset provider, on every rank"
             )
+        # Megatron's optimizers return (applied, gradient norm, zeros); False after an overflow.
+        applied = bool(result[0]) if isinstance(result, tuple) and result else True
         if self.feed is not None:
-            # Megatron's optimizers return (applied, gradient norm, zeros); False after an overflow.
-            self.feed.after_step(bool(result[0]) if isinstance(result, tuple) and result else True)
+            self.feed.after_step(applied, scale)
+        elif self.gradients is not None:
+            self.gradients.follow(applied, scale)
         return result
 
 
@@ -317,7 +401,8 @@ def wrap(
             return train_ds
         unchanged.switched_on()
         log_to_screen(dist.get_rank() if dist.is_initialized() else 0)
-        settle(grace)
+        if grace.weights != "none":
+            raise ConfigError("weights: inverse_probability is not passed on to Megatron's loss; set weights: none")
         check_world_size(dist.get_world_size() if dist.is_initialized() else 1, os.environ)
         facts = facts_of(consumed_samples, micro_batch_size, global_batch_size, num_workers, lag)
         job.wrapping = Wrapping(grace, facts, UserInputs(trusted_data, None, tokenize, None))
@@ -325,27 +410,9 @@ def wrap(
     wrapped = wrapping.add(train_ds)
     wrapping.left -= 1
     if not wrapping.left:
+        job.gradients = wrapping.settle(job.chunks)
         job.feed, job.wrapping, job.wrapped = wrapping.finish(), None, True
     return wrapped
-
-
-def settle(config: GraceConfig) -> None:
-    """Replace ``recipe: auto`` by the most capable recipe that works in a Megatron job; changes ``config`` in place.
-
-    Raises:
-        ConfigError: the config asks for something that does not work in a Megatron job.
-    """
-    requested = recipe(config.recipe)
-    if config.recipe == AUTO and config.collects and requested.fallback is not None:
-        log.info("recipe: auto is %s in a Megatron job, which gradients cannot be read from yet", requested.fallback)
-        config.recipe, config.ablate = requested.fallback, []
-    if config.collects:
-        raise ConfigError(
-            f"recipe: {config.recipe} cannot run in a Megatron job yet: influence needs the second moments of whole layers, and "
-            "those of a row-parallel layer's input pair features of different ranks. Set recipe: content, which needs no gradient"
-        )
-    if config.weights != "none":
-        raise ConfigError("weights: inverse_probability is not passed on to Megatron's loss; set weights: none")
 
 
 def transport(config: GraceConfig, data: bool) -> Comm:
@@ -361,9 +428,7 @@ def transport(config: GraceConfig, data: bool) -> Comm:
     """
     if not dist.is_initialized():
         return choose(config.comm, timeout=within_job_limit(config.refresh.timeout_seconds))
-    holding: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(holding, data)
-    members = [rank for rank, holds in enumerate(holding) if holds]
+    members = [rank for rank, holds in enumerate(share(data)) if holds]
     if not members:
         raise ConfigError(
             "no rank has a training dataset: grace_ds.megatron.wrap got None everywhere; pass what the provider built"

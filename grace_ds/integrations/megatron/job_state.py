@@ -51,15 +51,16 @@ class Facts:
     def _ramps(self) -> bool:
         return bool(getattr(self.args, "rampup_batch_size", None))
 
-    def cursor_after(self, counted: int) -> int:
-        """Return the samples consumed after the step that has just ended: Megatron's own number, otherwise ``counted``.
+    def cursor_before(self, counted: int) -> int:
+        """Return the samples consumed before the step in progress: Megatron-LM's own number, otherwise ``counted``.
 
         Megatron also counts iterations that it skips on purpose, which have no optimizer step.
         """
-        if self.args is None:
-            return counted
-        done = int(self.args.consumed_train_samples)
-        return done + (_calculator().get() * self.geometry.micro if self._ramps else self.geometry.batch)
+        return counted if self.args is None else int(self.args.consumed_train_samples)
+
+    def cursor_after(self, counted: int) -> int:
+        """Return the samples consumed after the step in progress; ``counted`` as for :meth:`cursor_before`."""
+        return self.cursor_before(counted) + (_calculator().get() * self.geometry.micro if self._ramps else self.geometry.batch)
 
     def next_end(self, cursor: int, due: int, started: bool = True) -> int:
         """Return the samples consumed after the first optimizer step from ``cursor`` on that ends at ``due`` or beyond.
