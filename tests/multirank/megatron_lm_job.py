@@ -2,7 +2,7 @@
 
 ``torchrun … megatron_lm_job.py CHECKOUT OUT [arguments of pretrain_gpt.py]``: the program's text is read from the checkout, the
 documented lines are added, and it runs as ``__main__``.  What the model was given in each iteration is written to
-``OUT/trained-RANK.npz``, and the corpus to ``OUT/corpus.npz``.
+``OUT/trained-RANK.npz``, what was read of their gradients to ``OUT/counts-RANK.npz``, and the corpus to ``OUT/corpus.npz``.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class Recorder:
         if job.feed is not None:
             counts = job.feed.controller.snapshot()
             kept = {key: counts[key] for key in ("position_slips", "refresh_failures", "cursor", "step")}
-            np.savez(self.out / f"counts-{rank}.npz", **kept)
+            rows = job.feed.controller.table.rows
+            np.savez(self.out / f"counts-{rank}.npz", **kept, ids=rows.ids, influence=rows.influence)
             if rank == 0:
                 items = [job.feed.corpus[i] for i in range(len(job.feed.corpus))]
                 np.savez(self.out / "corpus.npz", **{key: np.stack([i[key] for i in items]) for key in ("tokens", "labels")})

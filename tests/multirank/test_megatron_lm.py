@@ -64,8 +64,8 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def pretrain(data: Path, out: Path, *arguments: str, grace: dict[str, Any] | None = None) -> str:
-    """Two ranks of pretrain_gpt.py; what they have printed."""
+def pretrain(data: Path, out: Path, *arguments: str, grace: dict[str, Any] | None = None, ranks: int = 2) -> str:
+    """Ranks of pretrain_gpt.py; what they have printed."""
     import yaml
 
     out.mkdir(exist_ok=True)
@@ -73,7 +73,7 @@ def pretrain(data: Path, out: Path, *arguments: str, grace: dict[str, Any] | Non
     (out / "grace.yaml").write_text(yaml.safe_dump(block))
     options = " ".join((MODEL, TRAIN, TEXT, PLAIN, ON_CPU)).split()
     blend = ["--data-path", "70", str(data / "a"), "30", str(data / "b"), "--data-cache-path", str(data / "cache")]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     job = [ROOT / "tests" / "multirank" / "megatron_lm_job.py", CHECKOUT, out]
     # The wheel of megatron-core comes first: the checkout's own is the same, and not compiled.
     paths = [str(ROOT), sysconfig.get_paths()["purelib"], *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -81,20 +81,20 @@ def pretrain(data: Path, out: Path, *arguments: str, grace: dict[str, Any] | Non
     return run_command([*launch, *map(str, job), *options, *blend, *arguments], timeout=400, env=env)
 
 
-def trained(out: Path) -> dict[int, dict[int, list[int]]]:
+def trained(out: Path, ranks: int = 2) -> dict[int, dict[int, list[int]]]:
     """Rank → start of each iteration → ids that it must have trained on there; checked against what the model was given."""
     book, corpus = load_book(out / "grace" / "schedules"), np.load(out / "corpus.npz")
     found: dict[int, dict[int, list[int]]] = {}
     for path in out.glob("trained-*.npz"):
         seen, ids = np.load(path), dict[int, list[int]]()
-        rank, ranks = seen["place"]
+        rank, replicas = seen["place"]
         for start, rows in zip(seen["starts"].tolist(), seen["rows"], strict=True):
             micro = len(ids.setdefault(start, [])) // len(rows)
-            scheduled = book.slots(start + (micro * ranks + rank) * len(rows), len(rows)).ids
+            scheduled = book.slots(start + (micro * replicas + rank) * len(rows), len(rows)).ids
             assert np.array_equal(rows, corpus["labels" if seen["labels"] else "tokens"][scheduled]), (path.name, start, micro)
             ids[start] += scheduled.tolist()
         found[int(path.stem.split("-")[1])] = ids
-    assert len(found) == 2
+    assert len(found) == ranks
     return found
 
 
@@ -102,12 +102,13 @@ def digests(out: Path) -> list[str]:
     return [schedule.digest() for schedule in load_book(out / "grace" / "schedules").schedules]
 
 
-def check(out: Path, starts: list[int]) -> None:
+def check(out: Path, starts: list[int], recipe: str = "content", ranks: int = 2) -> None:
     """A live coreset, and every iteration trained on the samples of its positions."""
     schedules = load_book(out / "grace" / "schedules").schedules
-    assert [s.meta["objective"] for s in schedules] == ["uniform"] + ["sample"] * (len(schedules) - 1) and len(schedules) > 3
-    assert {s.meta["drawn_by"] for s in schedules[1:]} == {"content"}
-    for ids in trained(out).values():
+    kinds = [s.meta["objective"] for s in schedules]
+    assert kinds == sorted(kinds, reverse=True) and kinds.count("uniform") == (1 if recipe == "content" else 2) and len(kinds) > 3
+    assert {s.meta["drawn_by"] for s in schedules if s.meta["objective"] == "sample"} == {recipe}
+    for ids in trained(out, ranks).values():
         assert sorted(ids) == starts
     counts = [np.load(path) for path in out.glob("counts-*.npz")]
     assert counts and all(int(c["position_slips"]) == int(c["refresh_failures"]) == 0 for c in counts)
@@ -204,3 +205,81 @@ def test_pretrain_gpt_step_that_is_run_again_by_the_rerun_state_machine(data, te
     pretrain(data, tmp_path, *STEPS, *TP, *load)
     check(tmp_path, even(saved))
     assert digests(tmp_path) == digests(tensor)
+
+
+# -- recipe: grace -------------------------------------------------------------------------------------------------------
+
+GRADIENTS = {
+    "recipe": "grace",
+    "guard": {"enabled": False},
+    "refresh": {"interval_steps": 6, "cadence": "fixed", "timeout_seconds": 120, "probe_share": 0.5},
+}
+ALIKE = ["--vocab-size", "2047", "--make-vocab-size-divisible-by", "1024", "--num-workers", "0"]  # the same model and lag
+
+
+@pytest.fixture(scope="module")
+def weights(data, tmp_path_factory) -> list[str]:
+    """Arguments by which a run begins with the weights of one rank, however it lays the model out, and trains with SGD."""
+    out = tmp_path_factory.mktemp("weights")
+    save = ["--save", str(out / "checkpoints"), "--save-interval", "1", "--ckpt-format", "torch_dist"]
+    pretrain(data, out, "--train-iters", "1", "--eval-interval", "1000", *ALIKE, *save, ranks=1)
+    load = ["--load", str(out / "checkpoints"), "--finetune", "--no-load-optim", "--no-load-rng", "--ckpt-format", "torch_dist"]
+    return [*ALIKE, *load, "--optimizer", "sgd", "--lr", "0.3"]
+
+
+@pytest.fixture(scope="module")
+def one(data, weights, tmp_path_factory) -> Path:
+    """``recipe: grace`` on one rank."""
+    out = tmp_path_factory.mktemp("one")
+    pretrain(data, out, *STEPS, *weights, grace=GRADIENTS, ranks=1)
+    check(out, even(), "grace", ranks=1)
+    return out
+
+
+def influences(out: Path) -> dict[int, float]:
+    parts = [np.load(path) for path in out.glob("counts-*.npz")]
+    found = {int(i): float(value) for part in parts for i, value in zip(part["ids"], part["influence"], strict=True)}
+    return {i: value for i, value in found.items() if np.isfinite(value)}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (2, TP),
+        (2, [*TP, "--sequence-parallel"]),
+        (2, PP),
+        (2, [*PP, "--num-layers-per-virtual-pipeline-stage", "1"]),
+        (2, []),
+        (4, [*TP, *PP]),
+        (4, TP),
+    ],
+    ids=["tensor", "sequence", "pipeline", "interleaved", "data", "tensor and pipeline", "data and tensor"],
+)
+def test_pretrain_gpt_reads_gradients_as_one_rank_does(data, weights, one, tmp_path, ranks, layout):
+    pretrain(data, tmp_path, *STEPS, *layout, *weights, grace=GRADIENTS, ranks=ranks)
+    check(tmp_path, even(), "grace", ranks)
+    books = [load_book(out / "grace" / "schedules").schedules for out in (tmp_path, one)]
+    assert len(books[0]) == len(books[1])
+    for found, wanted in zip(*books, strict=True):
+        assert np.array_equal(found.ids, wanted.ids) and np.array_equal(found.roles, wanted.roles)
+    found_here, wanted_here = influences(tmp_path), influences(one)
+    assert found_here.keys() == wanted_here.keys() and len(wanted_here) > 150
+    a, b = (np.array([of[i] for i in sorted(wanted_here)]) for of in (found_here, wanted_here))
+    assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("ramped", [False, True], ids=["skipped", "ramped"])
+def test_pretrain_gpt_reads_gradients_of_the_samples_trained_on(data, tmp_path, ramped):
+    """Where iterations are skipped, and while the batch is ramped up."""
+    skipped = [4, 5, 6, 7, 8, 12, 18, 19]
+    run = [*STEPS, "--iterations-to-skip", *map(str, skipped)]
+    starts = [step * BATCH for step in range(24) if step not in skipped]
+    if ramped:
+        run = ["--rampup-batch-size", "8", "8", "224", "--train-samples", "400", "--eval-interval", "1000"]
+        starts = [*range(0, 224, 8), *range(224, 400, BATCH)]
+    pretrain(data, tmp_path, *run, *PP, "--num-workers", "1", grace=GRADIENTS)
+    check(tmp_path, starts, "grace")
+    (ids,) = {tuple(sorted({i for batch in rank.values() for i in batch})) for rank in trained(tmp_path).values()}
+    kept = {i for path in tmp_path.glob("counts-*.npz") for i in np.load(path)["ids"].tolist()}
+    # The first step that is collected gives the layers' scale and no rows; those after the last refresh are not gathered yet.
+    assert kept <= set(ids) and len(kept) > len(ids) // 3
