@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.multirank.forms import COLLECTED, COUNTED, FED, FORMS, LEFT_OUT, REFUSED, Form
-from tests.multirank.harness import ROOT, run_command
+from tests.multirank.harness import run_command
 from tests.multirank.launch import environment, free_port
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(600)]
@@ -24,7 +24,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[Told]:
     folder = tmp_path_factory.mktemp("forms")
     (folder / "saved").mkdir()
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", "/dev/null", "--num_accelerators", "2"]
-    script = [str(ROOT / "tests" / "multirank" / "forms.py"), str(folder), str(folder)]
+    script = ["--module", "tests.multirank.forms", str(folder), str(folder)]
     run_command([*launcher, "--master_port", str(free_port()), *script], timeout=580, env=environment(folder))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
