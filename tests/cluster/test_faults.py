@@ -11,10 +11,7 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +21,14 @@ import pytest
 
 from tests.cluster.fault_job import FAULT_STEP
 from tests.cluster.hosts import ADDRESSES, NAMES, Hosts, missing
-from tests.cluster.zygote import Zygote, session
-from tests.multirank.launch import COLLECTING, environment, free_port
+from tests.multirank.harness import run_module
+from tests.multirank.launch import COLLECTING, environment
 from tests.multirank.test_entries import wait_until
 from tests.multirank.toy import Corpus, write_trusted
+from tests.multirank.zygote import Zygote, mothers, session
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(420), pytest.mark.skipif(bool(missing()), reason=missing() or "-")]
 
-ROOT = Path(__file__).resolve().parents[2]
-JOB = ROOT / "tests" / "cluster" / "fault_job.py"
 LIMIT, MARGIN = 20.0, 10.0
 
 # Where, and what the survivor says of it: in its last line, or where GRACE alone is given up, in a warning before.
@@ -101,26 +97,28 @@ def variables(rank: int, address: str, port: int) -> dict[str, str]:
     return {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": str(port)}
 
 
-def play(zygote: Zygote, folder: Path, place: str, how: str, rank: int) -> Played:
+def play(parents: list[Zygote], folder: Path, place: str, how: str, rank: int) -> Played:
     fault = {"rank": rank, "how": how, "place": PLACES[place][0]}
     spec = write_spec(folder, "spec.json", steps=2 * FAULT_STEP, save=str(folder / "saved"), fault=fault)
     hosts = Hosts(folder / "hosts")
     ranks: list[int] = []
+    common = {**os.environ, **environment(folder), "OMP_NUM_THREADS": "1"}
     outs = [folder / f"out-{r}" for r in range(2)]
     try:
         hosts.start()
         for r, name in enumerate(NAMES):
-            env = {**variables(r, ADDRESSES[0], 29500), "GLOO_SOCKET_IFNAME": "eth0"}
-            ranks.append(zygote.start(spec, hosts.inside(name), env, outs[r]))
+            env = {**common, **variables(r, ADDRESSES[0], 29500), "GLOO_SOCKET_IFNAME": "eth0"}
+            ranks.append(parents[r].start("tests.cluster.fault_job", [spec], env, outs[r], inside=hosts.inside(name)))
         if how == "kill":
-            wait_until(lambda: zygote.exit_of(ranks[rank]) is not None, 120)
+            wait_until(lambda: parents[rank].exit_of(ranks[rank]) is not None, 120)
         else:
-            wait_until(lambda: (folder / "here").exists() or zygote.exit_of(ranks[rank]) is not None, 120)
+            wait_until(lambda: (folder / "here").exists() or parents[rank].exit_of(ranks[rank]) is not None, 120)
             hosts.cut(NAMES[rank], how)
             (folder / "cut").touch()
         struck = time.monotonic()
         seconds = [0.0, 0.0]
-        while (codes := [zygote.exit_of(p) for p in ranks]).count(None) and time.monotonic() < struck + 2 * LIMIT + 3 * MARGIN:
+        deadline = struck + 2 * LIMIT + 3 * MARGIN
+        while None in (codes := [z.exit_of(p) for z, p in zip(parents, ranks, strict=True)]) and time.monotonic() < deadline:
             now = time.monotonic() - struck
             seconds = [now if code is None else before for code, before in zip(codes, seconds, strict=True)]
             time.sleep(0.05)
@@ -144,20 +142,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def zygote(folder: Path) -> Iterator[Zygote]:
-    mother = Zygote(folder)
-    try:
-        yield mother
-    finally:
-        mother.stop()
-
-
-@pytest.fixture(scope="module")
-def played(folder: Path, zygote: Zygote) -> dict[str, Played]:
+def played(folder: Path) -> dict[str, Played]:
     # Four at a time, those that wait for a time-out first.
     order = sorted(range(len(FAULTS)), key=lambda i: FAULTS[i][1] == "kill")
+    parents = mothers()
     with ThreadPoolExecutor(4) as pool:
-        ended = pool.map(lambda i: play(zygote, folder / IDS[i], *FAULTS[i]), order)
+        ended = pool.map(lambda i: play(parents, folder / IDS[i], *FAULTS[i]), order)
         return {IDS[i]: end for i, end in zip(order, ended, strict=True)}
 
 
@@ -185,23 +175,12 @@ def test_survivors_say_who_is_lost_and_where_and_end_in_time(
 
 
 @pytest.fixture(scope="module")
-def resumed(folder: Path, played: dict[str, Played]) -> Iterator[dict[str, list[dict[str, Any]]]]:
+def resumed(folder: Path, played: dict[str, Played]) -> dict[str, list[dict[str, Any]]]:
     """Every last checkpoint, taken up by two ranks of one host for two steps."""
     at = {name: folder / f"{name}-on" for name in played}
     specs = [str(write_spec(on, "spec.json", steps=2, load=str(folder / name / "saved"))) for name, on in at.items()]
-    port = free_port()
-    ranks = []
-    for r in range(2):
-        env = {**os.environ, **environment(folder), **variables(r, "127.0.0.1", port), "OMP_NUM_THREADS": "1"}
-        out = (folder / f"on-{r}").open("w")
-        ranks.append(subprocess.Popen([sys.executable, str(JOB), *specs], env=env, cwd=ROOT, stdout=out, stderr=out))
-    try:
-        assert [p.wait(180) for p in ranks] == [0, 0], (folder / "on-0").read_text()[-3000:]
-    finally:
-        for p in ranks:
-            p.kill()
-            p.wait()
-    yield {name: [json.loads((on / f"done-{r}.json").read_text()) for r in range(2)] for name, on in at.items()}
+    run_module("tests.cluster.fault_job", specs, 2, timeout=180, env=environment(folder))
+    return {name: [json.loads((on / f"done-{r}.json").read_text()) for r in range(2)] for name, on in at.items()}
 
 
 @pytest.mark.parametrize("name", IDS)

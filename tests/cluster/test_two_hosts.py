@@ -18,7 +18,7 @@ from grace_ds.data.schedule import load_book
 from tests.cluster.hosts import ADDRESSES, PATH, Hosts, missing
 from tests.cluster.test_faults import LIMIT, MARGIN, PLACES, write_spec
 from tests.multirank.launch import COLLECTING, environment, stream
-from tests.multirank.test_entries import living, wait_until, write_config
+from tests.multirank.test_entries import living, run_plain, wait_until, write_config
 from tests.multirank.toy import Corpus, write_trusted
 
 WHY = missing("sshd", "ssh-keygen", "pdsh")
@@ -30,7 +30,6 @@ JOB = str(ROOT / "tests" / "multirank" / "plain_job.py")
 STEPS = 12
 # Each way: options of the deepspeed launcher, and the transport that the job must find.
 WAYS = {
-    "one host": (["--num_accelerators", "2", "--master_port", "29501"], "torch"),
     "pdsh": (["--hostfile", "{hostfile}", "--master_addr", ADDRESSES[0], "--master_port", "29500"], "torch"),
     "openmpi": (["--hostfile", "{hostfile}", "--launcher", "openmpi", "--launcher_args=--allow-run-as-root"], "mpi"),
 }
@@ -71,7 +70,7 @@ def script(folder: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def made(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folder of a whole run of each way."""
+    """The folder of a whole run of each way, and of one on one host, without a launcher."""
     folders = {way: tmp_path_factory.mktemp(way.replace(" ", "-")) for way in WAYS}
     for way, folder in folders.items():
         child, out = start(hosts, folder, way, script(folder, "--steps", str(STEPS)))
@@ -80,14 +79,17 @@ def made(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
             assert living(str(folder / "ext")) == {}
         finally:
             child.kill()
+    folders["one host"] = tmp_path_factory.mktemp("one-host")
+    config = write_config(folders["one host"] / "on.json", {**COLLECTING, "run_dir": str(folders["one host"] / "run")})
+    run_plain(folders["one host"], config, "--steps", str(STEPS))
     return folders
 
 
 def test_two_hosts_train_on_the_schedules_of_one(made: dict[str, Path]) -> None:
     books = [[s.digest() for s in load_book(folder / "run" / "schedules").schedules] for folder in made.values()]
-    assert len(books[0]) >= 4 and books == [books[0]] * len(WAYS)
+    assert len(books[0]) >= 4 and books == [books[0]] * (len(WAYS) + 1)
     ids = [stream([json.loads((folder / f"first-{r}.json").read_text()) for r in range(2)]) for folder in made.values()]
-    assert len(ids[0]) == STEPS and ids == [ids[0]] * len(WAYS)
+    assert len(ids[0]) == STEPS and ids == [ids[0]] * (len(WAYS) + 1)
 
 
 @pytest.mark.parametrize("way", list(WAYS))

@@ -1,5 +1,6 @@
-"""Real ranks for tests: spawned processes with a gloo world over a rendezvous file, or a job under mpirun.
+"""Real ranks for tests: processes with a gloo world over a rendezvous file, jobs of many ranks, commands, a job under mpirun.
 
+Ranks that are not about how they are launched are forked by :mod:`tests.multirank.zygote`, which spares them their imports.
 Nothing here can hang a test run: every start has a hard time limit, after which the whole process group of every rank is
 killed, and a failure shows what each rank has printed, its traceback, and where it stood when time ran out.
 """
@@ -9,22 +10,24 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import importlib
-import multiprocessing
 import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.multirank.zygote import mothers, wait_for_ends
 
 ROOT = Path(__file__).resolve().parents[2]
 _MPIRUN = Path(sys.executable).with_name("mpirun")
@@ -60,28 +63,92 @@ def run_ranks(
         may_fail: ranks whose failure or death is part of the test; their result is None.
         join: have torch.distributed initialised.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         target = f"{work.__module__}:{work.__qualname__}"
-        ranks = [
-            context.Process(target=_rank, args=(target, World(r, size, f"{folder}/rendezvous"), folder, args, timeout, join))
-            for r in range(size)
-        ]
-        for p in ranks:
-            p.start()
-        deadline = time.monotonic() + timeout + 1  # the ranks report where they stand at `timeout`
-        try:
-            for p in ranks:
-                p.join(max(0.0, deadline - time.monotonic()))
-            late = [r for r, p in enumerate(ranks) if p.is_alive()]
-            _dump_groups([ranks[r].pid for r in late])
-        finally:
-            for p in ranks:
-                _kill_group(p.pid, p.is_alive())
-                p.join()
-        return _collect(Path(folder), size, [p.exitcode for p in ranks], late, may_fail)
+        Path(folder, "job.pickle").write_bytes(pickle.dumps((target, size, args, timeout, join)))
+        deadline = timeout + 1  # the ranks report where they stand at `timeout`
+        ended = _fork(__name__, [[folder, r] for r in range(size)], [dict(os.environ)] * size, Path(folder), deadline)
+        return _collect(Path(folder), size, ended.codes, ended.late, may_fail)
+
+
+def run_module(
+    module: str, words: Sequence[object], size: int = 1, *, timeout: float, env: Mapping[str, str], preload: Sequence[str] = ()
+) -> str:
+    """Runs ``main()`` of a module on ``size`` ranks that find each other as under torchrun; returns their joined output.
+
+    Args:
+        module: as its name.
+        words: of every rank's command line.
+        size: ranks.
+        timeout: seconds.
+        env: variables beside those of this process and those of the world.
+        preload: modules that take long to import, beside those that every job needs.
+    """
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
+    common = {**os.environ, "OMP_NUM_THREADS": "1", **env, **world}
+    envs = [{**common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(size)]
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        ended = _fork(module, [words] * size, envs, Path(folder), timeout, preload, together=True)
+        said = "\n".join(Path(folder, f"out{r}").read_text() for r in range(size))
+    if ended.late or any(ended.codes):
+        what = f"did not finish within {timeout:g} s" if ended.late else f"ended with {ended.codes}"
+        raise RanksFailed(f"{module} {what}\n{said}")
+    return said
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How forked ranks have ended: exit status of each, and those that did not by themselves in time."""
+
+    codes: list[int | None]
+    late: list[int]
+
+
+def _fork(
+    module: str,
+    words: Sequence[Sequence[object]],
+    envs: Sequence[Mapping[str, str]],
+    folder: Path,
+    seconds: float,
+    preload: Sequence[str] = (),
+    together: bool = False,
+) -> Ended:
+    """Forks a rank for each of ``words``, with its output in FOLDER/outRANK; none is left when this returns.
+
+    Args:
+        together: the end of one that fails is the end of all, as under a launcher.
+    """
+    parents = mothers(*preload)
+    ranks: list[int] = []
+    of = [parents[r % len(parents)] for r in range(len(words))]
+    late: list[int] = []
+    codes: dict[int, int | None] = {}
+    try:
+        for r, (zygote, mine, env) in enumerate(zip(of, words, envs, strict=True)):
+            ranks.append(zygote.start(module, mine, env, folder / f"out{r}"))
+        deadline = time.monotonic() + seconds
+        running = list(range(len(ranks)))
+        while running and time.monotonic() < deadline:
+            wait_for_ends([ranks[r] for r in running], deadline - time.monotonic(), some=True)
+            codes |= {r: of[r].exit_of(ranks[r]) for r in running}
+            running = [r for r in running if codes[r] is None]
+            if together and any(codes.values()):
+                break
+        else:
+            late = running
+            _dump_groups([ranks[r] for r in late])
+    finally:
+        for r, pid in enumerate(ranks):
+            _kill_group(pid, codes.get(r) is None)
+        wait_for_ends([pid for r, pid in enumerate(ranks) if codes.get(r) is None], 10.0)
+    return Ended([zygote.exit_of(pid) for zygote, pid in zip(of, ranks, strict=True)], late)
 
 
 def run_command(command: Sequence[str | Path], *, timeout: float = 60.0, env: dict[str, str] | None = None) -> str:
@@ -130,22 +197,9 @@ def run_ranks_under_mpi(work: Callable[..., Any], size: int, *args: Any, timeout
     """Like :func:`run_ranks`, with the ranks started by mpirun; torch.distributed is up to ``work``."""
     with tempfile.TemporaryDirectory(prefix="mpi-") as folder:
         job = Path(folder) / "job.pickle"
-        job.write_bytes(pickle.dumps((f"{work.__module__}:{work.__qualname__}", size, args, timeout)))
+        job.write_bytes(pickle.dumps((f"{work.__module__}:{work.__qualname__}", size, args, timeout, False)))
         run_script_under_mpi(["-m", __name__, folder], size, timeout=timeout + 5)
         return _collect(Path(folder), size, [0] * size, [], ())
-
-
-def _rank(target: str, world: World, folder: str, args: tuple[Any, ...], timeout: float, join: bool) -> None:
-    """Body of one spawned rank."""
-    os.setsid()
-    out = os.open(f"{folder}/out{world.rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
-    sys.stdout = sys.stderr = os.fdopen(os.dup(out), "w", buffering=1)
-    import torch
-
-    torch.set_num_threads(1)
-    _work(target, world, folder, args, timeout, join)
 
 
 def _work(target: str, world: World, folder: str, args: tuple[Any, ...], timeout: float, join: bool) -> None:
@@ -199,12 +253,17 @@ def _kill_group(pid: int | None, alive: bool) -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
-def main(folder: str) -> None:
-    """One rank under mpirun."""
-    target, size, args, timeout = pickle.loads(Path(folder, "job.pickle").read_bytes())
-    world = World(int(os.environ["OMPI_COMM_WORLD_RANK"]), size, f"{folder}/rendezvous")
-    _work(target, world, folder, args, timeout, join=False)
+def main() -> None:
+    """One rank of :func:`run_ranks`, or one under mpirun, which tells it its number by the environment."""
+    folder, *number = sys.argv[1:]
+    target, size, args, timeout, join = pickle.loads(Path(folder, "job.pickle").read_bytes())
+    rank = int(number[0] if number else os.environ["OMPI_COMM_WORLD_RANK"])
+    if number:
+        import torch
+
+        torch.set_num_threads(1)
+    _work(target, World(rank, size, f"{folder}/rendezvous"), folder, args, timeout, join)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -131,7 +131,7 @@ def test_an_error_inside_of_a_zero3_probe_ends_the_job_at_once(folder: Path) -> 
     grace = {**COLLECTING, "trusted": written(folder / "trusted3.jsonl")}
     job = {"steps": STEPS, "bf16": False, "workers": 0, "ds": ZERO3, "grace": grace, "loss_fn": {"rank": 1, "after": 2}}
     with pytest.raises(RanksFailed) as failed:
-        run_jobs(folder / "zero3", {"fatal": {**job, "uncaught": True}}, timeout=110)
+        run_jobs(folder / "zero3", {"fatal": {**job, "uncaught": True}}, launcher="deepspeed", timeout=110)
     said = str(failed.value)
     assert "did not finish" not in said
     assert "ProbeFailed: a probe failed under ZeRO-3 (RuntimeError: injected fault)" in said

@@ -1,4 +1,4 @@
-"""ZeRO stages, launchers and numbers of ranks: each a real launch."""
+"""ZeRO stages, launchers and numbers of ranks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_mpirun_carries_the_same_run_by_mpi(tmp_path: Path) -> None:
     assert by_mpi["job"][0]["schedules"] == by_torch["job"][0]["schedules"]
     assert stream(by_mpi["job"]) == stream(by_torch["job"])
     assert "transport: torch" in output
-    for rank in by_torch["asked"]:  # no MPI world under the plain launcher
+    for rank in by_torch["asked"]:  # no MPI world without mpirun
         assert "TransportError" in rank["error"]
         assert "mpirun" in rank["error"]
 

@@ -151,6 +151,7 @@ def main() -> None:
     specs = json.loads(Path(sys.argv[-1]).read_text())
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     torch.set_num_threads(1)
+    gc.freeze()  # what has been imported is not looked through after every job
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     rank = torch.distributed.get_rank()
     for name, spec in specs["jobs"].items():
