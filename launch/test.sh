@@ -34,8 +34,12 @@ say import-linter
 say documentation
 "$PYTHON" -m sphinx -W --keep-going -q -E docs build/docs
 one_process=(-n auto --maxprocesses 4 --dist loadfile tests/unit tests/docs tests/contract tests/gpu)
+# Two files at a time, for launches and time-outs leave cores idle.
+several_processes=(-n 2 --dist loadfile tests/multirank tests/cluster)
 # One file of each kind: transports over gloo and MPI, the graph's ring, jobs under the deepspeed launcher, two hosts.
 slice=(tests/multirank/test_comm.py tests/multirank/test_ring.py tests/multirank/test_plugins.py tests/multirank/test_liveness.py tests/cluster/test_two_hosts.py)
+export GRACE_TEST_SKIPPED="$(mktemp)"
+trap 'rm -f "$GRACE_TEST_SKIPPED"' EXIT
 failed=0
 if (($#)) && [[ "$1" != --all ]]; then
     say "pytest $*"
@@ -44,11 +48,13 @@ elif (($#)); then
     say "pytest: one process"
     "$PYTHON" -m pytest --cov=grace_ds --cov-report=term:skip-covered "${one_process[@]}" || failed=1
     say "pytest: several processes"
-    "$PYTHON" -m pytest tests/multirank tests/cluster || failed=1
+    "$PYTHON" -m pytest "${several_processes[@]}" || failed=1
 else
     say "pytest: one process, without the slow ones"
     "$PYTHON" -m pytest -m "not slow" "${one_process[@]}" || failed=1
     say "pytest: a slice of what takes several"
     "$PYTHON" -m pytest "${slice[@]}" || failed=1
 fi
+say "skipped (how many, where, why)"
+if [[ -s "$GRACE_TEST_SKIPPED" ]]; then sort "$GRACE_TEST_SKIPPED" | uniq -c; else echo nothing; fi
 exit "$failed"

@@ -27,6 +27,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Adds what was skipped, with the reason, to the file GRACE_TEST_SKIPPED, for who runs pytest several times."""
+    path = os.environ.get("GRACE_TEST_SKIPPED")
+    if path is None or hasattr(terminalreporter.config, "workerinput"):  # a worker of xdist, whose reports come to all
+        return
+    root = terminalreporter.config.rootpath
+    with open(path, "a") as out:
+        for report in terminalreporter.stats.get("skipped", []):
+            file, _, reason = report.longrepr
+            out.write(f"{os.path.relpath(file, root)}: {reason.removeprefix('Skipped: ')}\n")
+
+
 def _has_gpu() -> bool:
     import torch
 
