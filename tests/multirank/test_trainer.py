@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,14 @@ import pytest
 
 from grace_ds.data.schedule import load_book
 from tests.extras import needs
-from tests.multirank.harness import run_command
-from tests.multirank.launch import COLLECTING, Records, environment, free_port
+from tests.multirank.harness import run_module
+from tests.multirank.launch import COLLECTING, Records, environment
 
 needs("huggingface", "transformers", "accelerate", "datasets", "peft")
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(600)]
 
+JOB = "tests.multirank.trainer_job"
 SCRIPT = Path(__file__).with_name("trainer_job.py")
 ROWS, GAS, STEPS = 2, 2, 12  # 60 samples: 15 micro-batches on each of two ranks, so that an epoch's last step is half a one
 CONTENT: dict[str, Any] = {**COLLECTING, "recipe": "content"}
@@ -27,18 +27,12 @@ SAVING = {"save_strategy": "steps", "save_steps": 5}
 WORKERS = {"dataloader_num_workers": 2}
 
 
-def run_trainers(folder: Path, jobs: dict[str, Any], ranks: int, module: tuple[str, ...] = ()) -> Records:
+def run_trainers(folder: Path, jobs: dict[str, Any], ranks: int, unchanged: bool = False) -> Records:
     folder.mkdir(parents=True, exist_ok=True)
     specs = folder / "specs.json"
     specs.write_text(json.dumps({"out": str(folder), "jobs": jobs}))
-    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-    quiet = {
-        **environment(folder),
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(folder / "cache"),
-        "TOKENIZERS_PARALLELISM": "0",
-    }
-    run_command([*launcher, *module, SCRIPT, specs], timeout=500, env=quiet)
+    module, words = ("grace_ds.run", [SCRIPT, specs]) if unchanged else (JOB, [specs])
+    run_module(module, words, ranks, timeout=500, env=environment(folder), preload=[JOB])
     return {name: [json.loads((folder / f"{name}-{r}.json").read_text()) for r in range(ranks)] for name in jobs}
 
 
@@ -103,7 +97,7 @@ def one(folder: Path) -> Records:
     """Under ``grace_ds.run``, which puts our ``initialize`` in the place of the one that accelerate calls."""
     run_dir = {**CONTENT, "run_dir": str(folder / "single")}
     jobs = run_and_resume("single", {"grace": run_dir, "stage": 0, "lora": True})
-    return run_trainers(folder / "one", jobs, 1, ("--module", "grace_ds.run"))
+    return run_trainers(folder / "one", jobs, 1, unchanged=True)
 
 
 @pytest.fixture(scope="module")
