@@ -36,7 +36,8 @@ def former(number: int, frame: FrameType | None) -> None:
     sys.exit(7)
 
 
-def main(folder: Path, ways: list[str]) -> None:
+def main() -> None:
+    folder, ways = Path(sys.argv[1]), sys.argv[2:]
     torch.set_num_threads(1)
     codes: dict[str, int] = {}
     for start in range(0, len(ways), 4):
@@ -96,4 +97,4 @@ def train(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main()

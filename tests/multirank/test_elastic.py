@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.multirank.harness import ROOT, run_command
+from tests.multirank.harness import run_module
 from tests.multirank.launch import COLLECTING, Records, environment, run_jobs, stream
 from tests.multirank.universal import SUFFIX
 
@@ -50,8 +49,7 @@ def legs(tmp_path_factory: pytest.TempPathFactory) -> list[Records]:
         made.append(run_jobs(folder / f"launch{leg}", jobs, ranks, timeout=300)[0])
         saved = [str(folder / f"leg{leg}" / name / f"global_step{LEG * (leg + 1)}") for name in jobs]
         if leg < len(LEGS) - 1:
-            command = [sys.executable, ROOT / "tests" / "multirank" / "universal.py", *saved]
-            run_command(command, timeout=200, env=environment(folder))
+            run_module("tests.multirank.universal", saved, timeout=200, env=environment(folder))
     return made
 
 

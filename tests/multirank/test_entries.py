@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from grace_ds.data.schedule import load_book
-from tests.multirank.harness import RanksFailed, run_command
+from tests.multirank.harness import RanksFailed, run_command, run_module
 from tests.multirank.launch import COLLECTING, Records, environment, free_port, refreshes, run_jobs, stream
 from tests.processes import living, wait_until
 
@@ -186,6 +186,12 @@ def write_config(path: Path, grace: dict[str, Any] | None) -> Path:
         config["data_efficiency"] = {"enabled": True, "data_sampling": {"enabled": True, "grace": grace}}
     path.write_text(json.dumps(config))
     return path
+
+
+def run_plain(folder: Path, config: Path, *more: str, options: tuple[str, ...] = ()) -> str:
+    """The unchanged script under ``grace_ds.run`` on two ranks, which no launcher has started; its output."""
+    script = ["tests/multirank/plain_job.py", "--deepspeed_config", config, "--out", folder, *more]
+    return run_module("grace_ds.run", [*options, *script], 2, timeout=100, env=environment(folder))
 
 
 def command_of(way: str, folder: Path, config: Path, *more: str) -> list[str]:

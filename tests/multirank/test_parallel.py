@@ -6,14 +6,12 @@ Their names hold megatron, to be found with the other layouts of a model over ra
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.multirank.harness import run_command
-from tests.multirank.launch import environment, free_port
+from tests.multirank.harness import run_module
+from tests.multirank.launch import environment
 
 STEPS = 12  # of parallel_job, which is not imported here: it imports DeepSpeed
 KINDS = {
@@ -30,15 +28,8 @@ def records(tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
     out = tmp_path_factory.mktemp("parallel")
     found = {}
     for kind, ranks in KINDS.items():
-        launcher = [
-            Path(sys.executable).with_name("deepspeed"),
-            "--num_accelerators",
-            str(ranks),
-            "--master_port",
-            str(free_port()),
-        ]
         (out / kind).mkdir()
-        run_command([*launcher, "--module", "tests.multirank.parallel_job", kind, out / kind], timeout=180, env=environment(out))
+        run_module("tests.multirank.parallel_job", [kind, out / kind], ranks, timeout=180, env=environment(out))
         found[kind] = [json.loads((out / kind / f"{kind}-{rank}.json").read_text()) for rank in range(ranks)]
     return found
 

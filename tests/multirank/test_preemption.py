@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ import pytest
 
 from grace_ds.errors import ConfigError
 from grace_ds.integrations.preemption import RESUME_ME, VARIABLE, PreemptionWatch
-from tests.multirank.harness import run_command
+from tests.multirank.harness import run_module
 from tests.multirank.launch import COLLECTING, environment, stream
-from tests.multirank.test_entries import command_of, living, wait_until, write_config
+from tests.multirank.test_entries import command_of, living, run_plain, wait_until, write_config
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(240)]
 
@@ -62,8 +61,18 @@ def ids_of(folder: Path) -> list[list[int]]:
     return stream([json.loads((folder / f"first-{r}.json").read_text()) for r in range(2)])
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    """The ids of each step of a run that nobody ends."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_plain(folder, write_config(folder / "on.json", COLLECTING), "--steps", str(STEPS))
+    return ids_of(folder)
+
+
 @pytest.mark.parametrize(("way", "tell"), [("cli", terminate), ("module", warn_one_rank)], ids=["launcher", "one rank"])
-def test_a_preempted_job_saves_together_and_goes_on_as_if_nothing_had_been(tmp_path: Path, way: str, tell: Any) -> None:
+def test_a_preempted_job_saves_together_and_goes_on_as_if_nothing_had_been(
+    whole: list[list[int]], tmp_path: Path, way: str, tell: Any
+) -> None:
     config = write_config(tmp_path / "on.json", COLLECTING)
     status, said = preempted(way, tmp_path, config, tell)
     assert status == RESUME_ME, said
@@ -71,11 +80,9 @@ def test_a_preempted_job_saves_together_and_goes_on_as_if_nothing_had_been(tmp_p
     assert 5 <= step <= STEPS - 4
     assert f"SIGUSR1: saving step {step}" in said and f"step {step} is saved" in said
     assert f"step {step + 1}\n" not in said
-    for folder, more in (("whole", ()), ("rest", ("--resume", str(tmp_path / "saved")))):
-        (tmp_path / folder).mkdir()
-        command = command_of("module", tmp_path / folder, config, "--steps", str(STEPS), *more)
-        run_command(command, timeout=90, env=environment(tmp_path))
-    whole, rest = ids_of(tmp_path / "whole"), ids_of(tmp_path / "rest")
+    (tmp_path / "rest").mkdir()
+    run_plain(tmp_path / "rest", config, "--steps", str(STEPS), "--resume", str(tmp_path / "saved"))
+    rest = ids_of(tmp_path / "rest")
     assert len(rest) == STEPS - step
     assert rest == whole[step:]
 
@@ -105,8 +112,7 @@ OVER = {
 def over(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
     """Exit status and output of each way."""
     folder = tmp_path_factory.mktemp("over")
-    env = {**environment(folder), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    run_command([sys.executable, "-m", "tests.multirank.over_job", folder, *OVER], timeout=150, env=env)
+    run_module("tests.multirank.over_job", [folder, *OVER], timeout=150, env=environment(folder))
     codes = json.loads((folder / "codes.json").read_text())
     return {way: (codes[way], (folder / way).read_text()) for way in OVER}
 

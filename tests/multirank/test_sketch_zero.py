@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
-from grace_ds_quickstart.launch import deepspeed_command
 
-from tests.multirank.harness import run_command
+from tests.multirank.harness import run_module
+from tests.multirank.launch import environment
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_zero_job_is_bit_identical_and_its_rows_match_the_oracle(stage, tmp_path):
-    said = run_command(deepspeed_command("tests.multirank.sketch_job", [str(stage), str(tmp_path)], 2), timeout=200)
+    said = run_module("tests.multirank.sketch_job", [stage, tmp_path], 2, timeout=200, env=environment(tmp_path))
     for rank in range(2):
         results = json.loads((tmp_path / f"rank-{rank}.json").read_text())
         assert {(r["recompute"], r["gas"]) for r in results} == {
