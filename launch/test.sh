@@ -34,8 +34,8 @@ say import-linter
 say documentation
 "$PYTHON" -m sphinx -W --keep-going -q -E docs build/docs
 one_process=(-n auto --maxprocesses 4 --dist loadfile tests/unit tests/docs tests/contract tests/gpu)
-# Two files at a time, for launches and time-outs leave cores idle.
-several_processes=(-n 2 --dist loadfile tests/multirank tests/cluster)
+# One file at a time: beside another, jobs of four ranks run out of their time limits on 2 cores.
+several_processes=(tests/multirank tests/cluster)
 # One file of each kind: transports over gloo and MPI, the graph's ring, jobs under the deepspeed launcher, two hosts.
 slice=(tests/multirank/test_comm.py tests/multirank/test_ring.py tests/multirank/test_plugins.py tests/multirank/test_liveness.py tests/cluster/test_two_hosts.py)
 export GRACE_TEST_SKIPPED="$(mktemp)"

@@ -6,17 +6,14 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from grace_ds.data.schedule import load_book
 from tests.cluster.slurm import Slurm, missing
-from tests.multirank.harness import run_module
 from tests.multirank.launch import COLLECTING, environment, free_port, stream
-from tests.multirank.test_entries import living, run_plain, write_config
+from tests.multirank.test_entries import living, write_config
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300), pytest.mark.skipif(bool(missing()), reason=missing() or "-")]
 
@@ -24,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "slurm" / "train.sbatch"
 JOB = str(ROOT / "tests" / "multirank" / "plain_job.py")
 WAYS = ("srun", "deepspeed", "pmix")
-STEPS = 12
 
 
 @pytest.fixture(scope="module")
@@ -49,74 +45,32 @@ def config_of(folder: Path) -> Path:
     return write_config(folder / "on.json", {**COLLECTING, "run_dir": str(folder / "run")})
 
 
+@pytest.fixture(scope="module")
+def made(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folder of a whole run of each way."""
+    folders = {}
+    for way in WAYS:
+        folder = folders[way] = tmp_path_factory.mktemp(way)
+        arguments = [JOB, "--deepspeed_config", str(config_of(folder)), "--out", str(folder), "--steps", "12"]
+        job = slurm.submit([], SCRIPT, arguments, variables(folder, way), folder)
+        ended = slurm.end(job, 120)
+        assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), (folder / "out").read_text()
+    return folders
+
+
 def ids_of(folder: Path) -> list[list[int]]:
     return stream([json.loads((folder / f"first-{r}.json").read_text()) for r in range(2)])
 
 
-def digests(folder: Path) -> list[str]:
-    return [schedule.digest() for schedule in load_book(folder / "run" / "schedules").schedules]
+def test_every_way_of_launching_trains_on_the_same_schedules(made: dict[str, Path]) -> None:
+    books = [[s.digest() for s in load_book(folder / "run" / "schedules").schedules] for folder in made.values()]
+    assert len(books[0]) >= 4 and books == [books[0]] * len(WAYS)
+    assert len({json.dumps(ids_of(folder)) for folder in made.values()}) == 1
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run without Slurm that nobody ends."""
-    folder = tmp_path_factory.mktemp("whole")
-    run_plain(folder, config_of(folder), "--steps", str(STEPS))
-    return folder
-
-
-@dataclass(frozen=True)
-class Requeued:
-    """A job that was told to go, and was started again: its folder, the step it was saved at, and what Slurm says of its end."""
-
-    folder: Path
-    step: int
-    ended: dict[str, str]
-
-    @property
-    def said(self) -> str:
-        return (self.folder / "out").read_text()
-
-
-def told_to_go(slurm: Slurm, folder: Path, way: str) -> Requeued:
-    saved, out = folder / "saved", folder / "out"
-    arguments = [JOB, "--deepspeed_config", str(config_of(folder)), "--out", str(folder), "--steps", str(STEPS), "--pause", "0.5"]
-    arguments += ["--resume", str(saved)]
-    job = slurm.submit([], SCRIPT, arguments, {**variables(folder, way), "GRACE_PREEMPT_DIR": str(saved)}, folder)
-    slurm.until(lambda: out.exists() and "step 5" in out.read_text(), 120, "step 5")
-    slurm.run("scancel", "--batch", "--signal=USR1", str(job))  # what --signal=B:USR1 does before the time limit
-    slurm.until(lambda: slurm.state(job)["JobState"] in ("PENDING", "FAILED", "COMPLETED"), 90, "its return to the queue")
-    assert slurm.state(job)["JobState"] == "PENDING", out.read_text()
-    step = int((saved / "latest").read_text().removeprefix("global_step"))
-    time.sleep(3)  # a node refuses a job that it was told to kill in the same second
-    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # else it waits for two minutes
-    return Requeued(folder, step, slurm.end(job, 120))
-
-
-@pytest.fixture(scope="module")
-def requeued(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Requeued]:
-    """By each way, two of them at a time, for they mostly wait."""
-    folders = [tmp_path_factory.mktemp(way) for way in WAYS]
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(WAYS, pool.map(lambda way, folder: told_to_go(slurm, folder, way), WAYS, folders), strict=True))
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_a_job_told_to_go_is_saved_requeued_and_goes_on(requeued: dict[str, Requeued], whole: Path, way: str) -> None:
-    job = requeued[way]
-    assert 5 <= job.step < STEPS and "back to the queue" in job.said
-    assert (job.ended["JobState"], job.ended["ExitCode"], job.ended["Restarts"]) == ("COMPLETED", "0:0", "1"), job.said
-    assert ids_of(job.folder) == ids_of(whole)[job.step :]
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_of_launching_trains_on_the_same_schedules(requeued: dict[str, Requeued], whole: Path, way: str) -> None:
-    assert digests(requeued[way].folder) == digests(whole) and len(digests(whole)) >= 4
-
-
-def test_rows_travel_by_mpi_where_there_is_an_mpi_world_and_by_torch_elsewhere(requeued: dict[str, Requeued]) -> None:
+def test_rows_travel_by_mpi_where_there_is_an_mpi_world_and_by_torch_elsewhere(made: dict[str, Path]) -> None:
     for way, transport in (("srun", "torch"), ("deepspeed", "torch"), ("pmix", "mpi")):
-        assert requeued[way].said.count(f"transport: {transport}, 2 data-parallel rank(s)") == 2, way  # at each of its starts
+        assert f"transport: {transport}, 2 data-parallel rank(s)" in (made[way] / "out").read_text(), way
 
 
 def test_tasks_that_would_train_alone_are_refused_with_the_cure(slurm: Slurm, tmp_path: Path) -> None:
@@ -133,6 +87,25 @@ def test_tasks_that_would_train_alone_are_refused_with_the_cure(slurm: Slurm, tm
     said = (tmp_path / "out").read_text()
     assert said.count("srun has started 2 tasks (SLURM_STEP_NUM_TASKS), torch.distributed has 1 rank(s)") == 2, said
     assert "launch/slurm/train.sbatch" in said
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_job_told_to_go_is_saved_requeued_and_goes_on(slurm: Slurm, made: dict[str, Path], tmp_path: Path, way: str) -> None:
+    saved, out = tmp_path / "saved", tmp_path / "out"
+    arguments = [JOB, "--deepspeed_config", str(config_of(tmp_path)), "--out", str(tmp_path), "--steps", "12", "--pause", "0.5"]
+    arguments += ["--resume", str(saved)]
+    job = slurm.submit([], SCRIPT, arguments, {**variables(tmp_path, way), "GRACE_PREEMPT_DIR": str(saved)}, tmp_path)
+    slurm.until(lambda: out.exists() and "step 5" in out.read_text(), 120, "step 5")
+    slurm.run("scancel", "--batch", "--signal=USR1", str(job))  # what --signal=B:USR1 does before the time limit
+    slurm.until(lambda: slurm.state(job)["JobState"] in ("PENDING", "FAILED", "COMPLETED"), 90, "its return to the queue")
+    assert slurm.state(job)["JobState"] == "PENDING", out.read_text()
+    step = int((saved / "latest").read_text().removeprefix("global_step"))
+    assert 5 <= step < 12 and "back to the queue" in out.read_text()
+    time.sleep(3)  # a node refuses a job that it was told to kill in the same second
+    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # else it waits for two minutes
+    ended = slurm.end(job, 120)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), out.read_text()
+    assert ids_of(tmp_path) == ids_of(made[way])[step:]
 
 
 @pytest.mark.parametrize("preempt", [True, False], ids=["preempt dir", "none"])
@@ -155,6 +128,8 @@ def test_a_cancelled_job_ends_within_the_kill_wait_and_its_last_checkpoint_goes_
     assert "back to the queue" not in out.read_text()
     at = int((saved / "latest").read_text().removeprefix("global_step"))
     assert at >= 8 and (preempt or at % 4 == 0)
-    run_module("tests.cluster.fault_job", [second], 2, timeout=120, env=environment(tmp_path))
+    env |= {"MASTER_PORT": str(free_port())}
+    job = slurm.submit([], SCRIPT, [str(ROOT / "tests" / "cluster" / "fault_job.py"), str(second)], env, tmp_path)
+    assert slurm.end(job, 120)["JobState"] == "COMPLETED", out.read_text()
     told = [json.loads((tmp_path / f"done-{r}.json").read_text()) for r in range(2)]
     assert [t["first"] for t in told] == [at, at] and len(stream(told)) == 4

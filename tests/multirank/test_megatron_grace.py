@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 def results(tmp_path_factory) -> dict[int, list[Found]]:
     """Number of ranks → for each layout what every rank found."""
     folder = str(tmp_path_factory.mktemp("grace"))
-    found = {size: run_ranks(work, size, folder, layouts, timeout=270) for size, layouts in SPREAD.items()}
+    found = {size: run_ranks(work, size, folder, layouts, timeout=540) for size, layouts in SPREAD.items()}
     return {size: [[rank[i] for rank in ranks] for i in range(len(SPREAD[size]))] for size, ranks in found.items()}
 
 
