@@ -6,11 +6,11 @@ import numpy as np
 
 from grace_ds.gradients.basis import TrustedBasis
 from grace_ds.gradients.hooks import Sketcher
-from grace_ds.integrations.megatron.model_ranks import ModelRanks, Word
+from grace_ds.integrations.megatron.model_ranks import Command, ModelRanks
 
 
 class BasisOnRanks:
-    """What the ranks of one model have been told of the sketcher's basis.
+    """The basis that the ranks of one model share.
 
     Args:
         ranks: that hold the model together.
@@ -19,23 +19,23 @@ class BasisOnRanks:
 
     def __init__(self, ranks: ModelRanks, sketcher: Sketcher) -> None:
         self.ranks, self.sketcher = ranks, sketcher
-        self._told: TrustedBasis | None = None
+        self._sent: TrustedBasis | None = None
 
     def share(self) -> None:
-        """Tell the other ranks if the basis has changed; on every rank with the dataset.  Collective over the model's ranks."""
+        """Send the basis to the other ranks if it has changed; on every rank with the dataset.  Collective over the model."""
         basis = self.sketcher.basis
-        if basis is self._told:
+        if basis is self._sent:
             return
-        self._told = basis
+        self._sent = basis
         if basis is None:
-            self.ranks.tell("basis", rank=0)
+            self.ranks.send("basis", rank=0)
             return
-        self.ranks.tell("basis", rank=len(basis.factors[self.sketcher.names[0]][1]), version=basis.version)
+        self.ranks.send("basis", rank=len(basis.factors[self.sketcher.names[0]][1]), version=basis.version)
         self.ranks.broadcast(np.concatenate([array.ravel() for name in self.sketcher.names for array in basis.factors[name]]))
 
-    def take(self, word: Word) -> None:
-        """Take the basis that the leader announces with ``word``; on a rank without the dataset."""
-        rank, factors, start = int(word["rank"]), {}, 0
+    def take(self, command: Command) -> None:
+        """Take the basis that the leader announces with ``command``; on a rank without the dataset."""
+        rank, factors, start = int(command["rank"]), {}, 0
         if not rank:
             self.sketcher.set_basis(None)
             return
@@ -47,4 +47,4 @@ class BasisOnRanks:
                 parts.append(packed[start : start + size].reshape(shape))
                 start += size
             factors[layer.name] = (parts[0], parts[1], parts[2])
-        self.sketcher.set_basis(TrustedBasis(int(word["version"]), factors))
+        self.sketcher.set_basis(TrustedBasis(int(command["version"]), factors))

@@ -1,7 +1,7 @@
 """Read gradients in a Megatron job: what one rank of a model collects, probes and follows.
 
 On the ranks with the dataset the controller decides when gradients are collected and what a refresh makes of them; the other
-ranks do at each step, and during a refresh, what the leader of their model says.
+ranks do at each step, and during a refresh, what the leader of their model commands.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from grace_ds.integrations.controller import Controller
 from grace_ds.integrations.megatron.basis_on_ranks import BasisOnRanks
 from grace_ds.integrations.megatron.corpus import Corpus
 from grace_ds.integrations.megatron.job_state import Facts
-from grace_ds.integrations.megatron.model_ranks import ModelRanks, Word, model_ranks
+from grace_ds.integrations.megatron.model_ranks import Command, ModelRanks, model_ranks
 from grace_ds.integrations.megatron.passes import MegatronPasses, ModelRuns
 from grace_ds.integrations.megatron.probe_data import JobItems
 from grace_ds.integrations.megatron.schedules import CallRecorder
@@ -102,7 +102,7 @@ class MegatronCollector(ShardedGradientCollector):
     """The collector of a rank with the dataset: it lets the model's other ranks take part in its sums.
 
     Attributes:
-        emptied: the rows were stored since the last word about it.
+        emptied: the rows were stored since the last command about it.
     """
 
     emptied = False
@@ -110,7 +110,7 @@ class MegatronCollector(ShardedGradientCollector):
 
     def pending(self, comm: Comm | None) -> CollectedInterval:
         """See :meth:`ShardedGradientCollector.pending`.  Collective over all ranks of the model."""
-        self.ranks.tell("pending")
+        self.ranks.send("pending")
         return super().pending(comm)
 
     def drained(self, running_mean: float | None) -> None:
@@ -216,11 +216,11 @@ class Gradients:
         )
 
     def release(self, controller: Controller | None, error: BaseException | None) -> None:
-        """Tell the ranks that follow what the next step gives, whatever came of the refresh.  Collective over the model's ranks.
+        """Send the ranks that follow what the next step gives, whatever came of the refresh.  Collective over the model's ranks.
 
         Args:
             controller: None if it could not be made.
-            error: that leaves the step on this rank; after some, no rank hears any more.
+            error: that leaves the step on this rank; after some, no rank receives any more.
         """
         if self._lost or isinstance(error, PeerLost | ProbeFailed):
             return
@@ -231,7 +231,7 @@ class Gradients:
             if goes_on:
                 self.basis.share()
             emptied = isinstance(self.collector, MegatronCollector) and self.collector.emptied
-            self.ranks.tell("step", kind=kind, emptied=emptied, ends=not goes_on)
+            self.ranks.send("step", kind=kind, emptied=emptied, ends=not goes_on)
         except TransportError as lost:
             if goes_on and controller is not None:
                 controller.retire(str(lost))
@@ -245,7 +245,7 @@ class Gradients:
     # -- on a rank without the dataset ---------------------------------------------------------------------------------
 
     def follow(self, applied: bool, loss_scale: float) -> None:
-        """Keep what this rank has of the step that was just made, then do what the leader says until the next one.
+        """Keep what this rank has of the step that was just made, then execute the commands of the leader until the next one.
 
         Args:
             applied: False if the step was skipped for an overflow.
@@ -268,9 +268,9 @@ class Gradients:
         self.listen()
 
     def listen(self) -> None:
-        """Do what the leader says, until it says what the next step gives.  Collective over the model's ranks."""
+        """Execute the commands of the leader up to the one that begins the next step.  Collective over the model's ranks."""
         try:
-            while not self._lost and not self._obey(self.ranks.hear()):
+            while not self._lost and not self._execute(self.ranks.receive()):
                 pass
         except TransportError as error:
             self._give_up(error)
@@ -279,22 +279,22 @@ class Gradients:
         log.error("%s; this rank reads no more gradients: training goes on with the schedule at hand", error)
         self._stop()
 
-    def _obey(self, word: Word) -> bool:
-        """Do what ``word`` says; return whether the next step is to be made now."""
-        runs, what, count = self.runs, word["what"], int(word.get("count", 0))
+    def _execute(self, command: Command) -> bool:
+        """Execute ``command``; return whether the next step is to be made now."""
+        runs, what, count = self.runs, command["what"], int(command.get("count", 0))
         if what == "step":
-            self.kind = str(word["kind"])
-            if word["emptied"]:
+            self.kind = str(command["kind"])
+            if command["emptied"]:
                 self.collector.drained(None)
-            if word["ends"]:
+            if command["ends"]:
                 self._stop()
             return True
         if what == "pending":
             self.collector.pending(None)
         elif what == "basis":
-            self.basis.take(word)
+            self.basis.take(command)
         elif what == "gradients":
-            runs.sink = runs.sink_of(str(word["kind"]))
+            runs.sink = runs.sink_of(str(command["kind"]))
             runs.gradients([None] * count, count, runs.sink)
         elif what == "sum":
             assert runs.sink is not None

@@ -1,9 +1,9 @@
-"""Talk between the ranks that hold one model together: one of them leads, and says what comes next.
+"""Talk between the ranks that hold one model together: one of them leads, and sends commands.
 
 Only ranks with the dataset take part in a refresh.  One of each model's leads: before anything that all of its ranks must do
-together it says what, by a small broadcast.  A rank without the dataset listens after every optimizer step until the leader
-says what the next step gives.  A rank that has the dataset and does not lead makes the same refresh as the leader, hears each
-word and so notices if the two differ.
+together it sends a command, by a small broadcast.  A rank without the dataset receives commands after every optimizer step, up
+to the one that begins the next step.  A rank that has the dataset and does not lead makes the same refresh as the leader,
+receives each command, and so notices if the two differ.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from grace_ds.config.schema import GraceConfig
 from grace_ds.errors import ConfigError, TransportError
 from grace_ds.records import Array
 
-Word = dict[str, Any]
+Command = dict[str, Any]
 
 
 class ModelRanks:
@@ -50,23 +50,23 @@ class ModelRanks:
         self.bytes += array.nbytes
         return self.comm.allreduce(array)
 
-    def tell(self, what: str, **details: Any) -> None:
-        """Say what comes next; on every rank with the dataset, at the same point of its refresh.  Collective.
+    def send(self, what: str, **details: Any) -> None:
+        """Send the command for what comes next; on every rank with the dataset, at the same point of its refresh.  Collective.
 
         Raises:
             TransportError: a rank with the dataset is at another point than the leader.
         """
-        word = {"what": what, **details}
-        said = self._spread(word)
-        if said != word:
+        command = {"what": what, **details}
+        received = self._broadcast_command(command)
+        if received != command:
             raise TransportError(
-                f"the leader of this model says {said}, and this rank, which has the dataset too, comes to {word}: restart the "
-                "job; if it happens again, set recipe: content"
+                f"the leader of this model says {received}, and this rank, which has the dataset too, comes to {command}: "
+                "restart the job; if it happens again, set recipe: content"
             )
 
-    def hear(self) -> Word:
-        """Return what the leader says next; on a rank without the dataset.  Collective."""
-        return self._spread(None)
+    def receive(self) -> Command:
+        """Return the next command of the leader; on a rank without the dataset.  Collective."""
+        return self._broadcast_command(None)
 
     def broadcast(self, array: Array | None) -> Array:
         """Return the leader's array.  Collective."""
@@ -74,10 +74,10 @@ class ModelRanks:
         self.bytes += found.nbytes
         return found
 
-    def _spread(self, word: Word | None) -> Word:
-        encoded = np.frombuffer(json.dumps(word).encode(), np.uint8) if self.leads else None
-        said: Word = json.loads(self.broadcast(encoded).tobytes())
-        return said
+    def _broadcast_command(self, command: Command | None) -> Command:
+        encoded = np.frombuffer(json.dumps(command).encode(), np.uint8) if self.leads else None
+        received: Command = json.loads(self.broadcast(encoded).tobytes())
+        return received
 
 
 def model_ranks(config: GraceConfig, replica: int, holds_data: bool) -> ModelRanks:

@@ -1,7 +1,7 @@
 """Run a probe's samples through a model of a Megatron job, which may lie on several ranks, by the job's own schedule.
 
-The ranks with the dataset call these methods in a refresh; the other ranks of the model follow the leader's words, by the same
-methods of :class:`ModelRuns`.
+The ranks with the dataset call these methods in a refresh; the other ranks of the model execute the leader's commands, by the
+same methods of :class:`ModelRuns`.
 """
 
 from __future__ import annotations
@@ -138,24 +138,24 @@ class MegatronPasses(Passes):
 
     def gradients(self, batches: list[ProbeBatch], sink: HookSink) -> None:
         """See :meth:`Passes.gradients`."""
-        self.ranks.tell("gradients", count=len(batches), kind=MOMENTS if isinstance(sink, MomentAccumulator) else BASIS)
+        self.ranks.send("gradients", count=len(batches), kind=MOMENTS if isinstance(sink, MomentAccumulator) else BASIS)
         refuse_spoiled(self.runs.gradients([batch.data for batch in batches], len(batches), sink))
 
     def sums(self, packed: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """See :meth:`Passes.sums`."""
-        self.ranks.tell("sum")
+        self.ranks.send("sum")
         total = self.ranks.allreduce(packed)
         return total if self.ranks.leads else np.zeros_like(total)
 
     def rows(self, batches: list[ProbeBatch]) -> list[CollectedRows]:
         """See :meth:`Passes.rows`."""
         self.basis.share()
-        self.ranks.tell("rows", count=len(batches))
+        self.ranks.send("rows", count=len(batches))
         return self.runs.rows_of([batch.data for batch in batches], [batch.ids for batch in batches])
 
     def losses(self, batches: list[ProbeBatch]) -> FloatArray:
         """See :meth:`Passes.losses`."""
-        self.ranks.tell("losses", count=len(batches))
+        self.ranks.send("losses", count=len(batches))
         return self.runs.losses_of([batch.data for batch in batches], [batch.ids for batch in batches])
 
     def asks(self, refresh: bool) -> bool:
