@@ -138,7 +138,7 @@ def plan(job: dict[str, Any], step: float, item: float) -> dict[str, Any]:
     words = [word for key in keys for word in (f"--{key}", str(job[key]))]
     words += ["--samples", str(job["rows"]), "--hidden", str(job["width"]), "--vocab", str(VOCAB)]
     words += ["--steps", str(steps_of(job)), "--step-seconds", str(step), "--item-seconds", str(item), "--calibrate", "--json"]
-    words += ["--set", f"recipe={job['recipe']}", f"window={job['window']}"]
+    words += ["--set", f"recipe={job['recipe']}", f"window={job['window']}", "max_repeats=1e6"]
     command = [sys.executable, "-m", "grace_ds.cli.main", "plan", *words]
     if job["ranks"] > 1:
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(job["ranks"]), "--master-port", str(free_port())]

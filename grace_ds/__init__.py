@@ -37,3 +37,7 @@ def __getattr__(name: str) -> Any:
 
         return watch_preemption
     raise AttributeError(f"module 'grace_ds' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -7,26 +7,53 @@ on purpose or by the system, 2 for a wrong command line, 70 for a bug, 130 after
 from __future__ import annotations
 
 import argparse
+import codecs
 import difflib
 import os
 import shutil
 import sys
 import textwrap
+import unicodedata
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from decimal import Decimal, InvalidOperation
+from typing import Any, NoReturn, TextIO
 
 from grace_ds.errors import GraceError
 
 DEBUG = "GRACE_DS_DEBUG"  # set by --debug, so that it also applies to processes that a command starts
 WRONG, INTERRUPTED, BUG, PIPE = 2, 130, 70, 141
-_WIDTH = 110  # maximum width of help
+_SPELT = "grace_ds.spelt"  # name of the error handler of :func:`spell_out`
+_WIDTH = 110  # maximum width of help and tables
+_SCALES = {"k": 3, "m": 6, "b": 9, "g": 9, "t": 12}  # last letter of a number → power of ten
+_LOOKALIKES = {  # what a terminal without Unicode shows instead; characters that decompose need no entry
+    **dict.fromkeys("–—−‐─━┄╌", "-"),
+    **dict.fromkeys("│┃", "|"),
+    **dict.fromkeys("┌┐└┘├┤┬┴┼┏┓┗┛┣┫┳┻╋┡┩╇╞╡╪╷╵", "+"),
+    **{"×": "x", "÷": "/", "→": "->", "←": "<-", "·": "*", "≤": "<=", "≥": ">=", "Σ": "sum ", "µ": "u", "μ": "u", "±": "+-"},
+    **{"⟨": "<", "⟩": ">", "…": "...", "’": "'", "‘": "'", "“": '"', "”": '"', "█": "#", "✓": "ok", "•": "*"},
+}
+
+
+def screen_width(limit: int | None = _WIDTH) -> int:
+    """Return the columns of the terminal, ``limit`` at most.
+
+    Where the output is no terminal and COLUMNS is not set, that is ``limit``, or with None a number that no line reaches: lines
+    that are read by a program stay whole.
+    """
+    columns = shutil.get_terminal_size((limit or 10_000, 24)).columns
+    return columns if limit is None else min(limit, columns)
 
 
 class Help(argparse.HelpFormatter):
     """Help formatter that fills paragraphs, keeps indented lines, and names defaults."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=28, width=min(_WIDTH, shutil.get_terminal_size().columns - 2))
+        super().__init__(prog, max_help_position=28, width=max(screen_width() - 2, 24))
+
+    def add_usage(self, usage: str | None, *rest: Any, **options: Any) -> None:
+        """Wrap a usage that is given in words, which argparse would print on one line."""
+        wrapped = textwrap.fill(usage, self._width - 7, subsequent_indent=" " * 7, break_on_hyphens=False) if usage else usage
+        super().add_usage(wrapped, *rest, **options)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         parts = [part.strip("\n") for part in textwrap.dedent(text).strip().split("\n\n")]
@@ -99,6 +126,8 @@ def in_one_line(program: str, work: Callable[[], int | None], debug: bool, ours_
         debug: let every exception through.
         ours_only: let exceptions other than :class:`GraceError` through: for the user's own scripts, whose tracebacks matter.
     """
+    for stream in (sys.stdout, sys.stderr):
+        spell_out(stream)
     if debug:
         os.environ[DEBUG] = "1"
         return work() or 0
@@ -110,6 +139,24 @@ def in_one_line(program: str, work: Callable[[], int | None], debug: bool, ours_
         if ours_only or isinstance(error, SystemExit):
             raise
         return _report_foreign(program, error)
+
+
+def spell_out(stream: TextIO) -> None:
+    """Have a stream whose encoding lacks a character write similar ASCII characters (× as x, → as ->) instead of failing."""
+    if getattr(stream, "errors", "") in ("strict", "backslashreplace") and hasattr(stream, "reconfigure"):
+        codecs.register_error(_SPELT, _spelt)
+        stream.reconfigure(errors=_SPELT)
+
+
+def _spelt(error: UnicodeError) -> tuple[str, int]:
+    """Replace what cannot be encoded: by its look-alike, by what it decomposes to (é → e, ² → 2), or by a question mark."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    words = (
+        _LOOKALIKES.get(c) or "".join(part for part in unicodedata.normalize("NFKD", c) if part.isascii()) or "?"
+        for c in error.object[error.start : error.end]
+    )
+    return "".join(words), error.end
 
 
 def print_grace_error(program: str, error: BaseException) -> bool:
@@ -148,15 +195,28 @@ def _choice(message: str) -> tuple[str, list[str]]:
     return (word.strip("'"), [k.strip(" ')") for k in known.split(",")]) if tail else ("", [])
 
 
-def count(word: str) -> int:
-    """Parse a whole number of 0 or more, also in the form 1e8."""
+def _number(word: str) -> float:
+    """Parse a number, also with a scale: 7B, 100M, 1.5k.
+
+    Raises:
+        ValueError: it is none.
+    """
+    power = _SCALES.get(word[-1:].lower(), 0)
     try:
-        value = float(word)
+        return float(Decimal(word[:-1] if power else word).scaleb(power))
+    except InvalidOperation as error:
+        raise ValueError(word) from error
+
+
+def count(word: str) -> int:
+    """Parse a whole number of 0 or more, also in the forms 1e8 and 100M."""
+    try:
+        value = _number(word)
         if value >= 0 and value == int(value):
             return int(value)
     except (ValueError, OverflowError):
         pass
-    raise argparse.ArgumentTypeError(f"{word!r} is not a whole number of 0 or more, such as 500 or 1e8")
+    raise argparse.ArgumentTypeError(f"{word!r} is not a whole number of 0 or more, such as 500, 1e8 or 100M")
 
 
 def positive(word: str) -> int:
@@ -168,11 +228,11 @@ def positive(word: str) -> int:
 
 
 def amount(word: str) -> float:
-    """Parse a finite number above 0."""
+    """Parse a finite number above 0, also in the forms 1.3e9 and 7B."""
     try:
-        value = float(word)
+        value = _number(word)
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{word!r} is not a number above 0, such as 0.2 or 1.3e9")
+        raise argparse.ArgumentTypeError(f"{word!r} is not a number above 0, such as 0.2, 1.3e9 or 7B")
     return value

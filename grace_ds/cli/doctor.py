@@ -10,6 +10,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from grace_ds import __version__
 from grace_ds.comm.choose import UNKNOWN, launcher_world
 from grace_ds.config.load import find_block, load_config, read_ds_config
 from grace_ds.config.schema import GraceConfig
@@ -31,6 +33,9 @@ _RAPIDS = {  # modules that the GPU path imports, and the distributions that con
     "rmm": ("rmm-cu12", "rmm-cu13"),
     "raft_dask": ("raft-dask-cu12", "raft-dask-cu13"),
 }
+# Distributions that a job may use beside those that grace_ds requires; their versions are printed where they are installed.
+_ALSO = ("faiss-cpu", "transformers", "accelerate", "datasets", "peft", "trl", "lightning-fabric", "megatron-core", "tokenizers")
+_FILE_KEYS = ("trusted", "tokenizer", "replay", "selection.include", "selection.exclude", "selection.sources")
 _SKEW_SECONDS = 2.0  # tolerated difference between the clocks of this machine and of shared storage
 _SHM_BYTES = 64 << 20  # with less, gloo and data workers fail with misleading errors
 _TIGHT = 0.8  # share of the free memory beyond which little is left for activations
@@ -62,8 +67,8 @@ class Job:
 
     Attributes:
         config: path of its DeepSpeed config.
-        parameters: number of the model's parameters.
-        samples: number of the dataset's samples.
+        parameters: number of the model's parameters; 0: not known, with ``samples``.
+        samples: number of the dataset's samples; 0: not known, with ``parameters``.
         ranks: data-parallel ranks of the job.
         here: ranks on this machine.
     """
@@ -90,6 +95,7 @@ def examine(environ: Mapping[str, str], shared: Path | None, job: Job | None = N
         lambda: extensions(environ),
         lambda: port(environ),
         limits,
+        lambda: configured(job),
         lambda: memory(job),
     ]
     if shared is not None:
@@ -99,7 +105,10 @@ def examine(environ: Mapping[str, str], shared: Path | None, job: Job | None = N
 
 def packages() -> list[Finding]:
     """Check Python, and the packages that grace_ds requires, each against its version range."""
-    found = [Finding("python", OK, f"{sys.version.split()[0]} ({sys.executable})")]
+    found = [
+        Finding("grace_ds", OK, f"{__version__} ({Path(__file__).parents[1]})"),
+        Finding("python", OK, f"{sys.version.split()[0]} ({sys.executable})"),
+    ]
     for text in importlib.metadata.requires("grace_ds") or []:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
@@ -114,7 +123,7 @@ def packages() -> list[Finding]:
             found.append(Finding(requirement.name, FAILURE, f"{installed}, and grace_ds needs {requirement.specifier}", cure))
         else:
             found.append(Finding(requirement.name, OK, installed))
-    return found
+    return found + [Finding(name, OK, installed) for name in _ALSO if (installed := _version(name)) is not None]
 
 
 def launcher(environ: Mapping[str, str]) -> list[Finding]:
@@ -216,15 +225,52 @@ def limits() -> list[Finding]:
     return found
 
 
+def configured(job: Job | None) -> list[Finding]:
+    """Check that the job's DeepSpeed config can be read, that its grace block is right, and that the files it names exist."""
+    if job is None:
+        return []
+    try:
+        grace = _block(job)
+    except ConfigError as error:
+        return [Finding("config", FAILURE, str(error), "mend it: the job would not start either")]
+    if grace is None:
+        cure = "add one, or name a file with one: grace-ds run --grace FILE"
+        return [Finding("config", NOTE, f"{job.config} holds no grace block: GRACE would be off", cure)]
+    state = f"{job.config}: GRACE is {'on, recipe ' + grace.recipe if grace.enabled else 'off (enabled: false)'}"
+    found = [Finding("config", OK, state)]
+    for key in _FILE_KEYS:
+        section, _, name = key.rpartition(".")
+        named = getattr(getattr(grace, section) if section else grace, name)
+        if named is not None and not Path(named).exists():
+            state = f"there is no {named} (from {Path.cwd()})"
+            found.append(
+                Finding(key, FAILURE, state, f"give {key} an existing file, as an absolute path for a job started elsewhere")
+            )
+    return found
+
+
+def _block(job: Job) -> GraceConfig | None:
+    """Return the checked grace block of the job's config; None without one.
+
+    Raises:
+        ConfigError: the config cannot be read, or the block is wrong.
+    """
+    found = find_block(read_ds_config(job.config))
+    return load_config(found[1], found[0]) if found is not None else None
+
+
 def memory(job: Job | None) -> list[Finding]:
     """Check that the free memory holds at least the states of the job's ranks on this machine."""
     free = available()
+    available_state = f"{free / 2**30:.1f} GiB available"
     if job is None:
-        return [Finding("memory", OK, f"{free / 2**30:.1f} GiB available")]
+        return [Finding("memory", OK, available_state)]
+    if not job.parameters or not job.samples:
+        return [Finding("memory", NOTE, available_state, "to compare the job's memory with it, give --parameters and --samples")]
     try:
         model, grace = needs(job)
-    except ConfigError as error:
-        return [Finding("memory", FAILURE, str(error), "mend it: the job would not start either")]
+    except ConfigError:  # told under "config"
+        return [Finding("memory", NOTE, available_state, "mend the config, to compare the job's memory with it")]
     room = {"memory": (free, grace), **gpu_room(model)} if gpu_room(model) else {"memory": (free, model + grace)}
     return [_enough(what, has, needed) for what, (has, needed) in room.items()]
 
@@ -236,15 +282,11 @@ def needs(job: Job) -> tuple[int, int]:
     among the ranks from its ZeRO stage on (arXiv 1910.02054, section 3.1).
 
     Raises:
-        ConfigError: the config cannot be read, or a number is not above 0.
+        ConfigError: the config cannot be read, or the block is wrong.
     """
-    for name in ("parameters", "samples", "ranks", "here"):
-        if not getattr(job, name) > 0:
-            raise ConfigError(f"--{name} must be above 0, not {getattr(job, name)}")
-    config = read_ds_config(job.config)
-    found = find_block(config)
-    grace = load_config(found[1], found[0]) if found is not None else GraceConfig(enabled=False)
-    return round(job.here * _model(config, job)), round(job.here * _grace(grace, job)) if grace.enabled else 0
+    grace = _block(job) or GraceConfig(enabled=False)
+    model = _model(read_ds_config(job.config), job)
+    return round(job.here * model), round(job.here * _grace(grace, job)) if grace.enabled else 0
 
 
 def _model(config: Mapping[str, Any], job: Job) -> float:
@@ -290,36 +332,62 @@ def gpu_room(model: int) -> dict[str, tuple[int, int]]:
 
 
 def storage(folder: Path) -> list[Finding]:
-    """Check that checkpoints can be written completely in a folder, and that its clock agrees."""
+    """Check that checkpoints can be written completely in a folder, and that its clock agrees; leave nothing behind.
+
+    Of a folder that does not exist yet, the nearest one above it is checked, in which a job would create it.
+    """
+    wanted, folder = folder, next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    missing = f"{wanted} does not exist yet; a job would create it below {folder}, " if folder != wanted else f"{folder}: "
+    probe = moved = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".grace_ds-doctor-", delete=False) as file:
+            probe = Path(file.name)
             file.write(b"\0" * 4096)
             file.flush()
             os.fsync(file.fileno())
-        probe, now = Path(file.name), time.time()
+        now = time.time()
         skew = probe.stat().st_mtime - now
         moved = probe.with_name(probe.name + ".moved")
         probe.replace(moved)
-        moved.unlink()
     except OSError as error:
-        return [Finding("storage", FAILURE, f"{folder}: {error.strerror}", "free space, or give a folder that can be written")]
+        return [Finding("storage", FAILURE, f"{missing}{error.strerror}", "free space, or give a folder that can be written")]
+    finally:
+        for path in filter(None, (probe, moved)):
+            path.unlink(missing_ok=True)
     free = shutil.disk_usage(folder).free
-    found = [Finding("storage", OK, f"{folder}: written, renamed, {free / 2**30:.1f} GiB free")]
+    state = f"{missing}written, renamed, {free / 2**30:.1f} GiB free"
+    found = [Finding("storage", NOTE if folder != wanted else OK, state, f"check the name: {wanted}" if folder != wanted else "")]
     if abs(skew) > _SKEW_SECONDS:
         state = f"{folder} is {skew:+.0f} s off this machine's"
         found.append(Finding("clock", WARNING, state, "let both follow one time server: file times would mislead"))
     return found
 
 
-def doctor(environ: Mapping[str, str], shared: Path | None, as_json: bool, job: Job | None = None) -> tuple[str, int]:
-    """Return the report, and the exit status: 1 if something would stop a job."""
+def doctor(
+    environ: Mapping[str, str], shared: Path | None, as_json: bool, job: Job | None = None, columns: int = 110
+) -> tuple[str, int]:
+    """Return the report, in lines of at most ``columns``, and the exit status: 1 if something would stop a job."""
     found = examine(environ, shared, job)
     failed = any(f.status == FAILURE for f in found)
     if as_json:
         return json.dumps({"ok": not failed, "findings": [asdict(f) for f in found]}, indent=1) + "\n", int(failed)
     width = max(len(f.what) for f in found)
-    lines = [f"{f.status:8} {f.what:{width}}  {f.message}" + (f"\n{'':{width + 11}}→ {f.cure}" if f.cure else "") for f in found]
+    indent = width + 11 if columns >= 70 else 4  # a narrow terminal has no room for a hanging column
+
+    def shown(start: str, words: str, before: int) -> str:
+        return textwrap.fill(
+            words,
+            max(columns, 40),
+            initial_indent=start,
+            subsequent_indent=" " * before,
+            break_on_hyphens=False,
+            break_long_words=False,
+        )
+
+    lines = []
+    for f in found:
+        lines.append(shown(f"{f.status:8} {f.what:{width}}  ", f.message, indent))
+        lines += [shown(f"{'':{indent}}→ ", f.cure, indent + 2)] if f.cure else []
     return "\n".join([*lines, "something here would stop a job" if failed else "nothing here would stop a job", ""]), int(failed)
 
 

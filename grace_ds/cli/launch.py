@@ -21,11 +21,10 @@ from grace_ds.monitor.progress import LINES
 from grace_ds.monitor.progress import VARIABLE as PROGRESS
 from grace_ds.utils.processes import end_group, signal_group
 
-_OWN = "[--grace FILE] [--progress] [--preempt-dir DIR]"
-USAGE = f"grace-ds run {_OWN} [launcher options] train.py [arguments], or grace-ds run {_OWN} COMMAND ..."
+USAGE = "grace-ds run [options] [launcher options] train.py [arguments], or grace-ds run [options] COMMAND ..."
 _STARTUP = Path(_startup.__file__).parent
 _GRACE_SECONDS = 10.0  # seconds that interrupted processes have to end by themselves
-_PREEMPT, _PROGRESS, _GRACE = "--preempt-dir", "--progress", "--grace"
+OWN_OPTIONS = _PREEMPT, _PROGRESS, _GRACE = "--preempt-dir", "--progress", "--grace"
 _WANTED = {_PREEMPT: "the folder of the checkpoint", _GRACE: "the file with the grace block, YAML or JSON"}
 
 

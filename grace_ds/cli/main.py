@@ -9,11 +9,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from grace_ds.cli.commandline import Parser, amount, count, in_one_line, nearest, positive, wants_debug
-from grace_ds.cli.launch import USAGE, run
+from grace_ds import __version__
+from grace_ds.cli.commandline import Parser, amount, count, in_one_line, nearest, positive, screen_width, wants_debug
+from grace_ds.cli.launch import OWN_OPTIONS, USAGE, run
 from grace_ds.errors import GraceError
 
-_OWN_OPTIONS = ("--grace", "--preempt-dir", "--progress", "--debug")  # options of ``grace-ds run`` itself, not of the launcher
+_OWN_OPTIONS = (*OWN_OPTIONS, "--debug")  # options of ``grace-ds run`` itself, not of the launcher
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,65 +23,94 @@ def parser() -> argparse.ArgumentParser:
         prog="grace-ds",
         description="Train on a small, always fresh part of a corpus: GRACE coreset selection for DeepSpeed jobs.",
         example="""\
-            grace-ds doctor                                              would a job start here?
-            grace-ds run train.py --deepspeed_config ds.json             train
-            grace-ds report RUN_DIR                                      what was chosen, and why
-            grace-ds trace RUN_DIR --step 1200                           whose samples stood in that batch
+            # would a job start here?
+            grace-ds doctor
+            # train
+            grace-ds run train.py --deepspeed_config ds.json
+            # what was chosen, and why
+            grace-ds report RUN_DIR
+            # which samples stood in that batch
+            grace-ds trace RUN_DIR --step 1200
             """,
     )
+    top.add_argument("--version", action="version", version=f"grace_ds {__version__}", help="show the version and exit")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser(
+    runner = commands.add_parser(
         "run",
         help="run an unchanged training script with GRACE",
         usage=USAGE,
         example="""\
             grace-ds run train.py --deepspeed_config ds.json
             grace-ds run --num_gpus 8 train.py --deepspeed_config ds.json
-            grace-ds run --progress --preempt-dir /shared/checkpoints train.py --deepspeed_config ds.json
+            grace-ds run --progress train.py --deepspeed_config ds.json
             grace-ds run --grace grace.yaml train.py
-            grace-ds run torchrun --nproc-per-node 8 train.py --deepspeed_config ds.json
-            grace-ds run accelerate launch --config_file deepspeed.yaml train.py
+            grace-ds run torchrun --nproc-per-node 8 train.py
+            grace-ds run accelerate launch --config_file ds.yaml train.py
             grace-ds run trl sft --config sft.yaml --deepspeed ds.json
             """,
-        description="Whether GRACE is on is decided by the block in the script's own DeepSpeed config, or by --grace FILE, which "
-        "holds the block for a config that is a dict in code. "
+        description="Whether GRACE is on is decided by the block in the script's own DeepSpeed config, or by --grace FILE. "
         "Starts the deepspeed launcher on the script, or a command as it is, with deepspeed.initialize replaced by "
         "grace_ds.initialize, and attaches to a transformers.Trainer when it begins to train. A job that gives DeepSpeed no "
         "training data keeps its own DataLoader, which then gives the coreset's batches. "
-        "Options before the script go to the launcher, those after it to the script. --progress shows below the job's output "
-        "how the run stands (a line a minute where that is no terminal); --preempt-dir names the checkpoint of a job told to go.",
+        "Options before the script go to the launcher, those after it to the script.",
     )
+    runner.add_argument(
+        "--grace", metavar="FILE", help="YAML or JSON file with the grace block, for a config that is a dict in code"
+    )
+    runner.add_argument(
+        "--progress",
+        action="store_true",
+        help="show below the job's output how the run stands; a line a minute where no terminal is",
+    )
+    runner.add_argument("--preempt-dir", metavar="DIR", help="checkpoint there and leave when told to go (SIGTERM, SIGUSR1)")
     tracer = commands.add_parser(
         "trace",
         help="which samples stood in a global batch, and why",
         description="Reads the schedules that a run kept in its run_dir (or that a checkpoint holds) and prints the "
         "samples of one optimizer step: position in the run, id (index in the dataset), role (core: chosen; explore: from "
-        "outside of the coreset; audit: drawn uniformly), weight, version of the schedule. To be "
-        "looked at after a spike of the loss.",
-        example="grace-ds trace runs/first --step 1200\ngrace-ds trace runs/first --step 1200 --json",
+        "outside of the coreset; audit: drawn uniformly), weight, version of the schedule; with the reason and the start of the "
+        "text where the run has kept them. To be looked at after a spike of the loss.",
+        example="""\
+            grace-ds trace runs/first --step 1200
+            grace-ds trace runs/first --step 1200 --json
+            grace-ds trace runs/first --step 1200 --data corpus.jsonl
+            """,
     )
-    tracer.add_argument("where", help="a run_dir, its 'schedules' folder, or the grace_ds folder of a checkpoint")
+    tracer.add_argument(
+        "where",
+        metavar="RUN_DIR",
+        help="a run_dir, a quickstart's --out folder, a 'schedules' folder, or the grace_ds folder of a checkpoint",
+    )
+    tracer.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="the dataset, for the text of every sample: .jsonl with text or input_ids, or .npy (n, tokens)",
+    )
+    tracer.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json, to show token ids as text")
     tracer.add_argument("--step", type=count, required=True, metavar="S", help="optimizer step, counted from 0")
     tracer.add_argument("--json", action="store_true", help="print JSON instead of a table")
     checker = commands.add_parser(
         "doctor",
         help="what would stop a job on this machine",
-        description="Looks at versions, launcher, GPU libraries, stale locks, the port, limits and shared storage. Start it as "
-        "the job is started, to see what its ranks see. Exit status 1 where something would stop a job.",
+        description="Looks at versions, launcher, GPU libraries, stale locks, the port, limits, shared storage, and the files "
+        "that a config names. Start it as the job is started, to see what its ranks see. It leaves nothing behind. Exit status "
+        "1 where something would stop a job.",
         example="""\
             grace-ds doctor
             grace-ds doctor --shared /shared/checkpoints
-            grace-ds doctor --config ds.json --parameters 1.3e9 --samples 1e7 --ranks 16 --here 8
+            grace-ds doctor --config ds.json
+            grace-ds doctor --config ds.json --parameters 1.3B --samples 1e7 --ranks 16
             """,
     )
     checker.add_argument("--shared", type=Path, metavar="DIR", help="folder that checkpoints will lie in")
-    checker.add_argument("--config", type=Path, metavar="FILE", help="DeepSpeed config of the job, to compare its memory too")
+    checker.add_argument("--config", type=Path, metavar="FILE", help="DeepSpeed config of the job, to check it and its files")
     checker.add_argument(
         "--parameters",
         type=amount,
         default=0,
         metavar="N",
-        help="number of the model's parameters, such as 1.3e9 (with --config)",
+        help="number of the model's parameters, such as 1.3B or 1.3e9 (with --config): compares its memory too",
     )
     checker.add_argument(
         "--samples", type=amount, default=0, metavar="N", help="number of samples of the dataset (with --config)"
@@ -110,20 +140,24 @@ def _add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
         "assumed. It says which figure is which.",
         example="""\
             grace-ds plan --samples 1e8 --ranks 64
-            grace-ds plan --samples 1e8 --ranks 64 --tokens 1024 --batch 2048 --steps 1e5 --parameters 7e9 --tflops 400
-            grace-ds plan --samples 1e6 --ranks 8 --set recipe=grace graph.tier=exact --calibrate --json
+            grace-ds plan --samples 100M --ranks 64 --parameters 7B --tflops 400
+            grace-ds plan --samples 3e8 --ranks 64 --batch 2048 --steps 1e5
+            grace-ds plan --samples 1e6 --ranks 8 --calibrate --json
+            grace-ds plan --samples 1e6 --ranks 8 --set graph.tier=exact
             """,
     )
     job = planner.add_argument_group("the job")
-    job.add_argument("--samples", type=count, required=True, metavar="N", help="of the corpus, such as 1e8")
-    job.add_argument("--ranks", type=count, required=True, metavar="P", help="data-parallel ranks")
-    job.add_argument("--dim", type=count, default=128, metavar="D", help="features.dim (default: 128)")
-    job.add_argument("--batch", type=count, default=256, metavar="B", help="samples of an optimizer step (default: 256)")
-    job.add_argument("--interval", type=count, default=500, metavar="R", help="refresh.interval_steps (default: 500)")
-    job.add_argument("--budget", type=float, default=0.2, help="share of the window in a coreset (default: 0.2)")
-    job.add_argument("--tokens", type=count, default=1024, metavar="T", help="of a sample (default: 1024)")
-    job.add_argument("--steps", type=count, default=0, metavar="S", help="of the run: repeats, and steps to be saved")
-    job.add_argument("--parameters", type=float, default=0.0, metavar="N", help="of the model, such as 7e9; its shape is assumed")
+    job.add_argument("--samples", type=positive, required=True, metavar="N", help="of the corpus, such as 1e8 or 100M")
+    job.add_argument("--ranks", type=positive, required=True, metavar="P", help="data-parallel ranks")
+    job.add_argument("--dim", type=positive, metavar="D", help="features.dim (default: of the config)")
+    job.add_argument("--batch", type=positive, default=256, metavar="B", help="samples of an optimizer step (default: 256)")
+    job.add_argument("--interval", type=positive, metavar="R", help="refresh.interval_steps (default: of the config)")
+    job.add_argument("--budget", type=amount, help="share of the window in a coreset (default: of the config)")
+    job.add_argument("--tokens", type=positive, default=1024, metavar="T", help="of a sample (default: 1024)")
+    job.add_argument("--steps", type=count, metavar="S", help="of the run: repeats, and steps to be saved")
+    job.add_argument(
+        "--parameters", type=amount, default=0.0, metavar="N", help="of the model, such as 7B or 7e9; its shape is assumed"
+    )
     job.add_argument("--layers", type=count, default=0, metavar="L", help="blocks of the model, with --hidden")
     job.add_argument("--hidden", type=count, default=0, metavar="H", help="width of the model, with --layers")
     job.add_argument(
@@ -133,11 +167,11 @@ def _add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the config, such as recipe=grace graph.tier=exact"
     )
     speed = planner.add_argument_group("its speed")
-    speed.add_argument("--step-seconds", type=float, default=0.0, metavar="S", help="of an optimizer step of the job as it is")
-    speed.add_argument("--tflops", type=float, default=0.0, metavar="F", help="that a rank reaches in training, in Tflop/s")
-    speed.add_argument("--item-seconds", type=float, default=0.0, metavar="S", help="of dataset[i] (default: 2e-5, assumed)")
-    speed.add_argument("--gflops", type=float, default=0.0, help="of a rank's CPU, in Gflop/s (default: measured here)")
-    speed.add_argument("--gbits", type=float, default=0.0, help="between two ranks, in Gbit/s (default: 10, or measured)")
+    speed.add_argument("--step-seconds", type=amount, default=0.0, metavar="S", help="of an optimizer step of the job as it is")
+    speed.add_argument("--tflops", type=amount, default=0.0, metavar="F", help="that a rank reaches in training, in Tflop/s")
+    speed.add_argument("--item-seconds", type=amount, default=0.0, metavar="S", help="of dataset[i] (default: 2e-5, assumed)")
+    speed.add_argument("--gflops", type=amount, default=0.0, help="of a rank's CPU, in Gflop/s (default: measured here)")
+    speed.add_argument("--gbits", type=amount, default=0.0, help="between two ranks, in Gbit/s (default: 10, or measured)")
     speed.add_argument(
         "--calibrate",
         action="store_true",
@@ -190,19 +224,22 @@ def _plan(args: argparse.Namespace) -> str:
     from grace_ds.cli.plan_summary import render
     from grace_ds.config.load import load_config
 
-    config = load_config({}, dotlist=args.set)
+    given = {"features.dim": args.dim, "refresh.interval_steps": args.interval, "budget": args.budget, "total_steps": args.steps}
+    options = [f"{key}={value}" for key, value in given.items() if value is not None]
+    config = load_config({}, dotlist=[*args.set, *options])
+    dim, interval = config.features.dim, config.refresh.interval_steps
     model = Model.of(args.parameters, args.layers, args.hidden, args.vocab)
-    words = (args.samples, args.dim, args.ranks, args.batch, args.interval, args.budget, args.tokens, args.steps)
-    sizes = Sizes(*words, args.gflops, args.gbits, model, args.step_seconds, args.tflops, args.item_seconds, Rates())
+    job = (args.samples, dim, args.ranks, args.batch, interval, config.budget, args.tokens, config.total_steps)
+    sizes = Sizes(*job, args.gflops, args.gbits, model, args.step_seconds, args.tflops, args.item_seconds, Rates())
     prints = True
     if args.calibrate:
         from grace_ds.cli.calibrate import calibrate, world
 
         comm, prints = world()
-        rates = calibrate(config, args.dim, args.tokens, model.hidden if model is not None else 0, comm)
+        rates = calibrate(config, dim, args.tokens, model.hidden if model is not None else 0, comm)
         comm.close()
         sizes = dataclasses.replace(sizes, rates=rates)
-    return render(sizes, config, args.json) if prints else ""
+    return render(sizes, config, args.json, screen_width(None)) if prints else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -212,6 +249,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(words: list[str]) -> int:
+    if not [word for word in words if word != "--debug"]:
+        words = ["--help"]
     command = next((i for i, word in enumerate(words) if not word.startswith("-")), len(words))
     if words[command : command + 1] == ["run"] and words[command + 1 : command + 2] not in (["-h"], ["--help"]):
         # argparse would take the launcher's options for its own.
@@ -258,7 +297,7 @@ def _doctor(args: argparse.Namespace) -> int:
     job = None
     if args.config is not None:
         job = Job(args.config, args.parameters, args.samples, args.ranks, args.here if args.here is not None else args.ranks)
-    report, status = doctor(os.environ, args.shared, args.json, job)
+    report, status = doctor(os.environ, args.shared, args.json, job, screen_width(None))
     sys.stdout.write(report)
     return status
 
@@ -270,9 +309,9 @@ def _config(args: argparse.Namespace) -> str:
 
 
 def _trace(args: argparse.Namespace) -> str:
-    from grace_ds.cli.trace import trace
+    from grace_ds.cli.trace import Shown, trace
 
-    return trace(args.where, args.step, as_json=args.json)
+    return trace(args.where, args.step, Shown(args.data, args.tokenizer), as_json=args.json, width=screen_width())
 
 
 if __name__ == "__main__":

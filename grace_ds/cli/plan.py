@@ -6,13 +6,14 @@ measured by ``--calibrate``.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from grace_ds.cli.calibrate import products
 from grace_ds.cli.plan_model import BYTES_AN_OPERATION, BreakEven, CollectCost, Model, probe_flop
 from grace_ds.cli.plan_rates import ASSUMED, GIVEN, MEASURED, Rates
 from grace_ds.config.schema import GraceConfig
-from grace_ds.data.pool import Pool, implied_repeats
+from grace_ds.data.pool import Pool, check_repeats
 from grace_ds.data.tokens import BLOCK_TOKENS
 from grace_ds.features.content import MEMORY_BYTES
 from grace_ds.features.ngrams import GRAM, SMALLEST, Sampling
@@ -22,6 +23,7 @@ from grace_ds.graph.plan import GraphPlan, plan_graph
 from grace_ds.graph.repair import SPARE
 from grace_ds.recipes import recipe
 from grace_ds.refresh.choice import slack
+from grace_ds.refresh.trigger import stretched_interval
 
 SCHEDULE_BYTES = 8 + 1 + 4  # per slot: id, role, weight
 SELECT_BYTES = 3 * 32 + 48  # per sample of the window on rank 0: signals sent, joined and sorted, and the data to draw with
@@ -82,6 +84,7 @@ class RefreshPlan:
         window: samples of a window.
         anchors: samples with collected rows at the end of the run; 0 without gradients.
         repeats: repeats of a chosen sample over the run; None if the length of the run is unknown.
+        every: steps between two refreshes; more than ``Sizes.interval`` if ``refresh.cadence`` stretches it.
         rolls: whether each refresh reads the content of samples that enter the window.
         features_bytes, table_bytes, schedule_bytes, visit_bytes, resting_bytes: held between refreshes.
         scratch_bytes, select_bytes: additionally held for the features, and on rank 0 for the choice.
@@ -100,6 +103,7 @@ class RefreshPlan:
     window: int
     anchors: int
     repeats: float | None
+    every: int
     rolls: bool
     features_bytes: int
     table_bytes: int
@@ -143,8 +147,11 @@ def plan(sizes: Sizes, config: GraceConfig) -> RefreshPlan:
     """Compute the figures for ``sizes`` under ``config``.
 
     Raises:
-        ConfigError, DataError: the sizes are impossible.
+        ConfigError, DataError: the sizes are impossible, or a job would be refused for its repeats.
     """
+    repeats = None
+    if sizes.steps:
+        repeats = check_repeats(sizes.steps, sizes.batch, sizes.budget, sizes.samples, config.max_repeats)
     rates, c = _given(sizes), config
     pool = Pool(sizes.samples, c.window, sizes.budget, sizes.interval, sizes.batch, c.seed)
     per_rank = -(-pool.size // sizes.ranks)
@@ -155,7 +162,6 @@ def plan(sizes: Sizes, config: GraceConfig) -> RefreshPlan:
     graph = plan_graph(c.graph, pool.size, pool.size, sizes.dim, sizes.ranks, True)
     row = 2 * c.collect.dim + ROW_BYTES
     kept = (4 * sizes.dim + 8 * (c.graph.k + SPARE + 1)) * builds  # per sample: its vector and its list in the graph
-    slots = (sizes.interval + slack(c, sizes.interval)) * sizes.batch
     reads = recipe(c.recipe).content and c.features.enabled
     table = Sampling.of(pool.size * max(sizes.tokens - GRAM + 1, 0), pool.size).table_bytes
     feature = _feature_seconds(sizes, rates, per_rank, table) if reads else 0.0
@@ -170,17 +176,20 @@ def plan(sizes: Sizes, config: GraceConfig) -> RefreshPlan:
     repaired = built * min(1.0, 2 * entering)
     last = rates.fixed_seconds + root + repaired + probe + feature * entering
     mean = last
+    every = _every(sizes, c, mean, step + (collect or 0.0))
+    slots = (every + slack(c, every)) * sizes.batch
     first = rates.fixed_seconds + feature + root + built
     even = None
     if step and collect is not None:
-        even = BreakEven.of(step, collect, first, mean, sizes.interval, sizes.steps)
+        even = BreakEven.of(step, collect, first, mean, every, sizes.steps)
     return RefreshPlan(
         window=pool.size,
         anchors=anchors,
-        repeats=implied_repeats(sizes.steps, sizes.batch, sizes.budget, sizes.samples) if sizes.steps else None,
+        repeats=repeats,
+        every=every,
         rolls=rolls,
         features_bytes=int(per_rank * (16 + kept + 4 * STATISTICS * c.collects)) + table * rolls if reads else 0,
-        table_bytes=int((anchors + sizes.interval * sizes.batch) / sizes.ranks * row) if c.collects else 0,
+        table_bytes=int((anchors + every * sizes.batch) / sizes.ranks * row) if c.collects else 0,
         schedule_bytes=2 * slots * SCHEDULE_BYTES,
         visit_bytes=VISIT_BYTES * min(sizes.samples, seen),
         resting_bytes=int(rates.resting_bytes) + ATTACH_BYTES,
@@ -204,6 +213,13 @@ def plan(sizes: Sizes, config: GraceConfig) -> RefreshPlan:
         builds=builds,
         graph=graph,
     )
+
+
+def _every(sizes: Sizes, config: GraceConfig, refresh_seconds: float, step_seconds: float) -> int:
+    """Return the steps between two refreshes after the warm-up, by the rule that the job itself follows."""
+    fixed = dataclasses.replace(config, refresh=dataclasses.replace(config.refresh, interval_steps=sizes.interval))
+    late = max(fixed.start_step, fixed.warmup_steps) + sizes.interval
+    return stretched_interval(fixed, late, refresh_seconds, step_seconds or None)
 
 
 def _given(sizes: Sizes) -> Rates:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -14,8 +15,8 @@ from grace_ds.errors import GraceError
 from grace_ds.recipes import DEFAULT
 
 
-def render(sizes: Sizes, config: GraceConfig, as_json: bool) -> str:
-    """Render the plan and its what-ifs as text or JSON.
+def render(sizes: Sizes, config: GraceConfig, as_json: bool, columns: int = 110) -> str:
+    """Render the plan and its what-ifs as JSON, or as text of at most ``columns`` columns (50 at least).
 
     Raises:
         ConfigError, DataError: the sizes are impossible.
@@ -24,23 +25,41 @@ def render(sizes: Sizes, config: GraceConfig, as_json: bool) -> str:
     others = _what_ifs(sizes, config, current)
     if as_json:
         return json.dumps(_json(sizes, current, others), indent=1) + "\n"
-    lines = [*_refresh_lines(current), *_memory_lines(current), *_even_lines(current)]
+    columns = max(columns, 50)
+    lines = [*_refresh_lines(current, sizes, config), *_memory_lines(current), *_even_lines(current)]
     width = max(len(name) for name, _ in lines)
-    body = "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+    body = "\n".join(_wrapped(f"{name:<{width}}  {value}", columns, width + 2) for name, value in lines)
     if not current.builds:
         body += f"\nTo build it: --set recipe={DEFAULT}"
-    return body + "\n\n" + _table(others) + "\n\n" + _origins(sizes, current)
+    origins = "\n".join(_wrapped(line, columns, 2) for line in _origins(sizes, current))
+    return f"{body}\n\n{_table(others, columns)}\n\n{origins}\n"
 
 
-def _refresh_lines(plan: RefreshPlan) -> list[tuple[str, str]]:
+def _wrapped(line: str, columns: int, indent: int) -> str:
+    """Return a line over as many lines as ``columns`` needs, those after the first indented."""
+    name, rest = line[:indent], line[indent:]
+    return textwrap.fill(rest, columns, initial_indent=name, subsequent_indent=" " * indent, break_on_hyphens=False)
+
+
+def _refresh_lines(plan: RefreshPlan, sizes: Sizes, config: GraceConfig) -> list[tuple[str, str]]:
     graph = plan.graph
+    every = f"{plan.every:,} steps"
+    if plan.every > sizes.interval:
+        most = f"{config.refresh.max_overhead:.3g} of the time"
+        every += f": stretched from {sizes.interval:,}, so that refreshes take {most} at most (refresh.cadence adaptive)"
     how = f"{graph.tier} ({graph.why})" + (
         f", {graph.clusters:,} clusters, overlap about {graph.overlap}" if graph.clusters else ""
     )
     again = "at each refresh: the window rolls" if plan.rolls else "once: the window stays"
     return [
         ("window", f"{plan.window:,} samples"),
-        ("repeats of a chosen sample", "–" if plan.repeats is None else f"{plan.repeats:.2f} over the run"),
+        (
+            "repeats of a chosen sample",
+            "not known: give --steps"
+            if plan.repeats is None
+            else f"{plan.repeats:.2f} over the run, at most {config.max_repeats:g} (max_repeats)",
+        ),
+        ("a refresh every", every),
         (
             "refresh, seconds",
             f"first {plan.first_seconds:.2f}, mean of the others {plan.mean_seconds:.2f}, last {plan.last_seconds:.2f}",
@@ -115,27 +134,33 @@ def _what_ifs(sizes: Sizes, config: GraceConfig, current: RefreshPlan) -> list[t
     return found
 
 
-def _table(others: list[tuple[str, RefreshPlan | str]]) -> str:
-    head = ("what if", "window", "refresh s", "memory peak", "repeats", "overhead", "steps × to break even")
-    rows = [head]
+def _table(others: list[tuple[str, RefreshPlan | str]], columns: int) -> str:
+    """Return the table of what-ifs; as several, with some of the columns each, where ``columns`` is too few for one."""
+    head = ("what if", "window", "every", "refresh s", "memory peak", "repeats", "overhead", "steps × to break even")
+    rows, refused = [head], list[str]()
     for name, p in others:
         if isinstance(p, str):
-            rows.append((name, p, "", "", "", "", ""))
+            refused.append(_wrapped(f"{name}: {p}", columns, 2))
             continue
         repeats = "–" if p.repeats is None else f"{p.repeats:.2f}"
         even = ("–", "–") if p.even is None else (f"{p.even.overhead:.2%}", f"{p.even.ratio:.4f}")
-        rows.append((name, f"{p.window:,}", f"{p.mean_seconds:.2f}", _bytes(p.peak_bytes), repeats, *even))
-    widths = [max(len(row[i]) for row in rows if row[2] or i == 0) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            f"{cell:<{w}}" if i == 0 or not row[2] else f"{cell:>{w}}"
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+        rows.append((name, f"{p.window:,}", f"{p.every:,}", f"{p.mean_seconds:.2f}", _bytes(p.peak_bytes), repeats, *even))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    blocks, used = [[0]], widths[0]
+    for i in range(1, len(head)):
+        if used + 2 + widths[i] > columns and len(blocks[-1]) > 1:
+            blocks.append([0])
+            used = widths[0]
+        blocks[-1].append(i)
+        used += 2 + widths[i]
+    tables = [
+        "\n".join("  ".join(f"{row[i]:>{widths[i]}}" if i else f"{row[i]:<{widths[i]}}" for i in block).rstrip() for row in rows)
+        for block in blocks
+    ]
+    return "\n\n".join([*tables, *(["\n".join(["impossible", *refused])] if refused else [])])
 
 
-def _origins(sizes: Sizes, plan: RefreshPlan) -> str:
+def _origins(sizes: Sizes, plan: RefreshPlan) -> list[str]:
     """Return which figures are counted, measured, given and assumed, in lines."""
     rates = sizes.rates
     gflops = "given" if sizes.gflops else MEASURED
@@ -166,7 +191,7 @@ def _origins(sizes: Sizes, plan: RefreshPlan) -> str:
     ]
     if rates.of("token_seconds") != MEASURED:
         lines.append("--calibrate measures the assumed ones here, in some seconds.")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _json(sizes: Sizes, current: RefreshPlan, others: list[tuple[str, RefreshPlan | str]]) -> dict[str, Any]:

@@ -172,6 +172,7 @@ class Controller:
         if self.collector is not None:
             self.collector.sketcher.detach()
         self.peer_failures.close()
+        self.recorder.close()
         self.comm.close(collective)
 
     # -- the micro-batch -----------------------------------------------------------------------------------------------
@@ -339,6 +340,7 @@ class Controller:
             self.cursor += geometry.batch
         with undisturbed_rng():  # each of these may read the dataset
             self.recorder.settle()
+            self.recorder.trained(step, self.cursor)
             due = trigger.is_due(self.config, step, self.next_refresh) and not self.frozen and self.config.replay is None
             if self.influence_probe is not None and not self.frozen and self.influence_probe.passes.asks(due):
                 self._settle(self.influence_probe)

@@ -58,6 +58,10 @@ def initialize(
     original = _original or deepspeed.initialize
     bound = inspect.signature(original).bind(*args, **kwargs)
     config = config_of(bound.arguments)
+    if config is None and _original is not None:
+        raise ConfigError(
+            "deepspeed.initialize got no config; give it after the script (--deepspeed_config ds.json), or pass config= in it"
+        )
     path_and_block = block_of(read_ds_config(config)) if config is not None else None
     grace = load_config(path_and_block[1], path_and_block[0]) if path_and_block is not None else None
     if grace is None or not grace.enabled or _left_to_attach:

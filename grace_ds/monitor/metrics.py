@@ -23,6 +23,7 @@ from grace_ds.data.schedule import put_aside, save_schedule
 from grace_ds.data.tokens import tokens_of
 from grace_ds.errors import DataError
 from grace_ds.gradients.collector import GradientCollector
+from grace_ds.monitor.trained import TrainedRecord
 from grace_ds.recipes import depth
 from grace_ds.records import IntArray, Role, Schedule
 from grace_ds.refresh.line import RefreshResult
@@ -155,6 +156,17 @@ class Recorder:
         self.run_dir, self.write_events, self.preview = run_dir, write_events, preview
         self._waiting: tuple[RefreshResult, dict[str, float]] | None = None
         self._mapped: dict[int, dict[str, Any]] = {}
+        self._trained = TrainedRecord(run_dir) if run_dir is not None else None
+
+    def trained(self, step: int, position: int) -> None:
+        """Note that ``step`` optimizer steps are done, up to stream position ``position``."""
+        if self._trained is not None:
+            self._trained.write(step, position)
+
+    def close(self) -> None:
+        """Close the files.  A second call does nothing."""
+        if self._trained is not None:
+            self._trained.close()
 
     def events(self, events: dict[str, float], samples: int) -> None:
         """Pass events on, with the number of samples trained on so far."""

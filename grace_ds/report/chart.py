@@ -70,7 +70,7 @@ def _description(run: Run, chart: dict[str, Any], i: int) -> str:
         value = chart.get(name, [None] * (i + 1))[i]
         if value is not None:
             facts.append(f"{name} {value:.2f} ({unit})")
-    text = text_of(run, chart["shown"][i])[:CHARACTERS]
+    text = text_of(run.decode, chart["shown"][i])[:CHARACTERS]
     return "; ".join(facts) + "\n" + (text or "(the dataset shows neither text nor token ids)")
 
 

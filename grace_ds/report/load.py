@@ -87,18 +87,21 @@ def load_run(where: str | Path, options: Options | None = None) -> Run:
         config,
         _refreshes(folder, notes),
         _schedules(folder, notes),
-        _explanations(folder, notes),
-        _chart(folder, notes),
+        explanations(folder, notes),
+        read_map(folder, notes),
         results,
         _curves(options, results, notes),
         _sources(options, folder, config, notes),
-        _decoder(options, folder, notes),
+        decoder(options, folder, notes),
         notes,
     )
 
 
 def find(where: Path) -> Path:
     """Return the run_dir at ``where`` or, for a quickstart, below it."""
+    if not where.is_dir():
+        kind = "is a file, not the folder" if where.exists() else "does not exist: there is no folder"
+        raise CheckpointError(f"{where} {kind} of a run; give the folder that run_dir names in the job's grace block")
     for folder in (where, where / "grace", where / "grace" / "grace"):
         if (folder / "refreshes.jsonl").is_file() or (folder / "grace_resolved.yaml").is_file():
             return folder
@@ -147,7 +150,8 @@ def _schedules(folder: Path, notes: list[str]) -> dict[int, Schedule]:
     return found
 
 
-def _explanations(folder: Path, notes: list[str]) -> dict[int, dict[str, Any]]:
+def explanations(folder: Path, notes: list[str]) -> dict[int, dict[str, Any]]:
+    """Read ``reports/report-*.json`` of a run_dir by version; what cannot be read is told in ``notes``."""
     found = {}
     for path in sorted((folder / "reports").glob("report-*.json")):
         try:
@@ -165,7 +169,8 @@ def _explanations(folder: Path, notes: list[str]) -> dict[int, dict[str, Any]]:
     return found
 
 
-def _chart(folder: Path, notes: list[str]) -> dict[str, Any] | None:
+def read_map(folder: Path, notes: list[str]) -> dict[str, Any] | None:
+    """Read ``reports/map.json`` of a run_dir and check it; None without one, or if ``notes`` tells why it cannot be read."""
     path = folder / "reports" / "map.json"
     if not path.is_file():
         return None
@@ -263,7 +268,12 @@ def _labels(path: Path) -> tuple[Array, list[str]]:
     return codes, [str(name) for name in names]
 
 
-def _decoder(options: Options, folder: Path, notes: list[str]) -> Callable[[list[int]], str] | None:
+def decoder(options: Options, folder: Path, notes: list[str]) -> Callable[[list[int]], str] | None:
+    """Return token ids → text, by the tokenizer given or the quickstart's; None without one.
+
+    Raises:
+        DataError: the one given cannot be used.
+    """
     path = options.tokenizer or folder.parent.parent / "data" / "tokenizer.json"
     if options.tokenizer is None and not path.is_file():
         return None

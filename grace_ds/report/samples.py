@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +47,7 @@ def shown(run: Run) -> dict[str, Any] | None:
 def rows(run: Run, explanation: dict[str, Any]) -> list[Row]:
     """Return the explanation's samples, with text if it is available."""
     return [
-        Row(int(s["id"]), GROUPS.get(s["group"], str(s["group"])), s["chance"], s["role"], reason(s), text_of(run, s))
+        Row(int(s["id"]), GROUPS.get(s["group"], str(s["group"])), s["chance"], s["role"], reason(s), text_of(run.decode, s))
         for s in explanation["samples"]
     ]
 
@@ -80,7 +81,7 @@ def _judged(quality: float) -> str:
     return "like the trusted set" if quality > 0.8 else "unlike the trusted set"
 
 
-def text_of(run: Run, sample: dict[str, Any]) -> str:
+def text_of(decode: Callable[[list[int]], str] | None, sample: dict[str, Any]) -> str:
     """Return the recorded text of a sample, or its token ids, decoded if possible.
 
     Untrusted; empty without either.
@@ -90,9 +91,9 @@ def text_of(run: Run, sample: dict[str, Any]) -> str:
     tokens = sample.get("tokens")
     if not isinstance(tokens, list):
         return ""
-    if run.decode is not None:
+    if decode is not None:
         try:
-            return run.decode([int(t) for t in tokens])[:CHARACTERS]
+            return decode([int(t) for t in tokens])[:CHARACTERS]
         except (ValueError, TypeError, OverflowError):
             pass  # ids that the tokenizer does not know are shown as they are
     return "token ids " + " ".join(str(t) for t in tokens)[: CHARACTERS - 10]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import grace_ds
 from grace_ds.cli import main as cli
-from grace_ds.cli.commandline import BUG, PIPE, Parser, amount, count, in_one_line, positive
+from grace_ds.cli.commandline import BUG, PIPE, Parser, amount, count, in_one_line, positive, spell_out
 from grace_ds.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,17 +42,22 @@ MISTAKES = {
     "trace: typo": ([*CLI, "trace", "runs", "--stpe", "3"], "did you mean --step?"),
     "trace: bad value": ([*CLI, "trace", "runs", "--step", "soon"], "'soon' is not a whole number"),
     "trace: missing file": ([*CLI, "trace", "/nowhere", "--step", "3"], "/nowhere"),
+    "trace: no folder": ([*CLI, "trace", "/nowhere", "--step", "3"], "there is no folder /nowhere"),
     "trace: nothing given": ([*CLI, "trace"], "--step"),
     "doctor: typo": ([*CLI, "doctor", "--share", "/tmp", "--rnaks", "2"], "did you mean --ranks?"),
+    "plan: no ranks": ([*CLI, "plan", "--samples", "1e6", "--ranks", "0"], "must be 1 or more"),
+    "plan: too many repeats": ([*CLI, "plan", "--samples", "1e5", "--ranks", "8", "--steps", "2e4"], "above max_repeats 4.0"),
     "doctor: bad value": ([*CLI, "doctor", "--parameters", "many"], "'many' is not a number above 0"),
     "config: typo": ([*CLI, "config", "--markdwon"], "did you mean --markdown?"),
     "config: a word too many": ([*CLI, "config", "budget"], "one word too many"),
     "plan: typo": ([*CLI, "plan", "--samples", "1e6", "--rank", "2", "--intervall", "3"], "did you mean --interval?"),
     "plan: bad value": ([*CLI, "plan", "--samples", "1.5", "--ranks", "2"], "'1.5' is not a whole number"),
-    "plan: impossible value": ([*CLI, "plan", "--samples", "1e6", "--ranks", "2", "--budget", "7"], "at most 1"),
+    "plan: impossible value": ([*CLI, "plan", "--samples", "1e6", "--ranks", "2", "--budget", "7"], "in (0, 1]"),
     "plan: unknown key": ([*CLI, "plan", "--samples", "1e6", "--ranks", "2", "--set", "budgte=1"], "did you mean 'budget'?"),
     "report: typo": ([*CLI, "report", "runs", "--terminl"], "did you mean --terminal?"),
-    "report: missing file": ([*CLI, "report", "/nowhere"], "give the folder that run_dir names"),
+    "report: missing folder": ([*CLI, "report", "/nowhere"], "/nowhere does not exist"),
+    "report: a file": ([*CLI, "report", str(Path(__file__))], "is a file, not the folder of a run"),
+    "report: another folder": ([*CLI, "report", str(ROOT / "docs")], "give the folder that run_dir names"),
     "run: typo of ours": ([*CLI, "run", "--prempt-dir", "x", "train.py"], "did you mean --preempt-dir?"),
     "run: no script": ([*CLI, "run"], "no script given"),
     "run: missing file": ([*CLI, "run", "nowhere.py"], "nowhere.py"),
@@ -158,7 +165,9 @@ def test_what_is_not_ours_can_be_let_through(capsys: pytest.CaptureFixture[str])
 
 def test_numbers_of_a_command_line() -> None:
     assert (count("1e8"), count("0"), positive("3"), amount("1.3e9")) == (100_000_000, 0, 3, 1.3e9)
-    for kind, words in ((count, ("-1", "1.5", "x", "inf", "nan")), (positive, ("0",)), (amount, ("0", "-2", "nan", "inf", "x"))):
+    assert (count("100M"), count("1.1k"), amount("7B"), amount("0.5t")) == (100_000_000, 1_100, 7e9, 5e11)
+    wrong = ("-1", "1.5", "x", "inf", "nan", "", "M", "1.23456k", "1e999")
+    for kind, words in ((count, wrong), (positive, ("0",)), (amount, ("0", "-2", "nan", "inf", "x", "B", "7Q"))):
         for word in words:
             with pytest.raises(argparse.ArgumentTypeError):
                 kind(word)
@@ -167,6 +176,49 @@ def test_numbers_of_a_command_line() -> None:
 def test_options_of_run_go_to_the_front_and_the_scripts_own_stay_where_they_are() -> None:
     words = ["--num_gpus", "2", "--debug", "--preempt-dir=here", "train.py", "--debug", "--preempt-dir", "there"]
     assert cli._own_options_first(words) == ["--preempt-dir", "here", "--num_gpus", "2", *words[4:]]
+
+
+# -- a terminal without Unicode ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0"}], ids=str)
+def test_a_terminal_without_unicode_is_no_error(environment: dict[str, str]) -> None:
+    done = run([*CLI, "trace", "/nöwhere×", "--step", "3"], **environment)
+    assert done.returncode == 1 and "there is no folder /n" in one_line(done)
+    assert "Unicode" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["--help"], ["run", "--help"], ["config"], ["plan", "--samples", "1e6", "--ranks", "8", "--gflops", "50"]],
+    ids=" ".join,
+)
+def test_a_terminal_without_unicode_gets_every_word(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    for encoding in ("utf-8", "ascii"):
+        screen = io.TextIOWrapper(io.BytesIO(), encoding)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", screen)
+            try:
+                assert cli.main(command) == 0
+            except SystemExit as left:
+                assert left.code == 0
+        screen.seek(0)
+        told.append(screen.read())
+    there, plain = told
+    assert plain.isascii() and len(plain.splitlines()) == len(there.splitlines())
+    assert plain.count("?") == there.count("?")  # no character without a look-alike
+
+
+def test_what_ascii_lacks_is_spelt_out() -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    spell_out(stream)
+    stream.write("2 × 3 → 10⁹ é ┏━┓ “5 %” – … ≤ 你")
+    stream.seek(0)
+    assert stream.read() == '2 x 3 -> 109 e +-+ "5 %" - ... <= ?'
+    kept = io.TextIOWrapper(io.BytesIO(), "ascii", "ignore")  # asked for by PYTHONIOENCODING=ascii:ignore
+    spell_out(kept)
+    assert kept.errors == "ignore"
 
 
 # -- help --------------------------------------------------------------------------------------------------------------
@@ -178,6 +230,30 @@ def parsers() -> Iterator[argparse.ArgumentParser]:
     for action in top._actions:
         if isinstance(action, argparse._SubParsersAction):
             yield from action.choices.values()
+
+
+def test_the_command_alone_shows_its_help_and_tells_its_version() -> None:
+    alone, asked, version = run(CLI), run([*CLI, "--help"]), run([*CLI, "--version"])
+    assert alone.returncode == asked.returncode == version.returncode == 0
+    assert alone.stdout == asked.stdout and alone.stderr == ""
+    assert version.stdout == f"grace_ds {grace_ds.__version__}\n"
+
+
+def test_help_of_run_lists_the_options_that_run_takes() -> None:
+    said = run([*CLI, "run", "--help"]).stdout
+    assert all(f"\n  {option}" in said for option in cli._OWN_OPTIONS)
+
+
+def test_help_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    for parser in parsers():
+        words = parser.format_help().split("\nexamples:\n")[0]  # a command is not cut
+        assert max(map(len, words.splitlines())) <= 60, parser.prog
+
+
+def test_the_public_names_are_those_that_dir_shows() -> None:
+    assert dir(grace_ds) == sorted(grace_ds.__all__)
+    assert all(getattr(grace_ds, name) for name in dir(grace_ds))
 
 
 @pytest.mark.parametrize("parser", parsers(), ids=lambda p: p.prog)

@@ -29,15 +29,15 @@ from grace_ds.graph.plan import plan_graph
 from grace_ds.graph.rows import Request
 from tests.unit.test_graph import rows_of
 
-SIZES = Sizes(10**8, 128, 64, 2048, 500, 0.2, 1024, 100_000, 50.0, 10.0)
+SIZES = Sizes(10**8, 128, 64, 2048, 500, 0.2, 1024, 30_000, 50.0, 10.0)
 
 
 def test_the_window_is_the_pools_and_the_tier_is_the_builds() -> None:
     found = plan(SIZES, GraceConfig())
     assert found.window == 20 * 500 * 2048
     assert found.graph.tier == "clustered"
-    assert found.repeats == pytest.approx(100_000 * 2048 / (0.2 * 10**8))
-    assert plan(replace(SIZES, samples=20_000), GraceConfig()).graph.tier == "exact"
+    assert found.repeats == pytest.approx(30_000 * 2048 / (0.2 * 10**8))
+    assert plan(replace(SIZES, samples=20_000, steps=0), GraceConfig()).graph.tier == "exact"
     exact = GraceConfig(graph=GraphConfig(recall=1.0))
     assert plan(SIZES, exact).graph.why == "graph.recall is 1"
 
@@ -85,7 +85,7 @@ def test_the_command_line_says_it_as_json_and_refuses_nonsense(capsys: pytest.Ca
     built = json.loads(capsys.readouterr().out)
     assert built["builds"] and built["peak_bytes"] > told["peak_bytes"]
     assert main([*words, "--budget", "3"]) == 1
-    assert "budget is 3" in capsys.readouterr().err
+    assert "budget = 3.0; it must be in (0, 1]" in capsys.readouterr().err
     assert main([*words, "graph.teir=exact"]) == 1
     assert "'tier'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -154,8 +154,8 @@ def test_dearer_recipes_and_shorter_intervals_cost_more() -> None:
     seldom = GraceConfig()
     seldom.collect.share = 0.05
     assert 0 < (plan(sizes, seldom).collect_seconds or 0) < (recipes[3].collect_seconds or 0)
-    often = plan(replace(sizes, interval=50, samples=10**6), GraceConfig())
-    rare = plan(replace(sizes, interval=500, samples=10**6), GraceConfig())
+    often = plan(replace(sizes, interval=50, samples=10**6, steps=0), GraceConfig())
+    rare = plan(replace(sizes, interval=500, samples=10**6, steps=0), GraceConfig())
     assert often.even is not None and rare.even is not None and often.even.overhead > rare.even.overhead
     assert not rare.rolls and rare.last_seconds < rare.first_seconds  # its features are read and its graph is built once
     rolling = plan(replace(sizes, samples=10**9), GraceConfig())
@@ -171,7 +171,7 @@ def test_a_calibration_measures_here_and_is_quick() -> None:
     assert found.busy >= 1 and found.of("gbits") != MEASURED
     assert 40 << 20 < found.fixed_bytes < 200 << 20  # the 6-gram counts take 16 MiB, and as much again while they are summed
     assert found.resting_bytes < found.fixed_bytes
-    sizes = replace(SIZES, gflops=0.0, gbits=0.0, samples=10_000, rates=found)
+    sizes = replace(SIZES, gflops=0.0, gbits=0.0, samples=10_000, steps=0, rates=found)
     assert plan(sizes, GraceConfig()).gflops == found.gflops
     assert plan(replace(sizes, gflops=7.0), GraceConfig()).gflops == 7.0
     assert Rates().of("gflops") == "assumed"
@@ -184,6 +184,7 @@ def test_what_is_not_known_is_said_and_what_if_is_told(capsys: pytest.CaptureFix
     assert "not known: give --parameters" in said and "break-even                  not known" in said
     assert "Assumed: " in said and "Given: products 50 Gflop/s." in said and "--calibrate measures" in said
     model = ["--layers", "12", "--hidden", "768", "--vocab", "5e4", "--step-seconds", "0.7", "--steps", "2e4"]
+    model += ["--set", "recipe=grace", "max_repeats=300"]
     assert main([*words, *model]) == 0
     said = capsys.readouterr().out
     assert "where uniform needs 1.0" in said and "of 20,000 to be saved" in said and "12 blocks of width 768" in said
@@ -197,3 +198,74 @@ def test_what_is_not_known_is_said_and_what_if_is_told(capsys: pytest.CaptureFix
     capsys.readouterr()
     assert main([*words, "--layers", "12"]) == 1
     assert "--layers and --hidden" in capsys.readouterr().err
+
+
+def test_scales_of_numbers_are_those_of_the_field(capsys: pytest.CaptureFixture[str]) -> None:
+    told = []
+    for samples, parameters in (("100M", "7B"), ("1e8", "7e9"), ("100000k", "0.007T")):
+        assert main(["plan", "--samples", samples, "--ranks", "8", "--parameters", parameters, "--gflops", "50", "--json"]) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] == told[2]
+    assert json.loads(told[0])["sizes"]["samples"] == 10**8
+
+
+@pytest.mark.parametrize("option", ["--ranks", "--samples", "--batch", "--interval", "--tokens", "--dim", "--budget", "--gflops"])
+def test_a_size_of_0_is_refused_in_words(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["plan", "--samples", "1e6", "--ranks", "8", option, "0"])
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and f"argument {option}: '0'" in said and said.count("\n") == 1
+
+
+def test_a_plan_is_refused_where_the_job_would_be(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--samples", "1e6", "--ranks", "8", "--gflops", "50", "--batch", "1000", "--steps", "900"]
+    assert main(words) == 1
+    assert "4.5 times, above max_repeats 4.0: raise budget to at least 0.225" in capsys.readouterr().err
+    assert main([*words, "--budget", "0.225"]) == 0
+    said = capsys.readouterr().out
+    assert "4.00 over the run, at most 4" in said and "budget ÷ 2: 900 steps" in said  # the what-if alone is impossible
+    assert main([*words, "--set", "max_repeats=5"]) == 0
+    assert "4.50 over the run, at most 5" in capsys.readouterr().out
+
+
+def test_what_set_says_of_the_config_is_planned_with(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--samples", "1e6", "--ranks", "8", "--gflops", "50", "--json"]
+    told = []
+    options = ["--budget", "0.4", "--interval", "70", "--dim", "32", "--steps", "100"]
+    keys = ["--set", "budget=0.4", "refresh.interval_steps=70", "features.dim=32", "total_steps=100"]
+    for given in (options, keys, [*options, "--set", "budget=0.9"]):
+        assert main([*words, *given]) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] == told[2]
+    found = json.loads(told[0])["sizes"]
+    assert (found["budget"], found["interval"], found["dim"], found["steps"]) == (0.4, 70, 32, 100)
+
+
+def test_an_adaptive_cadence_stretches_the_interval_until_refreshes_take_their_share() -> None:
+    sizes = replace(SIZES, samples=10**7, steps=0, interval=20, step_seconds=0.1, model=Model(12, 768, 50_000, False))
+    fixed, adaptive = GraceConfig(), GraceConfig()
+    fixed.refresh.cadence, adaptive.refresh.max_overhead = "fixed", 0.02
+    as_given, stretched = plan(sizes, fixed), plan(sizes, adaptive)
+    assert as_given.every == 20 < stretched.every
+    assert stretched.step_seconds is not None and stretched.collect_seconds is not None
+    between = stretched.every * (stretched.step_seconds + stretched.collect_seconds)
+    assert stretched.mean_seconds / between == pytest.approx(0.02, rel=0.01)
+    assert as_given.even is not None and stretched.even is not None and stretched.even.overhead < as_given.even.overhead
+    seldom = plan(replace(sizes, step_seconds=1000.0), adaptive)
+    assert seldom.every == 20  # the interval is a lower end
+    assert plan(replace(sizes, step_seconds=0.0, model=None), adaptive).every == 20
+
+
+@pytest.mark.parametrize("columns", [60, 80, 110])
+def test_a_plan_fits_the_terminal_and_loses_no_figure(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", "--samples", "100M", "--ranks", "64", "--parameters", "7B", "--tflops", "400", "--steps", "1e5"]
+    words += ["--batch", "2048", "--set", "max_repeats=15", "--gflops", "50"]
+    told = []
+    for width in (1000, columns):
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert main(words) == 0
+        told.append(capsys.readouterr().out)
+    assert max(map(len, told[1].splitlines())) <= columns
+    assert set(told[1].split()) == set(told[0].split())
