@@ -59,6 +59,7 @@ def initialize(
     bound = inspect.signature(original).bind(*args, **kwargs)
     config = config_of(bound.arguments)
     if config is None and _original is not None:
+        unchanged.switched_on()  # the error says why nothing is trained
         raise ConfigError(
             "deepspeed.initialize got no config; give it after the script (--deepspeed_config ds.json), or pass config= in it"
         )

@@ -152,7 +152,7 @@ def test_memory_is_compared_with_what_the_ranks_of_a_job_hold(tmp_path: Path) ->
     done = subprocess.run(
         [*COMMAND, "--config", str(config), "--parameters", "1e15", "--samples", "10"], capture_output=True, text=True
     )
-    assert done.returncode == 1 and "GiB for the states of the ranks here" in done.stdout
+    assert done.returncode == 1 and "GiB for the states of the ranks here" in " ".join(done.stdout.split())
 
 
 def on_a_card(monkeypatch: pytest.MonkeyPatch, **values: object) -> None:
