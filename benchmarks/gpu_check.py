@@ -29,12 +29,13 @@ from rich.console import Console
 from benchmarks.graph_rows import clustered_rows, true_bar
 from benchmarks.record import Claim, Record
 from grace_ds.comm.local import LocalComm
+from grace_ds.comm.statistics import quantile
 from grace_ds.config.schema import GraphConfig
 from grace_ds.errors import ConfigError
 from grace_ds.graph import backends
 from grace_ds.graph.build import knn
 from grace_ds.graph.propagate import Propagated, crowding, propagate
-from grace_ds.recipes.weights import rank01, soft_pass, uncrowded
+from grace_ds.recipes.weights import SPARSE, rank01, soft_pass, uncrowded
 from grace_ds.records import Array, FloatArray, IntArray
 from grace_ds.selection.gumbel import sample_without_replacement
 from grace_ds.utils.arrays import device_memory, library_for, to_device, to_host
@@ -163,7 +164,8 @@ class Check:
         with device_memory(self.device):
             spread, _, _ = self._on_device(values, age, self.ids, self.similarity)
             around = crowding(to_device(self.similarity, self.device))
-            importance = soft_pass(spread[:, 0], -1.5, 0.2) * (0.3 + rank01(spread[:, 0])) * uncrowded(around)
+            sparse = quantile(LocalComm(60.0), to_host(around), SPARSE) or 0.0
+            importance = soft_pass(spread[:, 0], -1.5, 0.2) * (0.3 + rank01(spread[:, 0])) * uncrowded(around, sparse)
             log_p = np.log(to_host(importance))
         weighed = time.perf_counter()
         sample_without_replacement(np.arange(self.n), log_p, self.n // 5, 1, 1)

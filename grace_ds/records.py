@@ -145,7 +145,7 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Signals:
-    """The values by which selection judges the window's samples, sorted by id; on root: of all samples.
+    """The values by which selection judges the samples of the window that this rank owns, sorted by id.
 
     Attributes:
         ids: (n,) int64.
@@ -157,6 +157,10 @@ class Signals:
         crowding: (n,) float32, density of the k-NN graph at the sample; NaN without a graph.
         staleness: (n,) float32, optimizer steps since the sample was trained on and measured; inf if it never was.
         disagreement: (n,) float32, spread of the losses around it; NaN without any.
+        loss_rank: (n,) float64 in [0, 1], rank of the loss among those of the whole window; 0.5 for an unknown loss, NaN if no
+            loss of the window is known.
+        sparseness: (n,) float64 in (0, 1], (c / (c + crowding))² with c the crowding that a quarter of the window does not
+            exceed; NaN without a graph.
     """
 
     ids: IntArray
@@ -168,15 +172,17 @@ class Signals:
     crowding: FloatArray
     staleness: FloatArray
     disagreement: FloatArray
+    loss_rank: npt.NDArray[np.float64]
+    sparseness: npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Coreset:
-    """The result of a selection, on the root rank.
+    """The result of a selection: the members that this rank owns.
 
     Attributes:
         ids: (m,) int64, sorted, unique.
-        weights: (m,) float32, inverse-probability or cluster weights, mean 1 over the coreset.
+        weights: (m,) float32, inverse-probability or cluster weights, mean 1 over the coreset of all ranks.
     """
 
     ids: IntArray

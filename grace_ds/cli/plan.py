@@ -26,7 +26,7 @@ from grace_ds.refresh.choice import slack
 from grace_ds.refresh.trigger import stretched_interval
 
 SCHEDULE_BYTES = 8 + 1 + 4  # per slot: id, role, weight
-SELECT_BYTES = 3 * 32 + 48  # per sample of the window on rank 0: signals sent, joined and sorted, and the data to draw with
+SELECT_BYTES = 52 + 92  # per sample that a rank owns: its signals, and the data to draw with
 VISIT_BYTES = 16  # per sample seen, on every rank
 ROW_BYTES = 32  # per collected row in addition to its sketch (grace_ds.records.SampleRecords)
 BLOCK_BYTES = 60  # per token of a block: temporaries that the allocator of a training job retains
@@ -87,9 +87,9 @@ class RefreshPlan:
         every: steps between two refreshes; more than ``Sizes.interval`` if ``refresh.cadence`` stretches it.
         rolls: whether each refresh reads the content of samples that enter the window.
         features_bytes, table_bytes, schedule_bytes, visit_bytes, resting_bytes: held between refreshes.
-        scratch_bytes, select_bytes: additionally held for the features, and on rank 0 for the choice.
+        scratch_bytes, select_bytes: additionally held for the features, and for the choice.
         feature_seconds, graph_seconds: of the first refresh.
-        root_seconds, probe_seconds, fixed_seconds: of any refresh.
+        choose_seconds, probe_seconds, fixed_seconds: of any refresh.
         step_seconds: of an optimizer step without GRACE; None if unknown; ``step_origin`` names its origin.
         collect_flop_share: added operations relative to the step's; None without a model, 0 if nothing is collected.
         collect_seconds: in each step; None if unknown.
@@ -114,7 +114,7 @@ class RefreshPlan:
     select_bytes: int
     feature_seconds: float
     graph_seconds: float
-    root_seconds: float
+    choose_seconds: float
     probe_seconds: float
     fixed_seconds: float
     first_seconds: float
@@ -166,7 +166,7 @@ def plan(sizes: Sizes, config: GraceConfig) -> RefreshPlan:
     table = Sampling.of(pool.size * max(sizes.tokens - GRAM + 1, 0), pool.size).table_bytes
     feature = _feature_seconds(sizes, rates, per_rank, table) if reads else 0.0
     graph_seconds = graph.seconds(rates.gflops, rates.gbits) * rates.graph * rates.busy
-    root = rates.busy * pool.size * (rates.sample_seconds + (GREEDY_SECONDS if covers else 0.0))
+    chosen = rates.busy * per_rank * (rates.sample_seconds + (GREEDY_SECONDS if covers else 0.0))
     step, origin = _step(sizes, rates)
     probe, share, collect, hooks = _gradients(sizes, c, rates, step)
     rolls = bool(pool.advance)
@@ -174,11 +174,11 @@ def plan(sizes: Sizes, config: GraceConfig) -> RefreshPlan:
     # The graph of a rolling window is repaired: entering rows are compared with all, and all rows with the entering ones.
     entering = min(1.0, pool.advance / pool.size)
     repaired = built * min(1.0, 2 * entering)
-    last = rates.fixed_seconds + root + repaired + probe + feature * entering
+    last = rates.fixed_seconds + chosen + repaired + probe + feature * entering
     mean = last
     every = _every(sizes, c, mean, step + (collect or 0.0))
     slots = (every + slack(c, every)) * sizes.batch
-    first = rates.fixed_seconds + feature + root + built
+    first = rates.fixed_seconds + feature + chosen + built
     even = None
     if step and collect is not None:
         even = BreakEven.of(step, collect, first, mean, every, sizes.steps)
@@ -194,10 +194,10 @@ def plan(sizes: Sizes, config: GraceConfig) -> RefreshPlan:
         visit_bytes=VISIT_BYTES * min(sizes.samples, seen),
         resting_bytes=int(rates.resting_bytes) + ATTACH_BYTES,
         scratch_bytes=_scratch(sizes, rates, per_rank, builds) + table - SMALLEST.table_bytes if reads else 0,
-        select_bytes=pool.size * SELECT_BYTES,
+        select_bytes=per_rank * SELECT_BYTES,
         feature_seconds=feature,
         graph_seconds=graph_seconds,
-        root_seconds=root,
+        choose_seconds=chosen,
         probe_seconds=probe,
         fixed_seconds=rates.fixed_seconds,
         first_seconds=first,

@@ -65,7 +65,7 @@ def _refresh_lines(plan: RefreshPlan, sizes: Sizes, config: GraceConfig) -> list
             f"first {plan.first_seconds:.2f}, mean of the others {plan.mean_seconds:.2f}, last {plan.last_seconds:.2f}",
         ),
         ("  features", f"{plan.feature_seconds:.2f}, {again}"),
-        ("  choice on rank 0", f"{plan.root_seconds:.2f}"),
+        ("  choice", f"{plan.choose_seconds:.2f}"),
         ("  trusted probes", f"{plan.probe_seconds:.2f}"),
         ("  graph", f"{plan.graph_seconds:.1f} at {plan.gflops:.0f} Gflop/s" + ("" if plan.builds else ", not counted in")),
         ("graph", how if plan.builds else f"not built by this configuration; if it were: {how}"),
@@ -85,7 +85,7 @@ def _memory_lines(plan: RefreshPlan) -> list[tuple[str, str]]:
         ("  features, while computed", _bytes(plan.scratch_bytes)),
         ("  graph, at its peak", _bytes(graph.host_bytes)),
         ("  graph, on the GPU", _bytes(graph.device_bytes) if graph.device_bytes else "none: a CPU backend"),
-        ("  selection, on rank 0", _bytes(plan.select_bytes)),
+        ("  selection", _bytes(plan.select_bytes)),
         ("  in all, at the peak", _bytes(plan.peak_bytes)),
         ("  hooks, within a step", f"{_bytes(plan.collect_bytes)}, on the device"),
     ]

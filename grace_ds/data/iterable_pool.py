@@ -93,7 +93,7 @@ class IterablePool:
         due = book.slots(first, start - first).ids if start > first else ids[:0]
         seen = np.union1d(trained[trained >= passed], due[due >= passed])
         closed = ids[(ids < passed) | np.isin(ids, seen)]
-        return Placed(ids, InOrder(start, passed, seen), closed, {"stream": stand.meta()})
+        return Placed(lambda: [ids], InOrder(start, passed, seen), closed, {"stream": stand.meta()})
 
     def _passed(self, last: Schedule, used: int) -> int:
         """Return the position up to which the stream is passed once ``used`` slots of ``last`` are trained on."""

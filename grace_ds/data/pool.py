@@ -7,7 +7,7 @@ computed from the position: nothing of the corpus' size is stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -19,6 +19,7 @@ from grace_ds.data.schedule import ScheduleBook
 from grace_ds.errors import ConfigError, DataError
 from grace_ds.records import IntArray, Schedule
 
+BLOCK = 1 << 18  # ids of a window that are made at a time: 2 MiB
 COLLECTED_SHARE = 20  # an automatic window holds 20 refreshes' worth of samples: each collects 5 % of it
 
 
@@ -30,9 +31,10 @@ class Window:
     size: int
     n: int
 
-    def positions(self) -> IntArray:
-        """Return the positions, (size,) int64."""
-        return (self.start + np.arange(self.size, dtype=np.int64)) % self.n
+    def blocks(self) -> Iterator[IntArray]:
+        """Return the positions in order, in arrays of at most :data:`BLOCK`."""
+        for lo in range(0, self.size, BLOCK):
+            yield (self.start + np.arange(lo, min(lo + BLOCK, self.size), dtype=np.int64)) % self.n
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,29 @@ class Placed:
     """What a schedule is made from.
 
     Attributes:
-        ids: (m,) int64, sorted: the window.
+        blocks: returns the ids of the window in any order, each once, array by array, so that a rank that takes only those
+            that it owns never holds the whole window.
         order: of the corpus from the schedule's start on, if nothing is chosen; None: the run's.
         closed: ids of the window that are not chosen any more, sorted.
         meta: entries of the schedule's ``meta`` from which the next window follows.
     """
 
-    ids: IntArray
+    blocks: Callable[[], Iterable[IntArray]]
     order: Order | None = None
     closed: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def ids(self) -> IntArray:
+        """(m,) int64, sorted: the whole window."""
+        return joined(self.blocks())
+
+
+def joined(blocks: Iterable[IntArray]) -> IntArray:
+    """Return the ids of all ``blocks``, (m,) int64, sorted."""
+    ids: IntArray = np.concatenate([np.empty(0, np.int64), *blocks])
+    ids.sort()
+    return ids
 
 
 class Windows(Protocol):
@@ -121,9 +136,13 @@ class Pool:
 
     def window_at(self, version: int) -> IntArray:
         """Return the ids in the window of ``version``, (size,) int64, sorted."""
+        return joined(self.blocks(version))
+
+    def blocks(self, version: int) -> Iterator[IntArray]:
+        """Return the ids in the window of ``version`` in any order, in arrays of at most :data:`BLOCK`."""
         if self.size == self.n:
-            return np.arange(self.n, dtype=np.int64)
-        return np.sort(self._order(self.window(version).positions()))
+            return Window(0, self.n, self.n).blocks()
+        return map(self._order, self.window(version).blocks())
 
     def known(self, version: int, book: ScheduleBook) -> IntArray:
         """See :class:`Windows`."""
@@ -131,7 +150,7 @@ class Pool:
 
     def place(self, version: int, start: int, book: ScheduleBook, trained: IntArray) -> Placed:
         """See :class:`Windows`."""
-        return Placed(self.window_at(version))
+        return Placed(lambda: self.blocks(version))
 
     def hold(self, schedules: Iterable[Schedule]) -> None:
         """See :class:`Windows`: a dataset with an index needs nothing."""

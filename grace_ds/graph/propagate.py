@@ -109,24 +109,24 @@ def crowding(similarity: FloatArray) -> FloatArray:
     return result
 
 
-def priority(staleness: Array, disagreement: FloatArray) -> FloatRows:
-    """Return the re-scoring priority, staleness x disagreement, of the rows of *all* ranks; it is relative to their maximum.
+def priority(staleness: Array, disagreement: FloatArray, stalest: float | None = None, largest: float | None = None) -> FloatRows:
+    """Return the re-scoring priority, staleness x disagreement; it is relative to the maxima over the rows of *all* ranks.
 
     Args:
         staleness: (n,) float, optimizer steps since the collection, 0 if just collected; inf if never collected, which
             counts as one step more than the stalest of the others.
         disagreement: (n,) float32, from :func:`propagate`; NaN (no neighbour has a value) counts as the largest.
+        stalest, largest: the maxima of the finite values of all ranks, at least 0; None: these rows are all there are.
 
     Returns:
         (n,) float64, finite, not negative; 0 for just collected rows; rows with a higher value are re-scored first.
     """
     xp = array_namespace(staleness, disagreement)
-    age = _double(staleness)
-    never_collected = ~xp.isfinite(age)
-    age = xp.where(never_collected, _largest(xp, xp.where(never_collected, 0.0, age)) + 1.0, xp.where(age > 0, age, 0.0))
-    doubt = _double(disagreement)
-    unknown = ~xp.isfinite(doubt)
-    largest = _largest(xp, xp.where(unknown, 0.0, doubt)) or 1.0
+    age, doubt = _double(staleness), _double(disagreement)
+    never_collected, unknown = ~xp.isfinite(age), ~xp.isfinite(doubt)
+    stalest = _largest(xp, xp.where(never_collected, 0.0, age)) if stalest is None else stalest
+    largest = (_largest(xp, xp.where(unknown, 0.0, doubt)) if largest is None else largest) or 1.0
+    age = xp.where(never_collected, stalest + 1.0, xp.where(age > 0, age, 0.0))
     floor = LEAST_DISAGREEMENT * largest
     doubt = xp.where(unknown, largest, xp.where(doubt > floor, doubt, floor))
     result: FloatRows = age * doubt

@@ -25,7 +25,9 @@ class Recipe:
         fallback: the recipe used instead if gradients cannot be read, or if the guard finds that they do not help; None if
             there is none.
         factors: (signals, parts in force) → name → (n,) float64 factor above 0; importance is their product, or equal for
-            all samples without factors.
+            all samples without factors.  Called on every rank with the samples of that rank, so a sample's factor may depend on
+            its own signals only; those that are relative to the window (``loss_rank``, ``sparseness``) are signals themselves.
+            A factor that is left out is 1.
     """
 
     name: str

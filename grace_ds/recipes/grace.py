@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from grace_ds.recipes.base import Factors, Recipe, register
 from grace_ds.recipes.content import factors as content
-from grace_ds.recipes.weights import any_known, rank01, soft_pass, uncrowded
+from grace_ds.recipes.weights import any_known, soft_pass
 from grace_ds.records import Signals
 
 INFLUENCE_CUT, INFLUENCE_SOFTNESS = -1.5, 0.2  # filter by influence, in deviations of the trusted samples
@@ -24,10 +24,10 @@ def factors(signals: Signals, parts: frozenset[str]) -> Factors:
         found["influence"] = soft_pass(signals.influence, INFLUENCE_CUT, INFLUENCE_SOFTNESS)
     if "loss" in parts and any_known(signals.loss_pass):
         found["loss"] = signals.loss_pass
-    elif "loss" in parts and any_known(signals.loss):
-        found["loss"] = LOSS_BASE + rank01(signals.loss)
-    if "graph" in parts and any_known(signals.crowding):
-        found["crowding"] = uncrowded(signals.crowding)
+    elif "loss" in parts and any_known(signals.loss_rank):
+        found["loss"] = LOSS_BASE + signals.loss_rank
+    if "graph" in parts and any_known(signals.sparseness):
+        found["crowding"] = signals.sparseness
     return found
 
 

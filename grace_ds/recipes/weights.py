@@ -55,16 +55,18 @@ def shared(copies: Array) -> Float64Array:
     return result
 
 
-def uncrowded(crowding: Array) -> Float64Array:
-    """Return (c / (c + crowding))², (n,) float64 in (0, 1], with c the :data:`SPARSE` quantile; NaN (unknown) counts as 0.
+def uncrowded(crowding: Array, sparse: float) -> Float64Array:
+    """Return (c / (c + crowding))², (n,) float64 in (0, 1]; NaN (unknown) counts as 0.
 
-    It is relative to the window itself, so it depends neither on the number of neighbours nor on the width of the vectors.
+    Relative to the window itself it depends neither on the number of neighbours nor on the width of the vectors.
+
+    Args:
+        crowding: (n,) density of the graph at each sample.
+        sparse: c, the :data:`SPARSE` quantile of the window's; 0: nobody is crowded.
     """
     xp = array_namespace(crowding)
     x = _double(crowding)
-    known = xp.sort(x[~xp.isnan(x)])
-    c = float(known[int(SPARSE * (known.shape[0] - 1))]) if known.shape[0] else 0.0
-    result: Float64Array = xp.square(c / (c + xp.where(xp.isnan(x), 0.0, x))) if c > 0 else xp.ones_like(x)
+    result: Float64Array = xp.square(sparse / (sparse + xp.where(xp.isnan(x), 0.0, x))) if sparse > 0 else xp.ones_like(x)
     return result
 
 

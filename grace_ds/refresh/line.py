@@ -20,18 +20,18 @@ from typing import Any
 
 import numpy as np
 
-from grace_ds.data.pool import Placed
+from grace_ds.data.pool import Placed, joined
 from grace_ds.errors import DataError, during
 from grace_ds.features.content import ContentFeatures
 from grace_ds.graph.repair import KeptGraph, follow
-from grace_ds.records import FloatArray, IntArray, Losses, Neighbours, SampleRecords, Schedule
+from grace_ds.records import FloatArray, IntArray, Losses, SampleRecords, Schedule
 from grace_ds.refresh.broadcast import activation, broadcast_schedule
 from grace_ds.refresh.choice import Seen, choose, uniform_schedule
 from grace_ds.refresh.embed import Learned, embed, learn
 from grace_ds.refresh.explanation import explanation
 from grace_ds.refresh.gather import gather_rows
 from grace_ds.refresh.influence import forecast, labels
-from grace_ds.refresh.signals import RefreshContext, RefreshInputs, active_parts, estimate, gather_on_root
+from grace_ds.refresh.signals import RefreshContext, RefreshInputs, active_parts, estimate
 from grace_ds.refresh.state import RefreshState
 from grace_ds.refresh.table import Table, owner_of
 
@@ -90,10 +90,9 @@ def refresh(context: RefreshContext, inputs: RefreshInputs) -> RefreshResult:
         read, sent_losses = gather_rows(context.comm, inputs.losses, context.pool.limit)
     with clock("table"):
         context, placed = place(context, inputs, start)
-        window = placed.ids
-        own = window[owner_of(window, context.comm.size) == context.comm.rank]
-        table, latest = inputs.table.merge(received).keep(window), inputs.seen.merge(read).keep(window)
-    kept, account, counts = inputs.kept, None, {}
+        own = joined(block[owner_of(block, context.comm.size) == context.comm.rank] for block in placed.blocks())
+        table, latest = inputs.table.merge(received).keep(own), inputs.seen.merge(read).keep(own)
+    kept, signals, account, counts = inputs.kept, None, None, {}
     if inputs.uniform:
         with clock("select"):
             schedule = uniform_schedule(context, inputs, start) if context.comm.rank == 0 else None
@@ -107,13 +106,10 @@ def refresh(context: RefreshContext, inputs: RefreshInputs) -> RefreshResult:
         with clock("propagate"):
             local = estimate(context, inputs, own, content, table, latest, graph)
         with clock("select"):
-            signals = gather_on_root(context.comm, local.signals)
-            edges = edges_on_root(context, own, graph)
             seen = by_role(context, inputs, table, content)
-            schedule = choose(context, inputs, start, local, signals, edges, seen) if signals is not None else None
-        with clock("explanation"):
-            if signals is not None and schedule is not None and context.config.run_dir is not None:
-                account = explanation(context, signals, schedule)
+            edges = graph.neighbours() if graph is not None and context.config.covers else None
+            schedule = choose(context, inputs, start, local, local.signals, edges, seen)
+        signals = local.signals
         kept, counts = RefreshState(content, learned, graph), {"propagated": float(local.reached), "graph_searched": 0.0}
         if graph is not None and context.comm.rank == 0:  # equal on all ranks, so it is counted once
             counts["graph_searched"] = float(graph.searched)
@@ -125,6 +121,9 @@ def refresh(context: RefreshContext, inputs: RefreshInputs) -> RefreshResult:
         schedule = context.arrange(schedule)
     with clock("broadcast"):
         schedule = broadcast_schedule(context.comm, schedule)
+    if signals is not None and context.config.run_dir is not None:
+        with clock("explanation"):
+            account = explanation(context, signals, schedule)
     counts |= {
         "anchors": float(len(table)),
         "received": float(len(received)),
@@ -181,22 +180,6 @@ def graph_of(context: RefreshContext, inputs: RefreshInputs, own: IntArray, rows
     if rows is None:
         return None
     return follow(context.comm, inputs.kept.graph, own, rows, context.config.graph, context.config.graph.drift, context.device)
-
-
-def edges_on_root(context: RefreshContext, own: IntArray, graph: KeptGraph | None) -> Neighbours | None:
-    """Return the graph over all samples of the window, rows in order of id, for facility location.  Collective.
-
-    On root only; None on the other ranks, and for other objectives.
-    """
-    if graph is None or not context.config.covers:
-        return None
-    local = graph.neighbours()
-    parts = [context.comm.gather(array) for array in (own, local.ids, local.similarity)]
-    if context.comm.rank != 0:
-        return None
-    ids, neighbours, similarity = (np.concatenate(part) for part in parts if part is not None)
-    order = np.argsort(ids, kind="stable")
-    return Neighbours(neighbours[order], similarity[order])
 
 
 def by_role(context: RefreshContext, inputs: RefreshInputs, table: Table[SampleRecords], content: ContentFeatures) -> Seen | None:

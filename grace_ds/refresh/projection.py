@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from grace_ds.comm.base import Comm
+from grace_ds.comm.statistics import by_lower_id, top
 from grace_ds.features.content import TokenReader, content_features
-from grace_ds.records import FloatArray, IntArray
-from grace_ds.selection.gumbel import random_words
+from grace_ds.records import Array, FloatArray, IntArray
+from grace_ds.selection.gumbel import ALONE, random_words
 
 POINTS = 1500  # samples mapped
 TOKENS = 512  # of each sample that are read
@@ -54,10 +56,7 @@ class PCAProjection:
 
     def __call__(self, window: IntArray) -> ProjectedSamples:
         """Map at most ``POINTS`` of ``window`` (n,) int64, sorted: a hash of the ids picks the same samples in every version."""
-        ids = window
-        if len(window) > POINTS:
-            words = random_words(self.seed, 0, _PURPOSE, window)
-            ids = window[np.sort(np.argpartition(words, POINTS - 1)[:POINTS])]
+        ids = window[mapped(ALONE, self.seed, window)]
         if self._last is None or not np.array_equal(self._last.ids, ids):
             features = content_features(
                 self.reader, ids, dim=self.dim, seed=self.seed, allreduce=lambda counts: counts, want_density=False
@@ -65,6 +64,11 @@ class PCAProjection:
             assert features.vectors is not None  # they are computed by default
             self._last = ProjectedSamples(ids, *principal(features.vectors))
         return self._last
+
+
+def mapped(comm: Comm, seed: int, ids: IntArray) -> Array:
+    """Return which of this rank's samples ``ids`` (n,) are on the map: ``POINTS`` of all ranks', (n,) bool.  Collective."""
+    return top(comm, POINTS, ~random_words(seed, 0, _PURPOSE, ids), by_lower_id(ids))
 
 
 def principal(vectors: FloatArray) -> tuple[FloatArray, tuple[float, float]]:

@@ -7,12 +7,13 @@ results and belongs to none of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from grace_ds.comm.base import Comm
+from grace_ds.comm.statistics import quantile, rank01
 from grace_ds.config.schema import GraceConfig
 from grace_ds.data.order import Order
 from grace_ds.data.pool import Windows
@@ -22,6 +23,7 @@ from grace_ds.features.limits import Limits
 from grace_ds.graph.propagate import Propagated, confidence, crowding, propagate
 from grace_ds.graph.repair import KeptGraph
 from grace_ds.recipes import Recipe, recipe
+from grace_ds.recipes.weights import SPARSE, uncrowded
 from grace_ds.records import Array, C, FloatArray, IntArray, Losses, SampleRecords, Schedule, Signals
 from grace_ds.refresh.gather import Route
 from grace_ds.refresh.influence import labels, predict_influence
@@ -182,7 +184,8 @@ def estimate(
     if inputs.loss_limits is not None:
         loss_pass = inputs.loss_limits.quality(spread_loss[:, None].astype(np.float64)).astype(np.float32)
     since = np.minimum(stale, unread)
-    signals = Signals(own, spread_loss, influence, content.density, quality, loss_pass, crowded, since, disagreement)
+    columns = (spread_loss, influence, content.density, quality, loss_pass, crowded, since, disagreement)
+    signals = Signals(own, *columns, *relative(context.comm, spread_loss, crowded))
     if predicted is None:
         return Estimate(signals, reached)
     return Estimate(signals, reached, predicted.fit.labels, predicted.fit.explained)
@@ -230,16 +233,13 @@ class Estimate:
     explained: float = 0.0
 
 
-def gather_on_root(comm: Comm, signals: Signals) -> Signals | None:
-    """Gather all ranks' signals on root, sorted by id; None on the other ranks.  Collective."""
-    names = [f.name for f in fields(Signals) if f.name != "ids"]
-    ids = comm.gather(signals.ids)
-    columns = comm.gather(np.stack([getattr(signals, name) for name in names], 1).astype(np.float32))
-    if ids is None or columns is None:
-        return None
-    order = np.argsort(np.concatenate(ids), kind="stable")
-    table = np.concatenate(columns)[order]
-    return Signals(np.concatenate(ids)[order], *(np.ascontiguousarray(table[:, i]) for i in range(len(names))))
+def relative(comm: Comm, loss: FloatArray, crowding: FloatArray) -> tuple[Array, Array]:
+    """Return the signals that are relative to the whole window: ``loss_rank`` and ``sparseness`` of :class:`Signals`, (n,) each.
+
+    Collective; the same bits for any number of ranks.
+    """
+    c = quantile(comm, crowding, SPARSE)
+    return rank01(comm, loss), np.full(len(crowding), np.nan) if c is None else uncrowded(crowding, c)
 
 
 def _exact_mean(comm: Comm, values: Array) -> float:

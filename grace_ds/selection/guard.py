@@ -23,8 +23,11 @@ from typing import Any
 import numpy as np
 
 from grace_ds import recipes
+from grace_ds.comm.base import Comm
+from grace_ds.comm.statistics import exact_sum, highest, total
 from grace_ds.recipes.weights import rank01
 from grace_ds.records import Array
+from grace_ds.selection.gumbel import ALONE
 
 RESAMPLES = 1000
 LEAST = 8  # minimum uniformly drawn samples to conclude anything
@@ -159,10 +162,17 @@ def from_meta(meta: Mapping[str, Any] | None) -> Decision | None:
     )
 
 
-def effective_share(log_p: Array) -> float:
-    """Return (Σp)²/(N Σp²): 1 if every sample is equally likely, small if few have all the probability."""
-    p = np.exp(log_p - log_p.max())
-    return float(p.sum() ** 2 / (len(p) * (p**2).sum()))
+def effective_share(log_p: Array, comm: Comm = ALONE) -> float:
+    """Return (Σp)²/(N Σp²) over all ranks: 1 if every sample is equally likely, small if few have all the probability.
+
+    Collective.
+
+    Args:
+        log_p: (n,) float, of this rank's samples; at least one on some rank.
+    """
+    p = np.exp(log_p - highest(comm, log_p))
+    once, squared = exact_sum(comm, p), exact_sum(comm, np.square(p, out=p))
+    return once**2 / (total(comm, len(p))[0] * squared)
 
 
 def contrast(core: Array, audit: Array, confidence: float, seed: int) -> Contrast:
@@ -189,11 +199,14 @@ def prediction_skill(predicted: Array, measured: Array) -> Remembered:
     return Remembered(float(a @ b / spread) if spread > 0 else 0.0, float(both.sum()))
 
 
-def loss_share(loss_pass: Array) -> Remembered:
-    """Return the effective share under the losses' pass (n,) of uniformly drawn samples; empty for too few samples."""
+def loss_share(loss_pass: Array, comm: Comm = ALONE) -> Remembered:
+    """Return the effective share under the losses' pass (n,) of uniformly drawn samples; empty for too few over all ranks.
+
+    Collective.
+    """
     known = loss_pass[np.isfinite(loss_pass)]
-    n = len(known)
-    return Remembered(effective_share(np.log(known)), n / (n + LOOK)) if n >= LEAST else Remembered()
+    (n,) = total(comm, len(known))
+    return Remembered(effective_share(np.log(known), comm), n / (n + LOOK)) if n >= LEAST else Remembered()
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,16 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from grace_ds.comm.base import Comm
+from grace_ds.comm.local import LocalComm
+from grace_ds.comm.statistics import Keys, by_lower_id, exact_sum, float_keys, float_of, highest, top, total
 from grace_ds.errors import DataError
 from grace_ds.records import Array, Coreset, FloatArray, IntArray
 from grace_ds.utils.hashing import GOLDEN, Words, finish, finish_one
 
 Floats = npt.NDArray[np.float64]
 CHUNK = 1 << 16  # ids hashed at once: the scratch arrays stay in the cache
+ALONE: Comm = LocalComm()  # of a draw whose samples all lie on this rank
 
 
 def random_words(seed: int, version: int, purpose: int, ids: IntArray) -> Words:
@@ -58,19 +62,6 @@ def gumbel(seed: int, version: int, ids: IntArray) -> Floats:
     return noise
 
 
-def largest(values: Array, k: int) -> IntArray:
-    """Return the positions of the k largest of ``values`` (n,) float64 without NaN, ascending; the first ones of equal values."""
-    n = len(values)
-    if k >= n:
-        return np.arange(n)
-    if k <= 0:
-        return np.empty(0, np.int64)
-    bar = np.partition(values, n - k)[n - k]
-    above = np.flatnonzero(values > bar)
-    level = np.flatnonzero(values == bar)[: k - len(above)]
-    return np.sort(np.concatenate([above, level]))
-
-
 def check_log_p(ids: IntArray, log_p: Array) -> Floats:
     """Check that ``log_p`` (n,) fits ``ids`` and that ids are sorted and unique; return it as float64.
 
@@ -89,31 +80,36 @@ def check_log_p(ids: IntArray, log_p: Array) -> Floats:
     return np.asarray(log_p, np.float64)
 
 
-def sample_without_replacement(ids: IntArray, log_p: Array, k: int, seed: int, version: int) -> Coreset:
-    """Draw k of ``ids`` with probabilities in proportion to exp(log_p), successively without replacement.
+def sample_without_replacement(ids: IntArray, log_p: Array, k: int, seed: int, version: int, comm: Comm = ALONE) -> Coreset:
+    """Draw k of all ranks' ``ids`` with probabilities in proportion to exp(log_p), successively without replacement.  Collective.
 
     Args:
-        ids: (n,) int64, sorted, unique, the whole window, on the root.
+        ids: (n,) int64, sorted, unique, this rank's samples; each on one rank only.
         log_p: (n,) float, unnormalised; -inf for an id that must never be chosen.
-        k: ids wanted; with fewer finite ``log_p`` all of those are taken.
+        k: ids wanted over all ranks; with fewer finite ``log_p`` all of those are taken.
         seed: of the run.
         version: of the coreset.
+        comm: of all ranks.
 
     Returns:
-        Ids, sorted, with weights 1 / P(perturbed log-probability above the (k+1)-th largest one), which make weighted means over
-        the sample consistent for means over the window; scaled to mean 1.
+        This rank's part: ids, sorted, with weights 1 / P(perturbed log-probability above the (k+1)-th largest one), which make
+        weighted means over the sample consistent for means over the window; scaled to mean 1 over all ranks.
 
     Beyond its arguments and its result it holds at most 16 bytes per id and a constant.
     """
     log_p = check_log_p(ids, log_p)
-    possible = int(np.count_nonzero(np.isfinite(log_p)))
-    shift = _log_total(log_p) if possible else 0.0
+    (possible,) = total(comm, int(np.count_nonzero(np.isfinite(log_p))))
+    shift = _log_total(comm, log_p) if possible else 0.0
     threshold = -np.inf
     if 0 <= k < possible:
-        threshold, bar, level = _bars(ids, log_p, shift, seed, version, k)
-        chosen = _reaching(ids, log_p, shift, seed, version, bar, level, k)
+        keys = _perturbed_keys(ids, log_p, shift, seed, version)
+        chosen = top(comm, k, keys, by_lower_id(ids))
+        # The largest one that is left over.
+        left = int(np.max(keys, where=~chosen, initial=float_keys(np.array([-np.inf]))[0]))
+        threshold = highest(comm, np.array([float_of(left)]))
+        del keys
     else:
-        chosen = np.flatnonzero(np.isfinite(log_p)) if k > 0 else np.empty(0, np.int64)
+        chosen = np.isfinite(log_p) if k > 0 else np.zeros(len(ids), bool)
     drawn, weights = ids[chosen], log_p[chosen]
     del chosen
     weights -= shift
@@ -123,54 +119,29 @@ def sample_without_replacement(ids: IntArray, log_p: Array, k: int, seed: int, v
         np.negative(weights, out=weights)
         np.expm1(weights, out=weights)
         np.divide(-1.0, weights, out=weights)
-    return Coreset(drawn, mean_one(weights))
+    return Coreset(drawn, mean_one(weights, comm))
 
 
-def _log_total(log_p: Floats) -> float:
-    """Return the logarithm of the sum of exp(log_p); not all may be -inf."""
-    top = float(log_p.max())
-    return top + math.log(math.fsum(float(np.exp(log_p[lo : lo + CHUNK] - top).sum()) for lo in range(0, len(log_p), CHUNK)))
+def _log_total(comm: Comm, log_p: Floats) -> float:
+    """Return the logarithm of the sum of all ranks' exp(log_p); not all may be -inf."""
+    most = highest(comm, log_p)
+    chances = log_p - most
+    np.exp(chances, out=chances)
+    return most + math.log(exact_sum(comm, chances))
 
 
-def _perturbed(ids: IntArray, log_p: Floats, shift: float, seed: int, version: int, lo: int) -> Floats:
-    """Return the perturbed log-probabilities of one chunk of ids, from ``lo``; the same numbers at every call."""
-    perturbed = gumbel(seed, version, ids[lo : lo + CHUNK])
-    perturbed += log_p[lo : lo + CHUNK] - shift
-    return perturbed
-
-
-def _bars(ids: IntArray, log_p: Floats, shift: float, seed: int, version: int, k: int) -> tuple[float, float, int]:
-    """Return the (k+1)-th and the k-th largest perturbed log-probability, and how many of the k largest equal the latter."""
-    perturbed = np.empty(len(ids))
+def _perturbed_keys(ids: IntArray, log_p: Floats, shift: float, seed: int, version: int) -> Keys:
+    """Return the keys of the perturbed log-probabilities, (n,) uint64; 8 bytes per id and a constant."""
+    keys = np.empty(len(ids), np.uint64)
     for lo in range(0, len(ids), CHUNK):
-        perturbed[lo : lo + CHUNK] = _perturbed(ids, log_p, shift, seed, version, lo)
-    perturbed.partition(len(ids) - k - 1)
-    highest = perturbed[len(ids) - k :]
-    bar = float(highest.min(initial=np.inf))
-    return float(perturbed[len(ids) - k - 1]), bar, int(np.count_nonzero(highest == bar))
+        perturbed = gumbel(seed, version, ids[lo : lo + CHUNK])
+        perturbed += log_p[lo : lo + CHUNK] - shift
+        keys[lo : lo + CHUNK] = float_keys(perturbed)
+    return keys
 
 
-def _reaching(ids: IntArray, log_p: Floats, shift: float, seed: int, version: int, bar: float, level: int, k: int) -> IntArray:
-    """Return the positions, ascending, of the k perturbed log-probabilities above ``bar``, or the first ``level`` equal to it.
-
-    They are computed a second time, which is cheaper than keeping them next to the copy that was partitioned.
-    """
-    positions = np.empty(k, np.int64)
-    count = 0
-    for lo in range(0, len(ids), CHUNK):
-        perturbed = _perturbed(ids, log_p, shift, seed, version, lo)
-        reaching = perturbed > bar
-        equal = np.flatnonzero(perturbed == bar)[:level]
-        level -= len(equal)
-        reaching[equal] = True
-        found = np.flatnonzero(reaching)
-        positions[count : count + len(found)] = found
-        positions[count : count + len(found)] += lo
-        count += len(found)
-    return positions
-
-
-def mean_one(weights: Array) -> FloatArray:
-    """Return ``weights`` (m,) scaled to mean 1, float32; m may be 0."""
-    total = float(np.sum(weights, dtype=np.float64))
-    return (np.asarray(weights, np.float64) * (len(weights) / total if total > 0 else 1.0)).astype(np.float32)
+def mean_one(weights: Array, comm: Comm = ALONE) -> FloatArray:
+    """Return ``weights`` (m,), not negative, scaled to mean 1 over all ranks, float32; m may be 0.  Collective."""
+    (members,) = total(comm, len(weights))
+    whole = exact_sum(comm, weights)
+    return (np.asarray(weights, np.float64) * (members / whole if whole > 0 else 1.0)).astype(np.float32)

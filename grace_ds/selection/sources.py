@@ -29,8 +29,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
+from grace_ds.comm.base import Comm
+from grace_ds.comm.statistics import exact_sums, highest, total
 from grace_ds.records import Array, Coreset, IntArray
-from grace_ds.selection.gumbel import mean_one
+from grace_ds.selection.gumbel import ALONE, mean_one
 from grace_ds.selection.objectives import check_included
 
 FLOOR = 0.5  # fraction of its share of the window that policy ``floor`` guarantees to a source
@@ -54,70 +56,83 @@ def by_source(
     exclude: IntArray,
     whole: bool = False,
     learned: Learned | None = None,
+    comm: Comm = ALONE,
 ) -> Coreset:
-    """Draw a coreset of ``k`` of ``ids`` in which the sources have the shares that ``policy`` requires.
+    """Draw a coreset of ``k`` of all ranks' ``ids`` in which the sources have the shares that ``policy`` requires.  Collective.
 
     Args:
-        draw: (ids, log_p, k, include, exclude) → coreset, ignoring sources.
+        draw: (ids, log_p, k, include, exclude) → this rank's part of a coreset, ignoring sources; called once for each source
+            that is to have any, in the same order on all ranks.
         policy: keep: each source has its share of the window; floor: at least half of it, the rest by the samples' chances;
             adapt: its share times what ``learned`` says.
         labels: (n,) int64, source of each of ``ids``.
-        ids, log_p: (n,), the window, sorted by id, and unnormalised log-probabilities.
+        ids, log_p: (n,), this rank's samples of the window, sorted by id, and unnormalised log-probabilities.
+        k: members over all ranks.
         include, exclude: sorted ids that must and must not be in.
-        whole: give ``draw`` the whole window each time, with the other sources excluded.
+        whole: give ``draw`` all of this rank's samples each time, with the other sources excluded.
         learned: for policy adapt.
+        comm: of all ranks; without it this rank owns all samples.
 
     Raises:
         ConfigError: more than ``k`` ids must be in.
 
     Returns:
-        The coreset; weights of mean 1, with which a weighted mean over it estimates that over the window, sources included.
+        This rank's part; weights of mean 1 over all ranks, with which a weighted mean over the coreset estimates that over the
+        window, sources included.
     """
-    names, source = np.unique(labels, return_inverse=True)
-    window_counts, required, eligible = np.bincount(source), np.isin(ids, include), np.isfinite(log_p) & ~np.isin(ids, exclude)
-    check_included(int(required.sum()), k)
+    names, window_counts = source_counts(comm, labels)
+    source = np.searchsorted(names, labels)
+    required, eligible = np.isin(ids, include), np.isfinite(log_p) & ~np.isin(ids, exclude)
+    check_included(total(comm, int(required.sum()))[0], k)
+    bounds = [np.bincount(source[which], minlength=len(names)) for which in (required & eligible, eligible)]
+    least, most = comm.allreduce(np.stack(bounds).astype(np.int64))
+    wanted = window_counts.astype(np.float64)
+    if policy == "floor":
+        most_likely = highest(comm, log_p[eligible])
+        wanted = exact_sums(comm, np.exp(log_p - most_likely, where=eligible, out=np.zeros(len(log_p))), source, len(names))
+    quotas = comm.broadcast(_quotas(policy, names, window_counts, wanted, least, most, k, learned or Learned()))
     parts: list[Coreset] = []
-    if policy == "adapt":
-        quotas = _adapted(learned or Learned(), names, source, window_counts, required, eligible, k)
-    else:
-        quotas = _quotas(policy, source, window_counts, log_p, required, eligible, k)
     for label, quota in enumerate(quotas):
         if quota:
             of_source = source == label
             pool = (ids, log_p) if whole else (ids[of_source], log_p[of_source])
             excluded = np.union1d(exclude, ids[~of_source]) if whole else exclude
             drawn = draw(pool[0], pool[1], int(quota), ids[of_source & required], excluded)
-            parts.append(Coreset(drawn.ids, drawn.weights * np.float32(window_counts[label] / max(len(drawn.ids), 1))))
+            (members,) = total(comm, len(drawn.ids))
+            parts.append(Coreset(drawn.ids, drawn.weights * np.float32(window_counts[label] / max(members, 1))))
     joined = np.concatenate([ids[:0], *(part.ids for part in parts)])
     weights = np.concatenate([np.empty(0, np.float32), *(part.weights for part in parts)])
     order = np.argsort(joined)
-    return Coreset(joined[order], mean_one(weights[order]))
+    return Coreset(joined[order], mean_one(weights[order], comm))
 
 
 def _quotas(
-    policy: str, source: IntArray, window_counts: IntArray, log_p: Array, required: Array, eligible: Array, k: int
+    policy: str, names: IntArray, window: IntArray, wanted: Floats, least: IntArray, most: IntArray, k: int, learned: Learned
 ) -> IntArray:
-    """Return the number of samples of each source that the coreset holds, (sources,)."""
-    count = len(window_counts)
-    least = np.bincount(source[required & eligible], minlength=count)
-    most = np.bincount(source[eligible], minlength=count)
+    """Return the number of samples of each source that the coreset holds, (sources,).
+
+    Args:
+        names, window: (sources,) of each source, and its number of samples in the window.
+        wanted: (sources,) what the quotas are proportional to within their bounds; for policy adapt it is ``learned``.
+        least, most: (sources,) samples that must and that may be chosen.
+    """
     if policy == "keep":
-        return allocate(window_counts.astype(np.float64), least, most, k)
-    chance = np.exp(log_p - np.max(log_p[eligible], initial=-np.inf), where=eligible, out=np.zeros(len(log_p)))
-    low = np.minimum(np.maximum(least, np.floor(FLOOR * k * window_counts / max(len(source), 1)).astype(np.int64)), most)
-    return allocate(np.bincount(source, chance, count).astype(np.float64), low, most, k)
-
-
-def _adapted(
-    learned: Learned, names: IntArray, source: IntArray, window_counts: IntArray, required: Array, eligible: Array, k: int
-) -> IntArray:
-    """Return the number of samples of each source that the coreset holds under learned shares, (sources,)."""
-    given = k * window_counts / max(len(source), 1)
-    least = np.bincount(source[required & eligible], minlength=len(names))
-    most = np.bincount(source[eligible], minlength=len(names))
+        return allocate(wanted, least, most, k)
+    given = k * window / max(int(window.sum()), 1)
+    if policy == "floor":
+        return allocate(wanted, np.minimum(np.maximum(least, np.floor(FLOOR * given).astype(np.int64)), most), most, k)
     low = np.minimum(np.maximum(least, np.ceil(learned.least * given - 1e-9).astype(np.int64)), most)
     high = np.maximum(low, np.minimum(most, np.floor(learned.most * given + 1e-9).astype(np.int64)))
     return allocate(given * np.exp([learned.factors.get(int(name), 0.0) for name in names]), low, high, k)
+
+
+def source_counts(comm: Comm, labels: IntArray) -> tuple[IntArray, IntArray]:
+    """Return the sources of all ranks' ``labels`` (n,), sorted, and the number of samples of each.  Collective."""
+    own, counts = np.unique(labels, return_counts=True)
+    names = np.unique(np.concatenate(comm.allgather(own.astype(np.int64))))
+    every = np.zeros(len(names), np.int64)
+    every[np.searchsorted(names, own)] = counts
+    return names, comm.allreduce(every)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "features": (["grace_ds.integrations.setup", "follow_window"], "in refresh"),
     "graph": (["grace_ds.refresh.line", "follow"], "stage graph"),
     "propagate": (["grace_ds.refresh.signals", "propagate"], "in refresh"),
-    "select": (["grace_ds.refresh.line", "gather_on_root"], "stage select"),
+    "select": (["grace_ds.refresh.line", "choose"], "stage select"),
     "broadcast": (["grace_ds.refresh.line", "broadcast_schedule"], "stage broadcast"),
     "agreement": (["grace_ds.refresh.runner", "RefreshRunner._agree"], "stage agreement"),
     "save": (["grace_ds.integrations.checkpoint", "_write_shared"], f"at the checkpoint of step {FAULT_STEP}"),

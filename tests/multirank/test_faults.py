@@ -31,7 +31,7 @@ HANGS = {
     "embed": ("grace_ds.refresh.line", "learn", 1),
     "graph": ("grace_ds.refresh.line", "follow", 1),
     "propagate": ("grace_ds.refresh.signals", "propagate", 1),
-    "select": ("grace_ds.refresh.line", "gather_on_root", 1),
+    "select": ("grace_ds.refresh.line", "choose", 1),
     "broadcast": ("grace_ds.refresh.line", "broadcast_schedule", 1),
     "agree": ("grace_ds.comm.framing", "FramedComm.agree", 2),
 }

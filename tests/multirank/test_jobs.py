@@ -26,7 +26,7 @@ FAULTS = {
     "embed": ("grace_ds.refresh.line", "learn"),
     "graph": ("grace_ds.refresh.line", "follow"),
     "propagate": ("grace_ds.refresh.signals", "propagate"),
-    "select": ("grace_ds.refresh.line", "gather_on_root"),
+    "select": ("grace_ds.refresh.line", "choose"),
     "broadcast": ("grace_ds.refresh.line", "broadcast_schedule"),
     "pending": ("grace_ds.gradients.collector", "_running_means"),
 }

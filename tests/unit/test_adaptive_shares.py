@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from grace_ds.comm.local import LocalComm
 from grace_ds.config.load import load_config
 from grace_ds.errors import ConfigError
 from grace_ds.records import Coreset, FloatArray, IntArray
@@ -135,7 +136,7 @@ def test_factors_go_through_json_bit_for_bit() -> None:
 
 
 def test_the_log_names_the_sources_that_moved_most() -> None:
-    words = in_words(source_shares(LABELS, LABELS[coreset(Learned({3: np.log(0.5)})).ids]))
+    words = in_words(source_shares(LocalComm(5.0), LABELS, LABELS[coreset(Learned({3: np.log(0.5)})).ids]))
     assert words.startswith("3: 0.4") and float(words.split(",")[0].split("→")[1]) < 0.3
 
 

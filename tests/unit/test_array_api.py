@@ -58,10 +58,10 @@ def test_propagation_in_torch_gives_what_numpy_gives(hops: int) -> None:
 def test_importance_in_torch_is_what_it_is_in_numpy() -> None:
     def compute(x: dict[str, Any]) -> list[Any]:
         loss, quality = x["own"][:, 0], soft_pass(x["own"][:, 1], 0.1, 0.3)
-        parts = [quality, rank01(loss), shared(x["density"]), uncrowded(x["crowding"]), confidence(x["ages"], 0.5)]
-        s = Signals(
-            x["ages"][:, 0], loss, x["own"][:, 1], x["density"], quality, quality, x["crowding"], x["ages"][:, 0], x["ages"][:, 1]
-        )
+        rank, sparseness = rank01(loss), uncrowded(x["crowding"], 0.7)
+        parts = [quality, rank, shared(x["density"]), sparseness, confidence(x["ages"], 0.5)]
+        columns = (loss, x["own"][:, 1], x["density"], quality, quality, x["crowding"], x["ages"][:, 0], x["ages"][:, 1])
+        s = Signals(x["ages"][:, 0], *columns, rank, sparseness)
         return parts + [log_importance(recipe(name), s, frozenset(recipes.PARTS)) for name in recipes.names()]
 
     alike(compute)

@@ -13,13 +13,15 @@ from grace_ds.config.schema import CollectConfig, GraceConfig, GuardConfig, Refr
 from grace_ds.data.order import SamplerOrder
 from grace_ds.data.pool import Pool
 from grace_ds.data.schedule import VisitCounts
+from grace_ds.errors import DataError
 from grace_ds.features.content import ContentFeatures
 from grace_ds.features.limits import Limits
 from grace_ds.features.quality import QualityModel
+from grace_ds.recipes import Recipe
 from grace_ds.records import IntArray, Losses, Neighbours, Role, SampleRecords, Schedule, Signals
-from grace_ds.refresh.choice import choose, judge, source_shares
+from grace_ds.refresh.choice import choose, importance, judge, source_shares
 from grace_ds.refresh.influence import enough_labels
-from grace_ds.refresh.signals import Estimate, RefreshContext, RefreshInputs
+from grace_ds.refresh.signals import Estimate, RefreshContext, RefreshInputs, relative
 from grace_ds.refresh.table import Table
 from grace_ds.selection.guard import BLIND, DOWN, ENOUGH, Blindness, Decision, Remembered
 
@@ -62,8 +64,17 @@ def made(
     known = {"loss": zero, "influence": influence, "density": zero, "quality": np.where(READS_WELL, 1.0, 0.02).astype(np.float32)}
     known["loss_pass"] = np.full(N, np.nan, np.float32)
     known |= {"crowding": zero, "staleness": zero, "disagreement": zero, **(signals or {})}
-    s = Signals(IDS, **{name: np.asarray(column, np.float32) for name, column in known.items()})
-    return choose(p, x, step * BATCH if start is None else start, Estimate(s, 0, *estimate), s, edges, None)
+    columns: dict[str, Any] = {name: np.asarray(column, np.float32) for name, column in known.items()}
+    s = signals_of(**columns)
+    found = choose(p, x, step * BATCH if start is None else start, Estimate(s, 0, *estimate), s, edges, None)
+    assert found is not None
+    return found
+
+
+def signals_of(**columns: Any) -> Signals:
+    """Those of the whole window, with what is relative to it."""
+    loss_rank, sparseness = relative(LocalComm(5.0), columns["loss"], columns["crowding"])
+    return Signals(IDS, **columns, loss_rank=loss_rank, sparseness=sparseness)
 
 
 def pipeline(**config: Any) -> RefreshContext:
@@ -232,8 +243,20 @@ def test_what_the_guard_has_stepped_down_to_is_weighed_by_its_own_signals_alone(
     assert not (found.roles == Role.AUDIT).any()
 
 
+def test_a_recipe_that_weighs_a_sample_by_the_others_of_its_rank_is_refused() -> None:
+    def ranked(signals: Signals, parts: frozenset[str]) -> dict[str, Any]:
+        return {"rank": 0.5 + np.argsort(np.argsort(signals.quality, kind="stable")) / len(signals.ids)}
+
+    own = Recipe("own", frozenset(), content=True, trusted=False, fallback="uniform", factors=lambda s, _: {"q": s.quality})
+    quality, nothing = np.random.default_rng(0).random(N).astype(np.float32), np.zeros(N, np.float32)
+    signals = Signals(IDS, *[nothing] * 3, quality, *[nothing] * 6)
+    assert importance(own, signals, frozenset()) == pytest.approx(np.log(quality))
+    with pytest.raises(DataError, match="recipe own: the factors of a sample depend on the other samples"):
+        importance(dataclasses.replace(own, factors=ranked), signals, frozenset())
+
+
 def test_a_source_that_the_coreset_leaves_out_is_told_with_none() -> None:
-    told = source_shares(np.array([4, 4, 7, 9, 4]), np.array([7, 4]))
+    told = source_shares(LocalComm(5.0), np.array([4, 4, 7, 9, 4]), np.array([7, 4]))
     assert told == {"names": [4, 7, 9], "window": [3, 1, 1], "coreset": [1, 1, 0]}
 
 
@@ -326,7 +349,7 @@ def test_by_default_the_guard_leaves_alone_what_is_like_the_trusted_set_and_no_q
     quality = QualityModel.fit(*flat(trusted)).quality(*flat(pool)).astype(np.float32)
     nothing, unknown = np.zeros(N, np.float32), np.full(N, np.nan, np.float32)
     p = pipeline(recipe=recipe, guard=GuardConfig())
-    s = Signals(IDS, unknown, unknown, nothing, quality, unknown, unknown, nothing, unknown)
+    s = Signals(IDS, unknown, unknown, nothing, quality, unknown, unknown, nothing, unknown, unknown, unknown)
     found = judge(p, inputs(0), s, None)
     assert found.level == (top if junk else "uniform"), found.reason
 
@@ -340,7 +363,8 @@ def test_the_guard_hears_losses_of_samples_that_were_drawn_whatever_they_are_lik
     one, nothing = np.ones(N, np.float32), np.zeros(N, np.float32)
     stale = np.where(IDS < 300, 5.0, 99.0)  # the last hundred were read long ago
     passed = np.select([IDS < 100, IDS < 200, IDS < 300], [0.02, 1.0, 0.5], 0.02)
-    s = Signals(IDS, nothing, nothing, nothing, one, passed.astype(np.float32), nothing, stale.astype(np.float32), nothing)
+    columns = (nothing, nothing, nothing, one, passed.astype(np.float32), nothing, stale.astype(np.float32), nothing)
+    s = Signals(IDS, *columns, nothing, one)
     p = dataclasses.replace(pipeline(guard=GuardConfig()), trusted=np.zeros((9, 4), np.float32))
     told = judge(p, x, s, None)
     assert told.losses.value == pytest.approx(1.0 if chosen and not shadow else 0.61, abs=0.01)

@@ -14,14 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grace_ds import recipes
+from grace_ds.comm.local import LocalComm
 from grace_ds.recipes import log_importance, recipe
-from grace_ds.recipes.weights import rank01, shared, soft_pass, uncrowded
+from grace_ds.recipes.weights import rank01, shared, soft_pass
 from grace_ds.records import Signals
+from grace_ds.refresh.signals import relative
 
 NAN = math.nan
 EVERY = frozenset(recipes.PARTS)
 # What a part of the recipe is read from: with the part switched off, and with these unknown, a run must choose alike.
-READS = {"gradients": "influence", "loss": "loss", "graph": "crowding"}
+READS = {"gradients": "influence", "loss": "loss_rank", "graph": "sparseness"}
 # Better for a sample: a higher or a lower value.
 BETTER = {"quality": 1, "density": -1, "influence": 1, "loss": 1, "crowding": -1}
 
@@ -30,7 +32,9 @@ def signals(n: int, **known: Iterable[float]) -> Signals:
     """Of n samples; what is not given is unknown, and nothing has a copy."""
     columns: dict[str, Any] = {f.name: np.full(n, np.nan, np.float32) for f in dataclasses.fields(Signals)}
     columns |= {"ids": np.arange(n), "density": np.zeros(n, np.float32)}
-    return Signals(**columns | {name: np.asarray(list(values), np.float32) for name, values in known.items()})
+    columns |= {name: np.asarray(list(values), np.float32) for name, values in known.items()}
+    columns["loss_rank"], columns["sparseness"] = relative(LocalComm(5.0), columns["loss"], columns["crowding"])
+    return Signals(**columns)
 
 
 def chances(name: str, s: Signals, parts: frozenset[str] = EVERY) -> np.ndarray:
@@ -83,8 +87,12 @@ def test_all_copies_of_a_text_together_are_as_likely_as_one_unique_text(crowds: 
     np.testing.assert_allclose(run_on_all_ranks, 1, rtol=1e-12)
 
 
+def sparseness(crowding: np.ndarray) -> np.ndarray:
+    return relative(LocalComm(5.0), crowding, crowding)[1]
+
+
 def test_a_crowd_thins_out_by_its_density_against_the_sparse_quarter_of_the_window() -> None:
-    found = uncrowded(np.array([7.0, 0.5, np.nan, 1.0, 4.0, 2.0], np.float32))
+    found = sparseness(np.array([7.0, 0.5, np.nan, 1.0, 4.0, 2.0], np.float32))
     np.testing.assert_allclose(found, [1 / 64, 4 / 9, 1, 1 / 4, 1 / 25, 1 / 9], rtol=1e-6)  # a quarter is no denser than 1
     assert found.dtype == np.float64
 
@@ -94,16 +102,18 @@ def test_a_crowd_thins_out_by_its_density_against_the_sparse_quarter_of_the_wind
 )
 def test_the_unit_of_a_density_does_not_matter_and_the_denser_is_never_the_likelier(values: list[float], unit: float) -> None:
     crowding = np.array(values, np.float32)
-    found = uncrowded(crowding)
-    assert ((found > 0) & (found <= 1)).all() and (found[np.isnan(crowding)] == 1).all()
-    known = ~np.isnan(crowding)
+    found, known = sparseness(crowding), ~np.isnan(crowding)
+    if not known.any():
+        assert np.isnan(found).all()
+        return
+    assert ((found > 0) & (found <= 1)).all() and (found[~known] == 1).all()
     assert (np.diff(found[known][np.argsort(crowding[known])]) <= 1e-12).all()
-    np.testing.assert_allclose(uncrowded(crowding * np.float32(unit)), found, rtol=1e-6)
+    np.testing.assert_allclose(sparseness(crowding * np.float32(unit)), found, rtol=1e-6)
 
 
 def test_where_nothing_is_near_to_anything_nobody_is_crowded() -> None:
-    for crowding in ([0.0, 0.0, 0.0], [NAN, NAN], []):
-        assert (uncrowded(np.array(crowding, np.float32)) == 1).all()
+    for crowding in ([0.0, 0.0, 0.0], [0.0, NAN], []):
+        assert (sparseness(np.array(crowding, np.float32)) == 1).all()
 
 
 # -- their product -----------------------------------------------------------------------------------------------------

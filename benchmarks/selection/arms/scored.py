@@ -14,7 +14,12 @@ from benchmarks.selection.scoring import Scorer, mean_loss
 from benchmarks.selection.sizes import forward_flops, training_flops
 from grace_ds.data.trusted import split_trusted
 from grace_ds.records import Array, IntArray
-from grace_ds.selection.gumbel import largest
+from grace_ds.selection.objectives import select
+
+
+def _top(values: Array, k: int) -> IntArray:
+    """The positions of the k largest, the first ones of equal values."""
+    return select("topk", np.arange(len(values)), values, k, seed=0, version=0).ids
 
 
 class LossTopK(SubsetArm):
@@ -26,7 +31,7 @@ class LossTopK(SubsetArm):
 
     def choose(self, version: int) -> IntArray | None:
         """The top of the pool by the model's present losses."""
-        return largest(self.view.scorer.losses(self.view.rows), self.view.k) if version else None
+        return _top(self.view.scorer.losses(self.view.rows), self.view.k) if version else None
 
 
 class GradientNormTopK(SubsetArm):
@@ -38,7 +43,7 @@ class GradientNormTopK(SubsetArm):
 
     def choose(self, version: int) -> IntArray | None:
         """The top of the pool by gradient norm."""
-        return largest(self.view.scorer.gradient_norms(self.view.rows), self.view.k) if version else None
+        return _top(self.view.scorer.gradient_norms(self.view.rows), self.view.k) if version else None
 
 
 class RhoLoss(SubsetArm):
@@ -64,7 +69,7 @@ class RhoLoss(SubsetArm):
 
     def choose(self, version: int) -> IntArray | None:
         """The top of the pool by reducible loss; from the start on, as in the paper."""
-        return largest(self.view.scorer.losses(self.view.rows) - self._irreducible, self.view.k)
+        return _top(self.view.scorer.losses(self.view.rows) - self._irreducible, self.view.k)
 
     def end(self) -> dict[str, Any]:
         """What became of the holdout model."""
