@@ -13,7 +13,19 @@ from rich.console import Console
 from grace_ds.cli.commandline import Parser, in_one_line, wants_debug
 from grace_ds.errors import ConfigError
 
-NAMES = ("collect", "refresh", "graph", "quickstart", "greedy", "density", "selection", "soak", "finetune", "plan", "gpu_check")
+NAMES: tuple[str, ...] = (
+    "collect",
+    "refresh",
+    "graph",
+    "quickstart",
+    "greedy",
+    "density",
+    "selection",
+    "soak",
+    "finetune",
+    "plan",
+)
+NAMES += ("gpu_check", "scale")
 EXAMPLES = {
     "collect": "collect --pairs 10 --models small",
     "refresh": "refresh --sizes 5000 10000",
@@ -25,6 +37,7 @@ EXAMPLES = {
     "soak": "soak --refreshes 3 --minutes 2",
     "finetune": "finetune --data train.jsonl --arms content --seeds 1",
     "plan": "plan --jobs content",
+    "scale": "scale --sizes 100000 1000000 --large 0",
     "gpu_check": "gpu_check --rows 2000 --device cpu",
 }
 

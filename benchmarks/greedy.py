@@ -34,7 +34,7 @@ from grace_ds.features.quality import QualityModel
 from grace_ds.graph import backends
 from grace_ds.graph.ring import nearest
 from grace_ds.graph.rows import Request
-from grace_ds.records import Array, IntArray
+from grace_ds.records import Array, IntArray, Neighbours
 from grace_ds.selection.facility_location import Coverage, coverage, lazy_greedy, objective
 from grace_ds.selection.gumbel import sample_without_replacement
 
@@ -169,18 +169,22 @@ def _in_child(function: Callable[..., Any], *given: Any, limit: float | None = N
 
 def pool_graph(data: Path, n: int) -> tuple[Coverage, Array, float]:
     """The symmetric content graph of the pool's first n rows, their weights, and the seconds that :func:`coverage` took."""
+    neighbours, weights = pool_neighbours(data, n)
+    began = time.process_time()
+    graph = coverage(np.arange(n, dtype=np.int64), neighbours)
+    return graph, weights, time.process_time() - began
+
+
+def pool_neighbours(data: Path, n: int) -> tuple[Neighbours, Array]:
+    """The k-NN graph over the content of the pool's first n rows, and their weights."""
     tokens, ids = np.load(data / "train.npy")[:n], np.arange(n, dtype=np.int64)
     found = content_features(
         TokenReader(_Items(tokens)), ids, dim=DIM, seed=1, allreduce=LocalComm(60.0).allreduce, trusted=_prior(data)
     )
-    assert found.vectors is not None
+    assert found.vectors is not None and found.quality is not None
     backend = backends.choose("auto", n, 0.99)
     neighbours = nearest(LocalComm(3600.0), Request.of(ids, found.vectors, NEIGHBOURS), backend)
-    began = time.process_time()
-    graph = coverage(ids, neighbours)
-    seconds = time.process_time() - began
-    assert found.quality is not None
-    return graph, found.quality.astype(np.float64) / (1.0 + found.density), seconds
+    return neighbours, found.quality.astype(np.float64) / (1.0 + found.density)
 
 
 def measure(name: str, graph: Coverage, weights: Array) -> tuple[IntArray, float]:

@@ -66,6 +66,11 @@ def test_a_plan_is_made_before_the_job_that_it_is_compared_with(tmp_path: Path) 
     [
         ("collect", ["--pairs", "3", "--models", "small"], ["collect_ratio_small", "watch_share_small", "watch_ratio_small"]),
         ("refresh", ["--sizes", "400", "800", "--repeats", "1"], ["refresh_exponent", "repair_share", "refresh_to_faiss_ratio"]),
+        (
+            "scale",
+            ["--sizes", "50000", "100000", "--large", "4000", "--seeds", "1", "--pool", "0"],
+            ["root_memory_exponent", "threshold_exact", "refresh_minutes_without_graph", "refresh_gb_without_graph"],
+        ),
     ],
 )
 def test_a_benchmark_writes_its_claims_and_rows(tmp_path: Path, name: str, options: list[str], claims: list[str]) -> None:
