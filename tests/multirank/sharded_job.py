@@ -59,13 +59,14 @@ def pool_of(seed: int) -> Pool:
         span = span[owner_of(span, 4) == 3]  # of the last quarter of the buckets
     ids = np.sort(draw.choice(span, n, replace=False)).astype(np.int64)
     log_p = draw.integers(-3, 4, n) * 0.5 if seed % 2 else draw.normal(size=n)
+    log_p *= seed % 4 != 1  # all alike: with similarities in quarters many gains are equal
     log_p = np.where(draw.random(n) < (1.0 if seed == 7 else 0.15), -np.inf, log_p)
     order = draw.permutation(n)
     include, exclude = (np.sort(np.append(ids[order[at]], [7, 2**41])) for at in (slice(0, n // 15), slice(n // 15, n // 6)))
     near = ids[draw.integers(0, n, (n, 5))] if n else np.empty((0, 5), np.int64)
     near[draw.random(near.shape) < 0.1] = -1
     near[draw.random(near.shape) < 0.1] = 2**39  # no sample of the window
-    similarity = np.sort(np.ceil(draw.random(near.shape) * 8) / 8, 1)[:, ::-1] - 0.2
+    similarity = np.sort(np.ceil(draw.random(near.shape) * 4) / 4, 1)[:, ::-1] - 0.25
     similarity = np.where(near < 0, -np.inf, similarity).astype(np.float32)
     return Pool(ids, log_p, include, exclude, draw.integers(0, 3, n) * 4, Neighbours(near, similarity))
 

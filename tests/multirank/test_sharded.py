@@ -11,7 +11,7 @@ import pytest
 
 from grace_ds.selection.gumbel import gumbel, random_words
 from tests.multirank.harness import run_ranks
-from tests.multirank.sharded_job import SEEDS, SLOTS, draws_of, pool_of, sizes_of, visits_of, work
+from tests.multirank.sharded_job import SEEDS, SLOTS, Pool, draws_of, pool_of, sizes_of, visits_of, work
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -100,6 +100,51 @@ def test_rs2_goes_through_the_order_of_its_lap(worlds: Worlds, seed: int) -> Non
                 taken.append(i)
         for ranks in SIZES:
             assert set(joined(worlds, ranks, seed, f"rs2 {k} False")) == set(taken)
+
+
+def dense(pool: Pool) -> np.ndarray:
+    """Similarity of every two samples along the graph, the larger of both directions; 1 of each to itself."""
+    place = {sample: i for i, sample in enumerate(pool.ids.tolist())}
+    sim = np.eye(len(pool.ids))
+    for i, (near, values) in enumerate(zip(pool.edges.ids.tolist(), pool.edges.similarity.tolist(), strict=True)):
+        for sample, value in zip(near, values, strict=True):
+            if sample in place:
+                j = place[sample]
+                sim[i, j] = sim[j, i] = max(sim[i, j], value)
+    return sim
+
+
+def greedy(sim: np.ndarray, weights: np.ndarray, k: int, open_: np.ndarray, first: list[int]) -> dict[int, float]:
+    """Greedy as defined, every gain anew for every choice, the first of equals; position → the importance that it covers."""
+    taken, best, left = list(first), sim[:, first].max(1, initial=0.0), open_.copy()
+    left[first] = False
+    while len(taken) < k and left.any():
+        gains = np.cumsum((np.maximum(sim, best[:, None]) - best[:, None]) * weights[:, None], axis=0)[-1]  # one by one
+        taken.append(int(np.argmax(np.where(left, gains, -1.0))))
+        left[taken[-1]] = False
+        best = np.maximum(best, sim[:, taken[-1]])
+    shares = dict.fromkeys(taken, 0.0)
+    for row in np.flatnonzero(best > 0):
+        shares[taken[int(np.argmax(sim[row, taken]))]] += weights[row]
+    return shares
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_facility_location_takes_what_greedy_takes(worlds: Worlds, seed: int) -> None:
+    pool = pool_of(seed)
+    for name, k, forced in draws_of(pool):
+        first = np.flatnonzero(np.isin(pool.ids, pool.include)).tolist() if forced else []
+        if name != "facility_location" or len(first) > k:
+            continue
+        open_ = np.isfinite(pool.log_p) & ~(forced & np.isin(pool.ids, pool.exclude))
+        weights = np.exp(pool.log_p - pool.log_p[open_].max()) if open_.any() else np.zeros(len(pool.ids))
+        shares = greedy(dense(pool), weights, k, open_, first)
+        for size in SIZES:
+            drawn = joined(worlds, size, seed, f"{name} {k} {forced}")
+            assert not isinstance(drawn, str) and set(drawn) == set(pool.ids[list(shares)].tolist())
+            scale = len(shares) / sum(shares.values()) if sum(shares.values()) else 1.0
+            wanted = [shares[int(np.searchsorted(pool.ids, sample))] * scale for sample in drawn]
+            assert list(drawn.values()) == pytest.approx(wanted, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
