@@ -12,6 +12,8 @@ import pytest
 # Before any test module imports torch or deepspeed: both read these once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes of the multi-rank tests share the cores
 os.environ["DS_ACCELERATOR"] = "cpu"
+for _size in ("COLUMNS", "LINES"):  # which workers of pytest-xdist may have: output would be wrapped there
+    os.environ.pop(_size, None)
 # A killed rank leaves a lock in the extensions cache on which every later job would wait for ever.
 _EXTENSIONS = tempfile.mkdtemp(prefix="grace_ds_extensions_")
 os.environ["TORCH_EXTENSIONS_DIR"] = _EXTENSIONS
