@@ -25,9 +25,10 @@ from grace_ds.gradients.projection import bases, fold_table
 from grace_ds.gradients.sharded_collector import ShardedGradientCollector
 from tests.multirank.harness import World
 from tests.multirank.megatron_shims import on_cpu
+from tests.multirank.toy_megatron import HIDDEN, VOCAB, gpt, settings
 from tests.oracles import sketch_of
 
-SEED, DIM, RANK, HIDDEN, LENGTH, VOCAB = 5, 256, 8, 32, 8, 64
+SEED, DIM, RANK, LENGTH = 5, 256, 8, 8
 PATTERNS = ["decoder.*", "output_layer"]
 Batch = dict[str, torch.Tensor]
 
@@ -46,42 +47,9 @@ class Case:
 
 
 def build(case: Case) -> Any:
-    """This rank's part of a GPT with Megatron's local layers, float32, the same weights for every layout."""
-    from megatron.core import parallel_state
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer import TransformerConfig
-
+    """This rank's part of a GPT, the same weights for every layout."""
     torch.manual_seed(1)
-    config = TransformerConfig(
-        num_layers=case.blocks,
-        hidden_size=HIDDEN,
-        num_attention_heads=4,
-        tensor_model_parallel_size=case.tp,
-        pipeline_model_parallel_size=case.pp,
-        sequence_parallel=case.sp,
-        use_cpu_initialization=True,
-        gradient_accumulation_fusion=False,
-        pipeline_dtype=torch.float32,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        deallocate_pipeline_outputs=True,
-        **({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if case.recompute else {}),
-    )
-    return GPTModel(
-        config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(),
-        vocab_size=VOCAB,
-        max_sequence_length=LENGTH,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        parallel_output=True,
-        share_embeddings_and_output_weights=False,
-    )
+    return gpt(settings(case), LENGTH)
 
 
 def batches(case: Case) -> list[Batch]:
@@ -323,16 +291,6 @@ def refusals(world: World) -> dict[str, str]:
 def with_experts() -> Any:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer import TransformerConfig
 
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=HIDDEN,
-        num_attention_heads=4,
-        num_moe_experts=2,
-        use_cpu_initialization=True,
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
-        add_bias_linear=False,
-    )
+    config = settings(Case(blocks=1), num_moe_experts=2, add_bias_linear=False)
     return GPTModel(config, get_gpt_layer_local_spec(num_experts=2), VOCAB, LENGTH)
