@@ -55,7 +55,8 @@ def trace(where: str, step: int, shown: Shown | None = None, *, as_json: bool = 
         width: columns of the text.
 
     Raises:
-        GraceError: there are no schedules, or the run has not trained on this step.
+        GraceError: there are no schedules, or the run has not trained on this step; of a checkpoint, its schedules do not
+            reach this step.
     """
     shown, folder = shown or Shown(), schedules_of(Path(where))
     book = load_book(folder)
@@ -70,7 +71,8 @@ def trace(where: str, step: int, shown: Shown | None = None, *, as_json: bool = 
         first = -(-book.schedules[0].start // batch)
         raise GraceError(f"step {step} lies before the first schedule kept in {folder}; the first whole step there is {first}")
     run_dir = folder.parent if folder.name == "schedules" else folder
-    trained = _trained(run_dir)
+    saved = _saved(run_dir)
+    trained = None if saved is not None else read_trained(run_dir)
     _refuse_untrained(book, trained, step, batch, folder)
     slots, schedules = book.slots(start, batch), {schedule.version: schedule for schedule in book.schedules}
     accounts = _Accounts(run_dir, shown, sorted(set(slots.ids.tolist())))
@@ -88,7 +90,7 @@ def trace(where: str, step: int, shown: Shown | None = None, *, as_json: bool = 
     ]
     drawn = any(schedules[row["version"]].meta.get("objective") == "sample" for row in rows)
     notes = ["weight: 1 / the chance of being drawn, 1 in the mean over the coreset"] if drawn else []
-    notes += _notes(run_dir, trained, rows)
+    notes += _notes(run_dir, trained, saved, step, rows)
     if as_json:
         return json.dumps({"step": step, "batch": batch, "samples": rows, "notes": notes}, indent=1) + "\n"
     made = [_made(schedules[version]) for version in sorted(set(slots.versions.tolist()))]
@@ -110,13 +112,13 @@ def schedules_of(where: Path) -> Path:
     return where
 
 
-def _trained(run_dir: Path) -> Trained | None:
-    """Return how far the run came, by its own record or by the checkpoint's manifest; None if neither tells."""
+def _saved(folder: Path) -> Trained | None:
+    """Return where the run of a checkpoint stood when it was saved; None if ``folder`` is none of a checkpoint."""
     try:
-        manifest = json.loads((run_dir / MANIFEST).read_text("utf-8"))
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
         return Trained(int(manifest["step"]), int(manifest["cursor"]))
     except (OSError, ValueError, KeyError, TypeError):
-        return read_trained(run_dir)
+        return None
 
 
 def _refuse_untrained(book: ScheduleBook, trained: Trained | None, step: int, batch: int, folder: Path) -> None:
@@ -127,7 +129,7 @@ def _refuse_untrained(book: ScheduleBook, trained: Trained | None, step: int, ba
         raise GraceError(f"step {step} lies beyond the last schedule kept in {folder}; give a step below {end}")
 
 
-def _notes(run_dir: Path, trained: Trained | None, rows: list[dict[str, Any]]) -> list[str]:
+def _notes(run_dir: Path, trained: Trained | None, saved: Trained | None, step: int, rows: list[dict[str, Any]]) -> list[str]:
     notes: list[str] = []
     try:
         config = yaml.safe_load((run_dir / "grace_resolved.yaml").read_text("utf-8"))
@@ -135,7 +137,10 @@ def _notes(run_dir: Path, trained: Trained | None, rows: list[dict[str, Any]]) -
             notes.append("Shadow mode: the job trained in its own order; these samples are those that would have been given.")
     except (OSError, ValueError, yaml.YAMLError):
         pass  # a checkpoint, or a folder of schedules alone
-    if trained is None:
+    if saved is not None and step >= saved.step:
+        ahead = "a run that goes on from it trains on these samples, unless it refreshes before"
+        notes.append(f"The checkpoint is of step {saved.step}: {ahead}.")
+    if trained is None and saved is None:
         notes.append("The run has not recorded how far it trained: the step is in its schedule, and may lie after its end.")
     silent = sum(row["text"] is None for row in rows)
     if silent:

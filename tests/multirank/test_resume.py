@@ -178,7 +178,9 @@ def test_trace_reads_a_checkpoint(two: Records, folder: Path) -> None:
         assert [s["position"] for s in told["samples"]] == list(range(72, 80))
         assert {s["role"] for s in told["samples"]} <= {"core", "explore", "audit"}
     table = trace_command(where, "--step", 9).stdout
-    assert [int(line.split()[1]) for line in table.splitlines()[2:]] == [s["id"] for s in told["samples"]]
+    rows = [line.split() for line in table.splitlines() if re.match(r" +\d+ +\d+  ", line)]
+    assert [int(row[1]) for row in rows] == [s["id"] for s in told["samples"]]
+    assert "a run that goes on from it trains on these samples" in table
 
 
 def test_trace_says_what_is_wrong(two: Records, folder: Path, tmp_path: Path) -> None:

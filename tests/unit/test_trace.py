@@ -84,8 +84,11 @@ def test_a_checkpoint_tells_by_its_manifest(run_dir: Path, tmp_path: Path) -> No
     (folder / "manifest.json").write_text(json.dumps({"step": 3, "cursor": 12}))
     for where in (folder, folder.parent):
         assert [s["id"] for s in samples(where, 2)] == [50, 51, 52, 53]
-        with pytest.raises(GraceError, match="never trained"):
-            trace(str(where), 3)
+        assert "goes on from it" not in trace(str(where), 2)
+        ahead = "The checkpoint is of step 3: a run that goes on from it trains on these samples, unless it refreshes before."
+        assert [s["id"] for s in samples(where, 3)] == [54, 55, 56, 57] and ahead in trace(str(where), 3, width=200)
+        with pytest.raises(GraceError, match="beyond the last schedule"):
+            trace(str(where), 6)
         with pytest.raises(GraceError, match="before the first schedule"):
             trace(str(where), 1)
 
