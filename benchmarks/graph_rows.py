@@ -17,11 +17,20 @@ TOPICS, SUBTOPICS = 100, 2000
 _BLOCK = 10_000
 
 
-def clustered_rows(n: int, width: int, seed: int = 0) -> FloatArray:
-    """(n, width) float32 unit rows on the grid, as content features are: topics, subtopics of Zipf-like sizes, noise."""
+def clustered_rows(n: int, width: int, seed: int = 0, owner: int | None = None) -> FloatArray:
+    """(n, width) float32 unit rows on the grid, as content features are: topics, subtopics of Zipf-like sizes, noise.
+
+    Args:
+        n: number of rows.
+        width: of a row.
+        seed: of the topics, and of the rows unless there are several owners.
+        owner: number of a rank's own rows among the same topics.
+    """
     draw = np.random.default_rng(seed)
     topics = draw.normal(size=(TOPICS, width))
     centres = topics[draw.integers(0, TOPICS, SUBTOPICS)] + 0.8 * draw.normal(size=(SUBTOPICS, width))
+    if owner is not None:
+        draw = np.random.default_rng([seed, owner])
     share = 1 / np.arange(1, SUBTOPICS + 1) ** 0.7
     which = draw.choice(SUBTOPICS, n, p=share / share.sum())
     rows = np.empty((n, width), np.float32)

@@ -29,6 +29,7 @@ import numpy as np
 from grace_ds_quickstart.corpus import CorpusSpec, prepare
 from rich.console import Console
 
+from benchmarks.graph_rows import clustered_rows
 from benchmarks.greedy import NEIGHBOURS, pool_neighbours
 from benchmarks.record import Claim, Record
 from grace_ds.comm.base import Comm
@@ -269,8 +270,7 @@ def _context(comm: Comm, config: GraceConfig, windows: OwnedWindows, trusted: Ar
         }
         if not config.collects:
             return ContentFeatures(ids, **numbers, statistics=None, vectors=None)
-        vectors = rng.standard_normal((n, WIDTH), np.float32)
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        vectors = clustered_rows(n, WIDTH, owner=comm.rank)
         return ContentFeatures(ids, **numbers, statistics=rng.standard_normal((n, STATISTICS), np.float32), vectors=vectors)
 
     nobody = np.empty(0, np.int64)
