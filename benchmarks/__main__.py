@@ -25,7 +25,7 @@ NAMES: tuple[str, ...] = (
     "finetune",
     "plan",
 )
-NAMES += ("gpu_check", "scale")
+NAMES += ("gpu_check", "scale", "chaos")
 EXAMPLES = {
     "collect": "collect --pairs 10 --models small",
     "refresh": "refresh --sizes 5000 10000",
@@ -38,6 +38,7 @@ EXAMPLES = {
     "finetune": "finetune --data train.jsonl --arms content --seeds 1",
     "plan": "plan --jobs content",
     "scale": "scale --sizes 100000 1000000 --large 0",
+    "chaos": "chaos --steps 100",
     "gpu_check": "gpu_check --rows 2000 --device cpu",
 }
 

@@ -41,7 +41,7 @@ class Chains(Dataset[dict[str, torch.Tensor]]):
         return len(self.tokens)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.tokens[i]}
+        return {"input_ids": self.tokens[i], "sid": torch.tensor(i)}
 
 
 def resident_mib() -> float:
@@ -94,7 +94,8 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def build() -> tuple[Any, Any]:
+def build(grace_more: dict[str, Any] | None = None, more: dict[str, Any] | None = None) -> tuple[Any, Any]:
+    """Engine and loader; the arguments are added to its ``grace_ds`` block and to the rest of its config."""
     torch.manual_seed(0)
     shape = GPTConfig(width=64)
     grace = {
@@ -110,7 +111,8 @@ def build() -> tuple[Any, Any]:
         "zero_optimization": {"stage": 2},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
         "steps_per_print": 10**9,
-        "grace_ds": grace,
+        "grace_ds": grace | (grace_more or {}),
+        **(more or {}),
     }
     model = GPT(shape)
     data, trusted = Chains(SAMPLES, 1, shape.vocab), Chains(256, 2, shape.vocab)

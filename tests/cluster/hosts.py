@@ -130,6 +130,11 @@ class Hosts:
         else:
             self._ip("-n", self._netns("hub"), "link", "set", f"v{name}", "nomaster")
 
+    def heal(self, name: str) -> None:
+        """Undoes :meth:`cut`, whatever it was."""
+        self._ip("-n", self._netns(name), "link", "set", "eth0", "up")
+        self._ip("-n", self._netns("hub"), "link", "set", f"v{name}", "master", "br0")
+
     def _netns(self, name: str) -> str:
         return f"{self.prefix}-{name}"
 
