@@ -25,7 +25,7 @@ NAMES: tuple[str, ...] = (
     "finetune",
     "plan",
 )
-NAMES += ("gpu_check", "scale", "chaos")
+NAMES += ("gpu_check", "scale", "chaos", "peers")
 EXAMPLES = {
     "collect": "collect --pairs 10 --models small",
     "refresh": "refresh --sizes 5000 10000",
@@ -37,6 +37,7 @@ EXAMPLES = {
     "soak": "soak --refreshes 3 --minutes 2",
     "finetune": "finetune --data train.jsonl --arms content --seeds 1",
     "plan": "plan --jobs content",
+    "peers": "peers --only crawl --arms bm25 --seeds 1",
     "scale": "scale --sizes 100000 1000000 --large 0",
     "chaos": "chaos --steps 100",
     "gpu_check": "gpu_check --rows 2000 --device cpu",

@@ -13,6 +13,7 @@ from rich.console import Console
 from benchmarks.record import Record
 from benchmarks.selection.arms import ARMS
 from benchmarks.selection.arms.ceiling import CEILINGS
+from benchmarks.selection.arms.libraries import PEERS, require
 from benchmarks.selection.claims import claims
 from benchmarks.selection.corpora import STDLIB, CorpusSpec
 from benchmarks.selection.pools import GROUPS, SPECS, prepare_pool
@@ -26,13 +27,26 @@ ORDER = 1000  # added to the seed for the order of a further uniform run
 UNIFORM_STEPS = (400, 600, 800, 1000, 1300, 1600)
 PARTS = ("content", "grace", "no_gradients", "no_graph", "no_sketches")  # the whole, and what it is without each part
 DEFAULT_ARMS = {
-    "crawl": tuple(arm for arm in ARMS if arm not in CEILINGS),
+    "crawl": tuple(arm for arm in ARMS if arm not in (*CEILINGS, *PEERS)),
     "natural": ("uniform", "rs2", "dedup_filter", "dsir", *PARTS, "unguarded", "pseudo"),
     "dose": ("uniform", "oracle", "content", "grace", "unguarded"),
     "heldout": ("uniform", "oracle", "dedup_filter", "dsir", "density", *PARTS, "pseudo"),
     "dev": ("uniform", "oracle", "dedup_filter", "dsir", "density", "content", "grace", "pseudo", "unguarded"),
     **dict.fromkeys(("generated", "generated-heldout"), ("uniform", "oracle", "dedup_filter", "density", *PARTS)),
     "answers": ("uniform", "oracle", "dedup_filter", "density", "content", "grace"),
+    "peers": (
+        "uniform",
+        "oracle",
+        "rs2",
+        "content",
+        "grace",
+        "offline",
+        "bm25",
+        "dsir_library",
+        "token_frequency",
+        "bergson",
+        "dattri",
+    ),
 }
 # By uniform's loss on the dev rows after 400 steps.  Small: 2e-3 and 3e-3 are worse, 8e-3 and 12e-3 no better and more chancy;
 # 4m: 4.374 at 1e-3, 4.231 at 2e-3, 4.241 at 3e-3.
@@ -40,9 +54,13 @@ PEAK_LR = {"small": 5e-3, "4m": 2e-3}
 LARGE_ARMS = ("uniform", "rs2", "dedup_filter", "content", "grace", "oracle")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, pool: str | None = None) -> None:
+    """The options of a comparison; with ``pool`` the group is given and no option."""
     add = parser.add_argument
-    add("--pool", required=True, choices=sorted(GROUPS), help="which pools: one, or a group of them")
+    if pool is None:
+        add("--pool", required=True, choices=sorted(GROUPS), help="which pools: one, or a group of them")
+    else:
+        parser.set_defaults(pool=pool)
     add("--only", nargs="+", choices=sorted(SPECS), metavar="POOL", help=f"of the group, these alone: {', '.join(sorted(SPECS))}")
     arms = f"of {', '.join(sorted(ARMS))} (default: depends on the pool; uniform always runs)"
     add("--arms", nargs="+", choices=sorted(ARMS), metavar="ARM", help=arms)
@@ -50,7 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=int, default=3, metavar="N", help="number of seeds: 0, 1, …")
     add("--orders", type=int, default=1, help="further orders of uniform for each seed, for the spread that luck makes")
     add("--steps", type=int, default=400, help="optimizer steps of every arm")
-    add("--uniform-steps", type=_counts, help="N,N,... lengths of further uniform runs; default: on crawl 400,...,1600")
+    add(
+        "--uniform-steps",
+        type=_counts,
+        help="N,N,... lengths of further uniform runs; default: on crawl 400,...,1600; for peers 600,1000",
+    )
     add("--batch", type=int, default=32, help="samples of a step")
     rates = ", ".join(f"{rate:g} for {model}" for model, rate in PEAK_LR.items())
     add("--lr", type=float, help=f"peak; default: what suits uniform on the dev rows, {rates}")
@@ -71,7 +93,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> Record:
+    pools, record = measured(args, console)
+    record.claims = claims(pools, args.arm, args.model)
+    return record
+
+
+def measured(args: argparse.Namespace, console: Console) -> tuple[list[PoolRuns], Record]:
+    """Builds the pools, does the runs that are not there yet; the runs of each pool, and the record without claims.
+
+    Raises:
+        DataError: an arm's library is not installed.
+        SystemExit: a pool cannot be built, or a run failed.
+    """
     tried = read_tried(args.tried)
+    require(chosen_arms(args))
     say = functools.partial(console.print, highlight=False, markup=False)
     specs: dict[str, list[RunSpec]] = {}
     for name in pool_names(args):
@@ -88,12 +123,11 @@ def run(args: argparse.Namespace, console: Console) -> Record:
     metric = "test" if args.final else "dev"
     pools = [PoolRuns(name, [results[spec] for spec in one], metric, args.steps) for name, one in specs.items()]
     record = tables(pools, tried, args.final)
-    record.claims = claims(pools, args.arm, args.model)
     if len(args.division) > 1:
         divisions = ", ".join(map(str, args.division))
         record.notes.append(f"a seed is a division of the documents ({divisions}), with rows for testing of its own")
     record.notes.append(f"model {args.model}: {done[0]['parameters']:,} parameters, float32, one thread")
-    return record
+    return pools, record
 
 
 def pool_names(args: argparse.Namespace) -> list[str]:

@@ -94,6 +94,7 @@ GROUPS = {
     "generated-heldout": ("generated-heldout-25", "generated-heldout-50", "generated-heldout-crawl", "machine-written"),
     "answers": ("answers",),
 }
+GROUPS["peers"] = GROUPS["generated-heldout"] + GROUPS["crawl"] + GROUPS["answers"]
 HELDOUT = GROUPS["heldout"] + GROUPS["generated-heldout"]
 
 

@@ -22,13 +22,14 @@ from grace_ds_quickstart.launch import environment
 
 from benchmarks.interrupts import deferred_interrupts
 from benchmarks.selection.arms.ceiling import CEILINGS
+from benchmarks.selection.arms.libraries import PEERS, installed
 from benchmarks.selection.arms.system import RECIPES
 from grace_ds.utils.processes import end_group
 
 ROOT = Path(__file__).resolve().parents[2]
 REFRESHES = 5  # of a run, the first schedule included
 MAX_REPEATS = 4  # of a chosen sample, beyond which the budget is raised for all arms alike
-_ALONE = ("uniform", "static_random", "oracle", "infobatch", "trusted_upsample")  # use nothing of the system
+_ALONE = ("uniform", "static_random", "oracle", "infobatch", "trusted_upsample", *PEERS)  # use nothing of the system
 TAIL = 30  # lines shown of a run that failed
 _LOOP = ("job", "visits", "scoring", "sizes", "arms/base")  # what every run executes
 _FAMILIES: dict[str, tuple[str, ...]] = {
@@ -37,6 +38,10 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "arms/scored": ("loss_topk", "gradnorm_topk", "rho"),
     "arms/graph": ("facility", "d2", "density"),
     "arms/filters": ("dedup_filter", "dsir"),
+    "arms/lexical": ("bm25", "dsir_library", "token_frequency", "offline", "bergson"),
+    "arms/offline": ("offline",),
+    "arms/attribution": ("bergson",),
+    "arms/instep": ("dattri",),
 }
 
 
@@ -50,7 +55,7 @@ class RunSpec:
         order_seed: of the order of the samples and of the arm's choices.
         budget: share of the pool that a subset holds.
         code: digest of the sources that the arm runs, as :func:`code_digest` has it.
-        versions: of the libraries that compute.
+        versions: of the libraries that compute, the arm's own included.
     """
 
     pool: str
@@ -86,7 +91,8 @@ class RunSpec:
     def stamped(self) -> RunSpec:
         """With the digest of its sources and the versions filled in."""
         names = ("torch", "numpy", "deepspeed")
-        versions = " ".join([f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in names)])
+        own = [installed(self.arm)] if installed(self.arm) else []
+        versions = " ".join([f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in names), *own])
         return replace(self, code=code_digest(self.arm), versions=versions)
 
     def stamp(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from benchmarks.selection.arms import ARMS, SYSTEM
 from benchmarks.selection.arms.base import Laps, Plan, SubsetArm, View
 from benchmarks.selection.arms.filters import compression_ratios, dsir_log_ratio, duplicates, jaccard, shingles
 from benchmarks.selection.arms.graph import d2_picks
+from benchmarks.selection.arms.libraries import PEERS
 from benchmarks.selection.arms.simple import InfoBatch, TrustedUpsample
 from benchmarks.selection.arms.system import RECIPES, block
 from benchmarks.selection.job import rescale
@@ -25,7 +26,7 @@ from grace_ds.config.load import load_config
 from grace_ds.records import Neighbours
 
 CONFIG = GPTConfig(vocab=50, context=16, layers=2, heads=2, width=8)
-OWN = sorted(set(ARMS) - set(SYSTEM))
+OWN = sorted(set(ARMS) - set(SYSTEM) - set(PEERS))  # the peers: test_selection_bench_peers.py
 
 
 def view(n: int = 120, steps: int = 20, seed: int = 0, trusted: int = 16) -> View:
