@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -21,10 +20,11 @@ from grace_ds import registry
 from grace_ds.config import schema
 from grace_ds.config.block_file import GIVEN
 from grace_ds.config.checks import check_types, check_values
-from grace_ds.config.interpolated import hidden, marked, unresolved
+from grace_ds.config.interpolated import check_interpolations, hidden, marked, unresolved
 from grace_ds.config.schema import GraceConfig, Plain
 from grace_ds.errors import ConfigError
 from grace_ds.utils.files import write_atomic
+from grace_ds.utils.reading import SETTINGS, read_text, read_yaml
 
 log = logging.getLogger("grace_ds")
 
@@ -44,7 +44,7 @@ def read_ds_config(config: str | Path | Mapping[str, Any]) -> Plain:
     import hjson  # DeepSpeed's own reader, so that a config with comments is accepted here too
 
     try:
-        loaded = hjson.loads(Path(config).read_text(), object_pairs_hook=_without_repeats)
+        loaded = hjson.loads(read_text(config, SETTINGS), object_pairs_hook=_without_repeats)
     except OSError as error:
         raise ConfigError(f"DeepSpeed config {str(config)!r} cannot be read ({error.strerror}); give an existing file") from error
     except hjson.HjsonDecodeError as error:
@@ -113,7 +113,7 @@ def load_config(block: Mapping[str, Any], path: str = HOME, dotlist: Sequence[st
         if "file" in given:
             layers.append(_read_file(given.pop("file"), path))
         layers += [OmegaConf.create(given), OmegaConf.from_dotlist(list(dotlist))]
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
+    except (OmegaConfBaseException, TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {_first_line(error)}") from error
     try:
         return _checked(layers, path)
@@ -128,8 +128,10 @@ def _checked(layers: Sequence[Any], path: str) -> GraceConfig:
         ConfigError: as :func:`load_config`; the message may hold values of interpolations.
     """
     merged = OmegaConf.structured(GraceConfig)
-    for layer in layers:
-        raw = cast(Plain, OmegaConf.to_container(layer, resolve=False))
+    plain = [cast(Plain, OmegaConf.to_container(layer, resolve=False)) for layer in layers]
+    asked: Any = next((raw["resolvers"] for raw in reversed(plain) if "resolvers" in raw), [])
+    check_interpolations(plain, asked if isinstance(asked, list) else [], path)
+    for raw in plain:
         _rename(raw, path)
         _refuse_removed(raw, path)
         check_types(raw, GraceConfig(), path)
@@ -274,8 +276,8 @@ def _read_file(file: Any, path: str) -> DictConfig:
     try:
         if not isinstance(file, str):
             raise TypeError("it must be a path")
-        loaded = OmegaConf.load(file)
-    except (OSError, OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
+        loaded = OmegaConf.create(read_yaml(file))
+    except (OSError, OmegaConfBaseException, TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}.file = {file!r} cannot be read: {error}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}.file holds no mapping of keys to values; write it as YAML keys")

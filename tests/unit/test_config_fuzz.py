@@ -31,6 +31,7 @@ BLOCK: dict[str, Any] = {
     "stop_step": 900,
     "trusted": "trusted.jsonl",
     "run_dir": "runs/a",
+    "resolvers": ["oc.env"],
     "refresh": {"interval_steps": 20, "cadence": "fixed", "timeout_seconds": 30.0},
     "collect": {"layers": ["blocks.*"], "exclude": [], "share": 0.5, "dim": 64},
     "features": {"enabled": True, "dim": 32},
