@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from grace_ds.data.schedule import ScheduleBook, load_book
@@ -18,6 +18,7 @@ from grace_ds.monitor.trained import Trained, read_trained
 from grace_ds.records import Role, Schedule
 from grace_ds.report.load import Options, decoder, explanations, read_map
 from grace_ds.report.samples import reason, text_of
+from grace_ds.utils.reading import opened, parse_json, read_json, read_npy, read_yaml
 
 _ROLES = {
     Role.CORE: "chosen",
@@ -26,6 +27,8 @@ _ROLES = {
 }
 _TOKENS = 96  # of a sample of ``--data`` that are decoded
 _NARROWEST = 40
+_LINE = 1 << 26  # bytes of a line of ``--data``, at most
+_LARGEST_BATCH = 1 << 24  # samples of a step: each is listed
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,10 @@ def trace(where: str, step: int, shown: Shown | None = None, *, as_json: bool = 
             reach this step.
     """
     shown, folder = shown or Shown(), schedules_of(Path(where))
-    book = load_book(folder)
-    batch = int(book.schedules[0].meta["batch"])
-    if any(int(schedule.meta["batch"]) != batch for schedule in book.schedules):
+    run_dir = folder.parent if folder.name == "schedules" else folder
+    book = load_book(folder, run_dir)
+    batch = _batch(book, folder)
+    if any(schedule.meta["batch"] != batch for schedule in book.schedules):
         raise GraceError(
             f"the batch has changed in the run of {folder}, so the samples of a step cannot be counted; read the positions that "
             "the job has logged, or replay the run"
@@ -70,7 +74,6 @@ def trace(where: str, step: int, shown: Shown | None = None, *, as_json: bool = 
     if step < 0 or start < book.schedules[0].start:
         first = -(-book.schedules[0].start // batch)
         raise GraceError(f"step {step} lies before the first schedule kept in {folder}; the first whole step there is {first}")
-    run_dir = folder.parent if folder.name == "schedules" else folder
     saved = _saved(run_dir)
     trained = None if saved is not None else read_trained(run_dir)
     _refuse_untrained(book, trained, step, batch, folder)
@@ -112,12 +115,26 @@ def schedules_of(where: Path) -> Path:
     return where
 
 
+def _batch(book: ScheduleBook, folder: Path) -> int:
+    """Return the samples of a step, by the first schedule.
+
+    Raises:
+        GraceError: a schedule does not say it.
+    """
+    for schedule in book.schedules:
+        batch = schedule.meta.get("batch")
+        if type(batch) is not int or not 0 < batch <= _LARGEST_BATCH:
+            raise GraceError(f"schedule {schedule.version} of {folder} says that a step has {batch!r} samples; restore it")
+    first: int = book.schedules[0].meta["batch"]
+    return first
+
+
 def _saved(folder: Path) -> Trained | None:
     """Return where the run of a checkpoint stood when it was saved; None if ``folder`` is none of a checkpoint."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+        manifest = read_json(folder / MANIFEST, root=folder)
         return Trained(int(manifest["step"]), int(manifest["cursor"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
 
@@ -132,10 +149,10 @@ def _refuse_untrained(book: ScheduleBook, trained: Trained | None, step: int, ba
 def _notes(run_dir: Path, trained: Trained | None, saved: Trained | None, step: int, rows: list[dict[str, Any]]) -> list[str]:
     notes: list[str] = []
     try:
-        config = yaml.safe_load((run_dir / "grace_resolved.yaml").read_text("utf-8"))
+        config = yaml.safe_load(read_yaml(run_dir / "grace_resolved.yaml", root=run_dir))
         if isinstance(config, dict) and config.get("mode") == "shadow":
             notes.append("Shadow mode: the job trained in its own order; these samples are those that would have been given.")
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
         pass  # a checkpoint, or a folder of schedules alone
     if saved is not None and step >= saved.step:
         ahead = "a run that goes on from it trains on these samples, unless it refreshes before"
@@ -215,13 +232,16 @@ def _read(data: Path, ids: list[int]) -> dict[int, dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
     try:
         if data.suffix == ".npy":
-            array = np.load(data, mmap_mode="r", allow_pickle=False)
+            array = read_npy(data, mapped=True)
             return {i: {"tokens": array[i, :_TOKENS].tolist()} for i in ids}
         left = set(ids)
-        with data.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines):
+        with opened(data, 1 << 62) as file:
+            for number in itertools.count():
+                line = file.readline(_LINE)
+                if not line or len(line) == _LINE:
+                    break
                 if number in left:
-                    item = json.loads(line)
+                    item = parse_json(line)
                     found[number] = {"text": item["text"]} if "text" in item else {"tokens": item["input_ids"][:_TOKENS]}
                     left.discard(number)
                 if not left:

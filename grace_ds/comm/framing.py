@@ -27,6 +27,7 @@ import numpy.typing as npt
 from grace_ds.comm.base import ReduceOp
 from grace_ds.errors import PeerFailed, TransportError, TransportTimeout
 from grace_ds.records import Array, IntArray
+from grace_ds.utils.reading import MEMORY
 
 T = TypeVar("T")
 Bytes = npt.NDArray[np.uint8]
@@ -35,12 +36,16 @@ DTYPES = tuple(np.dtype(c) for c in ("?", "i1", "i2", "i4", "i8", "u1", "u2", "u
 REDUCE_OPS: tuple[str, ...] = get_args(ReduceOp)
 MAX_NDIM = 8
 
-# Columns of a header.  All but the last are the same for every destination.
+# Columns of a header.  All but the last two are the same for every destination.
 OP, FAILED, ARG, DTYPE, NDIM, TRAIL = range(6)
 LONGEST = TRAIL + MAX_NDIM - 1  # most rows that this rank sends to any one rank; sets the number of rounds
 ROWS = LONGEST + 1  # rows for the destination of this header
-WIDTH = ROWS + 1
+SEAL = ROWS + 1  # of the columns before it
+WIDTH = SEAL + 1
+# Odd, so that a change of one column always changes the seal.  It tells damage and mixed-up calls, not a forger.
+_SEALS = np.random.Generator(np.random.Philox(key=20)).integers(0, 1 << 63, SEAL, np.uint64) * np.uint64(2) + np.uint64(1)
 
+_LARGEST_ARG = 1 << 20  # ranks, or operations
 _SLEEP_FIRST, _SLEEP_MOST = 2e-5, 1e-3  # seconds between two polls, doubling from the first to the most
 _UFUNC: dict[str, Any] = {"sum": np.add, "max": np.maximum, "min": np.minimum}
 
@@ -88,6 +93,40 @@ def describe(head: IntArray) -> str:
         trail = [str(int(n)) for n in head[TRAIL : TRAIL + max(int(head[NDIM]) - 1, 0)]]
         words += f" of {DTYPES[int(head[DTYPE]) - 1]}[{', '.join(first + trail) if head[NDIM] else ''}]"
     return words
+
+
+def seal(headers: IntArray) -> IntArray:
+    """Return the seal of each header, (n,) int64: a sum modulo 2⁶⁴ of its other columns, each times an odd number."""
+    mixed: IntArray = (headers[:, :SEAL].astype(np.uint64) * _SEALS).sum(axis=1, dtype=np.uint64).astype(np.int64)
+    return mixed
+
+
+def check_headers(headers: IntArray, limit: int) -> None:
+    """Check that each header is whole, and that what it announces can exist, before anything is allocated for it.
+
+    Args:
+        headers: (size, WIDTH) int64, one from each rank.
+        limit: most bytes that one rank may send to another.
+
+    Raises:
+        TransportError: naming the ranks whose headers cannot be.
+    """
+    columns = headers[:, :SEAL]
+    bounds = np.zeros(SEAL, np.int64)
+    bounds[[OP, FAILED, ARG, DTYPE, NDIM]] = max(Op), 1, _LARGEST_ARG, len(DTYPES), MAX_NDIM
+    bounds[TRAIL:] = limit
+    whole = (seal(headers) == headers[:, SEAL]) & ((columns >= 0) & (columns <= bounds)).all(axis=1)
+    used = np.arange(MAX_NDIM - 1) < columns[:, NDIM, None] - 1
+    widths = np.where(used, columns[:, TRAIL:LONGEST], 1).astype(np.float64).prod(axis=1)  # as floats: it may not fit 64 bits
+    sizes = np.array([dtype.itemsize for dtype in DTYPES])[np.clip(columns[:, DTYPE] - 1, 0, len(DTYPES) - 1)]
+    whole &= (columns[:, ROWS] <= columns[:, LONGEST]) & (columns[:, LONGEST] * np.maximum(widths * sizes, 1.0) <= limit)
+    whole &= (columns[:, OP] != Op.ALLREDUCE) | (columns[:, ARG] < len(REDUCE_OPS))
+    if not whole.all():
+        ranks = np.flatnonzero(~whole).tolist()
+        raise TransportError(
+            f"the header from rank(s) {str(ranks)[1:-1]} is damaged, or announces more than this machine's {limit >> 30} GiB: check "
+            "that code version, config and data are the same everywhere, and that nobody else is on the job's network"
+        )
 
 
 def judge(op: int, headers: IntArray) -> None:
@@ -223,7 +262,9 @@ class FramedComm:
             head[:, TRAIL : TRAIL + max(array.ndim - 1, 0)] = array.shape[1:]
             head[:, ROWS] = self._rows(array) if rows is None else rows
             head[:, LONGEST] = head[:, ROWS].max()
+        head[:, SEAL] = seal(head)
         received = self._guard(self._alltoall, head)
+        self._guard(check_headers, received, MEMORY)
         if op is not Op.ABORT:
             judge(op, received)
         return received
@@ -312,6 +353,10 @@ class FramedComm:
         return self._guard(self._unfold, mine, head, root)
 
     def _unfold(self, mine: Array | None, head: IntArray, root: int) -> Array:
+        if not head[DTYPE]:
+            raise TransportError(
+                f"rank {root} announces a broadcast without an array; run the same version of grace_ds everywhere"
+            )
         axes = [int(n) for n in (head[ROWS], *head[TRAIL : TRAIL + max(int(head[NDIM]) - 1, 0)])]
         out: Array = np.empty(axes if head[NDIM] else [], DTYPES[int(head[DTYPE]) - 1])
         if mine is not None:

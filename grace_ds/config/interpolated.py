@@ -2,9 +2,9 @@
 
 The value of an interpolation may be a secret (``${oc.env:TOKEN}``), which must appear neither in a file nor in a message.
 
-A reference to another key (``${run_dir}/cache``) is always resolved.  A call (``${oc.env:TOKEN}``) runs code of OmegaConf or of the
-job: it may read the environment, or whatever a resolver that the job has registered does.  It is resolved only if the block lists
-its name under ``resolvers``.
+A reference to another key (``${run_dir}/cache``) is always resolved.  A call (``${oc.env:TOKEN}``) runs code of OmegaConf or of
+the job: it may read the environment, or do whatever a resolver does that the job has registered.  It is resolved only if the
+block lists its name under ``resolvers``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from grace_ds.errors import ConfigError
 
 _VARIABLE = re.compile(r"\$\{\s*oc\.env\s*:\s*([A-Za-z_]\w*)")
 LONGEST = 4096  # characters of a text: a path has no more
-MOST = 20  # interpolations in a block: each may stand for several others, so that what they expand to grows with the power of them
+MOST = 20  # interpolations in a block: where each stands for several others, what they expand to grows exponentially
 _SHORTEST = 4  # least length of a value that is hidden: a shorter one is no secret, and is part of many words
 
 
@@ -99,8 +99,8 @@ def check_interpolations(given: Any, resolvers: Sequence[str], path: str) -> Non
         for name in called(text):
             if name not in resolvers:
                 raise ConfigError(
-                    f"{key} = {text!r} calls the resolver {name!r}, which is not asked for: add it to {path}.resolvers, or write the "
-                    "value itself"
+                    f"{key} = {text!r} calls the resolver {name!r}, which is not asked for: add it to {path}.resolvers, or write "
+                    "the value itself"
                 )
     if count > MOST:
         raise ConfigError(f"{path} holds {count} interpolations; it must be at most {MOST}: write the values themselves")

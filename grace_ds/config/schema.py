@@ -132,7 +132,7 @@ class GraceConfig:
     weights: str = "none"  # what grace_ds.sample_weights() gives: none (ones) | inverse_probability
     comm: str = "auto"  # auto | mpi | torch | local
     plugins: list[str] = field(default_factory=list)  # modules to import first: recipes, objectives and the like
-    resolvers: list[str] = field(default_factory=list)  # what ${name:...} may call, such as oc.env (the environment); references to keys always work
+    resolvers: list[str] = field(default_factory=list)  # resolvers that ${name:...} may call, such as oc.env
     run_dir: str | None = None  # where the resolved config and every schedule are kept; null: nowhere
     replay: str | None = None  # folder of schedules of an earlier run: feed those, choose nothing
     debug: bool = False  # full tracebacks

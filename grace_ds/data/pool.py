@@ -7,10 +7,11 @@ computed from the position: nothing of the corpus' size is stored.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,8 +19,10 @@ from grace_ds.data.order import Order, Permutation
 from grace_ds.data.schedule import ScheduleBook
 from grace_ds.errors import ConfigError, DataError
 from grace_ds.records import IntArray, Schedule
+from grace_ds.utils.reading import MEMORY, read_npy, read_text
 
 BLOCK = 1 << 18  # ids of a window that are made at a time: 2 MiB
+_ID = re.compile(r"[+-]?[0-9]{1,4000}")
 COLLECTED_SHARE = 20  # an automatic window holds 20 refreshes' worth of samples: each collects 5 % of it
 
 
@@ -217,17 +220,17 @@ def read_sources(path: str | Path, n: int) -> IntArray:
     file = Path(path)
     if not file.is_file():
         raise DataError(f"source file {file} does not exist: correct selection.sources")
-    labels = _npy_integers(file, "r")
+    labels = _npy_integers(file, mapped=True)
     if len(labels) != n:
         raise DataError(f"{file} names the source of {len(labels)} samples, the dataset has {n}: give one label for each of them")
     return labels
 
 
-def _npy_integers(file: Path, mapped: Literal["r"] | None = None) -> IntArray:
+def _npy_integers(file: Path, mapped: bool = False) -> IntArray:
     try:
-        array: IntArray = np.load(file, mmap_mode=mapped, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{file} cannot be read as .npy: {error}") from error
+        array: IntArray = read_npy(file, mapped)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read as .npy: {error}; write it by numpy.save") from error
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise DataError(f"{file} holds {array.dtype} of shape {array.shape}: a 1-D array of integer ids is needed")
     return array
@@ -236,17 +239,16 @@ def _npy_integers(file: Path, mapped: Literal["r"] | None = None) -> IntArray:
 def _text_ids(file: Path) -> IntArray:
     ids: list[int] = []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(file, MEMORY).splitlines()
+    except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read as text: {error}; give one id a line, or a .npy file") from error
     for number, line in enumerate(lines, 1):
         entry = line.split("#")[0].strip()
         if not entry:
             continue
-        try:
-            value = int(entry)
-        except ValueError:
-            raise DataError(f"{file}:{number}: {entry!r} is not an integer id; give one id a line") from None
+        if not _ID.fullmatch(entry):  # int() would also take 1_000, and digits of other scripts
+            raise DataError(f"{file}:{number}: {entry[:40]!r} is not an integer id; give one id a line")
+        value = int(entry)
         if abs(value) >= 2**63:
             raise DataError(f"{file}:{number}: id {value} does not fit 64 bits")
         ids.append(value)

@@ -7,6 +7,7 @@ the schedules in the book, so sampler, resume, ``trace`` and ``replay`` all call
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,13 @@ from safetensors.numpy import load, save
 
 from grace_ds.errors import CheckpointError
 from grace_ds.records import Array, Coreset, IntArray, Role, Schedule
-from grace_ds.utils.files import digest, write_atomic
+from grace_ds.utils.files import digest, folder_below, write_atomic
+from grace_ds.utils.reading import MEMORY, opened, parse_json, read_bytes
 
 _PREFIX = "schedule-"
-_HEADER = 100_000_000  # bytes: no header is larger, by the format
+_HEADER = 1 << 24  # bytes of a schedule's header: its meta is some thousands
+# Beyond these, the key of a lap's random numbers or a position would overflow.
+_VERSIONS, _POSITIONS, _SEEDS = 1 << 40, 1 << 60, 1 << 63
 
 
 @dataclass(frozen=True)
@@ -183,26 +187,33 @@ class VisitCounts:
         return np.where(self.ids[index] == ids, self.counts[index], 0).astype(np.int64)
 
 
-def save_schedule(schedule: Schedule, directory: str | Path) -> Path:
-    """Write ``schedule-VERSION.safetensors`` into a directory, atomically; return its path."""
+def save_schedule(schedule: Schedule, directory: str | Path, root: Path | None = None) -> Path:
+    """Write ``schedule-VERSION.safetensors`` into a directory, atomically; return its path.
+
+    Args:
+        root: the run's folder, below which no link is followed; None: ``directory``.
+    """
     target = Path(directory) / f"{_PREFIX}{schedule.version:06d}.safetensors"
     identity = {"version": schedule.version, "start": schedule.start, "seed": schedule.seed, "digest": schedule.digest()}
     facts = json.dumps({**identity, "run": schedule.run})
     meta = json.dumps(dict(schedule.meta))
     header = {"schedule": facts, "meta": meta, "check": _check(facts, meta)}
     arrays: dict[str, Array] = {"ids": schedule.ids, "roles": schedule.roles, "weights": schedule.weights}
-    write_atomic(target, save(arrays, metadata=header))
+    write_atomic(target, save(arrays, metadata=header), root=root)
     return target
 
 
-def load_schedule(path: str | Path) -> Schedule:
+def load_schedule(path: str | Path, root: Path | None = None) -> Schedule:
     """Read one schedule back and check that it is complete.
 
+    Args:
+        root: the run's folder, below which no link is followed; None: the file's own folder.
+
     Raises:
-        CheckpointError: the file is missing, torn, or altered; the message names it.
+        CheckpointError: the file is missing, torn, altered, a link, or larger than the memory; the message names it.
     """
     try:
-        return parse_schedule(Path(path).read_bytes(), path)
+        return parse_schedule(read_bytes(path, root=root or Path(path).parent), path)
     except OSError as e:
         raise CheckpointError(f"schedule {path} cannot be read ({e.strerror}); restore it or choose an older one") from e
 
@@ -216,28 +227,52 @@ def parse_schedule(data: bytes, path: str | Path) -> Schedule:
     try:
         arrays = load(data)
         # The library reads the metadata of files only.  The format: the header's length, then the header in JSON.
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-        facts, meta = json.loads(header["schedule"]), json.loads(header["meta"])
+        header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        if header["check"] != _check(header["schedule"], header["meta"]):
+            raise ValueError("its header does not match the header's digest")
+        facts, meta = parse_json(header["schedule"]), parse_json(header["meta"])
         version, start, seed = int(facts["version"]), int(facts["start"]), int(facts["seed"])
         run = str(facts.get("run", ""))
         schedule = Schedule(version, start, arrays["ids"], arrays["roles"], arrays["weights"], seed, meta, run)
-        intact = (
-            {name: (a.dtype, a.shape) for name, a in arrays.items()} == _form(len(schedule))
-            and header["check"] == _check(header["schedule"], header["meta"])
-            and schedule.digest() == facts["digest"]
-            and schedule.start >= 0
-        )
+        intact = {name: (a.dtype, a.shape) for name, a in arrays.items()} == _form(len(schedule)) and schedule.digest() == facts[
+            "digest"
+        ]
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as e:
         raise CheckpointError(
             f"schedule {path} cannot be read ({type(e).__name__}: {e}); restore it or choose an older one"
         ) from e
     if not intact:
         raise CheckpointError(f"schedule {path} does not match its digest: it was altered or torn; restore it")
+    _check_values(schedule, path)
     return schedule
 
 
-def load_book(directory: str | Path) -> ScheduleBook:
+def _check_values(schedule: Schedule, path: str | Path) -> None:
+    """Check that every position of a schedule can be served; a digest is no proof of that, since anyone can compute one.
+
+    Raises:
+        CheckpointError: naming what cannot be.
+    """
+    odd = {
+        "version": not 0 <= schedule.version < _VERSIONS,
+        "start": not 0 <= schedule.start < _POSITIONS,
+        "seed": not 0 <= schedule.seed < _SEEDS,
+        "meta": not isinstance(schedule.meta, dict),
+        "slots": not len(schedule),
+        "ids": bool((schedule.ids < 0).any()),
+        "roles": not np.isin(schedule.roles, list(Role)).all(),
+        "weights": not (np.isfinite(schedule.weights) & (schedule.weights >= 0)).all(),
+    }
+    wrong = [name for name, is_wrong in odd.items() if is_wrong]
+    if wrong:
+        raise CheckpointError(f"schedule {path} holds {', '.join(wrong)} that no run can have written; restore it")
+
+
+def load_book(directory: str | Path, root: Path | None = None) -> ScheduleBook:
     """Read every schedule in ``directory``.
+
+    Args:
+        root: the run's folder, below which no link is followed; None: ``directory``.
 
     Raises:
         CheckpointError: there is none, or one is damaged, missing between the others, or of another run.
@@ -245,7 +280,7 @@ def load_book(directory: str | Path) -> ScheduleBook:
     paths = sorted(Path(directory).glob(f"{_PREFIX}*.safetensors"))
     if not paths:
         raise CheckpointError(f"no {_PREFIX}*.safetensors in {directory}; give the folder 'schedules' of a run's run_dir")
-    schedules = [load_schedule(p) for p in paths]
+    schedules = [load_schedule(p, root) for p in paths]
     first = schedules[0].version
     for expected, schedule, path in zip(range(first, first + len(paths)), schedules, paths, strict=True):
         if schedule.version != expected:
@@ -264,11 +299,14 @@ def load_book(directory: str | Path) -> ScheduleBook:
     return ScheduleBook(schedules)
 
 
-def put_aside(directory: str | Path, schedule: Schedule) -> set[str]:
+def put_aside(directory: str | Path, schedule: Schedule, root: Path | None = None) -> set[str]:
     """Rename to ``.abandoned`` the files in ``directory`` that conflict with ``schedule``.
 
     These are all schedules of other runs, and those of this version or later from the same run, which was since resumed at an
     earlier step.
+
+    Args:
+        root: the run's folder, below which no link is followed; None: ``directory``.
 
     Returns:
         The names of the other runs; an empty name for one without.
@@ -277,24 +315,26 @@ def put_aside(directory: str | Path, schedule: Schedule) -> set[str]:
         OSError: a file cannot be read or renamed.
     """
     others: set[str] = set()
-    for path in sorted(Path(directory).glob(f"{_PREFIX}*.safetensors")):
-        try:
-            version, run = _named(path)
-        except (ValueError, KeyError, TypeError):  # a damaged file: reading it reports the error
-            continue
-        foreign = run != schedule.run and (bool(run) or schedule.version == 0)
-        if foreign or version >= schedule.version:
-            path.replace(path.with_suffix(".abandoned"))
-        if foreign:
-            others.add(run)
+    root, folder = root or Path(directory), Path(directory)
+    with folder_below(root, folder) as handle:
+        for path in sorted(folder.glob(f"{_PREFIX}*.safetensors")):
+            try:
+                version, run = _named(path, root)
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError):  # damaged: reading it reports the error
+                continue
+            foreign = run != schedule.run and (bool(run) or schedule.version == 0)
+            if foreign or version >= schedule.version:
+                os.replace(path.name, path.with_suffix(".abandoned").name, src_dir_fd=handle, dst_dir_fd=handle)
+            if foreign:
+                others.add(run)
     return others
 
 
-def _named(path: Path) -> tuple[int, str]:
+def _named(path: Path, root: Path) -> tuple[int, str]:
     """Return (version, run) from the header of a schedule's file, without reading its arrays."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _HEADER)))
-    facts = json.loads(header["__metadata__"]["schedule"])
+    with opened(path, MEMORY, root) as file:
+        header = parse_json(file.read(min(int.from_bytes(file.read(8), "little"), _HEADER)))
+    facts = parse_json(header["__metadata__"]["schedule"])
     return int(facts["version"]), str(facts.get("run", ""))
 
 

@@ -13,8 +13,10 @@ import numpy as np
 from grace_ds.data.trusted_items import ItemForm
 from grace_ds.errors import DataError
 from grace_ds.records import IntArray
+from grace_ds.utils.reading import parse_json, read_npy, read_text
 
 Tokenize = Callable[[str], Sequence[int]]
+_BYTES = 1 << 28  # of a file of text or JSON: a few hundred samples, held as Python's objects
 
 
 class TrustedDataset:
@@ -108,9 +110,9 @@ def _texts(file: Path) -> list[str] | None:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"trusted file {file} cannot be read as text: {error}") from error
+        return read_text(file, _BYTES)
+    except (OSError, ValueError) as error:
+        raise DataError(f"trusted file {file} cannot be read as text: {error}; give a smaller file of UTF-8") from error
 
 
 def _cut(file: Path, texts: list[str], length: int, tokenize: Tokenize | None) -> list[tuple[str, dict[str, Any]]]:
@@ -120,7 +122,12 @@ def _cut(file: Path, texts: list[str], length: int, tokenize: Tokenize | None) -
             f"trusted file {file} holds text: name the job's tokenizer in the config (tokenizer: tokenizer.json), pass "
             "tokenize=lambda text: [...token ids] to grace_ds.initialize, or give a file with input_ids"
         )
-    tokens = np.concatenate([np.asarray(tokenize(text), np.int64) for text in texts])
+    try:
+        tokens = np.concatenate([np.asarray(tokenize(text), np.int64) for text in texts])
+    except Exception as error:  # the job's own function: what it makes of half a character, say
+        raise DataError(
+            f"trusted file {file} cannot be tokenised ({type(error).__name__}: {error}); mend the text, or give input_ids"
+        ) from error
     rows = tokens[: len(tokens) // length * length].reshape(-1, length)
     if not len(rows):
         raise DataError(f"trusted file {file} gives {len(tokens)} tokens, the job's samples have {length}: add text")
@@ -147,7 +154,7 @@ def _jsonl_rows(file: Path) -> list[tuple[str, dict[str, Any]]]:
     rows = _objects(file, "input_ids", list)
     for where, row in rows:
         tokens = row["input_ids"]
-        if not tokens or not all(type(token) is int for token in tokens):
+        if not tokens or not all(type(token) is int and abs(token) < 2**63 for token in tokens):
             raise DataError(f"{where}: input_ids must be a non-empty list of integers, found {str(tokens)[:60]}")
     return rows
 
@@ -160,9 +167,11 @@ def _objects(file: Path, key: str, kind: type) -> list[tuple[str, dict[str, Any]
             continue
         where = f"{file}:{number}"
         try:
-            row = json.loads(line)
+            row = parse_json(line, object_pairs_hook=_without_repeats)
         except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+            raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line") from None
+        except ValueError as error:
+            raise DataError(f"{where}: not JSON ({str(error)[:80]}); write one object a line") from None
         if not isinstance(row, dict) or key not in row:
             found = f"keys {sorted(row)}" if isinstance(row, dict) else type(row).__name__
             raise DataError(f"{where}: an object with {key} is needed, found {found}")
@@ -172,11 +181,19 @@ def _objects(file: Path, key: str, kind: type) -> list[tuple[str, dict[str, Any]
     return rows
 
 
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of a line; refuse a key that is given twice, of which JSON's reader would silently take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is given twice")
+    return found
+
+
 def _npy_rows(file: Path) -> list[tuple[str, dict[str, Any]]]:
     try:
-        array = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"trusted file {file} cannot be read as .npy: {error}") from error
+        array = read_npy(file)
+    except (OSError, ValueError) as error:
+        raise DataError(f"trusted file {file} cannot be read as .npy: {error}; write it by numpy.save") from error
     if array.ndim != 2 or array.dtype.kind not in "iu" or not array.shape[1]:
         raise DataError(f"trusted file {file} holds {array.dtype} of shape {array.shape}: integers (n, T) are needed")
     return [(f"{file}[{i}]", {"input_ids": row.astype(np.int64)}) for i, row in enumerate(array)]

@@ -124,7 +124,7 @@ class ItemForm:
             changed: dict[str, Any] = {
                 key: np.concatenate([np.asarray(row[key]), np.full(longest - n, value)])
                 for key, value in fill.items()
-                if key in row and len(row[key]) == n
+                if key in row and _is_row(row[key], n)
             }
             changed |= {POSITIONS: np.arange(longest)} if POSITIONS in row and POSITIONS not in changed else {}
             padded.append({key: changed.get(key, value) for key, value in row.items()})
@@ -173,11 +173,18 @@ def _integers(value: Any) -> IntArray | None:
     return array.astype(np.int64) if array.ndim == 1 and array.dtype.kind in "iu" else None
 
 
+def _is_row(value: Any, n: int) -> bool:
+    """Return whether a row's entry has one value for each of its ``n`` tokens."""
+    if not isinstance(value, list | np.ndarray) or len(value) != n:
+        return False
+    return value.ndim == 1 if isinstance(value, np.ndarray) else not any(isinstance(part, list | dict) for part in value)
+
+
 def value_like(value: Any, like: Any, where: str) -> Any:
     """Convert ``value`` to the kind of ``like``: a tensor or an array of its dtype, a list, or unchanged.
 
     Raises:
-        DataError: ``value`` has another number of axes, or no numbers.
+        DataError: ``value`` has another number of axes, no numbers, or some that do not fit the dtype.
     """
     import torch
 
@@ -193,6 +200,13 @@ def value_like(value: Any, like: Any, where: str) -> Any:
         raise DataError(f"{where}: not a regular array ({error})") from None
     if array.dtype.kind not in "iufb" or array.ndim != like.ndim:
         raise DataError(f"{where}: {like.ndim}-D numbers as in the job are needed, found {array.ndim}-D {array.dtype}")
+    made: Any
     if isinstance(like, np.ndarray):
-        return array.astype(like.dtype)
-    return torch.from_numpy(array.copy()).to(like.dtype)
+        with np.errstate(invalid="ignore", over="ignore"):  # what does not fit is refused below
+            made = kept = array.astype(like.dtype)
+    else:
+        made = torch.from_numpy(array.copy()).to(like.dtype)
+        kept = array if like.dtype.is_floating_point or like.dtype.is_complex else made.numpy()
+    if kept.dtype.kind in "iub" and not np.array_equal(kept, array):
+        raise DataError(f"{where}: it holds numbers that {like.dtype} cannot hold; give token ids of the job's own tokeniser")
+    return made

@@ -14,6 +14,7 @@ import numpy as np
 
 from grace_ds.records import Array
 from grace_ds.utils.files import write_atomic
+from grace_ds.utils.reading import read_npz
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +39,7 @@ def load(folder: str | os.PathLike[str], key: str) -> dict[str, Array] | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        arrays = read_npz(path)
         if not np.array_equal(arrays.pop("digest"), _digest(key, arrays)):
             raise ValueError("its digest does not match")
     except Exception as error:  # a damaged archive can raise anything, including errors of zlib, struct and the parser

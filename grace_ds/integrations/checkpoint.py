@@ -289,6 +289,8 @@ def _folder(path: Path, state: Any) -> Path:
     """
     beside = path if path.is_dir() else path.parent
     tag = state.get("tag") if isinstance(state, dict) else None
-    if not (beside / FOLDER).exists() and isinstance(tag, str) and (beside.parent / tag / FOLDER / MANIFEST).is_file():
+    if not isinstance(tag, str) or tag != Path(tag).name or tag in ("", ".."):  # a folder beside, and no way elsewhere
+        return beside / FOLDER
+    if not (beside / FOLDER).exists() and (beside.parent / tag / FOLDER / MANIFEST).is_file():
         return beside.parent / tag / FOLDER
     return beside / FOLDER

@@ -7,7 +7,6 @@ version of grace_ds, and the error says so.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from grace_ds.records import Array, Losses, SampleRecords, Schedule
 from grace_ds.refresh.state import RefreshState
 from grace_ds.refresh.table import Table
 from grace_ds.utils.files import digest
+from grace_ds.utils.reading import parse_json, read_bytes
 
 SCHEMA = 4
 MANIFEST, VISITS, SHARED = "manifest.json", "visits.safetensors", "window.safetensors"
@@ -90,7 +90,7 @@ def read_saved(folder: Path, state: Any, rank: int, world: int, dim: int) -> Che
     _refuse_schema(folder, schema)
     raw = _read_checked(folder / MANIFEST, expected)
     try:
-        manifest = json.loads(raw)
+        manifest = parse_json(raw)
         _refuse_schema(folder, manifest["schema"])
         return _parse(folder, manifest, rank, world, dim)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
@@ -167,7 +167,7 @@ def _arrays(path: Path, expected: str) -> dict[str, Array]:
 
 def _read_checked(path: Path, expected: str) -> bytes:
     try:
-        data = path.read_bytes()
+        data = read_bytes(path, root=path.parent)
     except OSError as error:
         raise DamagedState(
             f"{path} is missing or cannot be read ({error.strerror}); restore it or use an older checkpoint"

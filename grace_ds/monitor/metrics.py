@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,8 @@ from grace_ds.monitor.trained import TrainedRecord
 from grace_ds.recipes import depth
 from grace_ds.records import IntArray, Role, Schedule
 from grace_ds.refresh.line import RefreshResult
-from grace_ds.utils.files import write_atomic
+from grace_ds.utils.files import folder_below, open_below, write_atomic
+from grace_ds.utils.reading import read_json
 from grace_ds.utils.rng import undisturbed_rng
 
 log = logging.getLogger("grace_ds")
@@ -198,16 +200,18 @@ class Recorder:
             "before": totals,
         }
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if put_aside(folder, schedule):
+            root = folder.parent
+            with folder_below(root, folder, make=True):
+                pass
+            if put_aside(folder, schedule, root):
                 log.warning(
                     "%s holds what another run has left there: it is renamed to *.abandoned; give every run a run_dir of its own",
                     self.run_dir,
                 )
-                for leftover in (folder.parent / "refreshes.jsonl", folder.parent / "reports"):
+                for leftover in (root / "refreshes.jsonl", root / "reports"):
                     _set_aside(leftover)
-            save_schedule(schedule, folder)
-            with (folder.parent / "refreshes.jsonl").open("a") as file:
+            save_schedule(schedule, folder, root)
+            with os.fdopen(open_below(root, root / "refreshes.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             log.warning("schedule %d could not be kept in %s (%s); training goes on", schedule.version, self.run_dir, error)
@@ -260,10 +264,12 @@ def keep_explanation(
         write_atomic(
             folder / f"report-{version:06d}.json",
             json.dumps({**explanation, "samples": samples, "map": chart is not None}).encode(),
+            root=folder.parent,
         )
         if chart is not None and (explanation["used"] or not _holds_a_used_map(folder, version)):
             facts = {key: explanation[key] for key in ("version", "step", "level", "used", "window")}
-            write_atomic(folder / MAP, json.dumps({**facts, **chart, "shown": list(mapped.values())}).encode())
+            shown = json.dumps({**facts, **chart, "shown": list(mapped.values())}).encode()
+            write_atomic(folder / MAP, shown, root=folder.parent)
     except Exception as error:  # the dataset's own code runs here
         log.warning("no explanation of refresh %d is kept (%s: %s); training goes on", version, type(error).__name__, error)
 
@@ -276,9 +282,9 @@ def _short(shown: dict[str, Any]) -> dict[str, Any]:
 def _holds_a_used_map(folder: Path, version: int) -> bool:
     """Return whether the existing map is of an earlier schedule with a coreset, which is worth more than one without."""
     try:
-        existing = json.loads((folder / MAP).read_text("utf-8"))
+        existing = read_json(folder / MAP, root=folder.parent)
         return bool(existing["used"]) and int(existing["version"]) < version
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return False
 
 

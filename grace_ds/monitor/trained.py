@@ -8,6 +8,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from grace_ds.utils.files import open_below
+from grace_ds.utils.reading import read_json
+
 log = logging.getLogger("grace_ds")
 
 FILE = "trained.json"
@@ -40,8 +43,7 @@ class TrainedRecord:
         line = json.dumps({"step": step, "position": position})
         try:
             if self._file < 0:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o644)
+                self._file = open_below(self._path.parent, self._path, os.O_WRONLY | os.O_CREAT)
             os.pwrite(self._file, f"{line:<{_BYTES - 1}}\n".encode(), 0)
         except OSError as error:
             self._failed = True
@@ -57,7 +59,7 @@ class TrainedRecord:
 def read_trained(folder: Path) -> Trained | None:
     """Return what a run has recorded in ``folder``; None if there is no record, or it cannot be read."""
     try:
-        found = json.loads((folder / FILE).read_text("utf-8"))
+        found = read_json(folder / FILE, _BYTES, folder)
         return Trained(int(found["step"]), int(found["position"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None

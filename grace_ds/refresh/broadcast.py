@@ -9,6 +9,7 @@ import numpy as np
 from grace_ds.comm.base import Comm
 from grace_ds.errors import TransportError
 from grace_ds.records import Schedule
+from grace_ds.utils.files import digest
 
 
 def broadcast_schedule(comm: Comm, schedule: Schedule | None, root: int = 0) -> Schedule:
@@ -32,7 +33,8 @@ def broadcast_schedule(comm: Comm, schedule: Schedule | None, root: int = 0) -> 
                 "run": schedule.run,
             }
         ).encode()
-    header = json.loads(comm.broadcast(np.frombuffer(facts, np.uint8), root).tobytes())
+    raw = comm.broadcast(np.frombuffer(facts, np.uint8), root).tobytes()
+    header = json.loads(raw)
     received = Schedule(
         version=header["version"],
         start=header["start"],
@@ -43,7 +45,8 @@ def broadcast_schedule(comm: Comm, schedule: Schedule | None, root: int = 0) -> 
         meta=header["meta"],
         run=header["run"],
     )
-    digests = [part.tobytes().decode() for part in comm.allgather(np.frombuffer(received.digest().encode(), np.uint8))]
+    mine = digest(raw + received.digest().encode())  # the schedule's own leaves its meta and its run out
+    digests = [part.tobytes().decode() for part in comm.allgather(np.frombuffer(mine.encode(), np.uint8))]
     if len(set(digests)) != 1:
         raise TransportError(f"schedule {received.version} differs between ranks after the broadcast: {digests}")
     return received

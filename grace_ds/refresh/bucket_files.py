@@ -18,6 +18,7 @@ from grace_ds.errors import CheckpointError, DamagedState, DataError
 from grace_ds.records import Array
 from grace_ds.utils.files import digest as digest_of
 from grace_ds.utils.files import write_atomic
+from grace_ds.utils.reading import read_bytes
 
 Columns = dict[str, Array]
 
@@ -110,7 +111,7 @@ def _read(path: Path, prefix: str, schema: int, digest: str, buckets: range, nam
     from safetensors.numpy import load
 
     try:
-        data = path.read_bytes()
+        data = read_bytes(path, root=path.parent)
     except OSError as error:
         raise DamagedState(f"{path} cannot be read: {error}; load another checkpoint") from error
     if digest_of(data) != digest:
@@ -118,7 +119,7 @@ def _read(path: Path, prefix: str, schema: int, digest: str, buckets: range, nam
     try:
         columns: Columns = load(data)
         stored_schema, ids = int(columns.pop("schema")[0]), columns["ids"]
-    except (SafetensorError, KeyError, IndexError) as error:
+    except (SafetensorError, KeyError, IndexError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path} is not a file of {prefix} ({error!r}); load another checkpoint") from error
     if stored_schema != schema or (names is not None and set(columns) != set(names)):
         raise CheckpointError(

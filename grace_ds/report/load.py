@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +12,14 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from grace_ds.config.interpolated import check_interpolations
 from grace_ds.data.schedule import load_schedule
-from grace_ds.errors import CheckpointError, DataError
+from grace_ds.errors import CheckpointError, ConfigError, DataError
 from grace_ds.records import Array, Schedule
+from grace_ds.utils.reading import parse_json, read_bytes, read_json, read_npy, read_yaml
 
 Curve = list[tuple[float, float]]  # (optimizer step, loss in nats per token)
+_LINES = 1 << 28  # bytes of refreshes.jsonl: some thousands of a refresh
 _KINDS = ("unique", "duplicate", "junk", "generated")  # of the quickstart's kinds.npy
 _LOSSES = 'a JSON object such as {"uniform": [[100, 5.1], [200, 4.9]], "grace": [[100, 5.0]]}'
 
@@ -113,8 +115,8 @@ def find(where: Path) -> Path:
 
 def _config(folder: Path, notes: list[str]) -> dict[str, Any]:
     try:
-        found = yaml.safe_load((folder / "grace_resolved.yaml").read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        found = yaml.safe_load(read_yaml(folder / "grace_resolved.yaml", root=folder))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         notes.append(f"grace_resolved.yaml cannot be read ({type(error).__name__}): the settings are not shown.")
         return {}
     return found if isinstance(found, dict) else {}
@@ -124,15 +126,18 @@ def _refreshes(folder: Path, notes: list[str]) -> dict[int, dict[str, Any]]:
     """Read the refreshes by version; of a version that a resumed run made again, the last record counts."""
     found: dict[int, dict[str, Any]] = {}
     try:
-        lines = (folder / "refreshes.jsonl").read_text("utf-8", "replace").splitlines()
-    except OSError:
+        lines = read_bytes(folder / "refreshes.jsonl", _LINES, folder).decode("utf-8", "replace").splitlines()
+    except FileNotFoundError:
         notes.append("refreshes.jsonl is missing: the run ended before its first refresh was recorded.")
+        return found
+    except OSError as error:
+        notes.append(f"refreshes.jsonl cannot be read: {error.strerror}.")
         return found
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             found[int(record["version"])] = record
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             notes.append(f"line {number} of refreshes.jsonl is torn and left out, as after a kill.")
     return dict(sorted(found.items()))
 
@@ -141,7 +146,7 @@ def _schedules(folder: Path, notes: list[str]) -> dict[int, Schedule]:
     found = {}
     for path in sorted((folder / "schedules").glob("schedule-*.safetensors")):
         try:
-            schedule = load_schedule(path)
+            schedule = load_schedule(path, folder)
             found[schedule.version] = schedule
         except CheckpointError as error:
             notes.append(f"{path.name} is left out: {error}")
@@ -155,11 +160,11 @@ def explanations(folder: Path, notes: list[str]) -> dict[int, dict[str, Any]]:
     found = {}
     for path in sorted((folder / "reports").glob("report-*.json")):
         try:
-            explanation = json.loads(path.read_text("utf-8"))
+            explanation = read_json(path, root=folder)
             if not explanation.keys() >= {"step", "histograms", "samples"}:
                 raise ValueError("entries are missing")
             found[int(explanation["version"])] = explanation
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             notes.append(f"{path.name} cannot be read ({type(error).__name__}) and is left out.")
     if not found:
         notes.append(
@@ -175,7 +180,7 @@ def read_map(folder: Path, notes: list[str]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        found: dict[str, Any] = read_json(path, root=folder)
         count = len(found["ids"])
         numbers = np.array([found["ids"], found["x"], found["y"]], np.float64)
         coloured = [key for key in ("chance", "influence", "loss", "crowding") if key in found or key in ("chance", "influence")]
@@ -192,7 +197,7 @@ def read_map(folder: Path, notes: list[str]) -> dict[str, Any] | None:
             "explained": (first, second),
             "used": bool(found["used"]),
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         notes.append(f"map.json cannot be read ({type(error).__name__}): the map is not shown.")
         return None
 
@@ -202,7 +207,7 @@ def _results(folder: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for arm in ("uniform", "grace"):
         try:
-            result = json.loads((folder.parent.parent / arm / "result.json").read_text("utf-8"))
+            result = read_json(folder.parent.parent / arm / "result.json")
             if isinstance(result, dict) and "curve" in result:
                 found[arm] = result
         except (OSError, ValueError):
@@ -213,7 +218,7 @@ def _results(folder: Path) -> dict[str, dict[str, Any]]:
 def _curves(options: Options, results: dict[str, dict[str, Any]], notes: list[str]) -> dict[str, Curve]:
     if options.losses is not None:
         try:
-            given = json.loads(options.losses.read_text("utf-8"))
+            given = read_json(options.losses)
             return {str(arm): [(float(step), float(loss)) for step, loss in curve] for arm, curve in given.items()}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise DataError(f"--losses {options.losses} cannot be used ({error}); give {_LOSSES}") from error
@@ -237,7 +242,7 @@ def _sources(options: Options, folder: Path, config: dict[str, Any], notes: list
             notes.append(f"selection.sources, {given}, cannot be read from here: sources are not shown. Give --sources FILE.")
             return None
     try:
-        kinds = np.load(folder.parent.parent / "data" / "kinds.npy", allow_pickle=False)
+        kinds = read_npy(folder.parent.parent / "data" / "kinds.npy")
     except (OSError, ValueError):
         return None
     known = kinds.ndim == 1 and kinds.dtype == np.uint8 and kinds.max(initial=0) < len(_KINDS)
@@ -245,21 +250,24 @@ def _sources(options: Options, folder: Path, config: dict[str, Any], notes: list
 
 
 def _value(config: dict[str, Any], key: str) -> Any:
-    """Return the value of a key that may be an interpolation.
+    """Return the value of a key that may refer to another key.
 
-    If it cannot be resolved here, return it as written.
+    If it cannot be resolved here, return it as written.  No resolver is called: the file may be another person's, and the
+    environment is the reader's.
     """
     section, name = key.split(".")
-    given = (config.get(section) or {}).get(name)
+    within = config.get(section)
+    given = within.get(name) if isinstance(within, dict) else None
     try:
+        check_interpolations(config, (), "grace_resolved.yaml")
         return OmegaConf.select(OmegaConf.create(config), key) if isinstance(given, str) else given
-    except OmegaConfBaseException:
+    except (OmegaConfBaseException, ConfigError, ValueError, TypeError, RecursionError):
         return given
 
 
 def _labels(path: Path) -> tuple[Array, list[str]]:
     try:
-        labels = np.load(path, allow_pickle=False)
+        labels = read_npy(path)
     except (OSError, ValueError) as error:
         raise DataError(f"--sources {path} cannot be read ({error}); give a .npy of one label a sample") from error
     if labels.ndim != 1:

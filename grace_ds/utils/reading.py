@@ -138,9 +138,10 @@ def read_npy(path: str | Path, mapped: bool = False, root: Path | None = None) -
         size = os.fstat(file.fileno()).st_size
         shape, fortran, dtype = _header(file, size)
         order: Any = "F" if fortran else "C"
-        if mapped and math.prod(shape):
+        count = math.prod(shape)
+        if mapped and count:
             return np.memmap(file, dtype, "r", file.tell(), shape, order)
-        return _filled(file, dtype, math.prod(shape)).reshape(shape, order=order)
+        return _filled(file, dtype, count).reshape(shape, order=order)
 
 
 def read_npz(path: str | Path, root: Path | None = None) -> dict[str, Array]:
@@ -185,12 +186,11 @@ def _header(file: IO[bytes], size: int) -> tuple[tuple[int, ...], bool, np.dtype
         version = np.lib.format.read_magic(file)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran, dtype = read(file)
-        shape = tuple(int(n) for n in shape)
     except Exception as error:  # its parser raises what the text provokes
         raise ValueError(f"no header of a .npy file ({type(error).__name__}: {str(error).splitlines()[:1]})") from error
     if dtype.kind not in _KINDS or not dtype.itemsize or min(shape, default=0) < 0:
         raise ValueError(f"it holds {dtype} of shape {shape}, and only numbers and texts are read")
-    there, needed = size - file.tell(), math.prod(shape) * dtype.itemsize
+    there, needed = size - file.tell(), math.prod(map(int, shape)) * dtype.itemsize
     if there != needed:
         raise ValueError(f"its header claims {needed} bytes ({dtype} of shape {shape}), and {there} follow it")
     return shape, bool(fortran), dtype
@@ -199,7 +199,7 @@ def _header(file: IO[bytes], size: int) -> tuple[tuple[int, ...], bool, np.dtype
 def _filled(file: IO[bytes], dtype: np.dtype[Any], count: int) -> Array:
     """Return the next ``count`` elements of a file, as a flat array."""
     array: Array = np.empty(count, dtype)
-    rest = memoryview(array.view(np.uint8)) if count else memoryview(b"")
+    rest = array.view(np.uint8) if count else np.empty(0, np.uint8)
     while len(rest):
         read = file.readinto(rest)  # type: ignore[attr-defined]
         if not read:

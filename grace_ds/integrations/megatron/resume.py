@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from grace_ds.refresh import trigger
 from grace_ds.refresh.broadcast import broadcast_schedule
 from grace_ds.refresh.state import RefreshState
 from grace_ds.utils.files import write_atomic
+from grace_ds.utils.reading import read_json
 
 log = logging.getLogger("grace_ds")
 
@@ -94,7 +96,7 @@ def _read(run_dir: str | None, digest: str, controller: Controller, step: int, c
     folder = Path(run_dir or "") / "schedules"
     if run_dir is None or not (Path(run_dir) / _FACTS).is_file():
         return []
-    facts = json.loads((Path(run_dir) / _FACTS).read_text())
+    facts = _facts(Path(run_dir))
     if facts["digest"] != digest:
         raise CheckpointError(
             f"{run_dir} was made with the dataset {facts['digest']} of {facts['samples']} samples, this one is {digest}: its "
@@ -108,8 +110,11 @@ def _read(run_dir: str | None, digest: str, controller: Controller, step: int, c
         )
     kept: list[Schedule] = []
     for path in sorted(folder.glob("schedule-*.safetensors")):
-        schedule = load_schedule(path)
-        if int(schedule.meta["decided_at_step"]) > step:
+        schedule = load_schedule(path, Path(run_dir))
+        numbers = [schedule.meta.get(key) for key in ("decided_at_step", "next_refresh_step")]
+        if not all(type(number) is int for number in numbers):
+            raise CheckpointError(f"{path} does not say at which step it was decided, and which follows; give a fresh run_dir")
+        if schedule.meta["decided_at_step"] > step:
             path.rename(path.with_suffix(".abandoned"))
         else:
             kept.append(schedule)
@@ -119,6 +124,21 @@ def _read(run_dir: str | None, digest: str, controller: Controller, step: int, c
     if kept and kept[0].start > cursor:
         raise CheckpointError(f"{folder} begins at sample {kept[0].start}, and the job resumes at {cursor}; give a fresh run_dir")
     return kept
+
+
+def _facts(run_dir: Path) -> dict[str, Any]:
+    """Return what :func:`keep_facts` has recorded.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        facts = read_json(run_dir / _FACTS, root=run_dir)
+        return {key: facts[key] for key in ("digest", "samples", "batch")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{run_dir / _FACTS} cannot be read ({type(error).__name__}: {error}); restore it, or give a fresh run_dir"
+        ) from error
 
 
 def begin(run_dir: str) -> None:
