@@ -25,7 +25,7 @@ NAMES: tuple[str, ...] = (
     "finetune",
     "plan",
 )
-NAMES += ("gpu_check", "scale", "chaos", "peers")
+NAMES += ("gpu_check", "scale", "chaos", "peers", "fuzz")
 EXAMPLES = {
     "collect": "collect --pairs 10 --models small",
     "refresh": "refresh --sizes 5000 10000",
@@ -40,6 +40,7 @@ EXAMPLES = {
     "peers": "peers --only crawl --arms bm25 --seeds 1",
     "scale": "scale --sizes 100000 1000000 --large 0",
     "chaos": "chaos --steps 100",
+    "fuzz": "fuzz --cases 2000",
     "gpu_check": "gpu_check --rows 2000 --device cpu",
 }
 

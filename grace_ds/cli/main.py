@@ -204,14 +204,19 @@ def _report(args: argparse.Namespace) -> str:
     from grace_ds.report.load import Options, load_run
     from grace_ds.report.page import page
     from grace_ds.report.terminal import terminal
+    from grace_ds.utils.files import write_atomic
 
     run = load_run(args.where, Options(args.tokenizer, args.sources, args.losses))
     summary = terminal(run, colour=sys.stdout.isatty()) if args.terminal else ""
     target = args.html or (None if args.terminal else run.folder / "report.html")
     if target is None:
         return summary
+    html = page(run)
     try:
-        target.write_text(page(run), "utf-8")
+        if args.html is None:  # beside the run's own files, where a link may lie that others have made
+            write_atomic(target, html.encode(), root=run.folder)
+        else:
+            target.write_text(html, "utf-8")
     except OSError as error:
         raise GraceError(f"the page cannot be written to {target} ({error.strerror}); name another place with --html") from error
     return summary + f"written: {target}\n"

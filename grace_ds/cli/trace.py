@@ -16,7 +16,7 @@ from grace_ds.errors import DataError, GraceError
 from grace_ds.integrations.checkpoint_state import MANIFEST
 from grace_ds.monitor.trained import Trained, read_trained
 from grace_ds.records import Role, Schedule
-from grace_ds.report.load import Options, decoder, explanations, read_map
+from grace_ds.report.load import Options, decoder, explanations, read_map, shown_from
 from grace_ds.report.samples import reason, text_of
 from grace_ds.utils.reading import opened, parse_json, read_json, read_npy, read_yaml
 
@@ -78,25 +78,27 @@ def trace(where: str, step: int, shown: Shown | None = None, *, as_json: bool = 
     trained = None if saved is not None else read_trained(run_dir)
     _refuse_untrained(book, trained, step, batch, folder)
     slots, schedules = book.slots(start, batch), {schedule.version: schedule for schedule in book.schedules}
-    accounts = _Accounts(run_dir, shown, sorted(set(slots.ids.tolist())))
-    rows: list[dict[str, Any]] = [
-        {
-            "position": start + i,
-            "id": int(slots.ids[i]),
-            "role": Role(int(slots.roles[i])).name.lower(),
-            "weight": round(float(slots.weights[i]), 6),
-            "version": int(slots.versions[i]),
-            "reason": accounts.reason(int(slots.ids[i]), Role(int(slots.roles[i])), schedules[int(slots.versions[i])]),
-            "text": accounts.text(int(slots.ids[i])),
-        }
-        for i in range(batch)
-    ]
+    with shown_from(run_dir):
+        accounts = _Accounts(run_dir, shown, sorted(set(slots.ids.tolist())))
+        rows: list[dict[str, Any]] = [
+            {
+                "position": start + i,
+                "id": int(slots.ids[i]),
+                "role": Role(int(slots.roles[i])).name.lower(),
+                "weight": round(float(slots.weights[i]), 6),
+                "version": int(slots.versions[i]),
+                "reason": accounts.reason(int(slots.ids[i]), Role(int(slots.roles[i])), schedules[int(slots.versions[i])]),
+                "text": accounts.text(int(slots.ids[i])),
+            }
+            for i in range(batch)
+        ]
     drawn = any(schedules[row["version"]].meta.get("objective") == "sample" for row in rows)
     notes = ["weight: 1 / the chance of being drawn, 1 in the mean over the coreset"] if drawn else []
     notes += _notes(run_dir, trained, saved, step, rows)
     if as_json:
         return json.dumps({"step": step, "batch": batch, "samples": rows, "notes": notes}, indent=1) + "\n"
-    made = [_made(schedules[version]) for version in sorted(set(slots.versions.tolist()))]
+    with shown_from(run_dir):
+        made = [_made(schedules[version]) for version in sorted(set(slots.versions.tolist()))]
     return _text(step, rows, [*made, *notes], max(width, _NARROWEST))
 
 

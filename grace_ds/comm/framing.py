@@ -124,8 +124,8 @@ def check_headers(headers: IntArray, limit: int) -> None:
     if not whole.all():
         ranks = np.flatnonzero(~whole).tolist()
         raise TransportError(
-            f"the header from rank(s) {str(ranks)[1:-1]} is damaged, or announces more than this machine's {limit >> 30} GiB: check "
-            "that code version, config and data are the same everywhere, and that nobody else is on the job's network"
+            f"the header from rank(s) {str(ranks)[1:-1]} is damaged, or announces more than the machine's {limit >> 30} GiB: "
+            "check that code version, config and data are the same everywhere, and that nobody else is on the job's network"
         )
 
 

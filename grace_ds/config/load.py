@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -277,7 +278,7 @@ def _read_file(file: Any, path: str) -> DictConfig:
         if not isinstance(file, str):
             raise TypeError("it must be a path")
         loaded = OmegaConf.create(read_yaml(file))
-    except (OSError, OmegaConfBaseException, TypeError, ValueError, RecursionError) as error:
+    except (OSError, OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}.file = {file!r} cannot be read: {error}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}.file holds no mapping of keys to values; write it as YAML keys")

@@ -17,7 +17,7 @@ import numpy as np
 
 from grace_ds.data.order import Order, Permutation
 from grace_ds.data.schedule import ScheduleBook
-from grace_ds.errors import ConfigError, DataError
+from grace_ds.errors import CheckpointError, ConfigError, DataError
 from grace_ds.records import IntArray, Schedule
 from grace_ds.utils.reading import MEMORY, read_npy, read_text
 
@@ -159,7 +159,17 @@ class Pool:
         """See :class:`Windows`: a dataset with an index needs nothing."""
 
     def check(self, schedules: Iterable[Schedule]) -> None:
-        """See :class:`Windows`: the number of samples is compared elsewhere."""
+        """See :class:`Windows`.
+
+        Raises:
+            CheckpointError: one names a sample that the dataset does not have.
+        """
+        for schedule in schedules:
+            if int(schedule.ids.max()) >= self.n:
+                raise CheckpointError(
+                    f"schedule {schedule.version} names sample {schedule.ids.max()}, and the dataset has {self.n}: use the "
+                    "dataset that it was made from"
+                )
 
 
 def implied_repeats(total_steps: int, batch: int, budget: float, n: int) -> float:

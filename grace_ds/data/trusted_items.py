@@ -92,6 +92,7 @@ class ItemForm:
             given[self.key], given[LABELS] = row["input_ids"][:-1], row["input_ids"][1:]
         if self.key is not None:
             given |= {key: value for key in missing if (value := self._filled(key, given)) is not None}
+        self._check_lengths(given, where)
         lacks = [key for key in self.like if key not in given]
         if lacks and (self.probed or self.key is None):
             raise DataError(
@@ -99,6 +100,19 @@ class ItemForm:
                 f"token ids; {PASS_DATASET}, add them to the file, or set recipe: content, which reads token ids alone"
             )
         return {key: given[key] for key in self.like if key in given}
+
+    def _check_lengths(self, given: Row, where: str) -> None:
+        """Check that masks, labels and positions have an entry for each token, where the job's own have.
+
+        Raises:
+            DataError: one has not; what is filled up later would be taken for tokens.
+        """
+        if self.key is None:
+            return
+        n = len(given[self.key])
+        for key in (MASK, LABELS, LOSS_MASK, POSITIONS):
+            if key in given and np.shape(self.like[key]) == (len(self.tokens),) and not _is_row(given[key], n):
+                raise DataError(f"{where}: {key} must be a list of {n} numbers, one for each token, found {str(given[key])[:60]}")
 
     def _filled(self, key: str, given: Row) -> Any:
         """Make an entry from the token ids; None if the job's own entry differs from what would be made."""
@@ -124,7 +138,7 @@ class ItemForm:
             changed: dict[str, Any] = {
                 key: np.concatenate([np.asarray(row[key]), np.full(longest - n, value)])
                 for key, value in fill.items()
-                if key in row and _is_row(row[key], n)
+                if key in row
             }
             changed |= {POSITIONS: np.arange(longest)} if POSITIONS in row and POSITIONS not in changed else {}
             padded.append({key: changed.get(key, value) for key, value in row.items()})

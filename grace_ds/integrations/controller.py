@@ -118,7 +118,9 @@ class Controller:
     def start(self) -> None:
         """Make the first schedule, or load the recorded ones, before training.  Collective."""
         if self.config.replay is not None:
-            self.book.replace(load_book(self.config.replay).schedules)
+            schedules = load_book(self.config.replay).schedules
+            self.context.pool.check(schedules)
+            self.book.replace(schedules)
             log.info("replaying %d schedules from %s", len(self.book.schedules), self.config.replay)
         else:
             self.refresh()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
@@ -9,7 +10,6 @@ import numpy as np
 from grace_ds.comm.base import Comm
 from grace_ds.errors import TransportError
 from grace_ds.records import Schedule
-from grace_ds.utils.files import digest
 
 
 def broadcast_schedule(comm: Comm, schedule: Schedule | None, root: int = 0) -> Schedule:
@@ -33,23 +33,19 @@ def broadcast_schedule(comm: Comm, schedule: Schedule | None, root: int = 0) -> 
                 "run": schedule.run,
             }
         ).encode()
-    raw = comm.broadcast(np.frombuffer(facts, np.uint8), root).tobytes()
-    header = json.loads(raw)
-    received = Schedule(
-        version=header["version"],
-        start=header["start"],
-        ids=comm.broadcast(schedule.ids if schedule else None, root),
-        roles=comm.broadcast(schedule.roles if schedule else None, root),
-        weights=comm.broadcast(schedule.weights if schedule else None, root),
-        seed=header["seed"],
-        meta=header["meta"],
-        run=header["run"],
+    raw = comm.broadcast(np.frombuffer(facts, np.uint8), root)
+    ids, roles, weights = (
+        comm.broadcast(getattr(schedule, name) if schedule else None, root) for name in ("ids", "roles", "weights")
     )
-    mine = digest(raw + received.digest().encode())  # the schedule's own leaves its meta and its run out
-    digests = [part.tobytes().decode() for part in comm.allgather(np.frombuffer(mine.encode(), np.uint8))]
+    hasher = hashlib.blake2b(digest_size=16)  # of all that was received, before any of it is read
+    for part in (raw, ids, roles, weights):
+        hasher.update(f"{part.dtype.str} {part.shape}".encode())
+        hasher.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+    digests = [part.tobytes().hex() for part in comm.allgather(np.frombuffer(hasher.digest(), np.uint8))]
     if len(set(digests)) != 1:
-        raise TransportError(f"schedule {received.version} differs between ranks after the broadcast: {digests}")
-    return received
+        raise TransportError(f"a schedule differs between ranks after the broadcast: {digests}")
+    header = json.loads(raw.tobytes())
+    return Schedule(header["version"], header["start"], ids, roles, weights, header["seed"], header["meta"], header["run"])
 
 
 def activation(comm: Comm, issued: int, batch: int) -> int:

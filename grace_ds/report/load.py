@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grace_ds.config.interpolated import check_interpolations
 from grace_ds.data.schedule import load_schedule
-from grace_ds.errors import CheckpointError, ConfigError, DataError
+from grace_ds.errors import CheckpointError, ConfigError, DataError, GraceError
 from grace_ds.records import Array, Schedule
 from grace_ds.utils.reading import parse_json, read_bytes, read_json, read_npy, read_yaml
 
@@ -78,25 +79,44 @@ def load_run(where: str | Path, options: Options | None = None) -> Run:
         where: a run_dir, or the ``--out`` folder of a quickstart.
 
     Raises:
-        CheckpointError: there is no run here.
+        CheckpointError: there is no run here, or its files do not have the form that a run gives them.
         DataError: a file given by name cannot be used.
     """
     options, folder = options or Options(), find(Path(where))
     notes: list[str] = []
-    results, config = _results(folder), _config(folder, notes)
-    return Run(
-        folder,
-        config,
-        _refreshes(folder, notes),
-        _schedules(folder, notes),
-        explanations(folder, notes),
-        read_map(folder, notes),
-        results,
-        _curves(options, results, notes),
-        _sources(options, folder, config, notes),
-        decoder(options, folder, notes),
-        notes,
-    )
+    with shown_from(folder):
+        results, config = _results(folder), _config(folder, notes)
+        return Run(
+            folder,
+            config,
+            _refreshes(folder, notes),
+            _schedules(folder, notes),
+            explanations(folder, notes),
+            read_map(folder, notes),
+            results,
+            _curves(options, results, notes),
+            _sources(options, folder, config, notes),
+            decoder(options, folder, notes),
+            notes,
+        )
+
+
+@contextmanager
+def shown_from(folder: Path) -> Iterator[None]:
+    """Turn what records of the wrong form raise into an error that says so: they can be anybody's, and hold anything.
+
+    Raises:
+        CheckpointError: naming the folder.
+    """
+    try:
+        yield
+    except GraceError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} holds records that cannot be shown ({type(error).__name__}: {error}); restore what was altered there, or "
+            "move it away"
+        ) from error
 
 
 def find(where: Path) -> Path:
@@ -163,6 +183,8 @@ def explanations(folder: Path, notes: list[str]) -> dict[int, dict[str, Any]]:
             explanation = read_json(path, root=folder)
             if not explanation.keys() >= {"step", "histograms", "samples"}:
                 raise ValueError("entries are missing")
+            if not all(type(sample["id"]) is int for sample in explanation["samples"]):
+                raise ValueError("a sample without an id")
             found[int(explanation["version"])] = explanation
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             notes.append(f"{path.name} cannot be read ({type(error).__name__}) and is left out.")

@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 
 from grace_ds.report import chart, figures
 from grace_ds.report.facts import Facts, Generation, facts
-from grace_ds.report.load import Run
+from grace_ds.report.load import Run, shown_from
 from grace_ds.report.samples import GROUPS, rows, shown
 from grace_ds.report.summary import cards, chosen_by, loss_verdict
 
@@ -22,7 +22,16 @@ SHOWN = 60  # refreshes in a table: the first and the latest
 
 
 def page(run: Run) -> str:
-    """Return the whole page as text."""
+    """Return the whole page as text.
+
+    Raises:
+        CheckpointError: the run's records do not have the form that a run gives them.
+    """
+    with shown_from(run.folder):
+        return _page(run)
+
+
+def _page(run: Run) -> str:
     template, style, *scripts = (
         files("grace_ds.report").joinpath(name).read_text("utf-8") for name in ("page.html", "style.css", "search.js", "map.js")
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 from grace_ds.errors import ConfigError
 from grace_ds.report.facts import facts
-from grace_ds.report.load import Run
+from grace_ds.report.load import Run, shown_from
 from grace_ds.report.samples import rows, shown
 from grace_ds.report.summary import cards, chosen_by, loss_verdict
 
@@ -14,16 +15,27 @@ _SAMPLES = 3  # of each group
 
 
 def terminal(run: Run, width: int | None = None, colour: bool = False) -> str:
-    """Return the main numbers, the guard's decisions and a few samples as text for a terminal."""
+    """Return the main numbers, the guard's decisions and a few samples as text for a terminal.
+
+    Raises:
+        CheckpointError: the run's records do not have the form that a run gives them.
+    """
     try:
         from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
     except ImportError as error:
         raise ConfigError("--terminal needs rich; pip install 'grace_ds[report]'") from error
-    run_facts, buffer = facts(run), io.StringIO()
+    buffer = io.StringIO()
+    with shown_from(run.folder):
+        _print(run, Console(file=buffer, width=width, force_terminal=colour, highlight=False))
+    return buffer.getvalue()
+
+
+def _print(run: Run, console: Any) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    run_facts = facts(run)
     # Text, never markup: a sample may contain [red] or control characters.
-    console = Console(file=buffer, width=width, force_terminal=colour, highlight=False)
     numbers = Table(title=Text(str(run.folder)), show_header=False)
     for cells in cards(run_facts):
         numbers.add_row(*(Text(c) for c in cells))
@@ -46,7 +58,6 @@ def terminal(run: Run, width: int | None = None, colour: bool = False) -> str:
         console.print(samples)
     for note in run.notes:
         console.print(Text(f"– {note}"))
-    return buffer.getvalue()
 
 
 def _plain(text: str) -> str:

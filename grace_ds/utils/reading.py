@@ -26,7 +26,7 @@ from grace_ds.utils.files import open_below
 SETTINGS = 1 << 20  # bytes of a config; the largest of DeepSpeed's has some thousands
 FACTS = 1 << 26  # bytes of a file of facts: a manifest, a report, a map
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # bytes of this machine: no file of arrays can be larger
-YAML, YAML_NODES = 1 << 17, 20_000  # bytes of a YAML file, and its values with aliases written out
+YAML, YAML_NODES, YAML_DEPTH = 1 << 17, 20_000, 50  # bytes of a YAML file, its values with aliases written out, and levels
 _KINDS = "biufSU"  # of arrays: no objects, no records
 
 
@@ -103,7 +103,12 @@ def read_yaml(path: str | Path, limit: int = YAML, root: Path | None = None) -> 
 
     text = read_text(path, limit, root)
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)  # not in C, which has no limit to its recursion
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):  # not in C, whose recursion has no limit
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > YAML_DEPTH:
+                raise ValueError("nested too deeply")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
         count = _values(node, {}) if node is not None else 0
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
