@@ -114,7 +114,7 @@ def load_config(block: Mapping[str, Any], path: str = HOME, dotlist: Sequence[st
         if "file" in given:
             layers.append(_read_file(given.pop("file"), path))
         layers += [OmegaConf.create(given), OmegaConf.from_dotlist(list(dotlist))]
-    except (OmegaConfBaseException, TypeError, ValueError, RecursionError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {_first_line(error)}") from error
     try:
         return _checked(layers, path)

@@ -42,12 +42,17 @@ def opened(path: str | Path, limit: int, root: Path | None = None) -> Iterator[I
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # without O_NONBLOCK, opening a pipe would wait for its writer
     handle = os.open(path, flags) if root is None else open_below(root, Path(path), flags)
-    with os.fdopen(handle, "rb") as file:
+    try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL, "no regular file", str(path))
         if found.st_size > limit:
             raise OSError(errno.EFBIG, f"{found.st_size} bytes, and at most {limit} are read", str(path))
+        file = os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+    with file:
         yield file
 
 
