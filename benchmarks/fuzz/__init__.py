@@ -1,10 +1,10 @@
 """Whether anything that is read can be changed without a word, hang the reader, or raise what is not the project's own error.
 
-Configs, schedules, checkpoints (rows, losses, visits, basis, manifest), trusted sets, id and source files, Megatron indices,
-feature caches, frames between the ranks, and what a run_dir holds: each is changed by a byte mutator, or built by hypothesis with
-one thing odd, and read as a job or a command reads it.  A case is right if it is refused by an error of the project, or accepted
-with the meaning of the original; text without a checksum may also be accepted for exactly what it now says, as an independent
-reader sees it.  One process; the cases follow from the seed.
+Configs, schedules, checkpoints (rows, losses, visits, basis, manifest), trusted sets, id and source files, tokenizers, Megatron
+indices, feature caches, frames between the ranks, and what a run_dir holds: each is changed by a byte mutator, or built by
+hypothesis with one thing odd, and read as a job or a command reads it.  A case is right if it is refused by an error of the
+project, or accepted with the meaning of the original; text without a checksum may also be accepted for exactly what it now says,
+as an independent reader sees it.  One process; the cases follow from the seed.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from grace_ds_quickstart.tokenizer import train_tokenizer
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
@@ -27,6 +28,7 @@ from benchmarks.fuzz.target import REFUSED, SAME, SILENT, TAKEN, Target
 from grace_ds.data import MMapTokens
 from grace_ds.data.pool import Pool, read_ids, read_sources
 from grace_ds.data.schedule import ScheduleBook, parse_schedule, save_schedule
+from grace_ds.data.tokenizer import load_tokenizer
 from grace_ds.data.trusted import load_trusted
 from grace_ds.features import cache
 from grace_ds.gradients.basis import TrustedBasis
@@ -275,6 +277,21 @@ def id_files(folder: Path) -> Target:
     return Target("id and source files", 0.07, changed, judge)
 
 
+def tokenizers(folder: Path) -> Target:
+    """A tokenizer.json of 300 tokens: what it makes of a text cannot be decided, only that nothing else is raised."""
+    folder.mkdir(parents=True)
+    text = "def f(x): return x + 1\nclass A: pass\n"
+    whole, path = train_tokenizer([text] * 20, 300).to_str().encode(), folder / "tokenizer.json"
+    (folder / "text.txt").write_text(text)
+
+    def judge(data: bytes) -> str:
+        path.write_bytes(data)
+        load_trusted(folder / "text.txt", list(range(6)), load_tokenizer(path))
+        return SAME if data == whole else TAKEN
+
+    return Target("tokenizers", 0.03, lambda rng: mutated(whole, rng), judge)
+
+
 # -- Megatron's indices ------------------------------------------------------------------------------------------------
 
 
@@ -377,6 +394,7 @@ def targets(folder: Path) -> list[Target]:
         checkpoint(folder / "checkpoint"),
         *trusted(folder / "trusted"),
         id_files(folder / "ids"),
+        tokenizers(folder / "tokenizer"),
         megatron(folder / "megatron"),
         caches(folder / "cache"),
     ]

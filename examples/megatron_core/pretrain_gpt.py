@@ -197,7 +197,7 @@ def main(c: DictConfig) -> None:
     """The whole job."""
     start(c)
     saved = Path(c.out) / f"checkpoint-{dist.get_rank()}.pt"
-    state = torch.load(saved) if saved.exists() else {"consumed": 0}
+    state = torch.load(saved, weights_only=True) if saved.exists() else {"consumed": 0}
     consumed, t = state["consumed"], c.train
     model = model_of(c)
     precision = {"bf16": True, "params_dtype": torch.bfloat16} if c.bf16 else {}

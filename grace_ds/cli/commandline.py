@@ -19,6 +19,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, NoReturn, TextIO
 
 from grace_ds.errors import GraceError
+from grace_ds.utils.screen import plain
 
 DEBUG = "GRACE_DS_DEBUG"  # set by --debug, so that it also applies to processes that a command starts
 WRONG, INTERRUPTED, BUG, PIPE = 2, 130, 70, 141
@@ -184,7 +185,7 @@ def _report_foreign(program: str, error: BaseException) -> int:
 
 
 def _print_error(program: str, message: str, status: int) -> int:
-    sys.stderr.write(f"{program}: {' '.join(message.split())}\n")
+    sys.stderr.write(f"{program}: {plain(message)}\n")
     return status
 
 

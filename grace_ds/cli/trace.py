@@ -19,6 +19,7 @@ from grace_ds.records import Role, Schedule
 from grace_ds.report.load import Options, decoder, explanations, read_map, shown_from
 from grace_ds.report.samples import reason, text_of
 from grace_ds.utils.reading import opened, parse_json, read_json, read_npy, read_yaml
+from grace_ds.utils.screen import plain
 
 _ROLES = {
     Role.CORE: "chosen",
@@ -258,14 +259,14 @@ def _text(step: int, rows: list[dict[str, Any]], notes: list[str], width: int) -
     first, last = rows[0]["position"], rows[-1]["position"]
     lines = [
         f"step {step}: positions {first} to {last}",
-        *(textwrap.fill(note, width, subsequent_indent="  ") for note in notes),
+        *(textwrap.fill(plain(note), width, subsequent_indent="  ") for note in notes),
         "  position         id  role     weight  version",
     ]
     for r in rows:
         lines.append(f"{r['position']:>10} {r['id']:>10}  {r['role']:<7} {r['weight']:>7.3f}  {r['version']:>7}")
-        lines.append(textwrap.fill(r["reason"], width, initial_indent="    why   ", subsequent_indent=" " * 10))
+        lines.append(textwrap.fill(plain(r["reason"]), width, initial_indent="    why   ", subsequent_indent=" " * 10))
         if r["text"] is not None:
-            lines.append(_two_lines(" ".join("".join(c if c.isprintable() else " " for c in r["text"]).split()), width))
+            lines.append(_two_lines(plain(r["text"]), width))
     return "\n".join(lines) + "\n"
 
 

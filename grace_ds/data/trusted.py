@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from grace_ds.data.tokenizer import is_failure
 from grace_ds.data.trusted_items import ItemForm
 from grace_ds.errors import DataError
 from grace_ds.records import IntArray
@@ -124,7 +125,9 @@ def _cut(file: Path, texts: list[str], length: int, tokenize: Tokenize | None) -
         )
     try:
         tokens = np.concatenate([np.asarray(tokenize(text), np.int64) for text in texts])
-    except Exception as error:  # the job's own function: what it makes of half a character, say
+    except BaseException as error:  # the job's own function: what it makes of half a character, say
+        if not is_failure(error):
+            raise
         raise DataError(
             f"trusted file {file} cannot be tokenised ({type(error).__name__}: {error}); mend the text, or give input_ids"
         ) from error

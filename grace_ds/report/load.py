@@ -15,9 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grace_ds.config.interpolated import check_interpolations
 from grace_ds.data.schedule import load_schedule
+from grace_ds.data.tokenizer import is_failure
 from grace_ds.errors import CheckpointError, ConfigError, DataError, GraceError
 from grace_ds.records import Array, Schedule
-from grace_ds.utils.reading import parse_json, read_bytes, read_json, read_npy, read_yaml
+from grace_ds.utils.reading import TOKENIZER, parse_json, read_bytes, read_json, read_npy, read_text, read_yaml
 
 Curve = list[tuple[float, float]]  # (optimizer step, loss in nats per token)
 _LINES = 1 << 28  # bytes of refreshes.jsonl: some thousands of a refresh
@@ -310,8 +311,10 @@ def decoder(options: Options, folder: Path, notes: list[str]) -> Callable[[list[
     try:
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
+        tokenizer = Tokenizer.from_str(read_text(path, TOKENIZER))
+    except BaseException as error:  # the library raises plain Exception, or panics
+        if not is_failure(error):
+            raise
         if options.tokenizer is not None:
             missing = isinstance(error, ImportError)
             cure = "pip install tokenizers" if missing else "give a tokenizer.json of Hugging Face's tokenizers"
@@ -320,6 +323,11 @@ def decoder(options: Options, folder: Path, notes: list[str]) -> Callable[[list[
         return None
 
     def decode(tokens: list[int]) -> str:
-        return str(tokenizer.decode(tokens, skip_special_tokens=False))
+        try:
+            return str(tokenizer.decode(tokens, skip_special_tokens=False))
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            raise ValueError(f"the tokenizer fails ({type(error).__name__}: {error})") from error
 
     return decode

@@ -10,6 +10,7 @@ from grace_ds.report.facts import facts
 from grace_ds.report.load import Run, shown_from
 from grace_ds.report.samples import rows, shown
 from grace_ds.report.summary import cards, chosen_by, loss_verdict
+from grace_ds.utils.screen import plain
 
 _SAMPLES = 3  # of each group
 
@@ -34,19 +35,21 @@ def _print(run: Run, console: Any) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    def text(words: str) -> Any:
+        return Text(plain(words))  # never markup: a sample may contain [red] or control characters
+
     run_facts = facts(run)
-    # Text, never markup: a sample may contain [red] or control characters.
-    numbers = Table(title=Text(str(run.folder)), show_header=False)
+    numbers = Table(title=text(str(run.folder)), show_header=False)
     for cells in cards(run_facts):
-        numbers.add_row(*(Text(c) for c in cells))
+        numbers.add_row(*(text(c) for c in cells))
     console.print(numbers)
     for line in (chosen_by(run, run_facts), loss_verdict(run, run_facts)):
-        console.print(Text(line))
+        console.print(text(line))
     table = Table("schedule", "step", "coreset", "churn", "seconds", "level", title="refreshes")
     for g in run_facts.generations[-20:]:
         churn = "–" if g.churn is None else f"{g.churn:.0%}"
         level = "uniform order" if g.uniform else g.level
-        table.add_row(*map(Text, (str(g.version), str(g.step), f"{g.size:,}", churn, f"{sum(g.seconds.values()):.3f}", level)))
+        table.add_row(*map(text, (str(g.version), str(g.step), f"{g.size:,}", churn, f"{sum(g.seconds.values()):.3f}", level)))
     console.print(table)
     explanation = shown(run)
     if explanation is not None:
@@ -54,12 +57,7 @@ def _print(run: Run, console: Any) -> None:
         for row in rows(run, explanation):
             shown_per_group[row.group] = shown_per_group.get(row.group, 0) + 1
             if shown_per_group[row.group] <= _SAMPLES:
-                samples.add_row(*map(Text, (row.group, str(row.id), row.reason, _plain(row.text)[:120])))
+                samples.add_row(*map(text, (row.group, str(row.id), row.reason, row.text[:120])))
         console.print(samples)
     for note in run.notes:
-        console.print(Text(f"– {note}"))
-
-
-def _plain(text: str) -> str:
-    """Return the text on one line, without characters that control a terminal."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+        console.print(text(f"– {note}"))

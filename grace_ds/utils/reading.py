@@ -25,6 +25,7 @@ from grace_ds.utils.files import open_below
 
 SETTINGS = 1 << 20  # bytes of a config; the largest of DeepSpeed's has some thousands
 FACTS = 1 << 26  # bytes of a file of facts: a manifest, a report, a map
+TOKENIZER = 1 << 28  # bytes of a tokenizer.json: those of large vocabularies have some tens of millions
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # bytes of this machine: no file of arrays can be larger
 YAML, YAML_NODES, YAML_DEPTH = 1 << 17, 20_000, 50  # bytes of a YAML file, its values with aliases written out, and levels
 _KINDS = "biufSU"  # of arrays: no objects, no records

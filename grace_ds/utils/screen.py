@@ -56,3 +56,8 @@ def _shows(handler: logging.Handler, record: logging.LogRecord) -> bool:
     if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
         return handler.stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
     return type(handler).__name__ == "RichHandler"
+
+
+def plain(text: str) -> str:
+    """Return a text on one line, without the characters that control a terminal: it may come from another person's files."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
