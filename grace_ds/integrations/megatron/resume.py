@@ -53,7 +53,7 @@ def resume(controller: Controller, run_dir: str | None, digest: str, step: int, 
         Whether there was anything to resume; the same on every rank.
 
     Raises:
-        CheckpointError: the run had another dataset, or schedules are missing or damaged; on every rank.
+        CheckpointError: the run had another dataset, or schedules are missing, damaged or of other samples; on every rank.
     """
     saved = run_on_all_ranks(
         controller.comm, lambda: _read(run_dir, digest, controller, step, cursor) if controller.comm.rank == 0 else []
@@ -62,6 +62,7 @@ def resume(controller: Controller, run_dir: str | None, digest: str, step: int, 
     if not count:
         return False
     schedules = [broadcast_schedule(controller.comm, saved[i] if saved else None) for i in range(count)]
+    controller.context.pool.check(schedules)
     last = schedules[-1]
     controller.book.replace(schedules)
     # The visits are counted again at the next refresh, from all schedules.
