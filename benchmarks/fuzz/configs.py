@@ -180,6 +180,6 @@ def targets(folder: Path) -> list[Target]:
         return (SAME if says == BLOCK else TAKEN) if as_written(says, resolved) and asks_for(says) else SILENT
 
     return [
-        Target("config, JSON", 0.05, lambda rng: mutated(whole, rng), judge_json, one_changed(), 0.5),
-        Target("config, YAML", 0.05, lambda rng: mutated(block, rng), judge_yaml, bomb(), 0.3),
+        Target("config, JSON", 0.03, lambda rng: mutated(whole, rng), judge_json, one_changed(), 0.5),
+        Target("config, YAML", 0.03, lambda rng: mutated(block, rng), judge_yaml, bomb(), 0.3),
     ]

@@ -114,5 +114,5 @@ def targets(folder: Path) -> list[Target]:
     return [
         Target("run_dir, traced", 0.03, changed, judged_by(lambda: trace(str(folder), INTERVAL + 1))),
         Target("run_dir, resumed", 0.03, changed, judged_by(resumed)),
-        Target("run_dir, report", 0.005, changed, judged_by(lambda: page(load_run(folder)))),
+        Target("run_dir, report", 0.002, changed, judged_by(lambda: page(load_run(folder)))),
     ]
