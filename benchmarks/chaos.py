@@ -405,18 +405,24 @@ def give_clocks(bench: Bench) -> None:
 
 
 def ranks_of(bench: Bench, host: str | None = None) -> list[int]:
-    """Process ids out here of the job's ranks, on one host or both: children of deepspeed's launcher of each host."""
+    """Process ids out here of the job's ranks, on one host or both: children of deepspeed's launcher that run the script."""
     nets = {os.readlink(f"/proc/{bench.hosts.inside(name)}/ns/net") for name in ([host] if host else NAMES)}
     found = []
     for pid in processes(bench):
         try:
             parent = (Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[1]
-            launched = "deepspeed.launcher.launch" in Path(f"/proc/{parent}/cmdline").read_text().split("\0")
-            if launched and os.readlink(f"/proc/{pid}/ns/net") in nets:
+            launched = "deepspeed.launcher.launch" in words_of(parent) and JOB in words_of(pid)
+            # ssh has the launcher's whole command among its words too, and a rank's helpers have the rank's.
+            ssh = any(Path(words_of(one)[0]).name in ("pdsh", "ssh") for one in (pid, parent))
+            if launched and not ssh and os.readlink(f"/proc/{pid}/ns/net") in nets:
                 found.append(pid)
         except OSError:
             continue
     return found
+
+
+def words_of(pid: int | str) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
 
 
 def processes(bench: Bench) -> list[int]:
