@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from grace_ds.data.order import Permutation
 from grace_ds.data.pool import Pool, check_repeats, implied_repeats, read_ids
-from grace_ds.errors import ConfigError, DataError
+from grace_ds.errors import CheckpointError, ConfigError, DataError
+from grace_ds.records import Schedule
 
 
 @settings(max_examples=80, deadline=None)
@@ -158,3 +159,13 @@ def test_bad_id_arrays(tmp_path):
     np.save(file, np.array([8]))
     with pytest.raises(DataError, match="id 8"):
         read_ids(file, 8)
+
+
+def test_schedules_of_another_dataset_are_refused():
+    def schedule(*ids):
+        return Schedule(2, 0, np.array(ids), np.zeros(len(ids), np.uint8), np.ones(len(ids), np.float32), 1)
+
+    pool = Pool(50, 0, 0.2, 10, 8, seed=1)
+    pool.check([schedule(0, 49), schedule(3)])
+    with pytest.raises(CheckpointError, match="schedule 2 names sample 50, and the dataset has 50"):
+        pool.check([schedule(0, 49), schedule(50, 3)])

@@ -164,3 +164,32 @@ def test_a_record_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: p
     recorder.close()
     assert sum("how far the run came cannot be kept" in r.message for r in caplog.records) == 1
     assert read_trained(tmp_path / "file") is None
+
+
+@pytest.mark.parametrize("batch", [None, 0, -4, 4.0, True, "4", 10**12])
+def test_a_schedule_that_says_no_step_a_command_could_list_is_refused(run_dir: Path, batch: object) -> None:
+    save_schedule(schedule(2, 24, list(range(8)), batch=batch), run_dir / "schedules")
+    with pytest.raises(GraceError, match=r"schedule 2 .* says that a step has"):
+        trace(str(run_dir), 1)
+
+
+def test_no_control_character_of_a_file_reaches_the_terminal(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_schedule(
+        schedule(2, 24, list(range(8)), drawn_by="\x1b]0;title\x07", guard={"reason": "\x1b[2J"}), run_dir / "schedules"
+    )
+    TrainedRecord(str(run_dir)).write(9, 36)
+    assert main(["trace", str(run_dir), "--step", "6"]) == 0
+    odd = Schedule(3, 32, np.arange(8), np.zeros(8, np.uint8), np.ones(8, np.float32), 1, {"batch": BATCH}, "\x1b[31mrun")
+    save_schedule(odd, run_dir / "schedules")
+    assert main(["trace", str(run_dir), "--step", "6"]) == 1
+    said = capsys.readouterr()
+    assert "mixes the schedules of two runs" in said.err and "31mrun" in said.err and "2J" in said.out
+    assert "\x1b" not in said.out + said.err and "\x07" not in said.out
+
+
+def test_records_of_the_wrong_form_are_told_in_one_line(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run_dir / "reports" / "report-000001.json"
+    whole = json.loads(report.read_text())
+    report.write_text(json.dumps({**whole, "samples": [{**whole["samples"][0], "factors": 7}]}))
+    assert main(["trace", str(run_dir), "--step", "2"]) == 1
+    assert "holds records that cannot be shown (TypeError" in capsys.readouterr().err

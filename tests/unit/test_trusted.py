@@ -287,3 +287,52 @@ def test_halves_depend_on_the_seed_and_need_two():
     assert not np.array_equal(split_trusted(100, 0)[0], split_trusted(100, 1)[0])
     with pytest.raises(DataError, match=r"1 trusted sample\(s\)"):
         split_trusted(1, 0)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (
+            {"input_ids": [1, 2], "attention_mask": [1, 1, 1]},
+            "attention_mask must be a list of 2 numbers",
+        ),  # would unmask padding
+        ({"input_ids": [1, 2], "labels": 3}, "labels must be a list of 2 numbers"),
+        ({"input_ids": [1, 2], "loss_mask": [[1], [1]]}, "loss_mask must be a list of 2 numbers"),
+        ('{"input_ids": [1], "input_ids": [2]}', "a key is given twice"),
+        ('{"input_ids": [' + "9" * 5000 + "]}", "not JSON"),
+        ('{"input_ids": [1], "extra": ' + "[" * 100_000, "nested too deeply"),
+        ({"input_ids": [2**63]}, "non-empty list of integers"),
+        ({"input_ids": [1, 2], "position_ids": [0.5, 1]}, "numbers that torch.int64 cannot hold"),
+    ],
+)
+def test_a_line_that_would_be_taken_for_something_else_is_refused(jsonl, line, says):
+    with pytest.raises(DataError, match=rf"trusted.jsonl:2: .*{says}"):
+        load_trusted(jsonl({"input_ids": [3, 4, 5]}, line), FULL)
+
+
+def test_numbers_that_do_not_fit_the_jobs_own_type_are_refused(jsonl, npy):
+    for like in (torch.arange(2, dtype=torch.int32), np.arange(2, dtype=np.int32)):
+        assert list(load_trusted(jsonl({"input_ids": [1, 2**31 - 1]}), like)[0]) == [1, 2**31 - 1]
+        for file in (jsonl({"input_ids": [1, 2**32 + 1]}), npy(np.array([[1, 2**32 + 1]]))):
+            with pytest.raises(DataError, match="int32 cannot hold"):
+                load_trusted(file, like)
+
+
+def test_a_tokeniser_that_fails_or_panics_is_told_and_an_interrupt_is_not_held_up(tmp_path):
+    class PanicException(BaseException):
+        pass
+
+    (tmp_path / "a.txt").write_text("some text")
+    for error in (ValueError("half a character"), PanicException("range end index 8")):
+
+        def tokenize(text, error=error):
+            raise error
+
+        with pytest.raises(DataError, match="cannot be tokenised"):
+            load_trusted(tmp_path / "a.txt", [1, 2], tokenize)
+
+    def interrupted(text):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load_trusted(tmp_path / "a.txt", [1, 2], interrupted)
