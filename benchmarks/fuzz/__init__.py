@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> Record:
     began, before = time.perf_counter(), resource.getrlimit(resource.RLIMIT_AS)
     record = Record("fuzz", rows={"by target": [], "claimed": []})
-    with tempfile.TemporaryDirectory(prefix="grace_ds-fuzz-") as folder:
+    in_memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # schedules are written to disk for good, thousands of them
+    with tempfile.TemporaryDirectory(prefix="grace_ds-fuzz-", dir=in_memory) as folder:
         chosen = [target for target in all_targets(Path(folder)) if (args.only or "") in target.name]
         resource.setrlimit(resource.RLIMIT_AS, (_address_space() + ROOM, before[1]))
         try:
