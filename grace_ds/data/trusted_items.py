@@ -138,9 +138,10 @@ class ItemForm:
             changed: dict[str, Any] = {
                 key: np.concatenate([np.asarray(row[key]), np.full(longest - n, value)])
                 for key, value in fill.items()
-                if key in row
+                if key in row and _is_row(row[key], n)
             }
-            changed |= {POSITIONS: np.arange(longest)} if POSITIONS in row and POSITIONS not in changed else {}
+            if POSITIONS in row and _is_row(row[POSITIONS], n) and (own := np.asarray(row[POSITIONS])).dtype.kind in "iuf":
+                changed[POSITIONS] = np.concatenate([own, own[-1] + 1 + np.arange(longest - n)])  # the count goes on
             padded.append({key: changed.get(key, value) for key, value in row.items()})
         return padded
 

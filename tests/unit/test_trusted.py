@@ -336,3 +336,9 @@ def test_a_tokeniser_that_fails_or_panics_is_told_and_an_interrupt_is_not_held_u
 
     with pytest.raises(KeyboardInterrupt):
         load_trusted(tmp_path / "a.txt", [1, 2], interrupted)
+
+
+def test_positions_that_a_row_gives_itself_are_kept_where_it_is_filled_up(jsonl):
+    file = jsonl({"input_ids": [1, 2, 3, 4]}, {"input_ids": [1, 2], "position_ids": [7, 8]})
+    assert load_trusted(file, FULL)[1]["position_ids"].tolist() == [7, 8, 9, 10]
+    assert load_trusted(file, FULL)[0]["position_ids"].tolist() == [0, 1, 2, 3]
