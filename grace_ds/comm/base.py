@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, Protocol, runtime_checkable
 
+from grace_ds.comm.traffic import Traffic
 from grace_ds.records import Array
 
 ReduceOp = Literal["sum", "max", "min"]
@@ -21,6 +22,7 @@ class Comm(Protocol):
     """A transport between the ranks of the job's data-parallel world.
 
     All ranks call the same methods in the same order.  Arrays are C-contiguous on return and owned by the caller.
+    ``traffic`` counts what this rank has sent.
 
     Raises (every method):
         PeerFailed: another rank called :meth:`abort`.
@@ -33,6 +35,7 @@ class Comm(Protocol):
     rank: int
     size: int
     timeout: float
+    traffic: Traffic
 
     def exchange(self, chunks: Sequence[Array]) -> list[Array]:
         """Send ``chunks[p]`` to rank p and return one array from each rank (all-to-all with unequal lengths).

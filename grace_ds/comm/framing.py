@@ -18,13 +18,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from grace_ds.comm.base import ReduceOp
+from grace_ds.comm.traffic import Traffic
 from grace_ds.errors import PeerFailed, TransportError, TransportTimeout
 from grace_ds.records import Array, IntArray
 from grace_ds.utils.reading import MEMORY
@@ -167,6 +168,7 @@ class FramedComm:
     """All of :class:`~grace_ds.comm.base.Comm`, given an adapter's primitives (below, the methods that raise).
 
     Attributes:
+        traffic: what this rank has sent since the transport was made.
         round_bytes: most bytes that one primitive call may carry on a rank, so that counts and displacements stay
             within a C int; larger payloads go in several rounds.  The same on all ranks.
     """
@@ -178,6 +180,7 @@ class FramedComm:
         if not timeout > 0:
             raise ValueError(f"the time limit must be above 0 seconds, not {timeout}")
         self.rank, self.size, self.timeout = rank, size, float(timeout)
+        self.traffic = Traffic()
         self._retired = ""
         self._doing = "set-up"
 
@@ -264,6 +267,7 @@ class FramedComm:
             head[:, LONGEST] = head[:, ROWS].max()
         head[:, SEAL] = seal(head)
         received = self._guard(self._alltoall, head)
+        self.traffic.equal_pieces(self.size, head.nbytes // self.size)
         self._guard(check_headers, received, MEMORY)
         if op is not Op.ABORT:
             judge(op, received)
@@ -275,37 +279,51 @@ class FramedComm:
 
     # -- payload --------------------------------------------------------------------------------------------------
 
-    def _swap(self, parts: list[Bytes], in_counts: list[int], longest: int) -> list[Bytes]:
-        """Exchange bytes all-to-all, in as many rounds as ``longest`` (bytes of the longest part on any rank) needs."""
+    def _swap(self, chunks: Sequence[Array], out_counts: list[int], in_counts: list[int], longest: int) -> Bytes:
+        """Exchange arrays all-to-all, in as many rounds as ``longest`` (bytes of the longest on any rank) needs.
+
+        Args:
+            chunks: to each rank, with at least one axis.
+            out_counts, in_counts: bytes to and from each rank.
+
+        Returns:
+            What was received, in rank order.
+        """
         if longest == 0:
-            return [np.empty(0, np.uint8) for _ in parts]
+            return np.empty(0, np.uint8)
         step = max(self.round_bytes // self.size, 1)
         if longest <= step:
-            whole = self._alltoallv(np.concatenate(parts), [len(part) for part in parts], in_counts)
-            return np.split(whole, np.cumsum(in_counts)[:-1])
-        out = [np.empty(n, np.uint8) for n in in_counts]
-        for start in range(0, longest, step):
-            pieces = [part[start : start + step] for part in parts]
-            targets = [array[start : start + step] for array in out]
-            received = self._alltoallv(
-                np.concatenate(pieces), [len(piece) for piece in pieces], [len(target) for target in targets]
-            )
+            return self._counted_alltoallv(as_bytes(np.concatenate(chunks)), out_counts, in_counts)
+        parts, out = [as_bytes(chunk) for chunk in chunks], np.empty(sum(in_counts), np.uint8)
+        starts = list(accumulate(in_counts, initial=0))
+        for done in range(0, longest, step):
+            pieces = [part[done : done + step] for part in parts]
+            lengths = [min(max(count - done, 0), step) for count in in_counts]
+            received = self._counted_alltoallv(np.concatenate(pieces), [len(piece) for piece in pieces], lengths)
             offset = 0
-            for target in targets:
-                target[:] = received[offset : offset + len(target)]
-                offset += len(target)
+            for start, length in zip(starts, lengths, strict=False):
+                out[start + done : start + done + length] = received[offset : offset + length]
+                offset += length
         return out
+
+    def _counted_alltoallv(self, send: Bytes, out_counts: list[int], in_counts: list[int]) -> Bytes:
+        received = self._alltoallv(send, out_counts, in_counts)
+        self.traffic.pieces(self.rank, out_counts)
+        return received
 
     def _move(self, op: Op, chunks: list[Array], arg: int = 0) -> list[Array]:
         """Exchange arrays of one dtype and equal trailing axes all-to-all: first the headers, then the payload."""
         first = chunks[0]
-        headers = self._exchange_headers(op, first, [self._rows(chunk) for chunk in chunks], arg)
+        rows = [self._rows(chunk) for chunk in chunks]
+        headers = self._exchange_headers(op, first, rows, arg)
         width = first.dtype.itemsize * math.prod(first.shape[1:])
-        in_counts = [int(n) * width for n in headers[:, ROWS]]
+        counts = headers[:, ROWS].tolist()
         longest = int(headers[:, LONGEST].max()) * width
-        raw = self._guard(self._swap, [as_bytes(chunk) for chunk in chunks], in_counts, longest)
-        shapes = [(int(n), *first.shape[1:]) if first.ndim else () for n in headers[:, ROWS]]
-        return [flat.view(first.dtype).reshape(shape) for flat, shape in zip(raw, shapes, strict=True)]
+        sent = chunks if first.ndim else [chunk.reshape(1) for chunk in chunks]
+        raw = self._guard(self._swap, sent, [n * width for n in rows], [n * width for n in counts], longest)
+        whole = raw.view(first.dtype).reshape(sum(counts), *first.shape[1:])
+        parts = [whole[a:b] for a, b in pairwise(accumulate(counts, initial=0))]
+        return parts if first.ndim else [part.reshape(()) for part in parts]
 
     # -- the contract ---------------------------------------------------------------------------------------------
 
@@ -330,7 +348,7 @@ class FramedComm:
         array = checked(array)
         if array.ndim == 0:
             raise ValueError("gather needs at least one axis; use x.reshape(1)")
-        received = self._move(Op.GATHER, [array if p == root else array[:0] for p in range(self.size)], root)
+        received = self._move(Op.GATHER, self._only_to(root, array), root)
         return received if self.rank == root else None
 
     def shift(self, array: Array) -> Array:
@@ -338,8 +356,12 @@ class FramedComm:
         array = checked(array)
         if array.ndim == 0:
             raise ValueError("shift needs at least one axis; use x.reshape(1)")
-        target = (self.rank + 1) % self.size
-        return self._move(Op.SHIFT, [array if p == target else array[:0] for p in range(self.size)])[self.rank - 1]
+        return self._move(Op.SHIFT, self._only_to((self.rank + 1) % self.size, array))[self.rank - 1]
+
+    def _only_to(self, target: int, array: Array) -> list[Array]:
+        chunks = [array[:0]] * self.size
+        chunks[target] = array
+        return chunks
 
     def broadcast(self, array: Array | None, root: int = 0) -> Array:
         """See :class:`~grace_ds.comm.base.Comm`."""
@@ -363,7 +385,9 @@ class FramedComm:
             out[...] = mine
         flat = as_bytes(out)
         for start in range(0, len(flat), self.round_bytes):
-            self._spread(flat[start : start + self.round_bytes], root)
+            part = flat[start : start + self.round_bytes]
+            self._spread(part, root)
+            self.traffic.tree(self.rank, self.size, root, len(part))
         return out
 
     def allreduce(self, array: Array, op: ReduceOp = "sum") -> Array:
@@ -381,7 +405,9 @@ class FramedComm:
     def _reduce_native(self, array: Array, op: str) -> Array:
         out, step = array.copy(), max(self.round_bytes // array.dtype.itemsize, 1)
         for start in range(0, len(out), step):
-            self._reduce(out[start : start + step], op)
+            part = out[start : start + step]
+            self._reduce(part, op)
+            self.traffic.ring(self.rank, self.size, len(part), part.itemsize)
         return np.asarray(out)
 
     def _reduce_in_rank_order(self, array: Array, op: str) -> Array:
@@ -389,12 +415,13 @@ class FramedComm:
         cuts = [len(array) * p // self.size for p in range(self.size + 1)]
         size = array.dtype.itemsize
         counts = [(b - a) * size for a, b in pairwise(cuts)]
-        parts = [as_bytes(array[a:b]) for a, b in pairwise(cuts)]
-        mine = [b.view(array.dtype) for b in self._swap(parts, [counts[self.rank]] * self.size, max(counts))]
+        chunks = [array[a:b] for a, b in pairwise(cuts)]
+        received = self._swap(chunks, counts, [counts[self.rank]] * self.size, max(counts))
+        mine = received.view(array.dtype).reshape(self.size, -1)
         total = mine[0].copy()
         for other in mine[1:]:
             total = _UFUNC[op](total, other)
-        return np.concatenate(self._swap([as_bytes(total)] * self.size, counts, max(counts))).view(array.dtype)
+        return self._swap([total] * self.size, [total.nbytes] * self.size, counts, max(counts)).view(array.dtype)
 
     def agree(self) -> None:
         """See :class:`~grace_ds.comm.base.Comm`."""

@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from grace_ds.comm.base import Comm
+from grace_ds.comm.traffic import Traffic
 from grace_ds.data.pool import Placed, joined
 from grace_ds.errors import DataError, during
 from grace_ds.features.content import ContentFeatures
@@ -45,6 +47,7 @@ class RefreshResult:
         table, seen: this rank's rows and losses.
         kept: this rank's state for the next refresh.
         seconds: by stage.
+        traffic: what this rank has sent, by stage.
         counts: of this rank.
         explanation: how the schedule was made, for ``run_dir``; on root only, None without it or if nothing was weighed.
     """
@@ -54,25 +57,29 @@ class RefreshResult:
     seen: Table[Losses]
     kept: RefreshState
     seconds: dict[str, float]
+    traffic: dict[str, Traffic]
     counts: dict[str, float]
     explanation: dict[str, Any] | None = None
 
 
 class Stopwatch:
-    """Seconds by stage, in order."""
+    """Seconds, and what is sent over ``comm``, by stage, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, comm: Comm) -> None:
+        self.comm = comm
         self.seconds: dict[str, float] = {}
+        self.traffic: dict[str, Traffic] = {}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Add the seconds of the block to ``stage``, and name the stage in errors that leave the block."""
-        start = time.perf_counter()
+        """Add what the block takes and sends to ``stage``, and name the stage in errors that leave the block."""
+        start, before = time.perf_counter(), self.comm.traffic.copy()
         try:
             with during(stage):
                 yield
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+            self.traffic.setdefault(stage, Traffic()).add(self.comm.traffic.since(before))
 
 
 def refresh(context: RefreshContext, inputs: RefreshInputs) -> RefreshResult:
@@ -83,7 +90,7 @@ def refresh(context: RefreshContext, inputs: RefreshInputs) -> RefreshResult:
         TransportTimeout: a peer did not join in time.
         Exception: this rank failed; the caller must inform the other ranks by ``comm.abort()``.
     """
-    clock = Stopwatch()
+    clock = Stopwatch(context.comm)
     with clock("gather"):
         start = activation(context.comm, inputs.issued, context.batch)
         received, sent = gather_rows(context.comm, inputs.rows, context.pool.limit)
@@ -132,7 +139,7 @@ def refresh(context: RefreshContext, inputs: RefreshInputs) -> RefreshResult:
         "padding_dropped": float(sent.out_of_range),
         "nonfinite_dropped": float(sent.not_finite),
     }
-    return RefreshResult(schedule, table, latest, kept, clock.seconds, counts, account)
+    return RefreshResult(schedule, table, latest, kept, clock.seconds, clock.traffic, counts, account)
 
 
 def place(context: RefreshContext, inputs: RefreshInputs, start: int) -> tuple[RefreshContext, Placed]:
