@@ -100,11 +100,14 @@ def calibrate(config: GraceConfig, dim: int, tokens: int, hidden: int, comm: Com
         "gflops": -products(dim),
         "narrow_gflops": -narrow(hidden, config.collect.rank) if hidden else 0.0,
         "gbits": -1e-9 * link(comm) if comm.size > 1 else -Rates.gbits,
+        "message_seconds": latency(comm) if comm.size > 1 else Rates.message_seconds,
     }  # speeds are negative, so that of each the largest is the worst
     slowest = comm.allreduce(np.array(list(values.values()), np.float64), "max")
     agreed = {name: abs(float(value)) for name, value in zip(values, slowest, strict=True)}
     measured = [
-        name for name in agreed if not (name == "gbits" and comm.size == 1) and not (name.endswith("bytes") and not first.peak)
+        name
+        for name in agreed
+        if not (name in ("gbits", "message_seconds") and comm.size == 1) and not (name.endswith("bytes") and not first.peak)
     ]
     rates = Rates().having(MEASURED, **{name: agreed[name] for name in measured}, measured_ranks=comm.size)
     return rates.having(MEASURED, graph=graph_factor(comm, config, dim, rates))
@@ -137,6 +140,15 @@ def link(comm: Comm) -> float:
     for _ in range(3):
         comm.allreduce(x)
     return 8 * 2 * (comm.size - 1) / comm.size * x.nbytes * 3 / (time.perf_counter() - started)
+
+
+def latency(comm: Comm, times: int = 100) -> float:
+    """Return the seconds of a small message to another rank, many of which are under way at once."""
+    comm.agree()
+    started = time.perf_counter()
+    for _ in range(times):
+        comm.agree()
+    return (time.perf_counter() - started) / times / (comm.size - 1)
 
 
 def graph_factor(comm: Comm, config: GraceConfig, dim: int, rates: Rates) -> float:

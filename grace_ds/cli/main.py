@@ -144,6 +144,7 @@ def _add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
             grace-ds plan --samples 3e8 --ranks 64 --batch 2048 --steps 1e5
             grace-ds plan --samples 1e6 --ranks 8 --calibrate --json
             grace-ds plan --samples 1e6 --ranks 8 --set graph.tier=exact
+            grace-ds plan --samples 1e9 --ranks 64 --simulate --set window=1e9
             """,
     )
     job = planner.add_argument_group("the job")
@@ -176,6 +177,11 @@ def _add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
         "--calibrate",
         action="store_true",
         help="measure this machine, some seconds; under torchrun --no-python the transport between its ranks too",
+    )
+    planner.add_argument(
+        "--simulate",
+        action="store_true",
+        help="run refreshes of all ranks in this process, on a few samples each, and count what they send and hold; minutes",
     )
     planner.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
@@ -244,6 +250,10 @@ def _plan(args: argparse.Namespace) -> str:
         rates = calibrate(config, dim, args.tokens, model.hidden if model is not None else 0, comm)
         comm.close()
         sizes = dataclasses.replace(sizes, rates=rates)
+    if args.simulate and prints:
+        from grace_ds.cli import simulate_summary
+
+        return simulate_summary.render(sizes, config, args.json)
     return render(sizes, config, args.json, screen_width(None)) if prints else ""
 
 

@@ -23,6 +23,7 @@ class Rates:
         fixed_bytes: held at the peak of a refresh of very few samples: those tables, code and libraries.
         resting_bytes: part of ``fixed_bytes`` that stays.
         gbits: Gbit/s between two ranks.
+        message_seconds: of a message without content, on the rank that sends it to many.
         graph: seconds of a graph relative to the estimate.
         busy: wall seconds over CPU seconds, given the other load of the machine.
         measured_ranks: number of ranks in the measurement of the fixed seconds.
@@ -39,6 +40,7 @@ class Rates:
     fixed_bytes: float = 54 * 2.0**20
     resting_bytes: float = 20 * 2.0**20
     gbits: float = 10.0
+    message_seconds: float = 2e-5  # TCP
     graph: float = 1.0
     busy: float = 1.0
     measured_ranks: int = 1

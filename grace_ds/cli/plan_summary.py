@@ -70,24 +70,24 @@ def _refresh_lines(plan: RefreshPlan, sizes: Sizes, config: GraceConfig) -> list
         ("  graph", f"{plan.graph_seconds:.1f} at {plan.gflops:.0f} Gflop/s" + ("" if plan.builds else ", not counted in")),
         ("graph", how if plan.builds else f"not built by this configuration; if it were: {how}"),
         ("graph, operations a rank", f"{graph.flop:.2e}"),
-        ("graph, sent by a rank", _bytes(graph.wire_bytes)),
+        ("graph, sent by a rank", in_bytes(graph.wire_bytes)),
     ]
 
 
 def _memory_lines(plan: RefreshPlan) -> list[tuple[str, str]]:
     graph = plan.graph
     return [
-        ("memory of a rank: features", _bytes(plan.features_bytes)),
-        ("  collected rows", _bytes(plan.table_bytes)),
-        ("  schedules, two, and uses", _bytes(plan.schedule_bytes + plan.visit_bytes)),
-        ("  code and libraries", _bytes(plan.resting_bytes)),
-        ("  held between refreshes", _bytes(plan.held_bytes)),
-        ("  features, while computed", _bytes(plan.scratch_bytes)),
-        ("  graph, at its peak", _bytes(graph.host_bytes)),
-        ("  graph, on the GPU", _bytes(graph.device_bytes) if graph.device_bytes else "none: a CPU backend"),
-        ("  selection", _bytes(plan.select_bytes)),
-        ("  in all, at the peak", _bytes(plan.peak_bytes)),
-        ("  hooks, within a step", f"{_bytes(plan.collect_bytes)}, on the device"),
+        ("memory of a rank: features", in_bytes(plan.features_bytes)),
+        ("  collected rows", in_bytes(plan.table_bytes)),
+        ("  schedules, two, and uses", in_bytes(plan.schedule_bytes + plan.visit_bytes)),
+        ("  code and libraries", in_bytes(plan.resting_bytes)),
+        ("  held between refreshes", in_bytes(plan.held_bytes)),
+        ("  features, while computed", in_bytes(plan.scratch_bytes)),
+        ("  graph, at its peak", in_bytes(graph.host_bytes)),
+        ("  graph, on the GPU", in_bytes(graph.device_bytes) if graph.device_bytes else "none: a CPU backend"),
+        ("  selection", in_bytes(plan.select_bytes)),
+        ("  in all, at the peak", in_bytes(plan.peak_bytes)),
+        ("  hooks, within a step", f"{in_bytes(plan.collect_bytes)}, on the device"),
     ]
 
 
@@ -144,7 +144,7 @@ def _table(others: list[tuple[str, RefreshPlan | str]], columns: int) -> str:
             continue
         repeats = "–" if p.repeats is None else f"{p.repeats:.2f}"
         even = ("–", "–") if p.even is None else (f"{p.even.overhead:.2%}", f"{p.even.ratio:.4f}")
-        rows.append((name, f"{p.window:,}", f"{p.every:,}", f"{p.mean_seconds:.2f}", _bytes(p.peak_bytes), repeats, *even))
+        rows.append((name, f"{p.window:,}", f"{p.every:,}", f"{p.mean_seconds:.2f}", in_bytes(p.peak_bytes), repeats, *even))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     blocks, used = [[0]], widths[0]
     for i in range(1, len(head)):
@@ -179,7 +179,7 @@ def _origins(sizes: Sizes, plan: RefreshPlan) -> list[str]:
         (f"graph {rates.graph:.2f} × its count", rates.of("graph")),
         (f"wall {rates.busy:.2f} × CPU", rates.of("busy")),
         (f"a refresh at least {rates.fixed_seconds + rates.fixed_feature_seconds:.2f} s", rates.of("fixed_seconds")),
-        (f"and {_bytes(rates.fixed_bytes)}", rates.of("fixed_bytes")),
+        (f"and {in_bytes(rates.fixed_bytes)}", rates.of("fixed_bytes")),
     ]
     origins = dict.fromkeys(origin for _, origin in figures)
     lines = [f"{origin.capitalize()}: " + "; ".join(name for name, its in figures if its == origin) + "." for origin in origins]
@@ -202,7 +202,8 @@ def _json(sizes: Sizes, current: RefreshPlan, others: list[tuple[str, RefreshPla
     return {**one(current), "sizes": asdict(sizes), "what_if": what_if}
 
 
-def _bytes(n: float) -> str:
+def in_bytes(n: float) -> str:
+    """Return a number of bytes in words."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if n < 1024 or unit == "GiB":
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"

@@ -1,8 +1,8 @@
 """Run many ranks in one process: threads that take turns, over a transport without a network.
 
-What runs is the code of real ranks, down to :mod:`grace_ds.comm.framing`; only the four primitives below it copy from one array to
-another.  So what is counted (:mod:`grace_ds.comm.traffic`) is what real ranks count.  One thread runs at a time, until it needs the
-others; so memory can be told apart by rank, and a run is the same each time.
+What runs is the code of real ranks, down to :mod:`grace_ds.comm.framing`; only the four primitives below it copy from one array
+to another.  So what is counted (:mod:`grace_ds.comm.traffic`) is what real ranks count.  One thread runs at a time, until it
+needs the others; so memory can be told apart by rank, and a run is the same each time.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ class Simulated(Generic[T]):
 
     Attributes:
         results: of each rank.
-        peaks: (ranks,) int64, most bytes that Python and NumPy held for each rank at once; zeros if that was not traced.
+        peaks: of each rank, most bytes that Python and NumPy held for it in each of its turns: the first, then two for each
+            primitive, in the second of which it goes on; empty if that was not traced.
     """
 
     results: list[T]
-    peaks: IntArray
+    peaks: list[list[int]]
 
 
 def simulate(size: int, work: Callable[[Comm], T], timeout: float = 600.0, traced: bool = False) -> Simulated[T]:
@@ -80,7 +81,7 @@ def simulate(size: int, work: Callable[[Comm], T], timeout: float = 600.0, trace
             tracemalloc.stop()
     if errors:
         raise next((error for error in errors.values() if not isinstance(error, TransportError)), next(iter(errors.values())))
-    return Simulated(results, np.array(world.peaks, np.int64))
+    return Simulated(results, world.peaks)
 
 
 class SimulatedComm(FramedComm):
@@ -150,7 +151,7 @@ class _World:
         given: by each rank, to the primitive that all are in.
         board: (size, size, WIDTH) int64, headers by sender and receiver.
         ended: ranks whose work is over.
-        peaks: most bytes of each rank so far.
+        peaks: most bytes of each rank, turn by turn.
     """
 
     def __init__(self, size: int, traced: bool) -> None:
@@ -158,7 +159,8 @@ class _World:
         self.given: list[Any] = [None] * size
         self.board = np.empty((size, size, WIDTH), np.int64)
         self.ended: list[int] = []
-        self.peaks, self._held, self._base = [0] * size, [0] * size, 0
+        self.peaks: list[list[int]] = [[] for _ in range(size)]
+        self._held, self._base = [0] * size, 0
         self._gates = [threading.Lock() for _ in range(size)]
         for gate in self._gates:
             gate.acquire()
@@ -180,7 +182,7 @@ class _World:
         """End the turn of ``rank``; the next that still works has its own."""
         if self.traced:
             now, peak = tracemalloc.get_traced_memory()
-            self.peaks[rank] = max(self.peaks[rank], self._held[rank] + peak - self._base)
+            self.peaks[rank].append(self._held[rank] + peak - self._base)
             self._held[rank] += now - self._base
         after = (at % self.size for at in range(rank + 1, rank + self.size + 1))
         following = next((at for at in after if at not in self.ended), None)

@@ -1,9 +1,9 @@
 """Count what a rank sends: the one place that knows what a message and a byte of a transport are.
 
-A message is a piece of data for one other rank; empty pieces, and those that stay on the rank, are none.  Bytes are those of the
-pieces, headers of :mod:`grace_ds.comm.framing` included; what a network adds is not.  Exchanges are counted as they are.  For sums
-and broadcasts, which the library below splits up, the algorithm of gloo counts: a ring (Patarasuk & Yuan 2009,
-doi:10.1016/j.jpdc.2008.09.002), and a binomial tree.  Another library sends as many bytes over all ranks, spread otherwise.
+A message is a piece of data for one other rank; empty pieces, and those that stay on the rank, are none.  Bytes are those of
+the pieces, headers of :mod:`grace_ds.comm.framing` included; what a network adds is not.  Exchanges are counted as they are.
+For sums and broadcasts, which the library below splits up, the algorithm of gloo counts: a ring (Patarasuk & Yuan 2009,
+doi:10.1016/j.jpdc.2008.09.002), and a binomial tree.  MPI chooses its own, by size.
 """
 
 from __future__ import annotations

@@ -284,7 +284,9 @@ def test_a_second_run_over_a_run_dir_leaves_only_its_own(tmp_path: Path, caplog:
             schedule = dataclasses.replace(schedule, meta={"decided_at_step": version})
             explanation = {"version": version, "samples": []}
             recorder.made(
-                RefreshResult(schedule, Table(SampleRecords.empty(8)), Table(Losses.empty()), RefreshState(), {}, {}, {}, explanation)
+                RefreshResult(
+                    schedule, Table(SampleRecords.empty(8)), Table(Losses.empty()), RefreshState(), {}, {}, {}, explanation
+                )
             )
             recorder.settle()
 
