@@ -144,7 +144,7 @@ def _add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
             grace-ds plan --samples 3e8 --ranks 64 --batch 2048 --steps 1e5
             grace-ds plan --samples 1e6 --ranks 8 --calibrate --json
             grace-ds plan --samples 1e6 --ranks 8 --set graph.tier=exact
-            grace-ds plan --samples 1e9 --ranks 64 --simulate --set window=1e9
+            grace-ds plan --samples 1e9 --ranks 64 --simulate --set window=1000000000
             """,
     )
     job = planner.add_argument_group("the job")

@@ -30,6 +30,7 @@ from grace_ds.utils.hashing import splitmix64
 MOST_RANKS = 1024
 TOPICS = 64  # that the synthetic vectors gather around
 TRUSTED = 500  # synthetic trusted samples
+BLOCK = 1024  # vectors that are made at a time
 NARROW_BUDGET = 0.8  # a coreset of more than the 16,384 samples that go to root as a whole, as a job's own has
 
 
@@ -170,10 +171,13 @@ def _content(ids: IntArray, config: GraceConfig) -> ContentFeatures:
 
 def _vectors(ids: IntArray, dim: int) -> FloatArray:
     """Return unit vectors (n, dim) float32, each about one of :data:`TOPICS` directions."""
-    topic = (splitmix64(ids) % np.uint64(TOPICS)).astype(np.int64)
-    vectors = (_uniform(np.arange(TOPICS), 4, dim) - 0.5)[topic] + 0.5 * (_uniform(ids, 5, dim) - 0.5)
-    vectors /= np.sqrt(np.square(vectors).sum(1, keepdims=True))
-    return np.asarray(vectors, np.float32)
+    topics = _uniform(np.arange(TOPICS), 4, dim) - 0.5
+    out = np.empty((len(ids), dim), np.float32)
+    for start in range(0, len(ids), BLOCK):  # so that the simulation's own work does not count in a rank's memory
+        block = ids[start : start + BLOCK]
+        vectors = topics[splitmix64(block) % np.uint64(TOPICS)] + 0.5 * (_uniform(block, 5, dim) - 0.5)
+        out[start : start + BLOCK] = vectors / np.sqrt(np.square(vectors).sum(1, keepdims=True))
+    return out
 
 
 def _rows(ids: IntArray, step: int, config: GraceConfig) -> SampleRecords:

@@ -149,6 +149,9 @@ def _terms(of: str, stage: str, config: GraceConfig, job: Job, slots: int) -> li
     if of == "messages":
         return [1.0, float(others), float(others * graph_waves(config, job)) if stage == "graph" else 0.0]
     own, clusters = job.samples / job.ranks, math.sqrt(job.samples) if stage == "graph" else 0.0
+    if stage in ("embed", "propagate") and config.builds_graph:
+        # The distinct neighbours of a rank's samples, drawn from all: ranks (1 - e^(-k / ranks)) for each sample, k at most.
+        own *= job.ranks * -math.expm1(-config.graph.k / job.ranks)
     leaving = others / job.ranks if of == "bytes" else 1.0  # the share of what is exchanged that leaves a rank
     if stage == "broadcast" and of == "bytes":  # root sends a schedule to the children that it has in the tree
         slots *= math.ceil(math.log2(max(job.ranks, 2)))

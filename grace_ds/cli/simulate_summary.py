@@ -30,7 +30,8 @@ from grace_ds.graph.plan import clusters_for
 from grace_ds.recipes import recipe
 
 OWN_RANKS = 32, 81_920  # least samples of a rank, and of the window, where the job's own number of ranks is simulated
-ID_SECONDS = 2.5e-8  # CPU seconds in which a rank looks at one id of the window to see whether it owns it (one x86 core)
+# CPU seconds in which a rank makes one id of the window, to see whether it owns it (one x86 core); more where the window rolls.
+ID_SECONDS, ROLLED_ID_SECONDS = 2.2e-8, 2.9e-7
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,13 @@ def run_simulation(sizes: Sizes, config: GraceConfig) -> Simulation:
     rates = sizes.rates
     gbits, gflops = sizes.gbits or rates.gbits, planned.gflops / 2  # clusters are computed in double precision
     offline = plan(replace(sizes, gbits=1e6), config)  # the transfers are counted here
+    looked = job.samples * (ROLLED_ID_SECONDS if planned.rolls else ID_SECONDS)
     compute = {"first": offline.first_seconds, "later": offline.mean_seconds}
     seconds = {}
     for which in WHICH:
         extra = content if which == "first" else Traffic()
         messages, sent = costs.total("messages", which) + extra.messages, costs.total("bytes", which) + extra.bytes
-        seconds[which] = compute[which] + messages * rates.message_seconds + 8 * sent / gbits / 1e9 + job.samples * ID_SECONDS
+        seconds[which] = compute[which] + messages * rates.message_seconds + 8 * sent / gbits / 1e9 + looked
     clusters = clusters_for(config.graph, job.samples) if graph_waves(simulated, job) else 0
     flop = 2.0 * row_width(simulated) * clusters
     return Simulation(

@@ -161,6 +161,8 @@ class _World:
         self.ended: list[int] = []
         self.peaks: list[list[int]] = [[] for _ in range(size)]
         self._held, self._base = [0] * size, 0
+        self._turn: int | None = 0
+        self._lock = threading.Lock()
         self._gates = [threading.Lock() for _ in range(size)]
         for gate in self._gates:
             gate.acquire()
@@ -184,12 +186,16 @@ class _World:
             now, peak = tracemalloc.get_traced_memory()
             self.peaks[rank].append(self._held[rank] + peak - self._base)
             self._held[rank] += now - self._base
-        after = (at % self.size for at in range(rank + 1, rank + self.size + 1))
-        following = next((at for at in after if at not in self.ended), None)
-        if following is not None:
-            self._gates[following].release()
+        with self._lock:
+            after = (at % self.size for at in range(rank + 1, rank + self.size + 1))
+            self._turn = next((at for at in after if at not in self.ended), None)
+            if self._turn is not None:
+                self._gates[self._turn].release()
 
     def leave(self, rank: int) -> None:
-        """End the last turn of ``rank``."""
-        self.ended.append(rank)
-        self.pass_turn(rank)
+        """Note that the work of ``rank`` is over, and end its turn."""
+        with self._lock:
+            self.ended.append(rank)
+            its_turn = self._turn == rank  # not that of a rank that has waited too long
+        if its_turn:
+            self.pass_turn(rank)
