@@ -1,8 +1,8 @@
 """Carry what is counted of a few small simulated jobs on to any size of a job.
 
-Each stage's bytes are a weighted sum of the ranks, the samples of a rank and the slots of a schedule, and in the graph of the
-square root of the window, to which the number of clusters is chosen; messages, of the other ranks and the graph's waves.  Jobs
-that the weights were not fitted to test them.
+Each stage's bytes are a weighted sum of the ranks, the samples of a rank and the slots of a schedule, in the graph also of the
+square root of the window, to which the number of clusters is chosen, and along its edges of a rank's distinct neighbours;
+messages, of the other ranks and the graph's waves.  Jobs that the weights were not fitted to test them.
 """
 
 from __future__ import annotations
@@ -143,19 +143,21 @@ def _terms(of: str, stage: str, config: GraceConfig, job: Job, slots: int) -> li
     """Return the terms that a quantity is a weighted sum of.
 
     A message goes to each other rank, in the graph once a wave; bytes and memory follow from ranks, own samples, slots and, in
-    the graph, the clusters.
+    the graph, the clusters, and along its edges the distinct neighbours.
     """
     others = job.ranks - 1
     if of == "messages":
         return [1.0, float(others), float(others * graph_waves(config, job)) if stage == "graph" else 0.0]
-    own, clusters = job.samples / job.ranks, math.sqrt(job.samples) if stage == "graph" else 0.0
-    if stage in ("embed", "propagate") and config.builds_graph:
+    own, further = job.samples / job.ranks, 0.0
+    if stage == "graph":
+        further = math.sqrt(job.samples)
+    elif stage in ("embed", "propagate") and config.builds_graph:
         # The distinct neighbours of a rank's samples, drawn from all: ranks (1 - e^(-k / ranks)) for each sample, k at most.
-        own *= job.ranks * -math.expm1(-config.graph.k / job.ranks)
+        further = own * job.ranks * -math.expm1(-config.graph.k / job.ranks)
     leaving = others / job.ranks if of == "bytes" else 1.0  # the share of what is exchanged that leaves a rank
-    if stage == "broadcast" and of == "bytes":  # root sends a schedule to the children that it has in the tree
-        slots *= math.ceil(math.log2(max(job.ranks, 2)))
-    return [leaving * term for term in (1.0, float(job.ranks), own, float(slots), clusters)]
+    if stage == "broadcast" and of == "bytes":  # root sends the schedule to each of its children in the tree
+        slots, leaving = slots * (job.ranks - 1).bit_length(), 1.0
+    return [leaving * term for term in (1.0, float(job.ranks), own, float(slots), further)]
 
 
 def graph_waves(config: GraceConfig, job: Job) -> int:

@@ -99,7 +99,8 @@ class SimulatedComm(FramedComm):
         world.given[self.rank] = given
         self._others_run()
         if world.ended:
-            raise TransportError(f"rank {world.ended[0]} has ended while rank {self.rank} waits in {self._doing}")
+            at = world.ended[0]
+            raise TransportError(f"rank {at} has ended while rank {self.rank} waits in {self._doing}")
         taken = take(world.given)
         self._others_run()
         world.given[self.rank] = None

@@ -26,6 +26,7 @@ WORDS = {
     "facility": ["recipe=grace", "graph.tier=exact", "selection.objective=facility_location", *NARROW],
     "content": ["recipe=content"],
 }
+pytestmark = pytest.mark.timeout(240)
 _PREAMBLE = 48  # bytes that gloo puts before each of its messages, and sends to announce one
 _BYTES_SENT = 200  # offset of tcpi_bytes_sent in struct tcp_info (linux/tcp.h)
 
@@ -33,7 +34,7 @@ _BYTES_SENT = 200  # offset of tcpi_bytes_sent in struct tcp_info (linux/tcp.h)
 def refreshes(comm: Comm, name: str) -> tuple[dict[str, Traffic], dict[str, Traffic], str]:
     """What this rank sends in two refreshes, by stage, and the digest of the second schedule."""
     config = load_config({}, dotlist=WORDS[name])
-    job = Job(comm.size, 1500 if name == "facility" else 6000, 16, 8)
+    job = Job(comm.size, 6000 if name == "content" else 1200, 16, 8)  # histograms from 4,096 on
     found = two_refreshes(comm, job, simulated_config(config, job.samples, comm.size))
     return found.first, found.later, found.schedule.digest()
 
@@ -45,7 +46,7 @@ def really(world: World, name: str) -> Any:
 @pytest.mark.parametrize("name", WORDS)
 @pytest.mark.parametrize("size", [2, 4])
 def test_simulated_counts_are_those_of_a_real_run(size: int, name: str) -> None:
-    real = run_ranks(really, size, name, timeout=120)
+    real = run_ranks(really, size, name, timeout=200)
     simulated = simulate(size, lambda comm: refreshes(comm, name)).results
     for rank in range(size):
         for which in (0, 1):
@@ -80,7 +81,7 @@ def on_the_wire(world: World, name: str) -> tuple[int, Traffic]:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_counted_bytes_are_those_that_the_sockets_sent(size: int) -> None:
-    found = run_ranks(on_the_wire, size, "grace", timeout=120)
+    found = run_ranks(on_the_wire, size, "grace", timeout=200)
     payload, messages, calls = (sum(getattr(traffic, of) for _, traffic in found) for of in ("bytes", "messages", "calls"))
     rest = sum(sent for sent, _ in found) - payload
     assert rest % _PREAMBLE == 0
