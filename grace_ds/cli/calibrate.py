@@ -78,7 +78,8 @@ def calibrate(config: GraceConfig, dim: int, tokens: int, hidden: int, comm: Com
         comm: between the ranks.
     """
     config = copy.deepcopy(config)
-    config.features.dim, config.run_dir, config.features.cache_dir = dim, None, None
+    config.features.dim, config.run_dir, config.features.cache_dir, config.features.precomputed = dim, None, None, None
+    config.features.threads = 1  # the rates are of one core
     config.trusted, config.replay = None, None
     bare = copy.deepcopy(config)
     bare.ablate = sorted({*bare.ablate, "graph"} & recipe(bare.recipe).uses)

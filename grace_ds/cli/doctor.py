@@ -35,7 +35,8 @@ _RAPIDS = {  # modules that the GPU path imports, and the distributions that con
 }
 # Distributions that a job may use beside those that grace_ds requires; their versions are printed where they are installed.
 _ALSO = ("faiss-cpu", "transformers", "accelerate", "datasets", "peft", "trl", "lightning-fabric", "megatron-core", "tokenizers")
-_FILE_KEYS = ("trusted", "tokenizer", "replay", "selection.include", "selection.exclude", "selection.sources")
+_IDS = ("selection.include", "selection.exclude", "selection.sources")
+_FILE_KEYS = ("trusted", "tokenizer", "replay", "features.precomputed", *_IDS)
 _SKEW_SECONDS = 2.0  # tolerated difference between the clocks of this machine and of shared storage
 _SHM_BYTES = 64 << 20  # with less, gloo and data workers fail with misleading errors
 _TIGHT = 0.8  # share of the free memory beyond which little is left for activations

@@ -24,13 +24,17 @@ from grace_ds.graph.repair import SPARE
 from grace_ds.recipes import recipe
 from grace_ds.refresh.choice import slack
 from grace_ds.refresh.trigger import stretched_interval
+from grace_ds.utils.threads import AHEAD
 
 SCHEDULE_BYTES = 8 + 1 + 4  # per slot: id, role, weight
 SELECT_BYTES = 52 + 92  # per sample that a rank owns: its signals, and the data to draw with
 VISIT_BYTES = 16  # per sample seen, on every rank
 ROW_BYTES = 32  # per collected row in addition to its sketch (grace_ds.records.SampleRecords)
+WAITING_BYTES = 24  # per token of a block that waits for a thread or to be taken: tokens, or 6-grams and terms
 BLOCK_BYTES = 60  # per token of a block: temporaries that the allocator of a training job retains
-TERM_BYTES = 1.7 * 5  # per token: its distinct terms, kept between the two sweeps
+TERM_BYTES = (
+    1.7 * 5
+)  # per token: its distinct terms, kept between the two sweeps; its 6-grams take 4, or fewer if some are left out
 GREEDY_SECONDS = 6e-6  # per sample of the window under facility_location: 0.60 s for 100,000 (benchmarks greedy)
 ATTACH_BYTES = 9 << 20  # hooks, sampler, loaders and transport, before the first refresh (benchmarks plan)
 HOOK_SECONDS, ROWS_SECONDS = 2e-4, 1.5e-3  # per layer for its two hooks, per step for its rows: Python's overhead in small models
@@ -163,8 +167,9 @@ def plan(sizes: Sizes, config: GraceConfig) -> RefreshPlan:
     row = 2 * c.collect.dim + ROW_BYTES
     kept = (4 * sizes.dim + 8 * (c.graph.k + SPARE + 1)) * builds  # per sample: its vector and its list in the graph
     reads = recipe(c.recipe).content and c.features.enabled
-    table = Sampling.of(pool.size * max(sizes.tokens - GRAM + 1, 0), pool.size).table_bytes
-    feature = _feature_seconds(sizes, rates, per_rank, table) if reads else 0.0
+    sampling, threads = Sampling.of(pool.size * max(sizes.tokens - GRAM + 1, 0), pool.size), max(1, c.features.threads)
+    table, held = sampling.table_bytes, _Held.of(per_rank * sizes.tokens, sampling.level, builds)
+    feature = _feature_seconds(sizes, rates, per_rank, table, held, threads) if reads else 0.0
     graph_seconds = graph.seconds(rates.gflops, rates.gbits) * rates.graph * rates.busy
     chosen = rates.busy * per_rank * (rates.sample_seconds + (GREEDY_SECONDS if covers else 0.0))
     step, origin = _step(sizes, rates)
@@ -193,7 +198,7 @@ def plan(sizes: Sizes, config: GraceConfig) -> RefreshPlan:
         schedule_bytes=2 * slots * SCHEDULE_BYTES,
         visit_bytes=VISIT_BYTES * min(sizes.samples, seen),
         resting_bytes=int(rates.resting_bytes) + ATTACH_BYTES,
-        scratch_bytes=_scratch(sizes, rates, per_rank, builds) + table - SMALLEST.table_bytes if reads else 0,
+        scratch_bytes=_scratch(sizes, rates, per_rank, held, threads) + table - SMALLEST.table_bytes if reads else 0,
         select_bytes=per_rank * SELECT_BYTES,
         feature_seconds=feature,
         graph_seconds=graph_seconds,
@@ -233,7 +238,30 @@ def _given(sizes: Sizes) -> Rates:
     return rates.having(GIVEN, **{name: value for name, value in given.items() if value})
 
 
-def _feature_seconds(sizes: Sizes, rates: Rates, own: int, table: int) -> float:
+@dataclass(frozen=True)
+class _Held:
+    """What a rank keeps between the two sweeps over its samples.
+
+    Attributes:
+        bytes: of 6-grams, terms and tokens.
+        reread: share of the samples that are read twice, for nothing of them fits.
+    """
+
+    bytes: float
+    reread: float
+
+    @staticmethod
+    def of(tokens: int, level: int, vectors: bool) -> _Held:
+        """Return it for ``tokens`` of which one 6-gram in 2^level is counted."""
+        sizes = [(4.0 if not level else 8.0 / 2**level) * tokens, TERM_BYTES * tokens * vectors]
+        # Tokens are kept of the samples whose 6-grams or terms have no room.
+        rest = max(0.0, *(1 - MEMORY_BYTES / size for size in sizes if size)) if tokens else 0.0
+        kept = min(MEMORY_BYTES, 2 * rest * tokens)
+        reread = rest - kept / (2 * tokens) if tokens else 0.0
+        return _Held(sum(min(MEMORY_BYTES, size) for size in sizes) + kept, reread)
+
+
+def _feature_seconds(sizes: Sizes, rates: Rates, own: int, table: int, held: _Held, threads: int) -> float:
     """Return the seconds of both sweeps over this rank's share, and of the sum of the 6-gram counts beyond what was measured.
 
     Samples whose tokens do not fit into memory between the sweeps are read twice.
@@ -243,26 +271,28 @@ def _feature_seconds(sizes: Sizes, rates: Rates, own: int, table: int) -> float:
         rates: of a rank.
         own: samples of this rank.
         table: bytes of the counts.
+        held: between the sweeps.
+        threads: that compute.
     """
 
     def sent(ranks: int, size: int) -> float:
         return 2 * (ranks - 1) / ranks * 8 * size / rates.gbits / 1e9
 
     extra_transfer = max(0.0, sent(sizes.ranks, table) - sent(rates.measured_ranks, SMALLEST.table_bytes))
-    reread_share = max(0.0, 1 - MEMORY_BYTES / (2.0 * own * sizes.tokens))
-    read = own * (1 + reread_share) * rates.item_seconds
-    return read + rates.busy * own * sizes.tokens * rates.token_seconds + rates.fixed_feature_seconds + extra_transfer
+    read = own * (1 + held.reread) * rates.item_seconds
+    computed = rates.busy * own * sizes.tokens * rates.token_seconds / threads
+    return read + computed + rates.fixed_feature_seconds + extra_transfer
 
 
-def _scratch(sizes: Sizes, rates: Rates, own: int, vectors: bool) -> int:
+def _scratch(sizes: Sizes, rates: Rates, own: int, held: _Held, threads: int) -> int:
     """Return the scratch bytes of the features.
 
-    Tables of counts while they are summed, remains of the last block, tokens and terms kept between the two sweeps.
+    Tables of counts while they are summed, remains of the last blocks, and what is kept between the two sweeps.
     """
-    tokens = own * sizes.tokens
-    kept = min(MEMORY_BYTES, 2 * tokens) + (min(MEMORY_BYTES, TERM_BYTES * tokens) if vectors else 0)
-    block = BLOCK_BYTES * min(tokens, BLOCK_TOKENS, 1024 * sizes.tokens)
-    return int(rates.fixed_bytes - rates.resting_bytes + kept + block)
+    tokens, block = own * sizes.tokens, min(BLOCK_TOKENS, 1024 * sizes.tokens)
+    blocks = min(tokens, threads * block) * BLOCK_BYTES
+    waiting = min(tokens, AHEAD * threads * block) * WAITING_BYTES if threads > 1 else 0
+    return int(rates.fixed_bytes - rates.resting_bytes + held.bytes + blocks + waiting)
 
 
 def _step(sizes: Sizes, rates: Rates) -> tuple[float, str]:

@@ -60,6 +60,7 @@ _RANGES: list[tuple[str, Callable[[float], bool], Sequence[str]]] = [  # what is
     ("between 1 and 64", lambda x: 1 <= x <= 64, ("collect.rank", "graph.hops")),
     ("between 8 and 4096", lambda x: 8 <= x <= 4096, ("features.dim",)),
     ("between 1 and 256", lambda x: 1 <= x <= 256, ("graph.k",)),
+    ("0 (automatic) to 1024", lambda x: 0 <= x <= 1024, ("features.threads",)),
     ("0 (automatic) to 1048576", lambda x: 0 <= x <= 1 << 20, ("graph.clusters",)),
     ("0 (automatic) to 8", lambda x: 0 <= x <= 8, ("graph.overlap",)),
 ]

@@ -221,6 +221,7 @@ def refuse_over_stream(config: GraceConfig) -> None:
         "selection.exclude": selection.exclude is not None,
         "selection.sources": selection.sources is not None,
         "features.cache_dir": config.features.cache_dir is not None,
+        "features.precomputed": config.features.precomputed is not None,
     }
     for key, is_asked in asked.items():
         if is_asked:

@@ -56,7 +56,9 @@ class FeaturesConfig:
     dim: int = 96  # width of the projected TF-IDF vectors
     max_tokens: int = 4096  # tokens of a sample that are looked at
     separator: int = -1  # token id that ends a document of a packed sample; -1: an item's seq_lengths or position_ids tell
-    cache_dir: str | None = None  # where the statistics are kept between runs; null: not kept
+    cache_dir: str | None = None  # where what was computed of a sample is kept, for refreshes and runs; null: not kept
+    precomputed: str | None = None  # folder that grace-ds features has written for this corpus and config; null: none
+    threads: int = 0  # of a rank; 0: its share of the cores that it may run on, and OMP_NUM_THREADS at most
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Keep computed arrays between runs: one .npz without pickle per key, written atomically, with a digest inside."""
+"""Keep a few computed arrays between runs: one small .npz without pickle per key, written atomically, with a digest inside."""
 
 from __future__ import annotations
 

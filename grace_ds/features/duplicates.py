@@ -13,6 +13,7 @@ would weigh too much.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,14 +42,31 @@ class Grams:
     """The counted 6-grams of n samples, sample after sample.
 
     Attributes:
-        bins: (total,) intp, of the table.
+        bins: (total,) intp, of the table; uint32 after :meth:`narrow`.
         lengths: (n,) int64, number of 6-grams of each sample.
         times: (total,) int32, number of positions of each 6-gram; None: one each.
     """
 
-    bins: npt.NDArray[np.intp]
+    bins: Array
     lengths: IntArray
     times: npt.NDArray[np.int32] | None = None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def positions(self) -> int:
+        """Number of positions that are counted."""
+        return len(self.bins) if self.times is None else int(self.times.sum())
+
+    def narrow(self) -> Grams:
+        """Return the same 6-grams in half the memory."""
+        return Grams(self.bins.astype(np.uint32), self.lengths, self.times)
+
+    def take(self, selected: npt.NDArray[np.bool_]) -> Grams:
+        """Return those of the samples that ``selected`` (n,) bool names."""
+        keep = np.repeat(selected, self.lengths)
+        return Grams(self.bins[keep], self.lengths[selected], None if self.times is None else self.times[keep])
 
 
 def ngram_bins(block: TokenBlock, sampling: Sampling = SMALLEST) -> Grams:
@@ -144,6 +162,8 @@ def _distinct(key: npt.NDArray[np.uint32], ends: IntArray, position: IntArray) -
 class NgramCounts:
     """6-gram counts of the window: this rank's samples are added block by block, then summed once over the ranks.
 
+    Several threads may add and subtract at a time; integers add up to the same in any order.
+
     Args:
         sampling: which 6-grams are counted; the same on all ranks.
         known: (2^bits,) integers, counts of the previous window over all ranks; not modified.
@@ -157,22 +177,27 @@ class NgramCounts:
         self.counts: Array = np.zeros(1 << sampling.bits, np.int32)
         self.total: Array = np.zeros(0, np.int32)
         self._counted = 0
+        self._lock = threading.Lock()
 
-    def add(self, block: TokenBlock) -> None:
+    def add(self, part: TokenBlock | Grams) -> None:
         """Add the 6-grams of samples of the window."""
-        self._count(block, 1)
+        self._count(self.grams(part), 1)
 
-    def drop(self, block: TokenBlock) -> None:
+    def drop(self, part: TokenBlock | Grams) -> None:
         """Subtract the 6-grams of samples that have left the window from the counts ``known``."""
-        self._count(block, -1)
+        self._count(self.grams(part), -1)
 
-    def _count(self, block: TokenBlock, sign: int) -> None:
-        grams = ngram_bins(block, self.sampling)
-        self._counted += len(grams.bins) if grams.times is None else int(grams.times.sum())
-        if self._counted >= _SAFE:
-            self.counts = self.counts.astype(np.int64, copy=False)
-        dtype = self.counts.dtype.type  # adding the table's own type is NumPy's fast path
-        np.add.at(self.counts, grams.bins, dtype(sign) if grams.times is None else grams.times.astype(dtype) * dtype(sign))
+    def grams(self, part: TokenBlock | Grams) -> Grams:
+        """Return the 6-grams that are counted of some samples."""
+        return part if isinstance(part, Grams) else ngram_bins(part, self.sampling)
+
+    def _count(self, grams: Grams, sign: int) -> None:
+        with self._lock:
+            self._counted += grams.positions
+            if self._counted >= _SAFE:
+                self.counts = self.counts.astype(np.int64, copy=False)
+            dtype = self.counts.dtype.type  # adding the table's own type is NumPy's fast path
+            np.add.at(self.counts, grams.bins, dtype(sign) if grams.times is None else grams.times.astype(dtype) * dtype(sign))
 
     def reduce(self, allreduce: Allreduce) -> None:
         """Sum the counts over all ranks (collective)."""
@@ -186,24 +211,24 @@ class NgramCounts:
                 counts[part] += self._known[part].astype(counts.dtype, copy=False)
         self.counts, self.total = counts[:0], counts
 
-    def degree(self, block: TokenBlock) -> npt.NDArray[np.float64]:
+    def degree(self, part: TokenBlock | Grams) -> npt.NDArray[np.float64]:
         """Return the number of copies in the window beyond the sample itself, (n,) float64; 0 for samples without a 6-gram."""
-        grams = ngram_bins(block, self.sampling)
+        grams = self.grams(part)
         return self._quantile(grams.bins, grams, minus=1)
 
-    def tried(self, block: TokenBlock) -> npt.NDArray[np.float64]:
+    def tried(self, part: TokenBlock | Grams) -> npt.NDArray[np.float64]:
         """Return the chances 1 / (1 + density) of new texts, (m, 2) float64: present once, and present ``COPIES`` times.
 
         A new text has the 6-grams of a sample, moved to other bins; there is one for each of the m samples with a 6-gram.  The
         correct values are 1 and 1 / ``COPIES``; a table that is too full gives both nearly the same.
         """
-        grams = ngram_bins(block, self.sampling)
+        grams = self.grams(part)
         elsewhere = grams.bins ^ (_ELSEWHERE & np.intp((1 << self.sampling.bits) - 1))
         once = self._quantile(elsewhere, grams, minus=0)
         once = once[grams.lengths > 0]
         return np.stack([1 / (1 + once), 1 / (COPIES + once)], 1)
 
-    def _quantile(self, bins: npt.NDArray[np.intp], grams: Grams, minus: int) -> npt.NDArray[np.float64]:
+    def _quantile(self, bins: Array, grams: Grams, minus: int) -> npt.NDArray[np.float64]:
         """Return the quantile of the counts of ``bins``, grouped as in ``grams``; not interpolated if 6-grams are sampled."""
         found = np.minimum(self.total[bins], SATURATION).astype(np.int32, copy=False)
         return row_quantile(found, grams.lengths, QUANTILE, minus, between=grams.times is None)

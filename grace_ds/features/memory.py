@@ -2,44 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from grace_ds.data.tokens import TokenBlock, TokenReader
+from grace_ds.data.tokens import TokenBlock
+from grace_ds.features.duplicates import Grams
 from grace_ds.features.tfidf import Terms
 from grace_ds.records import Array, IntArray
 
 
-class Memory:
-    """Tokens of the first sweep, in the smallest integer type that holds them, and terms, each up to its limit.
+@dataclass
+class Kept:
+    """What the second sweep needs of some samples.
 
-    Kept tokens avoid reading the dataset again; kept terms avoid hashing and sorting.  Terms are larger, so they have a
-    separate limit and do not displace tokens.
+    Attributes:
+        counted: (m,) int64, ascending positions of the samples whose densities are wanted.
+        grams: their 6-grams; None: not kept.
+        placed: (k,) int64, ascending positions of the samples whose vectors are wanted.
+        terms: their terms; None: not kept.
+        tokens: (flat, offsets) of the samples at :attr:`needed`; None: not kept.
     """
 
-    def __init__(self, reader: TokenReader, ids: IntArray, limit: int) -> None:
-        self.reader, self.ids = reader, ids
-        self.tokens, self.terms, self.arena = _Room(limit), _Room(limit), _Arena()
-        self.kept: list[tuple[IntArray, Array, IntArray, Terms | None]] = []
-        self.rows = 0
+    counted: IntArray
+    grams: Grams | None
+    placed: IntArray
+    terms: Terms | None
+    tokens: tuple[Array, IntArray] | None = None
 
-    def keep(self, block: TokenBlock, terms: Terms | None) -> None:
-        """Keep the next block of the first sweep, if it fits and all blocks before it did."""
-        flat = _narrow(block.flat)
-        if self.tokens.take(flat.nbytes + block.offsets.nbytes):
-            kept = None
-            if terms is not None and self.terms.take(terms.nbytes):
-                kept = Terms(self.arena.keep(terms.keys), self.arena.keep(terms.counts))
-            self.kept.append((block.ids, self.arena.keep(flat), block.offsets, kept))
-            self.rows += len(block)
+    @property
+    def needed(self) -> IntArray:
+        """(j,) int64, ascending: positions of the samples whose tokens the second sweep needs."""
+        none = np.empty(0, np.int64)
+        return np.union1d(none if self.grams is not None else self.counted, none if self.terms is not None else self.placed)
 
-    def replay(self) -> Iterator[tuple[TokenBlock, Terms | None]]:
-        """Yield all samples again: from memory, then (beyond the limit) from the dataset."""
-        for ids, flat, offsets, terms in self.kept:
-            yield TokenBlock(ids, flat.astype(np.int64), offsets), terms
-        for block in self.reader.blocks(self.ids[self.rows :]):
-            yield block, None
+    def block(self) -> TokenBlock:
+        """Return the kept tokens, with positions for ids."""
+        assert self.tokens is not None
+        flat, offsets = self.tokens
+        return TokenBlock(self.needed, flat.astype(np.int64), offsets)
+
+    def forget(self) -> None:
+        """Release the memory."""
+        self.grams = self.terms = self.tokens = None
+
+
+class Memory:
+    """6-grams, terms and tokens of the first sweep in the smallest integer types, each up to the limit.
+
+    Kept 6-grams and terms avoid hashing and sorting; where there is no room for them, kept tokens avoid reading the dataset
+    again.  Several threads may keep at a time.
+
+    Args:
+        limit: bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._grams, self._terms, self._tokens, self._arena = _Room(limit), _Room(limit), _Room(limit), _Arena()
+        self.kept: list[Kept] = []  # in any order
+
+    def keep(self, found: Kept, block: TokenBlock | None) -> None:
+        """Keep what was found of some samples, as far as it fits.
+
+        Args:
+            found: with all that was found.
+            block: tokens of these samples at least, with positions for ids; None: not read.
+        """
+        kept = replace(found)
+        grams, terms = found.grams, found.terms
+        if grams is not None:
+            bins = grams.bins
+            times, kept.grams = grams.times, None
+            if self._grams.take(bins.nbytes + grams.lengths.nbytes + (0 if times is None else times.nbytes)):
+                times = None if times is None else self._arena.keep(times)
+                kept.grams = Grams(self._arena.keep(bins), grams.lengths, times)
+        if terms is not None:
+            fits = self._terms.take(terms.nbytes)
+            kept.terms = Terms(self._arena.keep(terms.keys), self._arena.keep(terms.counts)) if fits else None
+        if block is not None and len(kept.needed):
+            part = block if len(kept.needed) == len(block) else block.take(np.isin(block.ids, kept.needed))
+            flat = _narrow(part.flat)
+            if self._tokens.take(flat.nbytes + part.offsets.nbytes):
+                kept.tokens = self._arena.keep(flat), part.offsets
+        self.kept.append(kept)
 
 
 class _Arena:
@@ -49,14 +95,17 @@ class _Arena:
 
     def __init__(self) -> None:
         self._free = np.empty(0, np.uint8)
+        self._lock = threading.Lock()
 
     def keep(self, array: Array) -> Array:
         """Return a copy of ``array`` (n,)."""
         size = -(-array.nbytes // 8) * 8  # so that the next array is aligned
-        if size > len(self._free):
-            self._free = np.empty(max(self.PIECE, size), np.uint8)
-        copy, self._free = self._free[: array.nbytes].view(array.dtype), self._free[size:]
-        copy[:] = array
+        with self._lock:
+            if size > len(self._free):
+                self._free = np.empty(max(self.PIECE, size), np.uint8)
+            place, self._free = self._free[: array.nbytes], self._free[size:]
+        copy = place.view(array.dtype)
+        copy[:] = array  # the first touch of new memory takes longest
         return copy
 
 
@@ -64,15 +113,16 @@ class _Room:
     """Remaining bytes of a limit; negative after something did not fit."""
 
     def __init__(self, limit: int) -> None:
-        self.remaining = limit
+        self.remaining, self._lock = limit, threading.Lock()
 
     def take(self, size: int) -> bool:
         """Return whether ``size`` bytes fit; after one failure nothing fits."""
-        self.remaining = self.remaining - size if size <= self.remaining else -1
-        return self.remaining >= 0
+        with self._lock:
+            self.remaining = self.remaining - size if size <= self.remaining else -1
+            return self.remaining >= 0
 
 
-def _narrow(flat: IntArray) -> Array:
+def _narrow(flat: Array) -> Array:
     """Return ``flat`` in the smallest of a few integer types, with the same values."""
     low, high = int(flat.min(initial=0)), int(flat.max(initial=0))
     for dtype in (np.uint16, np.int32):

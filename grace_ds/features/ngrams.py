@@ -67,13 +67,19 @@ def _bits(grams: int) -> int:
     return max(int(np.ceil(BINS_A_GRAM * grams)) - 1, 0).bit_length()
 
 
-def agree_sampling(reader: TokenReader, ids: IntArray, allreduce: Allreduce) -> Sampling:
+def agree_sampling(reader: TokenReader, ids: IntArray, allreduce: Allreduce, samples: int = 0) -> Sampling:
     """Choose the sampling for a window of which this rank holds the samples ``ids`` (n,).  Collective.
 
     A window that fits the smallest table for any lengths is not read.  Otherwise the lengths of about ``LOOKED_AT`` samples
     are read; they are chosen by their ids alone, so that any number of ranks gets the same result.
+
+    Args:
+        reader: of the dataset.
+        ids: this rank's samples, or those of them whose lengths are to be read.
+        allreduce: sums an int64 array over the ranks.
+        samples: of the window; 0: those of ``ids`` over all ranks.
     """
-    samples = int(allreduce(np.array([len(ids)], np.int64))[0])
+    samples = samples or int(allreduce(np.array([len(ids)], np.int64))[0])
     longest = max(reader.max_tokens - (GRAM - 1), 0)
     if _bits(samples * longest) <= BITS:
         return SMALLEST

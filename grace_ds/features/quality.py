@@ -113,11 +113,11 @@ class QualityModel:
         return replace(fitted, held_out=fitted._standard(raw))
 
     @cached_property
-    def _tables(self) -> tuple[Float64Array, Float64Array, Float64Array]:
-        """Tables of p(b), log p(b) and log(c(a) + 4), (k + 1,) each."""
+    def _tables(self) -> tuple[Float64Array, Float64Array, Float64Array, Float64Array]:
+        """Tables of c(a, b), (2^18,), and of 4 p(b), log p(b) and log(c(a) + 4), (k + 1,) each; float64."""
         kinds = len(self.unigrams) - 1
         unigram = (self.unigrams + 0.5) / (self.unigrams.sum() + 0.5 * kinds)
-        return unigram, np.log(unigram), np.log(self.contexts + BACKOFF)
+        return np.asarray(self.bigrams, np.float64), BACKOFF * unigram, np.log(unigram), np.log(self.contexts + BACKOFF)
 
     def likelihood(self, flat: IntArray, offsets: IntArray) -> Float64Array:
         """Return the mean log p(b | a) + log p(b) in nats per token, (n,) float64; -inf for samples without a bigram.
@@ -126,17 +126,22 @@ class QualityModel:
         """
         left, right, code, row = _bigrams(flat, offsets, self.vocab)
         entries = self._at(right)
-        return _row_mean(self._log_p(left, entries, code) + self._tables[1][entries], row, len(offsets) - 1)
+        log_p, _ = self._log_p(left, entries, code)
+        return _RowMean(row, len(offsets) - 1).of(log_p + self._tables[2][entries])
 
     def _at(self, token: IntArray) -> IntArray:
         """Return the table entries of ``token`` (m,), (m,) int64."""
         return token if self.tokens is None else _entries(token, self.tokens)
 
-    def _log_p(self, left: IntArray, right_at: IntArray, code: IntArray) -> Float64Array:
-        unigram, _, norm = self._tables
-        log_p: Float64Array = np.log(self.bigrams[code] + BACKOFF * unigram[right_at])
+    def _log_p(self, left: IntArray, right_at: IntArray, code: IntArray) -> tuple[Float64Array, Float64Array]:
+        """Return log p(b | a) and c(a, b) of every bigram, (m,) each."""
+        bigrams, backoff, _, norm = self._tables
+        count: Float64Array = bigrams[code]
+        log_p = backoff[right_at]
+        log_p += count
+        np.log(log_p, out=log_p)
         log_p -= norm[self._at(left)]
-        return log_p
+        return log_p, count
 
     def raw_statistics(self, flat: IntArray, offsets: IntArray) -> Float64Array:
         """Return the model's statistics of each sample, (n, 5) float64; -inf for samples without a bigram.
@@ -146,20 +151,21 @@ class QualityModel:
         """
         n = len(offsets) - 1
         left, right, code, row = _bigrams(flat, offsets, self.vocab)
-        entries = self._at(right)
-        log_p = self._log_p(left, entries, code)
-        mean = _row_mean(log_p, row, n)
-        square = _row_mean(np.square(log_p - mean[row]), row, n)
-        common = _row_mean(self._tables[1][entries], row, n)
-        seen = _row_mean((self.bigrams[code] > 0).astype(np.float64), row, n)
-        return np.stack([mean, np.sqrt(np.maximum(square, 0.0)), common, seen, _distinct(right, row, n)], 1)
+        entries, rows = self._at(right), _RowMean(row, n)
+        log_p, count = self._log_p(left, entries, code)
+        mean = rows.of(log_p)
+        log_p -= np.repeat(mean, rows.sizes)
+        square = rows.of(np.square(log_p, out=log_p))
+        common, seen = rows.of(self._tables[2][entries]), rows.of(count > 0)
+        return np.stack([mean, np.sqrt(np.maximum(square, 0.0)), common, seen, _distinct(right, rows.sizes)], 1)
 
     def quality(self, flat: IntArray, offsets: IntArray) -> Float64Array:
         """Return the pass of the trusted filter, (n,) float64 in [0.02, 1]; samples without a bigram get the minimum."""
         left, right, code, row = _bigrams(flat, offsets, self.vocab)
         raw = np.zeros((len(offsets) - 1, STATISTICS))
-        raw[:, SCORE] = _row_mean(self._log_p(left, self._at(right), code), row, len(raw))
-        raw[:, DISTINCT] = _distinct(right, row, len(raw))
+        rows = _RowMean(row, len(raw))
+        raw[:, SCORE] = rows.of(self._log_p(left, self._at(right), code)[0])
+        raw[:, DISTINCT] = _distinct(right, rows.sizes)
         return self.limits.quality(raw)
 
     def examine(self, flat: IntArray, offsets: IntArray) -> tuple[Float64Array, FloatArray]:
@@ -306,19 +312,18 @@ def _bigrams(flat: IntArray, offsets: IntArray, vocab: int) -> tuple[IntArray, I
     return known[:-1][within], known[1:][within], code.view(np.int64)[within], row[1:][within]
 
 
-def _distinct(token: IntArray, row: IntArray, n: int) -> Float64Array:
+def _distinct(token: IntArray, sizes: IntArray) -> Float64Array:
     """Return the share of each sample's tokens that are the first of their kind in a stretch of 64, (n,) float64.
 
     -inf without tokens.
 
     Args:
-        token, row: (m,) tokens and the sample of each, sample after sample.
-        n: number of samples.
+        token: (m,) tokens, sample after sample.
+        sizes: (n,) int64, tokens of each sample.
     """
-    sizes = np.bincount(row, minlength=n)
     stretches = -(-sizes // STRETCH)
     starts = (np.cumsum(stretches) - stretches) * STRETCH
-    cell = np.arange(len(row)) + np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
+    cell = np.arange(len(token)) + np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
     dtype = np.int32 if int(token.max(initial=0)) < NOTHING else np.int64
     grid = np.full(
         (int(stretches.sum()), STRETCH), np.iinfo(dtype).max, dtype
@@ -326,17 +331,31 @@ def _distinct(token: IntArray, row: IntArray, n: int) -> Float64Array:
     grid.reshape(-1)[cell] = token
     grid.sort(axis=1)
     distinct = (grid[:, 1:] != grid[:, :-1]).sum(1) + (grid[:, -1] != np.iinfo(dtype).max)
-    total = np.bincount(np.repeat(np.arange(n), stretches), weights=distinct, minlength=n)
-    share: Float64Array = np.divide(total, sizes, out=np.full(n, -np.inf), where=sizes > 0)
+    total = np.bincount(np.repeat(np.arange(len(sizes)), stretches), weights=distinct, minlength=len(sizes))
+    share: Float64Array = np.divide(total, sizes, out=np.full(len(sizes), -np.inf), where=sizes > 0)
     return share
 
 
-def _row_mean(values: Float64Array, row: IntArray, n: int) -> Float64Array:
-    """Return the mean of each row, summed in the order of ``values`` (as bincount does), so that blocking cannot change a bit."""
-    total = np.bincount(row, weights=values, minlength=n)
-    size = np.bincount(row, minlength=n)
-    mean: Float64Array = np.divide(total, size, out=np.full(n, -np.inf), where=size > 0)
-    return mean
+class _RowMean:
+    """Means of rows, summed in the order of the values (as bincount does), so that blocking cannot change a bit.
+
+    Args:
+        row: (m,) int64, ascending, the row of each value.
+        n: number of rows.
+
+    Attributes:
+        sizes: (n,) int64, values of each row.
+    """
+
+    def __init__(self, row: IntArray, n: int) -> None:
+        self._row, self._n = row, n
+        self.sizes = np.bincount(row, minlength=n)
+
+    def of(self, values: Array) -> Float64Array:
+        """Return the mean of each row of ``values`` (m,), (n,) float64; -inf for rows without values."""
+        total = np.bincount(self._row, weights=values, minlength=self._n)
+        mean: Float64Array = np.divide(total, self.sizes, out=np.full(self._n, -np.inf), where=self.sizes > 0)
+        return mean
 
 
 def robust_location(values: Array) -> tuple[float, float]:

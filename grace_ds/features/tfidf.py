@@ -8,6 +8,7 @@ their hashes, in float64, so a row does not depend on the block or rank that it 
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -110,9 +111,8 @@ class TfIdf:
     """
 
     def __init__(self, dim: int, seed: int) -> None:
-        self.dim = dim
-        self.frequency = np.zeros(TERMS, np.int64)
-        self.samples = 0
+        self.dim, self.seed = dim, seed
+        self._free: queue.SimpleQueue[IntArray] = queue.SimpleQueue()  # tables that no thread is adding to
         code = finish(np.arange(TERMS, dtype=np.uint64) + np.uint64(seed * GOLDEN % 2**64))
         self._place = ((code >> np.uint64(1)) % np.uint64(dim)).astype(np.int64)
         self._sign = np.where(code & np.uint64(1), 1.0, -1.0)
@@ -127,21 +127,35 @@ class TfIdf:
         return fixed
 
     def add(self, block: TokenBlock) -> Terms:
-        """Count, for every term, the samples of ``block`` that hold it; return the block's terms."""
+        """Count, for every term, the samples of ``block`` that hold it; return the block's terms.
+
+        Several threads may add at a time, each to a table of its own.
+        """
         terms = Terms.of(block)
-        np.add.at(self.frequency, (terms.keys & terms.keys.dtype.type(TERMS - 1)).astype(np.intp), np.int64(1))
-        self.samples += len(block)
+        term = (terms.keys & terms.keys.dtype.type(TERMS - 1)).astype(np.intp)
+        try:
+            own = self._free.get_nowait()
+        except queue.Empty:
+            own = np.zeros(TERMS + 1, np.int64)
+        if len(term) > TERMS // 4:
+            own[:-1] += np.bincount(term, minlength=TERMS)
+        else:
+            np.add.at(own, term, np.int64(1))
+        own[-1] += len(block)
+        self._free.put(own)
         return terms
 
     def reduce(self, allreduce: Allreduce) -> None:
         """Sum the frequencies over all ranks (collective) and fix the terms' weights, if they are not fixed yet."""
         if not len(self.totals):
-            self._fix(allreduce(np.append(self.frequency, self.samples)))
+            counted = np.zeros(TERMS + 1, np.int64)
+            while not self._free.empty():
+                counted += self._free.get()
+            self._fix(allreduce(counted))
 
     def _fix(self, totals: IntArray) -> None:
         self.totals = totals
-        self.frequency, self.samples = totals[:-1].copy(), int(totals[-1])
-        self._weight = self._sign * (np.log((1.0 + self.samples) / (1.0 + self.frequency)) + 1.0)
+        self._weight = self._sign * (np.log((1.0 + int(totals[-1])) / (1.0 + totals[:-1])) + 1.0)
 
     def vectors(self, n: int, terms: Terms) -> FloatArray:
         """Return the vectors of a block of ``n`` samples from its terms, (n, dim) float32, unit norm.

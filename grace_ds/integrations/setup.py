@@ -6,6 +6,8 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,7 +28,9 @@ from grace_ds.data.sampler import Geometry
 from grace_ds.data.trusted import split_trusted
 from grace_ds.errors import ConfigError
 from grace_ds.features.content import ContentFeatures, TokenReader, content_features, follow_window
+from grace_ds.features.corpus_cache import CorpusCache
 from grace_ds.features.duplicates import COPIES
+from grace_ds.features.precomputed import Manifest, check_precomputed, first_window
 from grace_ds.features.quality import QualityModel
 from grace_ds.gradients.influence_probe import InfluenceProbe, Probes
 from grace_ds.gradients.passes import ModulePasses, Passes
@@ -42,6 +46,7 @@ from grace_ds.recipes import AUTO, recipe
 from grace_ds.records import IntArray, Schedule
 from grace_ds.refresh.projection import PCAProjection
 from grace_ds.refresh.signals import RefreshContext
+from grace_ds.utils.threads import threads_of_rank
 
 log = logging.getLogger("grace_ds")
 
@@ -208,6 +213,10 @@ def prepare(dataset: Any, config: GraceConfig, geometry: Geometry, user_inputs: 
         tokens = reader_of(trusted, config.features).all()
         quality_model = QualityModel.fit(tokens.flat, tokens.offsets)
     sources = read_sources(selection.sources, n) if selection.sources is not None else None
+    if config.features.precomputed is not None and reader is not None and isinstance(pool, Pool):
+        dim, folder = config.features.dim if config.builds_graph else 0, Path(config.features.precomputed)
+        blocks = first_window(pool, config.start_step)
+        check_precomputed(folder, Manifest.of(reader, dim, config.seed, quality_model, blocks))
     order = user_inputs.order or SeededOrder(n, config.seed)
     return Components(pool, order, reader, trusted, quality_model, include, exclude, sources)
 
@@ -262,6 +271,14 @@ class Contents:
         self.comm, self.config, self.parts = comm, config, parts
         self._warned = False
 
+    @cached_property
+    def _cache(self) -> CorpusCache | None:
+        features, reader = self.config.features, self.parts.reader
+        if reader is None or (features.cache_dir is None and features.precomputed is None):
+            return None
+        folder, precomputed = (None if path is None else Path(path) for path in (features.cache_dir, features.precomputed))
+        return CorpusCache(reader.token_fingerprint(), folder, precomputed, self.comm.rank == 0)
+
     def __call__(self, kept: ContentFeatures | None, ids: IntArray) -> ContentFeatures:
         """Return the features of ``ids`` (n,), sorted: this rank's share of the window.  Collective if the window has moved.
 
@@ -274,7 +291,8 @@ class Contents:
         if kept is not None and not rolls:
             return kept
         common: dict[str, Any] = {"dim": config.features.dim, "seed": config.seed, "trusted": self.parts.quality_model}
-        common["allreduce"] = self.comm.allreduce
+        common |= {"allreduce": self.comm.allreduce, "cache": self._cache}
+        common["threads"] = config.features.threads or threads_of_rank(os.environ)
         if kept is not None:
             features = follow_window(kept, reader, ids, **common)
         else:
@@ -285,7 +303,6 @@ class Contents:
                 want_density=True,
                 want_tfidf=config.builds_graph,
                 want_statistics=config.collects,
-                cache_dir=config.features.cache_dir,
                 keep_counts=rolls,
             )
         self._watch(features.density_ratio)

@@ -254,7 +254,7 @@ def test_a_thinned_window_moves_on_alike_at_any_number_of_ranks(size: int, small
     one = rolled(rows, 1, want_tfidf=False)
     assert one[0][0].counts is not None and one[0][0].counts.level[0] >= 2
     for _ in range(2):  # computed, then from the cache
-        for alone, parts in zip(one, rolled(rows, size, want_tfidf=False, cache_dir=tmp_path, fingerprint="x"), strict=True):
+        for alone, parts in zip(one, rolled(rows, size, want_tfidf=False, cache=("x", tmp_path)), strict=True):
             assert same_bits(by_id(alone), by_id(parts))
             for part in parts:
                 assert part.counts is not None and alone[0].counts is not None

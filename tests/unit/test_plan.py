@@ -241,6 +241,16 @@ def test_what_set_says_of_the_config_is_planned_with(capsys: pytest.CaptureFixtu
     assert (found["budget"], found["interval"], found["dim"], found["steps"]) == (0.4, 70, 32, 100)
 
 
+def test_threads_share_the_tokens_and_take_memory_for_their_blocks() -> None:
+    alone, four = GraceConfig(), GraceConfig()
+    four.features.threads = 4
+    sizes = replace(SIZES, samples=10**7, steps=0)
+    one, many = plan(sizes, alone), plan(sizes, four)
+    saved = one.feature_seconds - many.feature_seconds
+    assert saved == pytest.approx(0.75 * sizes.rates.token_seconds * one.window / sizes.ranks * sizes.tokens, rel=0.01)
+    assert 0 < many.scratch_bytes - one.scratch_bytes < 8 * 4 * 60 * 2**18
+
+
 def test_an_adaptive_cadence_stretches_the_interval_until_refreshes_take_their_share() -> None:
     sizes = replace(SIZES, samples=10**7, steps=0, interval=20, step_seconds=0.1, model=Model(12, 768, 50_000, False))
     fixed, adaptive = GraceConfig(), GraceConfig()
