@@ -128,7 +128,62 @@ def parser() -> argparse.ArgumentParser:
     reference.add_argument("--markdown", action="store_true", help="print docs/config.md instead of lines")
     _add_plan(commands)
     _add_report(commands)
+    _add_features(commands)
     return top
+
+
+def _add_features(commands: argparse._SubParsersAction[Parser]) -> None:
+    maker = commands.add_parser(
+        "features",
+        help="compute the content features of a corpus once, on any cluster, for jobs to read",
+        description="Reads a corpus and writes scores, 6-grams and vectors of all its samples into a folder that a job names "
+        "with features.precomputed. The job then reads no tokens, and chooses the same samples as it would without. CORPUS is "
+        "the prefix of a Megatron .bin and .idx, a .jsonl with input_ids or text, a .npy of token ids (n, length), a folder of "
+        "datasets' save_to_disk, or module:function that returns the job's dataset. What the folder holds already is not "
+        "computed again, so that a command that was stopped goes on.",
+        example="""\
+            grace-ds features corpus_text_document --length 2048 --config ds.json --out features
+            grace-ds features corpus.jsonl --tokenizer tokenizer.json --batch 256 --out features
+            grace-ds features my_job.data:train_set --config ds.json --out features
+            grace-ds features corpus.npy --config ds.json --scheduler tls://head:8786 --tls ca.pem cert.pem key.pem --out features
+            """,
+    )
+    maker.add_argument("corpus", metavar="CORPUS", help="what the job trains on, in the order of its ids")
+    maker.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the features, seen by all workers")
+    job = maker.add_argument_group("the job")
+    job.add_argument("--config", type=Path, metavar="FILE", help="its DeepSpeed config, with the grace block")
+    job.add_argument(
+        "--batch", type=count, default=0, metavar="B", help="samples of an optimizer step (default: train_batch_size)"
+    )
+    job.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the grace block, such as seed=7")
+    corpus = maker.add_argument_group("the corpus")
+    corpus.add_argument(
+        "--length", type=positive, metavar="T", help="tokens of an item of a .bin (default: one sequence an item)"
+    )
+    corpus.add_argument("--overlap", type=count, default=1, metavar="N", help="with --length: tokens shared with the next item")
+    corpus.add_argument("--dtype", metavar="TYPE", help="of a .bin, where its files alone are ambiguous")
+    corpus.add_argument("--tokenizer", metavar="FILE", help="for text: tokenizer.json, or a folder of a saved tokenizer")
+    cluster = maker.add_argument_group("the cluster")
+    cluster.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask cluster that runs (default: workers on this machine)")
+    cluster.add_argument("--tls", nargs=3, default=[], metavar=("CA", "CERT", "KEY"), help="PEM files, for a tls:// address")
+    cluster.add_argument("--workers", type=count, default=0, metavar="N", help="on this machine (default: one for each core)")
+    cluster.add_argument("--chunk", type=positive, default=65536, metavar="N", help="samples of a task")
+    maker.add_argument("--json", action="store_true", help="print JSON instead of lines")
+
+
+def _features(args: argparse.Namespace) -> str:
+    from grace_ds.cli.features import Where, features
+    from grace_ds.data.corpus import Corpus
+
+    corpus = Corpus(_absolute(args.corpus), args.length, args.overlap, args.dtype, args.tokenizer and _absolute(args.tokenizer))
+    where = Where(args.scheduler, args.tls, args.workers)
+    return features(corpus, args.out, args.config, args.set, args.batch, args.chunk, where, args.json)
+
+
+def _absolute(place: str) -> str:
+    """Return a path that holds in other processes too; what is no path is left as it is."""
+    beside = any(Path(place + suffix).exists() for suffix in ("", ".bin", ".idx"))
+    return str(Path(place).absolute()) if beside else place
 
 
 def _add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -273,7 +328,7 @@ def _command(words: list[str]) -> int:
     args = parser().parse_args(words)
     if args.command == "doctor":
         return _doctor(args)
-    commands = {"config": _config, "plan": _plan, "report": _report, "trace": _trace}
+    commands = {"config": _config, "features": _features, "plan": _plan, "report": _report, "trace": _trace}
     sys.stdout.write(commands[args.command](args))
     sys.stdout.flush()  # detect a closed pipe here, where it can be distinguished from an error
     return 0
