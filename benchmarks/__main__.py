@@ -25,7 +25,7 @@ NAMES: tuple[str, ...] = (
     "finetune",
     "plan",
 )
-NAMES += ("gpu_check", "scale", "chaos", "peers", "fuzz")
+NAMES += ("gpu_check", "scale", "chaos", "peers", "fuzz", "features")
 EXAMPLES = {
     "collect": "collect --pairs 10 --models small",
     "refresh": "refresh --sizes 5000 10000",
@@ -41,6 +41,7 @@ EXAMPLES = {
     "scale": "scale --sizes 100000 1000000 --large 0",
     "chaos": "chaos --steps 100",
     "fuzz": "fuzz --cases 2000",
+    "features": "features --rows 5000 --repeats 3",
     "gpu_check": "gpu_check --rows 2000 --device cpu",
 }
 
