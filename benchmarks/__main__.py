@@ -24,8 +24,13 @@ NAMES: tuple[str, ...] = (
     "soak",
     "finetune",
     "plan",
+    "gpu_check",
+    "scale",
+    "features",
+    "peers",
+    "chaos",
+    "fuzz",
 )
-NAMES += ("gpu_check", "scale", "chaos", "peers", "fuzz", "features")
 EXAMPLES = {
     "collect": "collect --pairs 10 --models small",
     "refresh": "refresh --sizes 5000 10000",
