@@ -61,6 +61,7 @@ def test_a_plan_is_made_before_the_job_that_it_is_compared_with(tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("name", "options", "claims"),
     [

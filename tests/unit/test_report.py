@@ -296,6 +296,7 @@ def test_figures_hold_no_script_and_no_reference(tmp_path: Path) -> None:
         assert "<script" not in svg and not re.search(r"href=\"(?!#|data:)", svg)  # a colour bar is an image inside
 
 
+@pytest.mark.timeout(300)
 def test_a_page_stays_small_however_large_and_long_the_run(tmp_path: Path) -> None:
     """A window of 100,000 samples and records of 200 refreshes, each text longer than what is shown."""
     folder = record(tmp_path, refreshes=2, data=Texts(100_000, text=MARKUP * 100), window=100_000)
