@@ -25,7 +25,7 @@ from grace_ds.selection.objectives import select
 from grace_ds.selection.sources import by_source
 from tests.multirank.harness import World
 
-SEEDS, SLOTS = range(10), 30  # benchmarks scale draws with more
+SEEDS, SLOTS = range(20), 30
 OBJECTIVES = ("sample", "facility_location", "topk", "rs2", "uniform")
 POLICIES = ("keep", "floor", "adapt")
 
