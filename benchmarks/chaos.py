@@ -146,7 +146,7 @@ def soak(args: argparse.Namespace, bench: Bench, console: Console) -> Record:
     for leg in range(len(LEGS)):
         while not ended(bench, "chaos", leg, args.steps):
             play(bench, "chaos", leg, args.steps, args.pace, disturb)
-            heal(bench)
+            bench.hosts.heal("n2")
             settle(bench, faults)
     minutes = (time.monotonic() - began) / 60
     return judge(args, bench, wanted, faults, minutes)
@@ -385,10 +385,6 @@ def settle(bench: Bench, faults: list[Fault]) -> None:
         faults[-1].left = len(left)
     for pid in left:
         os.kill(pid, signal.SIGKILL)
-
-
-def heal(bench: Bench) -> None:
-    bench.hosts.heal("n2")
 
 
 def give_clocks(bench: Bench) -> None:

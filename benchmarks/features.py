@@ -22,11 +22,12 @@ from rich.console import Console
 
 from benchmarks.density import TOKENS, background, real_rows
 from benchmarks.record import Claim, Record
+from benchmarks.token_rows import TokenRows
 from grace_ds.data.tokens import TokenReader
 from grace_ds.features.content import content_features
 from grace_ds.features.corpus_cache import CorpusCache
 from grace_ds.features.quality import QualityModel
-from grace_ds.records import Array, IntArray
+from grace_ds.records import IntArray
 
 DIM, TRUSTED = 96, 400
 CORE_GOAL, LINEAR_GOAL = 5e6, 0.95
@@ -112,7 +113,7 @@ def measure(folder: str, cores: int, cached: bool) -> dict[str, Any]:
     rows, trusted = np.load(Path(folder) / "rows.npy"), np.load(Path(folder) / "trusted.npy")
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     model = QualityModel.fit(trusted.reshape(-1), np.arange(len(trusted) + 1) * trusted.shape[1])
-    reader, load = TokenReader(_Items(rows)), os.getloadavg()[0]
+    reader, load = TokenReader(TokenRows(rows)), os.getloadavg()[0]
 
     def compute(ids: IntArray, cache: CorpusCache | None) -> dict[str, float]:
         options: dict[str, Any] = {"dim": DIM, "seed": 1, "allreduce": lambda array: array, "want_statistics": True}
@@ -132,17 +133,3 @@ def measure(folder: str, cores: int, cached: bool) -> dict[str, Any]:
     found = {"tokens": rows.size, "seconds": seconds, "cpu seconds": cpu, "tokens/s": rows.size / seconds, "load": load}
     found["main thread"] = main / cpu
     return found | {name: parts[name] for name in ("quality", "density", "tfidf")} | {"read": reader.seconds}
-
-
-class _Items:
-    """A map-style dataset of token rows in memory."""
-
-    def __init__(self, tokens: Array) -> None:
-        self.tokens = tokens
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, i: int) -> Array:
-        row: Array = self.tokens[i]
-        return row

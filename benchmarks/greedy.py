@@ -27,6 +27,7 @@ from grace_ds_quickstart.corpus import CorpusSpec, prepare
 from rich.console import Console
 
 from benchmarks.record import Claim, Record
+from benchmarks.token_rows import TokenRows
 from grace_ds.comm.local import LocalComm
 from grace_ds.errors import ConfigError
 from grace_ds.features.content import TokenReader, content_features
@@ -179,7 +180,7 @@ def pool_neighbours(data: Path, n: int) -> tuple[Neighbours, Array]:
     """The k-NN graph over the content of the pool's first n rows, and their weights."""
     tokens, ids = np.load(data / "train.npy")[:n], np.arange(n, dtype=np.int64)
     found = content_features(
-        TokenReader(_Items(tokens)), ids, dim=DIM, seed=1, allreduce=LocalComm(60.0).allreduce, trusted=_prior(data)
+        TokenReader(TokenRows(tokens)), ids, dim=DIM, seed=1, allreduce=LocalComm(60.0).allreduce, trusted=_prior(data)
     )
     assert found.vectors is not None and found.quality is not None
     backend = backends.choose("auto", n, 0.99)
@@ -274,7 +275,7 @@ def measure_features(data: Path, n: int, repeats: int) -> list[dict[str, Any]]:
     for length in LENGTHS:
         table = tokens[: len(tokens) // length * length].reshape(-1, length)
         ids, seconds = np.arange(len(table), dtype=np.int64), {part: [0.0] * repeats for part in PARTS}
-        reader = TokenReader(_Items(table))
+        reader = TokenReader(TokenRows(table))
         content_features(reader, ids[:64], dim=DIM, seed=1, allreduce=allreduce, trusted=quality_model)  # imports, first touches
         for turn in range(repeats):
             for part, (density, tfidf, scored, examined) in PARTS.items():
@@ -296,20 +297,6 @@ def measure_features(data: Path, n: int, repeats: int) -> list[dict[str, Any]]:
             row: dict[str, Any] = {"row tokens": length, "part": part, "tokens": table.size, "seconds": median}
             out.append(row | {"spread": (max(own) - min(own)) / median, "tokens/s": table.size / median})
     return out
-
-
-class _Items:
-    """A map-style dataset of token rows in memory."""
-
-    def __init__(self, tokens: Array) -> None:
-        self.tokens = tokens
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, i: int) -> Array:
-        row: Array = self.tokens[i]
-        return row
 
 
 def _prior(data: Path) -> QualityModel:

@@ -130,7 +130,7 @@ def measure(data: Path, n: int, dim: int, repeats: int, objective: str) -> list[
         row: dict[str, Any] = {"n": n, "dim": dim, "total": total, **{s: outcome.seconds.get(s, 0.0) for s in STAGES}}
         inputs = _next(inputs, outcome, interval)  # a job lets the old table go as well
         row |= _later(context, inputs)
-        row |= {"peak_mib": _status("VmHWM"), "peak_extra_mib": _status("VmHWM") - before}
+        row |= {"peak_mib": status_mib("VmHWM"), "peak_extra_mib": status_mib("VmHWM") - before}
         compared = n <= max(SIZES)
         out.append(row | (bare_faiss(last[0].vectors, config.graph.k, config.graph.recall) if compared else {}))
     return out
@@ -223,10 +223,11 @@ def _collect(n: int, dim: int, interval: int) -> tuple[SampleRecords, SampleReco
 def _reset_peak() -> float:
     """Starts a new high-water mark of this process's memory; returns what it holds now, MiB."""
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    return status_mib("VmRSS")
 
 
-def _status(key: str) -> float:
+def status_mib(key: str) -> float:
+    """A field of /proc/self/status in MiB, such as VmRSS."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return float(next(line.split()[1] for line in lines if line.startswith(key + ":"))) / 1024
 

@@ -32,6 +32,7 @@ from rich.console import Console
 from benchmarks.graph_rows import clustered_rows
 from benchmarks.greedy import NEIGHBOURS, pool_neighbours
 from benchmarks.record import Claim, Record
+from benchmarks.refresh import status_mib
 from grace_ds.comm.base import Comm
 from grace_ds.comm.buckets import owner_of
 from grace_ds.comm.choose import choose
@@ -194,7 +195,7 @@ def large(comm: Comm, n: int, graph: bool) -> dict[str, Any]:
     )
     context = _context(comm, config, windows, rng.standard_normal((500, STATISTICS)).astype(np.float32))
     inputs = _inputs(rows, VisitCounts())
-    before = _status("VmRSS")
+    before = status_mib("VmRSS")
     began = time.perf_counter()
     first = refresh(context, inputs)
     total = time.perf_counter() - began
@@ -202,7 +203,7 @@ def large(comm: Comm, n: int, graph: bool) -> dict[str, Any]:
     began = time.perf_counter()
     refresh(context, replace(later, rows=SampleRecords.empty(SKETCH), losses=Losses.empty()))
     facts = {"n": n, "with graph": graph, "rank": comm.rank, "total": total, "later": time.perf_counter() - began}
-    memory = {"inputs GB": before * 2**20 / 1e9, "peak GB": _status("VmHWM") * 2**20 / 1e9}
+    memory = {"inputs GB": before * 2**20 / 1e9, "peak GB": status_mib("VmHWM") * 2**20 / 1e9}
     return facts | {stage: first.seconds.get(stage, 0.0) for stage in first.seconds} | memory
 
 
@@ -298,8 +299,3 @@ def _rank(size: int, rendezvous: str, work: Callable[..., Any], given: tuple[Any
     found = work(choose("torch" if size > 1 else "local", timeout=LIMIT), *given)
     dist.destroy_process_group()
     return found
-
-
-def _status(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return float(next(line.split()[1] for line in lines if line.startswith(key + ":"))) / 1024

@@ -27,3 +27,11 @@ def owner_of(ids: Array, world: int) -> IntArray:
 def buckets_of(rank: int, world: int) -> range:
     """Return the consecutive buckets that ``rank`` of ``world`` owns; empty for some ranks if ``world`` > N_BUCKETS."""
     return range(-(-rank * N_BUCKETS // world), -(-(rank + 1) * N_BUCKETS // world))
+
+
+def positions_of(ids: IntArray, ids_here: IntArray) -> IntArray:
+    """Return the position of each of ``ids`` (q,) in ``ids_here`` (n,), which is sorted: (q,) int64, -1 if it is not there."""
+    if not len(ids_here):
+        return np.full(len(ids), -1, np.int64)
+    position = np.minimum(np.searchsorted(ids_here, ids), len(ids_here) - 1)
+    return np.where(ids_here[position] == ids, position, -1).astype(np.int64)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from grace_ds.comm.base import Comm
-from grace_ds.comm.buckets import owner_of
+from grace_ds.comm.buckets import owner_of, positions_of
 from grace_ds.errors import DataError
 from grace_ds.records import Array, C, Columns, IntArray
 
@@ -93,7 +93,7 @@ class Route:
         wanted = np.asarray(ids_wanted, np.int64)
         known, place = _distinct(wanted)
         parts, order = _by_owner(known, owner_of(known, comm.size), comm.size)
-        asked = [_positions(ids, ids_here) for ids in comm.exchange(parts)]
+        asked = [positions_of(ids, ids_here) for ids in comm.exchange(parts)]
         return Route(comm, place, asked, order)
 
     def exchange(self, values: Array, fill: float = 0.0) -> Array:
@@ -158,14 +158,6 @@ def _distinct(wanted: IntArray) -> tuple[IntArray, Array]:
     known = unique[padding:]
     place[place < 0] = len(known)
     return known, place
-
-
-def _positions(ids: IntArray, ids_here: IntArray) -> IntArray:
-    """Return the position of each of ``ids`` in ``ids_here``: (q,) int64, -1 if it is not there."""
-    if not len(ids_here):
-        return np.full(len(ids), -1, np.int64)
-    position = np.minimum(np.searchsorted(ids_here, ids), len(ids_here) - 1)
-    return np.where(ids_here[position] == ids, position, -1).astype(np.int64)
 
 
 def _taken(values: Array, position: IntArray, fill: float) -> Array:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grace_ds.comm.base import Comm
-from grace_ds.comm.buckets import owner_of
+from grace_ds.comm.buckets import owner_of, positions_of
 from grace_ds.comm.statistics import by_lower_id, float_keys, float_of, kth_largest, top, total
 from grace_ds.records import Array, IntArray, Neighbours
 from grace_ds.selection import facility_location as one_rank
@@ -101,7 +101,7 @@ class _Link:
         order = np.argsort(owner, kind="stable")
         counts = np.bincount(owner, minlength=comm.size)
         received = comm.exchange(np.split(wanted[order], np.cumsum(counts)[:-1]))
-        return _Link(comm, order, counts, [_positions(ids, ids_here) for ids in received])
+        return _Link(comm, order, counts, [positions_of(ids, ids_here) for ids in received])
 
     def pull(self, values: Array) -> Array:
         """Return the values of the samples on the list, (e, ...); ``values`` (n, ...) are those of this rank's samples."""
@@ -139,13 +139,6 @@ class _Link:
         number, kept = np.cumsum(mask) - 1, mask[self.order]
         owner = np.repeat(np.arange(len(self.counts)), self.counts)
         return _Link(self.comm, number[self.order[kept]], np.bincount(owner[kept], minlength=len(self.counts)), asked)
-
-
-def _positions(ids: IntArray, ids_here: IntArray) -> IntArray:
-    if not len(ids_here):
-        return np.full(len(ids), -1, np.int64)
-    position = np.minimum(np.searchsorted(ids_here, ids), len(ids_here) - 1)
-    return np.where(ids_here[position] == ids, position, -1).astype(np.int64)
 
 
 def coverage_of(comm: Comm, ids: IntArray, neighbours: Neighbours) -> Coverage:
